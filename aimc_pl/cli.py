@@ -1,0 +1,141 @@
+"""The command ``aimc-pl``: Lightning CLI, and the pictures of schedules and devices."""
+
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.devices import DEVICES, get_device, plot_response
+from aimc_pl.diagram import draw_figure, draw_text
+from aimc_pl.errors import UsageError
+from aimc_pl.schedule import Duplex, Schedule, ScheduleName
+
+# Registers the names "aimc_none", "aimc_sync" and "aimc_async".
+from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
+
+
+class AnalogCLI(LightningCLI):
+    """Lightning CLI with OmegaConf interpolation that command-line overrides reach, and a report after the fit."""
+
+    def __init__(self) -> None:
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "description": "Train LightningModules on pipelines of analog in-memory computing accelerators. "
+                "Further commands: 'aimc-pl schedule' draws a pipeline schedule, 'aimc-pl devices' lists the devices.",
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add the arguments beyond Lightning's own."""
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="Test the last weights when the fit has ended."
+        )
+
+    def instantiate_classes(self) -> None:
+        """Instantiate what the configuration names; what its classes refuse is an error of usage."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def after_fit(self) -> None:
+        """Test if asked to, and say where to look."""
+        tested: list[Any] = []
+        if self._get(self.config, "test_after_fit"):
+            tested = self.trainer.test(self.model, self.datamodule, verbose=False)
+        console = Console()
+        for name, value in (item for results in tested for item in results.items()):
+            console.print(f"{name:<24} {value:.4f}")
+        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, ClockMonitor):
+                console.print(callback.report())
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                console.print(f"To watch it: tensorboard --logdir {logger.root_dir}", soft_wrap=True)
+
+
+def schedule(
+    num_stages: int = 4,
+    num_microbatches: int = 4,
+    schedule: ScheduleName = "async",
+    duplex: Duplex = "half",
+    png: Path | None = None,
+) -> None:
+    """Print (or draw) what every stage does in every clock, from the fill to the drain of a mini-batch.
+
+    Args:
+        num_stages: M, stages of the pipeline.
+        num_microbatches: B, micro-batches of a mini-batch.
+        schedule: none, sync, 1f1b or async.
+        duplex: of async, one operation in a clock (half) or a forward and a backward (full).
+        png: draw into this file instead.
+    """
+    table = _usage(Schedule, schedule, num_stages, num_microbatches, duplex)
+    if png is None:
+        print(draw_text(table, num_microbatches))
+    else:
+        draw_figure(table, num_microbatches).savefig(png, dpi=150)
+    print(
+        f"{table.num_cycles()} clock cycles, computation density {table.density():.3f}, "
+        f"speedup over one accelerator {table.speedup():.2f}"
+    )
+
+
+def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 1000) -> None:
+    """List the analog devices, or draw how one answers to update pulses.
+
+    Args:
+        name: the device to describe.
+        png: draw its response into this file.
+        num_pulses: pulses in each direction.
+    """
+    if name is None:
+        if png is not None:
+            raise UsageError("which device? Add --name")
+        for known, function in DEVICES.items():
+            print(f"{known:<24} {(function.__doc__ or '').splitlines()[0]}")
+        return
+    device = get_device(name)
+    if png is None:
+        print(DEVICES[name].__doc__, device, sep="\n")
+    else:
+        plot_response(device, name, num_pulses).savefig(png, dpi=150)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command ``aimc-pl``; a request that cannot work ends in one line and exit code 1."""
+    sys.argv[1:] = args = [_shipped(arg) for arg in (sys.argv[1:] if args is None else args)]
+    try:
+        if args[:1] in (["schedule"], ["devices"]):
+            auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl")
+        else:
+            AnalogCLI()
+    except (UsageError, MisconfigurationException) as error:
+        sys.exit(f"aimc-pl: error: {' '.join(str(error).split())}")
+
+
+def _usage(make: Any, *args: Any) -> Any:
+    try:
+        return make(*args)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _shipped(arg: str) -> str:
+    """The path of a config that the package brings, for an argument that names one and no file."""
+    path = Path(arg.removeprefix("--config="))
+    shipped = files("aimc_pl.configs") / path.name
+    if path.suffix != ".yaml" or path.exists() or not shipped.is_file():
+        return arg
+    with as_file(shipped) as found:
+        return arg.replace(str(path), str(found))

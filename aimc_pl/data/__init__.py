@@ -1,0 +1,6 @@
+"""Data modules."""
+
+from aimc_pl.data.datasets import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageFolder
+from aimc_pl.data.images import InMemoryImages
+
+__all__ = ["CIFAR10", "CIFAR100", "MNIST", "Digits", "FashionMNIST", "ImageFolder", "InMemoryImages"]

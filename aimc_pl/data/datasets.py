@@ -1,0 +1,119 @@
+"""The data sets of the experiments."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from sklearn.datasets import load_digits
+from torchvision.transforms.v2 import functional as transforms
+
+from aimc_pl.data.images import Images, InMemoryImages
+from aimc_pl.errors import UsageError
+
+
+class Digits(InMemoryImages):
+    """1,797 real handwritten digits of 8x8 pixels, which scikit-learn brings: no download.
+
+    Every fifth image (360) is a test image.
+    """
+
+    def load(self) -> tuple[Images, Images]:
+        """See :meth:`InMemoryImages.load`."""
+        data: Any = load_digits()
+        images = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+        labels = torch.from_numpy(data.target).long()
+        test = torch.arange(len(images)) % 5 == 0
+        return (images[~test], labels[~test]), (images[test], labels[test])
+
+
+class _TorchvisionImages(InMemoryImages):
+    """A data set of torchvision.
+
+    Args:
+        root: the folder that torchvision keeps it in.
+        download: fetch it if it is not there.
+        kwargs: of :class:`InMemoryImages`.
+
+    Raises:
+        UsageError: if it is not there and is not to be downloaded.
+    """
+
+    def __init__(self, root: str | Path = "data", download: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = root
+        self.download = download
+
+    def prepare_data(self) -> None:
+        """Download on request."""
+        if self.download:
+            for train in (True, False):
+                self._open(train, download=True)
+
+    def load(self) -> tuple[Images, Images]:
+        """See :meth:`InMemoryImages.load`."""
+        return self._read(True), self._read(False)
+
+    def _open(self, train: bool, download: bool = False) -> Any:
+        try:
+            return getattr(torchvision.datasets, type(self).__name__)(self.root, train=train, download=download)
+        except RuntimeError as error:
+            raise UsageError(
+                f"{type(self).__name__} is not in {str(self.root)!r} ({error}). "
+                "Give its folder as data.root, or set data.download=true."
+            ) from error
+
+    def _read(self, train: bool) -> Images:
+        dataset = self._open(train)
+        images = torch.as_tensor(dataset.data)
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        return images.contiguous(), torch.as_tensor(dataset.targets)
+
+
+class CIFAR10(_TorchvisionImages):
+    """60,000 colour images of 32x32 pixels in 10 classes."""
+
+
+class CIFAR100(_TorchvisionImages):
+    """60,000 colour images of 32x32 pixels in 100 classes."""
+
+
+class MNIST(_TorchvisionImages):
+    """70,000 handwritten digits of 28x28 pixels."""
+
+
+class FashionMNIST(_TorchvisionImages):
+    """70,000 pictures of clothes, 28x28 pixels, in 10 classes."""
+
+
+class ImageFolder(InMemoryImages):
+    """Any images in folders ``root/train/CLASS`` and ``root/test/CLASS``, scaled to squares.
+
+    Args:
+        root: the folder.
+        image_size: height and width in pixels.
+        kwargs: of :class:`InMemoryImages`.
+
+    Raises:
+        UsageError: if the folders are not there.
+    """
+
+    def __init__(self, root: str | Path, image_size: int = 32, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.image_size = image_size
+
+    def load(self) -> tuple[Images, Images]:
+        """See :meth:`InMemoryImages.load`."""
+        return self._read("train"), self._read("test")
+
+    def _read(self, part: str) -> Images:
+        try:
+            folder = torchvision.datasets.ImageFolder(str(self.root / part), self._to_square)
+        except FileNotFoundError as error:
+            raise UsageError(f"ImageFolder needs {self.root / part}/CLASS/IMAGE: {error}") from error
+        images, labels = zip(*folder, strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
+    def _to_square(self, image: Any) -> torch.Tensor:
+        return transforms.resize(transforms.pil_to_tensor(image), [self.image_size, self.image_size])

@@ -1,0 +1,154 @@
+"""Image data sets held in memory as uint8, and turned into batches at once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from aimc_pl.errors import UsageError
+
+Images = tuple[Tensor, Tensor]
+
+
+class InMemoryImages(pl.LightningDataModule, ABC):
+    """Training, validation and test images from memory; a batch is picked, augmented and normalised in one go.
+
+    Batches are pairs of normalised float images ``(batch, channels, height, width)`` and int64 labels ``(batch,)``.
+    The channels' mean and standard deviation are the training images'.
+
+    Args:
+        batch_size: samples of a mini-batch.
+        val_fraction: of the training images, kept for validation.
+        augment: shift training images by up to an eighth of their size and flip half of them left to right.
+        drop_last: leave out an uneven last training mini-batch.
+        split_seed: chooses the validation images.
+        num_workers: loader processes; 0 loads in the main one.
+
+    Raises:
+        UsageError: for a batch size or fraction out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        augment: bool = False,
+        drop_last: bool = False,
+        split_seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        if not 0 < val_fraction < 1:
+            raise UsageError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.augment = augment
+        self.drop_last = drop_last
+        self.split_seed = split_seed
+        self.num_workers = num_workers
+        self._sets: dict[str, ImageSet] = {}
+
+    @abstractmethod
+    def load(self) -> tuple[Images, Images]:
+        """Training and test images, uint8 ``(samples, channels, height, width)``, and int64 labels."""
+
+    def setup(self, stage: str) -> None:
+        """Load the images and split off the validation set."""
+        if self._sets:
+            return
+        (images, labels), test = self.load()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.split_seed))
+        num_val = max(1, round(self.val_fraction * len(images)))
+        val, train = order[:num_val], order[num_val:]
+        channels = images[train].transpose(0, 1).flatten(1).float() / 255
+        mean, std = channels.mean(1), channels.std(1)
+        self._sets = {
+            "train": ImageSet(images[train], labels[train], mean, std, self.augment),
+            "val": ImageSet(images[val], labels[val], mean, std),
+            "test": ImageSet(*test, mean, std),
+        }
+
+    def train_dataloader(self) -> DataLoader[Images]:
+        """Shuffled mini-batches."""
+        return self._loader("train", shuffle=True, drop_last=self.drop_last)
+
+    def val_dataloader(self) -> DataLoader[Images]:
+        """Mini-batches in order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Images]:
+        """Mini-batches in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Images]:
+        """The test images."""
+        return self._loader("test")
+
+    def _loader(self, name: str, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Images]:
+        return DataLoader(
+            self._sets[name],
+            self.batch_size,
+            shuffle,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_as_is,
+        )
+
+
+class ImageSet(Dataset[Images]):
+    """Images and labels in memory, fetched a mini-batch at a time.
+
+    Args:
+        images: uint8 ``(samples, channels, height, width)``.
+        labels: int64 ``(samples,)``.
+        mean: per channel, of values between 0 and 1.
+        std: per channel.
+        augment: random shifts and flips.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, augment: bool = False) -> None:
+        self.images = images
+        self.labels = labels
+        self.augment = augment
+        self._mean = mean.view(-1, 1, 1)
+        self._std = std.view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> Images:
+        """A mini-batch."""
+        chosen = torch.as_tensor(indices)
+        images = self.images[chosen]
+        if self.augment:
+            images = shift_and_flip(images)
+        return (images.float() / 255 - self._mean) / self._std, self.labels[chosen]
+
+
+def shift_and_flip(images: Tensor) -> Tensor:
+    """Shift each image by up to an eighth of its size (zeros come in) and flip half of them left to right.
+
+    Args:
+        images: ``(batch, channels, height, width)``.
+    """
+    batch, channels, height, width = images.shape
+    padding = height // 8
+    padded = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, batch, 1))
+    rows = top + torch.arange(height)
+    columns = left + torch.arange(width)
+    columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
+    index = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(batch, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, index).view(images.shape)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,53 @@
+"""Analog devices by name, conversion of networks to them, and pictures of how they respond to pulses."""
+
+from aimc_pl.devices.catalogue import (
+    DEVICES,
+    agad,
+    chopped_tiki_taka,
+    constant_step,
+    ecram,
+    gokmen_vlasov,
+    ideal,
+    linear_step,
+    mixed_precision,
+    reram_es,
+    reram_sb,
+    soft_bounds,
+    soft_bounds_reference,
+    tiki_taka,
+    tiki_taka_v2,
+)
+from aimc_pl.devices.conversion import (
+    DeviceSpec,
+    analog_layers,
+    convert_to_analog,
+    get_device,
+    make_analog_aware,
+    reset_pending_updates,
+)
+from aimc_pl.devices.response import plot_response
+
+__all__ = [
+    "DEVICES",
+    "DeviceSpec",
+    "agad",
+    "analog_layers",
+    "chopped_tiki_taka",
+    "constant_step",
+    "convert_to_analog",
+    "ecram",
+    "get_device",
+    "gokmen_vlasov",
+    "ideal",
+    "linear_step",
+    "make_analog_aware",
+    "mixed_precision",
+    "plot_response",
+    "reram_es",
+    "reram_sb",
+    "reset_pending_updates",
+    "soft_bounds",
+    "soft_bounds_reference",
+    "tiki_taka",
+    "tiki_taka_v2",
+]

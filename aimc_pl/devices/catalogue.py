@@ -1,0 +1,246 @@
+"""Analog devices by name, each a function that returns an aihwkit RPUConfig.
+
+The functions are also what a config file names: ``class_path: aimc_pl.devices.soft_bounds`` with ``init_args``.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from aihwkit.simulator import presets
+from aihwkit.simulator.configs import (
+    ConstantStepDevice,
+    FloatingPointRPUConfig,
+    IOParameters,
+    LinearStepDevice,
+    SingleRPUConfig,
+    SoftBoundsDevice,
+    SoftBoundsReferenceDevice,
+)
+from aihwkit.simulator.configs.devices import PulsedDevice
+from aihwkit.simulator.parameters.base import RPUConfigBase
+
+from aimc_pl.errors import UsageError
+
+Material = Literal["ReRamES", "ReRamSB", "Capacitor", "EcRam", "EcRamMO", "Idealized"]
+
+
+def ideal() -> RPUConfigBase:
+    """Exact products and exact updates in floating point."""
+    return FloatingPointRPUConfig()
+
+
+def constant_step(
+    w_max: float = 1.0,
+    num_states: int = 1200,
+    cycle_to_cycle: float = 0.3,
+    device_to_device: float = 0.0,
+    perfect_io: bool = False,
+) -> RPUConfigBase:
+    """Pulsed device whose step does not depend on the weight: granular and noisy, but symmetric.
+
+    Args:
+        w_max: the weight's range is [−w_max, w_max].
+        num_states: steps from one bound to the other; the mean step is Δw_min = 2·w_max/num_states.
+        cycle_to_cycle: standard deviation of a step, in units of Δw_min.
+        device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
+        perfect_io: exact forward and backward products, without converters and noise.
+    """
+    device = ConstantStepDevice(**_pulsed(w_max, num_states, cycle_to_cycle, device_to_device))
+    return _config(device, perfect_io)
+
+
+def linear_step(
+    gamma: float = 0.5,
+    w_max: float = 1.0,
+    num_states: int = 1200,
+    cycle_to_cycle: float = 0.3,
+    device_to_device: float = 0.0,
+    perfect_io: bool = False,
+) -> RPUConfigBase:
+    """Pulsed device whose step falls linearly with the weight, to (1 − gamma) of it at the bound.
+
+    Args:
+        gamma: 0 is a constant step, 1 are soft bounds.
+        w_max: the weight's range is [−w_max, w_max].
+        num_states: the range over the mean step at weight 0, 2·w_max/Δw_min.
+        cycle_to_cycle: standard deviation of a step, relative to it.
+        device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
+        perfect_io: exact forward and backward products, without converters and noise.
+    """
+    device = LinearStepDevice(
+        gamma_up=gamma,
+        gamma_down=gamma,
+        gamma_up_dtod=0.0,
+        gamma_down_dtod=0.0,
+        **_pulsed(w_max, num_states, cycle_to_cycle, device_to_device),
+    )
+    return _config(device, perfect_io)
+
+
+def soft_bounds(
+    tau: float = 1.0,
+    num_states: int = 1200,
+    cycle_to_cycle: float = 0.3,
+    device_to_device: float = 0.0,
+    write_noise: float = 0.0,
+    perfect_io: bool = False,
+) -> RPUConfigBase:
+    """The paper's asymmetric linear device: a step up is Δw_min(1 − w/τ), a step down Δw_min(1 + w/τ).
+
+    Args:
+        tau: τ, the dynamic range: weights stay in [−τ, τ].
+        num_states: 2τ/Δw_min.
+        cycle_to_cycle: standard deviation of a step, relative to it.
+        device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
+        write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
+        perfect_io: exact forward and backward products, without converters and noise.
+    """
+    device = SoftBoundsDevice(write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device))
+    return _config(device, perfect_io)
+
+
+def soft_bounds_reference(
+    tau: float = 1.0,
+    num_states: int = 1200,
+    cycle_to_cycle: float = 0.3,
+    device_to_device: float = 0.0,
+    write_noise: float = 0.0,
+    perfect_io: bool = False,
+) -> RPUConfigBase:
+    """Soft bounds around a reference device, with noise added to the step instead of scaling it.
+
+    Args:
+        tau: τ, the dynamic range: weights stay in [−τ, τ].
+        num_states: 2τ/Δw_min.
+        cycle_to_cycle: standard deviation of a step, in units of Δw_min.
+        device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
+        write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
+        perfect_io: exact forward and backward products, without converters and noise.
+    """
+    device = SoftBoundsReferenceDevice(
+        write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device)
+    )
+    return _config(device, perfect_io)
+
+
+def ecram() -> RPUConfigBase:
+    """Electro-chemical RAM, fitted to measurements (aihwkit's preset)."""
+    return presets.EcRamPreset()
+
+
+def reram_es() -> RPUConfigBase:
+    """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset)."""
+    return presets.ReRamESPreset()
+
+
+def reram_sb() -> RPUConfigBase:
+    """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset)."""
+    return presets.ReRamSBPreset()
+
+
+def gokmen_vlasov() -> RPUConfigBase:
+    """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset)."""
+    return presets.GokmenVlasovPreset()
+
+
+def tiki_taka(material: Material = "ReRamSB") -> RPUConfigBase:
+    """Tiki-Taka: gradients accumulate on a fast array and are transferred to the weight array.
+
+    Args:
+        material: what both arrays are made of.
+    """
+    return _preset("TikiTaka", material)
+
+
+def tiki_taka_v2(material: Material = "ReRamSB") -> RPUConfigBase:
+    """Tiki-Taka version 2: a digital buffer between the fast and the weight array filters the transfer.
+
+    Args:
+        material: what both arrays are made of.
+    """
+    return _preset("TTv2", material)
+
+
+def chopped_tiki_taka(material: Material = "ReRamSB") -> RPUConfigBase:
+    """Tiki-Taka version 2 with choppers that flip the sign of the gradient array against its offset.
+
+    Args:
+        material: what both arrays are made of.
+    """
+    return _preset("ChoppedTTv2", material)
+
+
+def agad(material: Material = "ReRamSB") -> RPUConfigBase:
+    """Analog gradient accumulation with dynamic reference (Rasch et al., arXiv 2303.04721).
+
+    Args:
+        material: what both arrays are made of.
+    """
+    return _preset("AGAD", material)
+
+
+def mixed_precision(material: Material = "ReRamSB") -> RPUConfigBase:
+    """Gradients accumulate digitally, and whole steps are written to the analog weights.
+
+    Args:
+        material: what the array is made of.
+    """
+    return _preset("MixedPrecision", material)
+
+
+DEVICES: dict[str, Callable[..., RPUConfigBase]] = {
+    function.__name__: function
+    for function in (
+        ideal,
+        soft_bounds,
+        soft_bounds_reference,
+        constant_step,
+        linear_step,
+        ecram,
+        reram_es,
+        reram_sb,
+        gokmen_vlasov,
+        tiki_taka,
+        tiki_taka_v2,
+        chopped_tiki_taka,
+        agad,
+        mixed_precision,
+    )
+}
+"""The devices that ``device="name"`` knows."""
+
+
+def _pulsed(w_max: float, num_states: int, cycle_to_cycle: float, device_to_device: float) -> dict[str, Any]:
+    if w_max <= 0 or num_states < 2:
+        raise UsageError(
+            f"a device needs a positive range and at least 2 states, got a range of {w_max} and {num_states} states"
+        )
+    if cycle_to_cycle < 0 or device_to_device < 0:
+        raise UsageError(
+            f"noise cannot be negative: cycle_to_cycle={cycle_to_cycle}, device_to_device={device_to_device}"
+        )
+    return {
+        "w_max": w_max,
+        "w_min": -w_max,
+        "w_max_dtod": device_to_device,
+        "w_min_dtod": device_to_device,
+        "dw_min": 2 * w_max / num_states,
+        "dw_min_std": cycle_to_cycle,
+        "dw_min_dtod": device_to_device,
+        "up_down_dtod": 0.0,
+    }
+
+
+def _config(device: PulsedDevice, perfect_io: bool) -> RPUConfigBase:
+    config = SingleRPUConfig(device=device)
+    if perfect_io:
+        config.forward = IOParameters(is_perfect=True)
+        config.backward = IOParameters(is_perfect=True)
+    return config
+
+
+def _preset(algorithm: str, material: str) -> RPUConfigBase:
+    preset = getattr(presets, f"{algorithm}{material}Preset", None)
+    if preset is None:
+        raise UsageError(f"there is no {algorithm} of material {material!r}: see aihwkit.simulator.presets")
+    return preset()

@@ -1,0 +1,126 @@
+"""Digital layers to analog ones, and optimizers that know how to update them."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from fnmatch import fnmatchcase
+from types import new_class
+from typing import Any
+
+from aihwkit.nn import conversion
+from aihwkit.nn.modules.base import AnalogLayerBase
+from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
+from aihwkit.optim.context import AnalogContext
+from aihwkit.simulator.parameters.base import RPUConfigBase
+from torch import nn
+from torch.optim import Optimizer
+
+from aimc_pl.devices.catalogue import DEVICES
+from aimc_pl.errors import UsageError
+
+Device = str | RPUConfigBase
+DeviceSpec = Device | Mapping[str | int, Device | None] | None
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def get_device(device: Device) -> RPUConfigBase:
+    """The aihwkit configuration of a device given by name (with its defaults) or by configuration.
+
+    Raises:
+        UsageError: if no device has that name.
+    """
+    if not isinstance(device, str):
+        return deepcopy(device)
+    if device not in DEVICES:
+        raise UsageError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}, or pass an aihwkit RPUConfig")
+    return DEVICES[device]()
+
+
+def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> list[str]:
+    """Replace the network's Linear and Conv layers in place by aihwkit's, with the same weights.
+
+    Args:
+        network: names of its parameters stay; each layer gets tiles of its own.
+        device: for all layers, or a mapping from patterns of layer names (``"layer4.*"``) and stage numbers to
+            devices; the last match wins, ``None`` and layers without a match stay digital.
+        split_at: names of the modules with which stages 1 … M−1 begin, to know a layer's stage by.
+
+    Returns:
+        The names of the layers that are analog now.
+
+    Raises:
+        UsageError: for an unknown device, a key that matches no layer, a network without layers, tied weights.
+    """
+    stages = _stages_of_layers(network, split_at or ())
+    if not stages:
+        raise UsageError(f"device= has nothing to convert: {type(network).__name__} has no Linear or Conv layer")
+    choices = device if isinstance(device, Mapping) else {"*": device}
+    if any(isinstance(key, int) for key in choices) and split_at is None:
+        raise UsageError("a device per stage needs split_at, the names of the modules with which the stages begin")
+    chosen: dict[str, Device | None] = {}
+    for key, value in choices.items():
+        matches = [n for n, stage in stages.items() if stage == key or fnmatchcase(n, str(key))]
+        if not matches:
+            raise UsageError(f"device key {key!r} matches no layer: the layers are {', '.join(stages)}")
+        chosen.update(dict.fromkeys(matches, value))
+    analog = {name: get_device(value) for name, value in chosen.items() if value is not None}
+    _check_untied(network, analog)
+    for name, rpu_config in analog.items():
+        parent, _, child = name.rpartition(".")
+        layer = conversion.convert_to_analog(network.get_submodule(name), rpu_config, ensure_analog_root=False)
+        setattr(network.get_submodule(parent), child, layer)
+    return list(analog)
+
+
+def analog_layers(module: nn.Module) -> list[AnalogLayerBase]:
+    """The analog layers of a module, without the containers that aihwkit makes analog too."""
+    return [m for m in module.modules() if isinstance(m, AnalogLayerBase) and not m.IS_CONTAINER]
+
+
+def reset_pending_updates(module: nn.Module) -> None:
+    """Drop what backwards have left for the tiles' next update, which ``zero_grad`` does not."""
+    for parameter in module.parameters():
+        if isinstance(parameter, AnalogContext):
+            parameter.reset()
+
+
+def make_analog_aware(optimizer: Optimizer) -> None:
+    """Turn a torch optimizer, in place, into one whose step also applies the pulsed updates of analog tiles.
+
+    It becomes a subclass with aihwkit's ``AnalogOptimizerMixin``, as ``aihwkit.optim.AnalogOptimizer`` makes them, but
+    stays the same object for the schedulers that hold it. Without analog parameters it is left as it is.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if isinstance(optimizer, AnalogOptimizerMixin) or not any(isinstance(p, AnalogContext) for p in parameters):
+        return
+    digital: Any = type(optimizer)
+    optimizer.__class__ = new_class(f"Analog{digital.__name__}", (AnalogOptimizerMixin, digital))
+    if "step" in vars(optimizer):
+        # A scheduler has wrapped the digital class's step to see that it is called; wrap the analog one alike.
+        def step(*args: Any, **kwargs: Any) -> Any:
+            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+            return type(optimizer).step(optimizer, *args, **kwargs)
+
+        step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
+        optimizer.step = step
+
+
+def _stages_of_layers(network: nn.Module, split_at: Sequence[str]) -> dict[str, int]:
+    stage, stages = 0, {}
+    for name, module in network.named_modules():
+        stage += name in split_at
+        if type(module) in _LAYERS:
+            stages[name] = stage
+    return stages
+
+
+def _check_untied(network: nn.Module, names: Mapping[str, Any]) -> None:
+    owners: dict[int, str] = {}
+    for name in names:
+        weight = id(network.get_submodule(name).weight)
+        if weight in owners:
+            raise UsageError(
+                f"layers {owners[weight]!r} and {name!r} share their weight, which two crossbars cannot: keep one of "
+                "them digital with device={...}, or untie them"
+            )
+        owners[weight] = name

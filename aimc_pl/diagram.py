@@ -1,0 +1,75 @@
+"""Pictures of a schedule: the paper's Figure 2, as text and as a figure."""
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from aimc_pl.schedule import Schedule
+
+
+def draw_text(schedule: Schedule, num_microbatches: int) -> str:
+    """The clock table from the fill to the drain of some micro-batches, the last stage on top.
+
+    Args:
+        schedule: whose table it is.
+        num_microbatches: K, micro-batches between fill and drain.
+    """
+    cells = _cells(schedule, num_microbatches)
+    clocks = range(schedule.num_clocks(num_microbatches))
+    table = [[str(clock) for clock in clocks]]
+    table += [
+        ["/".join(f"{kind}{k}" for kind, k in cells.get((stage, clock), [])) for clock in clocks]
+        for stage in reversed(range(schedule.num_stages))
+    ]
+    width = max(len(cell) for row in table for cell in row) + 1
+    names = ["clock", *(f"stage {stage}" for stage in reversed(range(schedule.num_stages)))]
+    margin = max(map(len, names))
+    return "\n".join(
+        f"{name:<{margin}} " + "".join(f"{cell:>{width}}" for cell in row)
+        for name, row in zip(names, table, strict=True)
+    )
+
+
+def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | None = None) -> Figure:
+    """The clock table as a picture: a colour per micro-batch, forwards plain, backwards hatched.
+
+    Args:
+        schedule: whose table it is.
+        num_microbatches: K, micro-batches between fill and drain.
+        num_clocks: how many clocks to show, by default all.
+    """
+    clocks = schedule.num_clocks(num_microbatches) if num_clocks is None else num_clocks
+    stages = schedule.num_stages
+    figure = Figure(figsize=(max(4.0, 0.34 * clocks + 1.2), 0.42 * stages + 1.1), layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["tab20"]
+    for (stage, clock), operations in _cells(schedule, num_microbatches).items():
+        if clock >= clocks:
+            continue
+        height = 1 / len(operations)
+        for row, (kind, k) in enumerate(operations):
+            hatch = "////" if kind == "B" else None
+            axes.add_patch(
+                Rectangle(
+                    (clock, stage + row * height), 1, height, facecolor=colours(k % 20), edgecolor="white", hatch=hatch
+                )
+            )
+            axes.text(clock + 0.5, stage + (row + 0.5) * height, str(k), ha="center", va="center", fontsize=8)
+    axes.set(
+        xlim=(0, clocks),
+        ylim=(0, stages),
+        xlabel="clock" if schedule.cycles_per_clock == 1 else "clock (two clock cycles each)",
+        yticks=[stage + 0.5 for stage in range(stages)],
+        yticklabels=[f"stage {stage}" for stage in range(stages)],
+        title=f"{schedule.name}: forward plain, backward hatched, numbered by micro-batch",
+    )
+    axes.set_facecolor("whitesmoke")
+    return figure
+
+
+def _cells(schedule: Schedule, num_microbatches: int) -> dict[tuple[int, int], list[tuple[str, int]]]:
+    cells: dict[tuple[int, int], list[tuple[str, int]]] = {}
+    for clock, operations in enumerate(schedule.clock_cycles(num_microbatches)):
+        for kind, stage, k in operations:
+            cells.setdefault((stage, clock), []).append((kind, k))
+    return cells

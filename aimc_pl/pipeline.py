@@ -1,0 +1,193 @@
+"""Runs a schedule over the stages in one process, clock by clock, and tells observers every operation."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from aimc_pl.schedule import Operation, Schedule
+from aimc_pl.stage import Stage
+
+
+class MicroBatch(Protocol):
+    """What the pipeline needs of a micro-batch: its way in, its loss, and its way back."""
+
+    def enter(self) -> tuple[Any, ...]:
+        """The values that enter stage 0; called in the clock of its first forward."""
+        ...
+
+    def leave(self, outputs: Any) -> tuple[Tensor, Tensor]:
+        """The loss for the last stage's outputs and the gradient to start its backward with (the loss's weight)."""
+        ...
+
+    def entered(self, gradients: tuple[Any, ...]) -> None:
+        """Take the gradients with respect to what :meth:`enter` returned; called after its last backward."""
+        ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """One operation of the pipeline.
+
+    Attributes:
+        clock: counted over the whole run, drains included.
+        stage: the stage at work.
+        microbatch: counted over the whole run; of an update once per mini-batch, the last one in it.
+        version: updates the stage has made, before this operation.
+        staleness: versions between the weights that the micro-batch's forward saw and the current ones.
+    """
+
+    clock: int
+    stage: Stage
+    microbatch: int
+    version: int
+    staleness: int
+
+
+class Observer:
+    """Told of every operation, in order, right after it happened."""
+
+    def on_forward(self, event: Event) -> None:
+        """A stage has done the forward of a micro-batch."""
+
+    def on_backward(self, event: Event) -> None:
+        """A stage has done the backward of a micro-batch; its gradients are there, the update is not done."""
+
+    def on_update(self, event: Event) -> None:
+        """A stage has updated its weights."""
+
+
+class Pipeline:
+    """The clocked, one-process pipeline.
+
+    Args:
+        stages: M stages, in order.
+        schedule: for as many stages.
+        update: called with a stage when it is to update its weights from its gradients and to clear those
+            (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
+            then calls :meth:`updated`).
+        observers: told of every operation.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        schedule: Schedule,
+        update: Callable[[Stage], None],
+        observers: Iterable[Observer] = (),
+    ) -> None:
+        if len(stages) != schedule.num_stages:
+            raise ValueError(f"the schedule is for {schedule.num_stages} stages, got {len(stages)}")
+        self.stages = stages
+        self.schedule = schedule
+        self.observers = list(observers)
+        self.clock = 0
+        self.num_entered = 0
+        self._update = update
+        self._contributions: dict[int, tuple[int, int]] = {}
+        self._start_fill()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no micro-batch is in flight."""
+        return self._num_since_fill == 0
+
+    def run(self, microbatches: Sequence[MicroBatch]) -> None:
+        """Run one mini-batch.
+
+        All of it, from fill to drain, under a schedule with one update per mini-batch. An asynchronous pipeline stays
+        full: it runs until the next micro-batch could enter, and the rest follows with the next call or with
+        :meth:`drain`.
+        """
+        if self.schedule.is_async:
+            for microbatch in microbatches:
+                self._enter(microbatch)
+                self._run_until(self.schedule.forward_clock(0, self._num_since_fill))
+        else:
+            for microbatch in microbatches:
+                self._enter(microbatch)
+            self.drain()
+
+    def drain(self) -> None:
+        """Run until no micro-batch is in flight; the next one starts a new fill."""
+        if not self.is_empty:
+            self._run_until(self.schedule.num_clocks(self._num_since_fill))
+            self._start_fill()
+
+    def updated(self) -> None:
+        """Count an update of every stage (the caller's, after a mini-batch) and tell the observers."""
+        for stage in self.stages:
+            self._count_update(stage)
+
+    def abandon(self) -> None:
+        """Forget everything in flight, without updates (after an error)."""
+        for stage in self.stages:
+            stage.clear()
+        self._contributions.clear()
+        self._start_fill()
+
+    def _start_fill(self) -> None:
+        self._first = self.num_entered
+        self._num_since_fill = 0
+        self._clock_since_fill = 0
+        self._microbatches: dict[int, MicroBatch] = {}
+        self._losses: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sent: dict[Operation, Any] = {}
+
+    def _enter(self, microbatch: MicroBatch) -> None:
+        self._microbatches[self._num_since_fill] = microbatch
+        self._num_since_fill += 1
+        self.num_entered += 1
+
+    def _run_until(self, clock: int) -> None:
+        while self._clock_since_fill < clock:
+            operations = self.schedule.operations(self._clock_since_fill, self._num_since_fill)
+            for operation in operations:
+                (self._forward if operation.kind == "F" else self._backward)(operation)
+            if self.schedule.is_async:
+                for operation in operations:
+                    if operation.kind == "B":
+                        self._update(self.stages[operation.stage])
+                        self._count_update(self.stages[operation.stage])
+            self._clock_since_fill += 1
+            self.clock += 1
+
+    def _forward(self, operation: Operation) -> None:
+        _, index, k = operation
+        stage = self.stages[index]
+        values = self._microbatches[k].enter() if index == 0 else self._sent.pop(operation)
+        outputs = stage.forward(k, values)
+        if index == len(self.stages) - 1:
+            self._losses[k] = self._microbatches[k].leave(outputs)
+        else:
+            self._sent[Operation("F", index + 1, k)] = outputs
+        for observer in self.observers:
+            observer.on_forward(self._event(stage, k, stage.version))
+
+    def _backward(self, operation: Operation) -> None:
+        _, index, k = operation
+        stage = self.stages[index]
+        seen = stage.seen_version(k)
+        if index == len(self.stages) - 1:
+            loss, weight = self._losses.pop(k)
+            gradients = stage.backward(k, weight, loss)
+        else:
+            gradients = stage.backward(k, self._sent.pop(operation))
+        if index == 0:
+            self._microbatches.pop(k).entered(gradients)
+        else:
+            self._sent[Operation("B", index - 1, k)] = gradients
+        self._contributions[index] = k, min(seen, self._contributions.get(index, (k, seen))[1])
+        for observer in self.observers:
+            observer.on_backward(self._event(stage, k, seen))
+
+    def _count_update(self, stage: Stage) -> None:
+        k, seen = self._contributions.pop(stage.index)
+        event = self._event(stage, k, seen)
+        stage.version += 1
+        for observer in self.observers:
+            observer.on_update(event)
+
+    def _event(self, stage: Stage, k: int, seen: int) -> Event:
+        return Event(self.clock, stage, self._first + k, stage.version, stage.version - seen)

@@ -1,0 +1,178 @@
+"""The paper's pipeline schedules as data: which stage does what in which clock.
+
+With M stages, micro-batch k passes forward through stage m in clock ``a(m) + s·k`` and backward in clock
+``c(m) + s·k``: a schedule is two offsets and a stride. ``F2`` is the forward and ``B2`` the backward of micro-batch 2::
+
+    async, M = 3              clock  0  1  2  3  4  5  6  7  8
+                            stage 2        F0 B0 F1 B1 F2 B2
+                            stage 1     F0    F1 B0 F2 B1    B2
+                            stage 0  F0    F1    F2 B0    B1    B2
+
+    sync, M = 3, B = 3        clock  0  1  2  3  4  5  6  7  8  9
+                            stage 2        F0 F1 F2 B0 B1 B2
+                            stage 1     F0 F1 F2       B0 B1 B2
+                            stage 0  F0 F1 F2             B0 B1 B2
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+ScheduleName = Literal["none", "sync", "1f1b", "async"]
+Duplex = Literal["half", "full"]
+
+
+class Operation(NamedTuple):
+    """The forward (``"F"``) or backward (``"B"``) of one micro-batch at one stage."""
+
+    kind: Literal["F", "B"]
+    stage: int
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A pipeline schedule over ``num_stages`` (M) stages, for mini-batches of ``num_microbatches`` (B) micro-batches.
+
+    Args:
+        name: ``"none"`` (one stage works at a time), ``"sync"`` (fill-drain), ``"1f1b"`` (the same clocks as
+            ``"sync"``, fewer activations in flight) or ``"async"`` (every stage updates after each of its backwards
+            and the pipeline stays full from one mini-batch to the next).
+        num_stages: M, at least 1.
+        num_microbatches: B, at least 1.
+        duplex: of ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock; ``"full"``: one
+            forward and one backward, and such a clock lasts two clock cycles.
+
+    Micro-batches are counted from the last fill, and K (by default B) is how many enter before the pipeline drains.
+
+    Raises:
+        ValueError: if a number is below 1, a name is unknown, or ``duplex="full"`` is asked of another schedule.
+    """
+
+    name: ScheduleName
+    num_stages: int
+    num_microbatches: int = 1
+    duplex: Duplex = "half"
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ScheduleName):
+            raise ValueError(f"unknown schedule {self.name!r}: choose one of {', '.join(get_args(ScheduleName))}")
+        if self.duplex not in get_args(Duplex):
+            raise ValueError(f"unknown duplex {self.duplex!r}: choose one of {', '.join(get_args(Duplex))}")
+        if self.duplex == "full" and self.name != "async":
+            raise ValueError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
+        for field in ("num_stages", "num_microbatches"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+
+    @property
+    def is_async(self) -> bool:
+        """Whether stages update after every micro-batch instead of once per mini-batch."""
+        return self.name == "async"
+
+    @property
+    def cycles_per_clock(self) -> int:
+        """Clock cycles (the time of one forward or one backward) that one clock of the table lasts."""
+        return 2 if self.duplex == "full" else 1
+
+    @property
+    def stride(self) -> int:
+        """Clocks between two successive micro-batches at one stage."""
+        return 2 if self.name == "1f1b" or (self.is_async and self.duplex == "half") else 1
+
+    def forward_clock(self, stage: int, microbatch: int, num_microbatches: int | None = None) -> int:
+        """The clock of F(stage, microbatch), counted from the fill."""
+        batches = self.num_microbatches if num_microbatches is None else num_microbatches
+        offset = stage * batches if self.name == "none" else stage
+        return offset + self.stride * microbatch
+
+    def backward_clock(self, stage: int, microbatch: int, num_microbatches: int | None = None) -> int:
+        """The clock of B(stage, microbatch), counted from the fill."""
+        batches = self.num_microbatches if num_microbatches is None else num_microbatches
+        to_last = self.num_stages - 1 - stage
+        if self.name == "none":
+            offset = (self.num_stages + to_last) * batches
+        elif self.name == "sync":
+            offset = self.num_stages + batches - 1 + to_last
+        else:
+            # One clock before the error comes back, unless the last stage turns its own forward around at once.
+            offset = self.num_stages - 1 + to_last + (self.duplex == "half")
+        return offset + self.stride * microbatch
+
+    def operations(self, clock: int, num_microbatches: int | None = None) -> list[Operation]:
+        """What the stages do in ``clock``: forwards first, then backwards, each by ascending stage.
+
+        Args:
+            clock: counted from the fill.
+            num_microbatches: K; ``None`` while it is still open how many micro-batches will come (``"async"`` only).
+        """
+        operations = []
+        passes: tuple[tuple[Literal["F", "B"], Callable[..., int]], ...] = (
+            ("F", self.forward_clock),
+            ("B", self.backward_clock),
+        )
+        for kind, first_clock in passes:
+            for stage in range(self.num_stages):
+                since_first = clock - first_clock(stage, 0, num_microbatches)
+                microbatch, between = divmod(since_first, self.stride)
+                if since_first >= 0 and not between and (num_microbatches is None or microbatch < num_microbatches):
+                    operations.append(Operation(kind, stage, microbatch))
+        return operations
+
+    def clock_cycles(self, num_microbatches: int | None = None) -> Iterator[list[Operation]]:
+        """Yield, clock by clock, what the stages do from the fill to the drain of K micro-batches."""
+        batches = self.num_microbatches if num_microbatches is None else num_microbatches
+        for clock in range(self.num_clocks(batches)):
+            yield self.operations(clock, batches)
+
+    def num_clocks(self, num_microbatches: int | None = None) -> int:
+        """Clocks from the fill to the end of the drain of K micro-batches."""
+        batches = self.num_microbatches if num_microbatches is None else num_microbatches
+        return max(self.backward_clock(stage, batches - 1, batches) for stage in range(self.num_stages)) + 1
+
+    def num_cycles(self, num_microbatches: int | None = None) -> int:
+        """Clock cycles from the fill to the end of the drain of K micro-batches.
+
+        2MK without a pipeline, 2(M+K−1) with a synchronous one and with ``"async"``, 2(K+2M−2) in full duplex.
+        """
+        return self._slots(self.num_microbatches if num_microbatches is None else num_microbatches) * 2
+
+    def density(self, num_microbatches: int | None = None) -> float:
+        """Computation density: busy accelerator-cycles over all accelerator-cycles, fill and drain included."""
+        batches = self.num_microbatches if num_microbatches is None else num_microbatches
+        return batches / self._slots(batches)
+
+    def speedup(self, num_microbatches: int | None = None) -> float:
+        """How many times fewer clock cycles than one accelerator that does all stages needs (2MK)."""
+        return self.num_stages * self.density(num_microbatches)
+
+    def _slots(self, batches: int) -> int:
+        """Half the clock cycles of K micro-batches: the number of forwards for which every accelerator has time."""
+        bubble = {"none": (self.num_stages - 1) * batches, "async": (self.num_stages - 1) * self.cycles_per_clock}
+        return batches + bubble.get(self.name, self.num_stages - 1)
+
+    def max_staleness(self, stage: int) -> int:
+        """Staleness of the updates of ``stage`` once the pipeline is full."""
+        return (self.num_stages - 1 - stage) * self.cycles_per_clock if self.is_async else 0
+
+    def staleness(self, stage: int, microbatch: int) -> int:
+        """Weight versions between the weights that F(stage, microbatch) saw and those its update is added to."""
+        return min(microbatch, self.max_staleness(stage))
+
+    def version(self, stage: int, microbatch: int) -> int:
+        """The weight version (updates since the fill) that F(stage, microbatch) sees.
+
+        Under a schedule with one update per mini-batch, the micro-batches are counted over the whole run.
+        """
+        if not self.is_async:
+            return microbatch // self.num_microbatches
+        return microbatch - self.staleness(stage, microbatch)
+
+    def in_flight(self, stage: int, num_microbatches: int | None = None) -> int:
+        """The most micro-batches whose activations ``stage`` holds at once, when K pass between fill and drain."""
+        batches = self.num_microbatches if num_microbatches is None else num_microbatches
+        to_last = self.num_stages - 1 - stage
+        if self.name in ("none", "sync"):
+            return batches
+        return min(batches, 2 * to_last + 1 if self.duplex == "full" else to_last + 1)

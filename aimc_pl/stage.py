@@ -1,0 +1,159 @@
+"""One accelerator of the pipeline: its forward, its backward with the weights of that moment, its weight version."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+@dataclass
+class _InFlight:
+    inputs: Any
+    outputs: Any
+    version: int
+
+
+class Stage:
+    """A consecutive part of the network, run one micro-batch at a time.
+
+    Args:
+        index: m, from 0.
+        module: takes the values that enter the stage and returns those that leave it.
+        other_parameters: parameters outside ``module`` that the stage updates too.
+        delayed: whether the weights may change between a micro-batch's forward and its backward. The backward then
+            uses the weights of its own time, as a crossbar does, for digital parameters (also those that autocast
+            casts) and analog tiles alike. Tensors derived from parameters in other ways, by a parametrization say,
+            stay as the forward computed them.
+        weight_stashing: keep the forward's weights for the backward instead (PipeDream's digital baseline).
+        context: entered around every forward (a precision plugin's autocast).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        module: nn.Module,
+        *,
+        other_parameters: Iterable[nn.Parameter] = (),
+        delayed: bool = False,
+        weight_stashing: bool = False,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.index = index
+        self.module = module
+        self.parameters = [*module.parameters(), *other_parameters]
+        self.version = 0
+        self._in_flight: dict[int, _InFlight] = {}
+        self._context = context
+        self._saved_parameters = _SavedParameters(self, weight_stashing) if delayed else None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Micro-batches whose activations the stage holds."""
+        return len(self._in_flight)
+
+    def seen_version(self, microbatch: int) -> int:
+        """The weight version that the forward of a micro-batch in flight saw."""
+        return self._in_flight[microbatch].version
+
+    def forward(self, microbatch: int, inputs: Any) -> Any:
+        """Run the module on what the stage before sent; returns values that require grad where theirs do."""
+        inputs = tree_map(_receive, inputs)
+        with torch.enable_grad(), self.delayed_backward(), self._context():
+            outputs = self.module(*inputs)
+        self._in_flight[microbatch] = _InFlight(inputs, outputs, self.version)
+        return outputs
+
+    def delayed_backward(self) -> AbstractContextManager[Any]:
+        """What autograd records inside sees, in its backward, the stage's parameters as they are then."""
+        saved = self._saved_parameters
+        return saved_tensors_hooks(saved.pack, saved.unpack) if saved else nullcontext()
+
+    def backward(self, microbatch: int, gradients: Any, loss: Tensor | None = None) -> Any:
+        """Backpropagate, adding to the parameters' gradients (and to the tiles' pending pairs).
+
+        Args:
+            microbatch: one whose forward has run.
+            gradients: with respect to the outputs, in their structure, ``None`` where there is none.
+            loss: what the outputs became (last stage only); ``gradients`` is then with respect to it.
+
+        Returns:
+            The gradients with respect to the inputs, in their structure.
+        """
+        flight = self._in_flight.pop(microbatch)
+        roots = tree_leaves(flight.outputs if loss is None else loss)
+        pairs = zip(roots, tree_leaves(gradients), strict=True)
+        pairs = [(root, gradient) for root, gradient in pairs if gradient is not None and root.requires_grad]
+        if pairs:
+            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+        return tree_map(lambda value: value.grad if isinstance(value, Tensor) else None, flight.inputs)
+
+    def clear(self) -> None:
+        """Forget the micro-batches in flight."""
+        self._in_flight.clear()
+
+
+def _receive(value: Any) -> Any:
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+@dataclass
+class _Reference:
+    """A saved view of a parameter (or of its autocast copy), to be taken anew from ``source`` in the backward."""
+
+    source: Tensor
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+class _SavedParameters:
+    """What autograd saves of a stage's parameters: a reference to their current value, or a copy of the forward's."""
+
+    def __init__(self, stage: Stage, weight_stashing: bool) -> None:
+        self._stage = stage
+        self._weight_stashing = weight_stashing
+        self._parameters = {id(parameter): parameter for parameter in stage.parameters}
+        self._copies: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(self, tensor: Tensor) -> _Reference | tuple[Tensor, int]:
+        parameter = self._parameter_behind(tensor)
+        if parameter is None:
+            # Detached: a saved output that kept its own graph alive would never be freed.
+            return tensor.detach(), tensor._version
+        source = self._copy(parameter) if self._weight_stashing else parameter.detach()
+        return _Reference(source, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(self, saved: _Reference | tuple[Tensor, int]) -> Tensor:
+        if isinstance(saved, _Reference):
+            return saved.source.to(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
+        tensor, version = saved
+        if tensor._version != version:
+            # autograd's own check, which tensors saved through hooks do not get
+            raise RuntimeError(
+                f"Stage {self._stage.index}: a tensor of shape {tuple(tensor.shape)} that the backward needs "
+                "was changed in place by the network's forward. Use the out-of-place operation."
+            )
+        return tensor
+
+    def _parameter_behind(self, tensor: Tensor) -> nn.Parameter | None:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) in self._parameters:
+            return self._parameters[id(base)]
+        cast = base.grad_fn
+        if cast is not None and cast.name() == "ToCopyBackward0":
+            leaf = getattr(cast.next_functions[0][0], "variable", None)
+            return self._parameters.get(id(leaf))
+        return None
+
+    def _copy(self, parameter: nn.Parameter) -> Tensor:
+        version, copy = self._copies.get(id(parameter), (None, parameter))
+        if version != self._stage.version:
+            copy = parameter.detach().clone()
+            self._copies[id(parameter)] = self._stage.version, copy
+        return copy

@@ -1,0 +1,72 @@
+"""LightningModules."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class Classifier(pl.LightningModule):
+    """Image classification with cross-entropy.
+
+    Logs ``train/loss``, ``train/accuracy`` and the same for ``val`` and ``test``.
+
+    Args:
+        network: images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``.
+        num_classes: number of classes.
+        optimizer: takes the parameters; SGD with learning rate 0.1 by default.
+        lr_scheduler: takes the optimizer; stepped every epoch.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int = 10,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.network(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy of images and labels."""
+        return self._evaluate(batch, "train", self.train_accuracy)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Log loss and accuracy."""
+        self._evaluate(batch, "val", self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Log loss and accuracy."""
+        self._evaluate(batch, "test", self.test_accuracy)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The most likely class of each image."""
+        return self(batch[0]).argmax(1)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with the scheduler if there is one."""
+        optimizer = self.optimizer(self.parameters())
+        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy(logits, labels)
+        self.log(f"{stage}/loss", loss, on_step=stage == "train", on_epoch=True)
+        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        return loss

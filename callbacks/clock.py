@@ -1,0 +1,104 @@
+"""Clock cycles: how many, how well used, and what was learnt in them."""
+
+from typing import Any, override
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from aimc_pl.callbacks.attach import attach
+from aimc_pl.microbatch import batch_size
+from aimc_pl.pipeline import Event, Observer
+
+
+class ClockMonitor(Callback, Observer):
+    """Counts the pipeline's clock cycles.
+
+    Logs ``clock/cycles``, ``clock/density`` (busy over all accelerator-cycles), ``clock/samples_per_cycle`` and
+    ``clock/speedup`` (over no pipeline) with every epoch, and every validation metric once more to TensorBoard as
+    ``by_clock/…``, with the clock cycle for its step.
+
+    Attributes:
+        cycles: clock cycles so far, those before a resumed checkpoint included.
+        operations: forwards and backwards so far; each keeps one accelerator busy for one cycle.
+        samples: training samples so far.
+    """
+
+    def __init__(self) -> None:
+        self.cycles = 0
+        self.operations = 0
+        self.samples = 0
+
+    @property
+    def speedup(self) -> float:
+        """How many times fewer clock cycles than without a pipeline, where one operation runs at a time."""
+        return self.operations / max(self.cycles, 1)
+
+    @property
+    def density(self) -> float:
+        """Busy over all accelerator-cycles."""
+        return self.speedup / self._schedule.num_stages
+
+    def report(self) -> str:
+        """One line about the run."""
+        return (
+            f"{self.cycles:,} clock cycles on {self._schedule.num_stages} accelerators, "
+            f"{self.speedup:.2f} times fewer than without a pipeline ({self.density:.0%} of them busy)"
+        )
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._schedule = attach(self, trainer).schedule
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._last_clock = -1
+
+    @override
+    def on_forward(self, event: Event) -> None:
+        self._count(event)
+
+    @override
+    def on_backward(self, event: Event) -> None:
+        self._count(event)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        self.samples += batch_size(batch)
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        pl_module.log_dict(
+            {
+                "clock/cycles": float(self.cycles),
+                "clock/density": self.density,
+                "clock/samples_per_cycle": self.samples / max(self.cycles, 1),
+                "clock/speedup": self.speedup,
+            }
+        )
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.sanity_checking or trainer._results is None:
+            return
+        metrics = trainer._results.metrics(on_step=False)["callback"]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for name, value in metrics.items():
+                    logger.experiment.add_scalar(f"by_clock/{name}", value, self.cycles)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"cycles": self.cycles, "operations": self.operations, "samples": self.samples}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+    def _count(self, event: Event) -> None:
+        self.operations += 1
+        # Every clock of a schedule has an operation, so that none is missed here.
+        self.cycles += (event.clock - self._last_clock) * self._schedule.cycles_per_clock
+        self._last_clock = event.clock

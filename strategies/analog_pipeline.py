@@ -1,0 +1,417 @@
+"""The Lightning Strategy: hooks in, core called, nothing computed here."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from inspect import signature
+from typing import Any, Literal, override
+
+import lightning.pytorch as pl
+import torch
+from aihwkit.optim.context import AnalogContext
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, make_analog_aware, reset_pending_updates
+from aimc_pl.errors import UsageError
+from aimc_pl.microbatch import batch_size, split_batch
+from aimc_pl.partition import bind_inputs, partition
+from aimc_pl.pipeline import Observer, Pipeline
+from aimc_pl.schedule import Duplex, Schedule, ScheduleName
+from aimc_pl.stage import Stage
+from aimc_pl.strategies.checks import check_analog_support, check_module, warn_about_microbatches
+from aimc_pl.strategies.logbook import Logbook
+from aimc_pl.strategies.microbatch import TrainingStep, merge_outputs
+from aimc_pl.strategies.planning import get_backbone, make_plan
+from aimc_pl.strategies.suspension import SuspendableCall
+
+_CHECKPOINT_KEY = "aimc_pl"
+
+
+class AnalogPipelineStrategy(SingleDeviceStrategy):
+    """Trains an unmodified LightningModule on a pipeline of analog in-memory computing accelerators.
+
+    The module's backbone is split into stages; every mini-batch is split into micro-batches, which pass through the
+    stages as the schedule says. ``training_step`` runs once per micro-batch. Validation, test and predict run the
+    whole network at once.
+
+    Args:
+        num_stages: M, the number of accelerators the network is spread over.
+        schedule: ``"none"`` (no pipeline), ``"sync"`` (fill-drain), ``"1f1b"`` (the same updates and clock cycles,
+            fewer activations in flight) or ``"async"`` (every stage updates after each micro-batch, with stale
+            weights and without weight stashing).
+        num_microbatches: B, the micro-batches of one mini-batch.
+        device: what the Linear and Conv layers of the backbone (of the whole module, if no backbone is named) become:
+            the name of an analog device (``aimc-pl devices`` lists them) or an aihwkit RPUConfig. A mapping chooses
+            per layer: its keys are patterns of layer names within the backbone, or stage numbers (with ``split_at``),
+            the last match wins, ``None`` stays digital. ``None``: the network as it is.
+        backbone: name of the submodule to pipeline, ``""`` for the module's own ``forward``. ``None`` takes the first
+            call in training_step that holds at least half of the parameters.
+        split_at: names, within the backbone, of the modules with which stages 1 … M−1 begin. ``None`` balances the
+            stages by the measured time of forward and backward, and says which names it took.
+        duplex: of ``"async"``: ``"half"``, one operation per stage and clock, or ``"full"``, a forward and a backward.
+        gradient_scale: ``"minibatch"`` weights a micro-batch's loss by its share of the mini-batch's samples, under
+            every schedule; ``"microbatch"`` (``"async"`` only) makes every micro-batch's update a full step.
+        weight_stashing: of ``"async"`` and digital networks: backward with the weights of the forward (PipeDream).
+        loss_reduction: how the loss in training_step reduces over samples, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        UsageError: if arguments exclude each other.
+    """
+
+    strategy_name = "aimc_pipeline"
+
+    def __init__(
+        self,
+        num_stages: int = 4,
+        schedule: ScheduleName = "async",
+        num_microbatches: int = 4,
+        device: DeviceSpec = None,
+        backbone: str | None = None,
+        split_at: Sequence[str] | None = None,
+        duplex: Duplex = "half",
+        gradient_scale: Literal["minibatch", "microbatch"] = "minibatch",
+        weight_stashing: bool = False,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        super().__init__()
+        self.schedule = Schedule(schedule, num_stages, num_microbatches, duplex)
+        self.device = device
+        self.backbone = backbone
+        self.split_at = split_at
+        self.gradient_scale = gradient_scale
+        self.weight_stashing = weight_stashing
+        self.loss_reduction = loss_reduction
+        self.observers: list[Observer] = []
+        """Told of every operation of the pipeline; callbacks append themselves."""
+        self.pipeline: Pipeline | None = None
+        """The running pipeline, from the start of a fit on."""
+        self._check_arguments()
+        self._converted_module: pl.LightningModule | None = None
+        self._resumed_split: list[str] | None = None
+        self._logbook = Logbook()
+        self._steps: list[TrainingStep] = []
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._executor: ThreadPoolExecutor | None = None
+
+    def _check_arguments(self) -> None:
+        choices = {"gradient_scale": ("minibatch", "microbatch"), "loss_reduction": ("mean", "sum")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"unknown {name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if not self.schedule.is_async and self.gradient_scale == "microbatch":
+            raise UsageError(
+                f"gradient_scale='microbatch' needs schedule='async': {self.schedule.name!r} updates per mini-batch"
+            )
+        if not self.schedule.is_async and self.weight_stashing:
+            raise UsageError(f"weight_stashing needs schedule='async': {self.schedule.name!r} has no stale weights")
+        if isinstance(self.split_at, str):
+            raise UsageError(f"split_at is a list of module names, got the string {self.split_at!r}")
+        if self.split_at is not None and len(self.split_at) != self.schedule.num_stages - 1:
+            raise UsageError(
+                f"num_stages={self.schedule.num_stages} needs {self.schedule.num_stages - 1} names in split_at, "
+                f"got {len(self.split_at)}"
+            )
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The one device that all stages of the simulation share."""
+        return [self._root_device]
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        # Set by the Trainer, which knows the accelerator that was chosen.
+        if len(devices) != 1:
+            raise UsageError(
+                f"the pipeline runs in one process: set Trainer(devices=1), got {len(devices)} devices "
+                "(the number of stages is num_stages)"
+            )
+        self._root_device = devices[0]
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for schedule in ("none", "sync", "async"):
+            strategy_registry.register(
+                f"aimc_{schedule}", cls, description=f"analog pipeline, schedule {schedule}", schedule=schedule
+            )
+
+    # ------------------------------------------------------------------ setup
+
+    @property
+    def _module(self) -> "pl.LightningModule":
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            check_module(trainer, self.schedule)
+        self._convert()
+        super().setup(trainer)
+        if fitting:
+            self._build_pipeline(trainer)
+
+    @override
+    def setup_optimizers(self, trainer: "pl.Trainer") -> None:
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) != 1:
+            raise UsageError(
+                f"the pipeline trains with one optimizer, and configure_optimizers returned {len(self.optimizers)}: "
+                "use one with several parameter groups"
+            )
+        make_analog_aware(self.optimizers[0])
+
+    def _convert(self) -> None:
+        """Make the layers analog: before a state dict is loaded, and before the optimizer is built."""
+        if self.device is not None and self._converted_module is not self._module:
+            self._converted_module = self._module
+            convert_to_analog(get_backbone(self._module, self.backbone), self.device, self.split_at)
+        if self.weight_stashing and analog_layers(self._module):
+            raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
+        check_analog_support(self._module, self.root_device, self.precision_plugin)
+
+    def _build_pipeline(self, trainer: "pl.Trainer") -> None:
+        module, schedule = self._module, self.schedule
+        reset_pending_updates(module)
+        split_at = self.split_at if self.split_at is not None else self._resumed_split
+        plan = make_plan(trainer, self.backbone, schedule.num_stages, schedule.num_microbatches, split_at)
+        network = module.get_submodule(plan.backbone)
+        parts = partition(network, schedule.num_stages, plan.args, plan.kwargs, plan.split_at)
+        before, after = plan.other_parameters(module)
+        last = schedule.num_stages - 1
+        stages = [
+            Stage(
+                index,
+                part,
+                other_parameters=before * (index == 0) + after * (index == last),
+                delayed=schedule.is_async,
+                weight_stashing=self.weight_stashing,
+                context=self.precision_plugin.train_step_context,
+            )
+            for index, part in enumerate(parts.stages)
+        ]
+        warn_about_microbatches(module, schedule, self.loss_reduction)
+        self._plan = plan
+        self._loss_is_checked = not schedule.is_async
+        self._executor = ThreadPoolExecutor(schedule.num_microbatches + schedule.num_stages, "training_step")
+        self.pipeline = Pipeline(stages, schedule, self._update_stage, self.observers)
+        trainer.callbacks.insert(0, _Drain(self))  # pyright: ignore[reportAttributeAccessIssue]
+        rank_zero_info(
+            f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: "
+            f"backbone={plan.backbone!r}, split_at={plan.split_at}"
+        )
+
+    @override
+    def teardown(self) -> None:
+        self._abandon()
+        if self._executor is not None:
+            self._executor.shutdown()
+        super().teardown()
+
+    # --------------------------------------------------------------- training
+
+    @override
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        assert self.pipeline is not None
+        steps = self._make_steps(batch, args)
+        self._steps += steps
+        # Lightning clears the gradients after training_step, which here includes the backward: set ours aside until
+        # it asks for them in `backward`.
+        parameters = [p for p in self._module.parameters() if not isinstance(p, AnalogContext)]
+        accumulated = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        with self._running():
+            self.pipeline.run(steps)
+            if self._must_drain():
+                self.pipeline.drain()
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        for parameter, gradient in zip(parameters, accumulated, strict=True):
+            parameter.grad = gradient
+        with self.precision_plugin.train_step_context():
+            self._logbook.write(self._module.log)
+        return merge_outputs(self._take_finished(), self.loss_reduction)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.precision_plugin.pre_backward(closure_loss, self._module)
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._gradients = []
+        return self.precision_plugin.post_backward(loss, self._module)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        assert self.pipeline is not None
+        if self.schedule.is_async:
+            with warnings.catch_warnings():
+                # No micro-batch leaves the pipeline while it fills, so that the first batches may have no loss.
+                warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
+                return closure()
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.pipeline.updated()
+        return result
+
+    def drain(self) -> None:
+        """Finish the micro-batches in flight, with their updates."""
+        if self.pipeline is None or self.pipeline.is_empty:
+            return
+        with self._running():
+            self.pipeline.drain()
+        self._take_finished()
+        if self._module.trainer.training:
+            self._module._current_fx_name = "training_step"
+            self._logbook.write(self._module.log)
+            self._module._current_fx_name = None
+
+    def _take_finished(self) -> list[TrainingStep]:
+        finished = [step for step in self._steps if step.is_finished]
+        self._steps = [step for step in self._steps if not step.is_finished]
+        return finished
+
+    def _make_steps(self, batch: Any, args: tuple[Any, ...]) -> list[TrainingStep]:
+        assert self._executor is not None
+        total = batch_size(batch)
+        steps = []
+        for microbatch in split_batch(batch, self.schedule.num_microbatches):
+            size = batch_size(microbatch)
+            weight = size / total if self.loss_reduction == "mean" else 1.0
+            if self.gradient_scale == "microbatch":
+                weight *= total / size
+            weight /= self._module.trainer.accumulate_grad_batches
+            steps.append(
+                TrainingStep(partial(self._run_training_step, microbatch, *args), size, weight, self._executor)
+            )
+        return steps
+
+    def _run_training_step(self, *args: Any) -> Any:
+        assert self.pipeline is not None
+        # Parameters on the way to the backbone are stage 0's.
+        with (
+            torch.enable_grad(),
+            self.pipeline.stages[0].delayed_backward(),
+            self.precision_plugin.train_step_context(),
+        ):
+            return self._module.training_step(*args)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Inside training_step, the backbone's call enters the pipeline and logged values enter the logbook."""
+        assert self.pipeline is not None
+        module, network = self._module, self._module.get_submodule(self._plan.backbone)
+        forward, log = network.forward, module.log
+
+        def enter_pipeline(*args: Any, **kwargs: Any) -> Any:
+            step = SuspendableCall.current()
+            return forward(*args, **kwargs) if step is None else step.suspend(bind_inputs(network, args, kwargs))
+
+        def record(*args: Any, **kwargs: Any) -> None:
+            step = SuspendableCall.current()
+            if isinstance(step, TrainingStep):
+                self._logbook.record(step.size, **signature(log).bind(*args, **kwargs).arguments)
+            else:
+                log(*args, **kwargs)
+
+        network.forward, module.log = enter_pipeline, record  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            del network.forward, module.log
+
+    def _update_stage(self, stage: Stage) -> None:
+        """Lightning's order for one stage: the hooks and the clipping, the step, zero_grad."""
+        optimizer = self.optimizers[0]
+        mine = {id(parameter) for parameter in stage.parameters}
+        groups = [(group, group["params"]) for group in optimizer.param_groups]
+        try:
+            for group, parameters in groups:
+                group["params"] = [parameter for parameter in parameters if id(parameter) in mine]
+            self.precision_plugin._after_closure(self._module, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            for group, parameters in groups:
+                group["params"] = parameters
+
+    def _must_drain(self) -> bool:
+        """Whether validation, the end of the epoch or the end of the fit follows this mini-batch."""
+        trainer = self._module.trainer
+        epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        return (
+            epoch.batch_progress.is_last_batch
+            or trainer.global_step + 1 == trainer.max_steps
+            or epoch._should_check_val_fx(fetcher)
+        )
+
+    def _abandon(self) -> None:
+        """After an error: nothing in flight goes on, and nothing half done is applied later."""
+        for step in self._steps:
+            step.abort()
+        self._steps = []
+        if self.pipeline is not None:
+            self.pipeline.abandon()
+            reset_pending_updates(self._module)
+
+    # ------------------------------------------------------------ checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self.drain()
+        return super().lightning_module_state_dict()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.pipeline is not None:
+            checkpoint[_CHECKPOINT_KEY] = {"split_at": self._plan.split_at}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        # aihwkit pickles its tiles with their configuration, which torch's restricted unpickler refuses.
+        if weights_only is None and self._trains_tiles():
+            weights_only = False
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        split_at = checkpoint.get(_CHECKPOINT_KEY, {}).get("split_at", [])
+        if len(split_at) == self.schedule.num_stages - 1:
+            self._resumed_split = split_at
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._convert()
+        super().load_model_state_dict(checkpoint, strict)
+
+    def _trains_tiles(self) -> bool:
+        return self.device is not None or bool(analog_layers(self._module))
+
+
+class _Drain(Callback):
+    """Drains before anyone looks at the weights, where training_step could not foresee it (a stop asked for)."""
+
+    def __init__(self, strategy: AnalogPipelineStrategy) -> None:
+        self._strategy = strategy
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.drain()
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.drain()
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.drain()

@@ -1,0 +1,51 @@
+"""What a training_step logs micro-batch by micro-batch, logged once per mini-batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class Logbook:
+    """Gathers the values of ``self.log`` over micro-batches.
+
+    Means are weighted by the samples of each micro-batch (or by the ``batch_size`` that was given), so that a value
+    which is a mean over samples becomes that of the whole mini-batch; ``reduce_fx`` of ``"sum"``, ``"min"``, ``"max"``
+    or a callable is applied over the micro-batches as Lightning applies it over the steps.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[list[Any], list[int], Any, dict[str, Any]]] = {}
+
+    def record(self, size: int, name: str, value: Any, **kwargs: Any) -> None:
+        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch of ``size`` samples."""
+        values, sizes, _, _ = self._entries.get(name, ([], [], None, {}))
+        values.append(value._forward_cache if isinstance(value, Metric) else value)
+        sizes.append(kwargs.pop("batch_size", None) or size)
+        self._entries[name] = values, sizes, value, kwargs
+
+    def write(self, log: Callable[..., None]) -> None:
+        """Log every gathered name once through ``log``, and forget it."""
+        for name, (values, sizes, last, kwargs) in self._entries.items():
+            if isinstance(last, Metric):
+                # its state holds all micro-batches; only the value of the step is to be gathered
+                if values[-1] is not None:
+                    last._forward_cache = _reduce(values, sizes, "mean")
+                value = last
+            else:
+                value = _reduce(values, sizes, kwargs.get("reduce_fx", "mean"))
+            log(name, value, batch_size=sum(sizes), **kwargs)
+        self._entries = {}
+
+
+def _reduce(values: list[Any], sizes: list[int], reduce_fx: str | Callable[[Tensor], Tensor]) -> Tensor:
+    stacked = torch.stack([torch.as_tensor(value).detach() for value in values])
+    if reduce_fx in ("mean", "avg", torch.mean):
+        weights = torch.tensor(sizes, device=stacked.device, dtype=torch.float64)
+        return torch.tensordot(weights / weights.sum(), stacked.double(), 1).to(
+            stacked.dtype if stacked.is_floating_point() else torch.get_default_dtype()
+        )
+    reduction = {"sum": torch.sum, "min": torch.min, "max": torch.max}.get(reduce_fx, reduce_fx)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return reduction(stacked)

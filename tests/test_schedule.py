@@ -1,0 +1,164 @@
+"""The clock tables against the closed forms, against a drawing, and against what any pipeline must obey."""
+
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aimc_pl.diagram import draw_text
+from aimc_pl.schedule import Schedule
+
+SCHEDULES = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+UP_TO_16 = st.integers(1, 16)
+schedules = st.builds(
+    lambda kind, stages, microbatches: Schedule(kind[0], stages, microbatches, kind[1]),
+    st.sampled_from(SCHEDULES),
+    UP_TO_16,
+    UP_TO_16,
+)
+
+
+def clocks_of(schedule, total):
+    return {operation: clock for clock, row in enumerate(schedule.clock_cycles(total)) for operation in row}
+
+
+def test_async_draws_as_in_the_paper():
+    assert draw_text(Schedule("async", 3, 3), 3).splitlines() == [
+        "clock     0  1  2  3  4  5  6  7  8  9",
+        "stage 2        F0 B0 F1 B1 F2 B2      ",
+        "stage 1     F0    F1 B0 F2 B1    B2   ",
+        "stage 0  F0    F1    F2 B0    B1    B2",
+    ]
+
+
+def test_sync_draws_as_in_the_paper():
+    assert draw_text(Schedule("sync", 3, 3), 3).splitlines() == [
+        "clock     0  1  2  3  4  5  6  7  8  9",
+        "stage 2        F0 F1 F2 B0 B1 B2      ",
+        "stage 1     F0 F1 F2       B0 B1 B2   ",
+        "stage 0  F0 F1 F2             B0 B1 B2",
+    ]
+
+
+def test_full_duplex_turns_around_in_the_last_stage():
+    assert draw_text(Schedule("async", 2, 3, "full"), 3).splitlines() == [
+        "clock        0     1     2     3     4",
+        "stage 1        F0/B0 F1/B1 F2/B2      ",
+        "stage 0     F0    F1 F2/B0    B1    B2",
+    ]
+
+
+@pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
+@pytest.mark.parametrize("total", [1, 3, 16, 40])
+def test_closed_forms_for_all_sizes(name, duplex, total):
+    """DESIGN's formulas, written out here, for all M ≤ 16 and (as a run of `total`) B."""
+    for stages in range(1, 17):
+        schedule = Schedule(name, stages, total, duplex)
+        rows = list(schedule.clock_cycles(total))
+        busy = sum(map(len, rows))
+        cycles = len(rows) * (2 if duplex == "full" else 1)
+        expected = {
+            ("none", "half"): 2 * stages * total,
+            ("sync", "half"): 2 * (stages + total - 1),
+            ("1f1b", "half"): 2 * (stages + total - 1),
+            ("async", "half"): 2 * total + 2 * (stages - 1),
+            ("async", "full"): 2 * (total + 2 * stages - 2),
+        }[name, duplex]
+        assert cycles == expected == schedule.num_cycles(total)
+        assert busy == 2 * stages * total
+        assert schedule.density(total) == pytest.approx(busy / (stages * cycles), rel=1e-12)
+        assert schedule.speedup(total) == pytest.approx(2 * stages * total / cycles, rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
+def test_in_flight_counted(name, duplex):
+    for stages in range(1, 17):
+        for total in range(1, 17):
+            schedule = Schedule(name, stages, total, duplex)
+            held, most = Counter(), Counter()
+            for row in schedule.clock_cycles(total):
+                for kind, stage, _ in row:
+                    held[stage] += 1 if kind == "F" else -1
+                    most[stage] = max(most[stage], held[stage])
+            assert most == {stage: schedule.in_flight(stage, total) for stage in range(stages)}
+
+
+@pytest.mark.parametrize("duplex", ["half", "full"])
+@pytest.mark.parametrize("total", [1, 5, 16, 40])
+def test_async_versions_and_staleness_counted(duplex, total):
+    for stages in range(1, 17):
+        schedule = Schedule("async", stages, 1, duplex)
+        updates, seen = Counter(), {}
+        for row in schedule.clock_cycles(total):
+            for kind, stage, k in row:
+                delay = (stages - 1 - stage) * (2 if duplex == "full" else 1)
+                if kind == "F":
+                    seen[stage, k] = updates[stage]
+                    assert schedule.version(stage, k) == seen[stage, k] == max(0, k - delay)
+                else:
+                    assert schedule.staleness(stage, k) == updates[stage] - seen[stage, k] == min(k, delay)
+            # updates come after all operations of a clock
+            updates.update(stage for kind, stage, _ in row if kind == "B")
+
+
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
+def test_one_update_per_minibatch_has_no_staleness(name):
+    schedule = Schedule(name, 4, 3)
+    assert [schedule.version(2, k) for k in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert {schedule.staleness(m, k) for m in range(4) for k in range(7)} == {0}
+
+
+@given(schedules, st.integers(1, 48))
+def test_every_forward_has_its_backward(schedule, total):
+    counts = Counter(operation for row in schedule.clock_cycles(total) for operation in row)
+    expected = {(kind, m, k) for kind in "FB" for m in range(schedule.num_stages) for k in range(total)}
+    assert set(counts) == expected
+    assert set(counts.values()) == {1}
+
+
+@given(schedules, st.integers(1, 48))
+def test_nothing_arrives_before_it_was_sent(schedule, total):
+    clock = clocks_of(schedule, total)
+    for (kind, m, k), at in clock.items():
+        if kind == "F" and m:
+            assert clock["F", m - 1, k] < at
+        if kind == "B" and m < schedule.num_stages - 1:
+            assert clock["B", m + 1, k] < at
+        if kind == "B" and m == schedule.num_stages - 1:
+            assert clock["F", m, k] < at or (schedule.duplex == "full" and clock["F", m, k] == at)
+
+
+@given(schedules, st.integers(1, 48))
+def test_a_stage_does_one_thing_in_a_clock(schedule, total):
+    for row in schedule.clock_cycles(total):
+        at_stage = defaultdict(list)
+        for kind, stage, _ in row:
+            at_stage[stage].append(kind)
+        for kinds in at_stage.values():
+            assert kinds in (["F"], ["B"]) or (schedule.duplex == "full" and kinds == ["F", "B"])
+
+
+@given(schedules, st.integers(1, 48))
+def test_open_ended_table_is_the_same_until_the_drain(schedule, total):
+    if not schedule.is_async:
+        return
+    for clock in range(schedule.forward_clock(0, total)):
+        assert schedule.operations(clock) == schedule.operations(clock, total)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fast", 2), "unknown schedule 'fast'"),
+        (("sync", 0), "num_stages must be"),
+        (("sync", 2, 0), "num_microbatches must be"),
+        (("sync", 2, 2.5), "num_microbatches must be"),
+        (("sync", True), "num_stages must be"),
+        (("sync", 2, 2, "full"), "duplex='full' is for"),
+        (("async", 2, 2, "both"), "unknown duplex"),
+    ],
+)
+def test_bad_schedules(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(*arguments)
