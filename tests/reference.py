@@ -1,0 +1,49 @@
+"""Delayed pipeline updates recomputed in numpy float64 from the closed forms: no autograd, no clock, no stages."""
+
+from itertools import pairwise
+
+import numpy as np
+
+
+def delayed_updates(weights, biases, owners, microbatches, delays, learning_rate, drains=(), stashing=False):
+    """Train a tanh network on squared error with the versions of the asynchronous pipeline.
+
+    Every layer l belongs to stage owners[l]. Micro-batch k is forwarded with the weights of version max(0, k − delay),
+    goes back with the weights of version k (with those of its forward if `stashing`), and is then updated.
+
+    Args:
+        weights: per layer, (out, in).
+        biases: per layer, (out,).
+        owners: per layer, its stage.
+        microbatches: (inputs, targets, loss weight) triples; the loss is the mean square over all elements.
+        delays: per stage.
+        learning_rate: of plain SGD.
+        drains: micro-batches before which the pipeline has run empty.
+        stashing: whether the forward's weights are kept.
+    """
+    parameters = list(zip(weights, biases, strict=True))
+    for first, end in pairwise([0, *drains, len(microbatches)]):
+        history = [parameters]
+        for k, (x, target, share) in enumerate(microbatches[first:end]):
+            seen = [history[max(0, k - delays[stage])] for stage in owners]
+            inputs, outputs = [], []
+            for layer in range(len(owners)):
+                weight, bias = seen[layer][layer]
+                inputs.append(x)
+                x = x @ weight.T + bias
+                x = np.tanh(x) if layer < len(owners) - 1 else x
+                outputs.append(x)
+            error = share * 2 * (x - target) / x.size
+            updated = list(history[k])
+            for layer in reversed(range(len(owners))):
+                if layer < len(owners) - 1:
+                    error = error * (1 - outputs[layer] ** 2)
+                weight, bias = history[k][layer]
+                updated[layer] = (
+                    weight - learning_rate * error.T @ inputs[layer],
+                    bias - learning_rate * error.sum(0),
+                )
+                error = error @ (seen[layer][layer][0] if stashing else weight)
+            history.append(updated)
+        parameters = history[-1]
+    return [weight for weight, _ in parameters], [bias for _, bias in parameters]
