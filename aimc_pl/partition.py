@@ -1,13 +1,16 @@
 """A network to consecutive pipeline stages: traced with torch.fx, cut between layers, balanced by measured cost."""
 
+import contextlib
 import inspect
 import operator
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch.utils._pytree import tree_map
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 
+_INTERNALS = (__file__, contextlib.__file__, str(Path(fx.__file__).parent))
 _CONSTANTS = (bool, int, float, str, type(None))
 _INPLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -49,7 +53,8 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         before, stack = len(self.graph.nodes), self.module_stack.copy()
         try:
-            return super().call_module(m, forward, args, kwargs)
+            with _nothing_stored(m):
+                return super().call_module(m, forward, args, kwargs)
         except Exception:
             # Whatever could not be traced inside (control flow on values, say) runs as it is when the module is kept
             # whole; if it is really broken, running it will say so.
@@ -57,6 +62,20 @@ class _Tracer(fx.Tracer):
                 self.graph.erase_node(node)
             self.module_stack = stack
             return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+
+@contextmanager
+def _nothing_stored(module: nn.Module) -> Iterator[None]:
+    """Refuse a forward that leaves values on its module: the traced graph would not do so again."""
+    attributes = dict(vars(module))
+    try:
+        yield
+        stored = [name for name, value in vars(module).items() if isinstance(value, fx.Proxy)]
+        if stored:
+            raise TypeError(f"it stores a value in self.{stored[0]}.")
+    finally:
+        vars(module).clear()
+        vars(module).update(attributes)
 
 
 def trace(backbone: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> fx.Graph:
@@ -73,10 +92,11 @@ def trace(backbone: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, An
     call = _bind(backbone, args, kwargs or {})
     constants = {name: value for name, value in call.arguments.items() if isinstance(value, _CONSTANTS)}
     try:
-        return _Tracer().trace(backbone, constants)
+        with _nothing_stored(backbone):
+            return _Tracer().trace(backbone, constants)
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages/torch" not in f.filename]
-        where = f"`{frames[-1].line}` ({frames[-1].filename}:{frames[-1].lineno})"
+        inside = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_INTERNALS)]
+        where = f"`{inside[-1].line}` ({inside[-1].filename}:{inside[-1].lineno})" if inside else "its end"
         raise PartitionError(
             f"{type(backbone).__name__}.forward cannot be split into stages at {where}: {error} "
             "Move what depends on values or shapes into a submodule of its own, which then stays whole on one stage, "

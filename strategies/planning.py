@@ -95,7 +95,6 @@ def make_plan(
             found = _find_backbone_call(replica, backbone, microbatch)
         before = _names(replica, parameters_behind(tree_leaves((found.args, found.kwargs))))
         network = replica.get_submodule(found.name)
-        del network.forward
         with trainer.precision_plugin.train_step_context():
             parts = partition(network, num_stages, found.args, found.kwargs, split_at)
     return Plan(found.name, found.args, found.kwargs, parts.split_at, before)
@@ -129,10 +128,13 @@ class _BackboneCall(BaseException):
 
 def _find_backbone_call(module: "pl.LightningModule", backbone: str | None, microbatch: Any) -> _BackboneCall:
     total = sum(parameter.numel() for parameter in module.parameters())
-    for name, candidate in module.named_modules():
-        share = sum(parameter.numel() for parameter in candidate.parameters()) / max(total, 1)
-        if name == backbone if backbone is not None else share >= 0.5:
-            candidate.forward = _raise_call(name)
+    candidates = {
+        name: candidate
+        for name, candidate in module.named_modules()
+        if (name == backbone if backbone is not None else 2 * sum(p.numel() for p in candidate.parameters()) >= total)
+    }
+    for name, candidate in candidates.items():
+        candidate.forward = _raise_call(name)
     try:
         if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
             module.training_step(microbatch, 0)
@@ -140,6 +142,9 @@ def _find_backbone_call(module: "pl.LightningModule", backbone: str | None, micr
             module.training_step(microbatch)
     except _BackboneCall as found:
         return found
+    finally:
+        for candidate in candidates.values():
+            del candidate.forward
     if backbone is not None:
         raise UsageError(f"training_step does not call backbone={backbone!r}. Name the submodule that it calls.")
     raise UsageError(

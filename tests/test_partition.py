@@ -22,7 +22,7 @@ class Attributes(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
         self.gain = nn.Parameter(torch.rand(6))
-        self.register_buffer("shift", torch.rand(6))
+        self.shift = nn.Buffer(torch.rand(6))
 
     def forward(self, x, mask, flip: bool = False, *, scale=None):
         first = F.relu(self.a(x) * mask)
@@ -176,6 +176,28 @@ def test_control_flow_in_forward_names_the_line():
 
     with pytest.raises(PartitionError, match=r"`if x\.sum\(\) > 0:` .*test_partition\.py:\d+.*submodule of its own"):
         partition(Bad(), 2, (torch.randn(2, 4),))
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = self.a(x)
+        return self.b(self.seen)
+
+
+def test_a_forward_that_stores_values_stays_whole():
+    network = nn.Sequential(Remembers(), nn.Linear(4, 2))
+    x = torch.randn(2, 4)
+    stages = partition(network, 2, (x,), split_at=["1"]).stages
+    assert network[0].seen is None
+    run_stages(stages, (x,))
+    assert torch.equal(network[0].seen, network[0].a(x))
+    with pytest.raises(PartitionError, match=r"it stores a value in self\.seen.*submodule of its own"):
+        partition(Remembers(), 2, (x,))
 
 
 class Tied(nn.Module):

@@ -1,0 +1,191 @@
+"""`none` and `sync` end at the weights of plain Lightning on whole mini-batches, `async` at the recomputed ones."""
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.transformer import LightningTransformer
+from lightning_modules import MLP, Attributes, ConvNet, DictBatch, TorchvisionResNet, loader, make_trainer
+from reference import delayed_updates
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from aimc_pl.microbatch import split_batch
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+
+def fit(make_module, strategy, optimizer="momentum", data=None, **kwargs):
+    L.seed_everything(7)
+    module = make_module().double()
+    module.optimizer = optimizer
+    trainer = make_trainer(strategy, **kwargs)
+    trainer.fit(module, loader(module) if data is None else data())
+    return module, trainer
+
+
+def assert_same_weights(ours, plain):
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize("make_module", [MLP, ConvNet, Attributes, DictBatch])
+def test_sync_equals_plain_lightning(make_module, optimizer):
+    plain, _ = fit(make_module, "auto", optimizer)
+    for schedule, num_stages, num_microbatches in [
+        ("none", 2, 4),
+        ("none", 4, 3),
+        ("sync", 1, 1),
+        ("sync", 3, 4),
+        ("sync", 4, 8),
+        ("1f1b", 4, 3),
+    ]:
+        module, trainer = fit(make_module, AnalogPipelineStrategy(num_stages, schedule, num_microbatches), optimizer)
+        assert trainer.global_step == 6
+        assert_same_weights(module, plain)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_torchvision_resnet_equals_plain_lightning(optimizer):
+    plain, _ = fit(TorchvisionResNet, "auto", optimizer, max_epochs=1)
+    for schedule, num_stages in [("sync", 4), ("none", 3)]:
+        module, _ = fit(TorchvisionResNet, AnalogPipelineStrategy(num_stages, schedule, 3), optimizer, max_epochs=1)
+        assert_same_weights(module, plain)
+
+
+@pytest.mark.parametrize(("schedule", "num_microbatches"), [("none", 3), ("sync", 4), ("1f1b", 2)])
+def test_lightning_demo_module_equals_plain_lightning(schedule, num_microbatches):
+    """BoringModel has one layer, a loss with targets of its own shape and a step scheduler."""
+
+    def data():
+        generator = torch.Generator().manual_seed(0)
+        return DataLoader(torch.randn(22, 32, generator=generator, dtype=torch.float64), batch_size=5)
+
+    plain, _ = fit(BoringModel, "auto", data=data, limit_val_batches=0)
+    module, _ = fit(BoringModel, AnalogPipelineStrategy(1, schedule, num_microbatches), data=data, limit_val_batches=0)
+    assert_same_weights(module, plain)
+
+
+def test_lightning_demo_transformer_equals_plain_lightning():
+    """It remembers its mask in forward, so that it stays whole."""
+
+    def make():
+        module = LightningTransformer(vocab_size=20)
+        module.prepare_data = lambda: None
+        for dropout in (m for m in module.modules() if isinstance(m, nn.Dropout | nn.MultiheadAttention)):
+            setattr(dropout, "p" if isinstance(dropout, nn.Dropout) else "dropout", 0.0)
+        return module
+
+    def data():
+        tokens = torch.randint(0, 20, (10, 2, 7), generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(tokens[:, 0], tokens[:, 1]), batch_size=4)
+
+    plain, _ = fit(make, "auto", data=data, max_epochs=1)
+    module, _ = fit(make, AnalogPipelineStrategy(1, "sync", 3), data=data, max_epochs=1)
+    assert_same_weights(module, plain)
+
+
+class SquaredError(L.LightningModule):
+    """The network of the recomputation."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 6)
+        )
+        self.updates_at_validation = []
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[0].flip(1))
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_validation_start(self):
+        if not self.trainer.sanity_checking:
+            self.updates_at_validation.append([stage.version for stage in self.trainer.strategy.pipeline.stages])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+class StopAfter(L.Callback):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = batch_idx == self.batch
+
+
+@pytest.mark.parametrize("duplex", ["half", "full"])
+@pytest.mark.parametrize(
+    ("trainer_options", "batches", "drains"),
+    [
+        # of 8, 8, 8, 8 and 3 samples, in 4, 4, 4, 4 and 3 micro-batches
+        ({"max_epochs": 2}, [0, 1, 2, 3, 4] * 2, [5]),
+        ({"max_epochs": 2, "limit_train_batches": 3}, [0, 1, 2] * 2, [3]),
+        ({"max_epochs": 1, "val_check_interval": 2}, [0, 1, 2, 3, 4], [2, 4]),
+        ({"max_epochs": -1, "max_steps": 3}, [0, 1, 2], []),
+        ({"max_epochs": 2, "callbacks": [StopAfter(1)]}, [0, 1], []),
+        ({"max_epochs": 2, "callbacks": [StopAfter(1)], "limit_val_batches": 0}, [0, 1], []),
+    ],
+    ids=["epochs", "limit_train_batches", "validation in mid-epoch", "max_steps", "stop", "stop without validation"],
+)
+def test_async_through_lightning_equals_recomputation(trainer_options, batches, drains, duplex):
+    """No micro-batch's update is lost, whatever ends the epoch, and nothing is in flight when someone looks."""
+    L.seed_everything(3)
+    module = SquaredError().double()
+    linears = [layer for layer in module.net if isinstance(layer, nn.Linear)]
+    start = [[p.detach().numpy().copy() for p in layer.parameters()] for layer in linears]
+    strategy = AnalogPipelineStrategy(4, "async", 4, duplex=duplex)
+    train = loader(module, shuffle=False, length=35)
+    make_trainer(strategy, **trainer_options).fit(module, train, loader(module))
+
+    data = [batch[0] for batch in train]
+    microbatches, firsts = [], [0]
+    for index in batches:
+        for part in split_batch(data[index], 4):
+            x = part.numpy()
+            microbatches.append((x, x[:, ::-1], len(x) / len(data[index])))
+        firsts.append(len(microbatches))
+    delays = [(3 - stage) * (2 if duplex == "full" else 1) for stage in range(4)]
+    expected = delayed_updates(
+        *zip(*start, strict=True), [0, 1, 2, 3], microbatches, delays, 1.0, [firsts[index] for index in drains]
+    )
+    for layer, weight, bias in zip(linears, *expected, strict=True):
+        np.testing.assert_allclose(layer.weight.detach().numpy(), weight, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-9, atol=1e-12)
+    assert strategy.pipeline.num_entered == len(microbatches)
+    for versions in module.updates_at_validation:
+        assert len(set(versions)) == 1
+
+
+@pytest.mark.parametrize("schedule", ["async", "sync"])
+def test_one_stage_is_stochastic_gradient_descent_whatever_the_scale(schedule):
+    """With gradient_scale="microbatch" and one stage, async is plain training on the micro-batches."""
+
+    def data(batch_size):
+        return lambda: loader(None, batch_size, shuffle=False, length=16)
+
+    if schedule == "async":
+        strategy = AnalogPipelineStrategy(1, "async", 4, gradient_scale="microbatch")
+        plain, _ = fit(Attributes, "auto", "adamw", data(2), max_epochs=1, limit_val_batches=0)
+        module, _ = fit(Attributes, strategy, "adamw", data(8), max_epochs=1, limit_val_batches=0)
+    else:
+        plain, _ = fit(Attributes, "auto", "adamw", data(8), max_epochs=1, limit_val_batches=0)
+        module, _ = fit(
+            Attributes, AnalogPipelineStrategy(1, "sync", 4), "adamw", data(8), max_epochs=1, limit_val_batches=0
+        )
+    assert_same_weights(module, plain)
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync"])
+def test_sum_losses(schedule):
+    class Summed(MLP):
+        def training_step(self, batch):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
+
+    plain, _ = fit(Summed, "auto")
+    module, _ = fit(Summed, AnalogPipelineStrategy(3, schedule, 4, loss_reduction="sum"))
+    assert_same_weights(module, plain)
