@@ -34,6 +34,7 @@ class Event:
         clock: counted over the whole run, drains included.
         stage: the stage at work.
         microbatch: counted over the whole run; of an update once per mini-batch, the last one in it.
+        since_fill: the micro-batch counted from the last fill.
         version: updates the stage has made, before this operation.
         staleness: versions between the weights that the micro-batch's forward saw and the current ones.
     """
@@ -41,6 +42,7 @@ class Event:
     clock: int
     stage: Stage
     microbatch: int
+    since_fill: int
     version: int
     staleness: int
 
@@ -190,4 +192,4 @@ class Pipeline:
             observer.on_update(event)
 
     def _event(self, stage: Stage, k: int, seen: int) -> Event:
-        return Event(self.clock, stage, self._first + k, stage.version, stage.version - seen)
+        return Event(self.clock, stage, self._first + k, k, stage.version, stage.version - seen)

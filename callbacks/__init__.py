@@ -1,5 +1,20 @@
 """Lightning callbacks that watch or disturb the pipeline."""
 
 from aimc_pl.callbacks.clock import ClockMonitor
+from aimc_pl.callbacks.dashboard import Dashboard, PipelineDiagram
+from aimc_pl.callbacks.noise import DeviceNoise
+from aimc_pl.callbacks.staleness import StalenessMonitor
+from aimc_pl.devices.noise import DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
 
-__all__ = ["ClockMonitor"]
+__all__ = [
+    "ClockMonitor",
+    "Dashboard",
+    "DeviceNoise",
+    "DeviceVariation",
+    "Drift",
+    "PipelineDiagram",
+    "ReadNoise",
+    "StalenessMonitor",
+    "StuckAt",
+    "WriteNoise",
+]

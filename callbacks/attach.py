@@ -7,18 +7,28 @@ from aimc_pl.pipeline import Observer
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 
-def attach(observer: Observer, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
-    """Let the observer hear of every operation of the trainer's pipeline, and return the strategy.
+def get_strategy(callback: object, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
+    """The trainer's strategy.
 
     Raises:
-        UsageError: if the trainer runs another strategy.
+        UsageError: if it runs no pipeline.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, AnalogPipelineStrategy):
         raise UsageError(
-            f"{type(observer).__name__} observes a pipeline, and the strategy is {type(strategy).__name__}: "
+            f"{type(callback).__name__} is about a pipeline, and the strategy is {type(strategy).__name__}: "
             "set Trainer(strategy=AnalogPipelineStrategy(...))"
         )
+    return strategy
+
+
+def attach(observer: Observer, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
+    """Let the observer hear of every operation of the trainer's pipeline, and return the strategy.
+
+    Raises:
+        UsageError: if the strategy runs no pipeline.
+    """
+    strategy = get_strategy(observer, trainer)
     if observer not in strategy.observers:
         strategy.observers.append(observer)
     return strategy

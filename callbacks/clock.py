@@ -16,7 +16,7 @@ class ClockMonitor(Callback, Observer):
 
     Logs ``clock/cycles``, ``clock/density`` (busy over all accelerator-cycles), ``clock/samples_per_cycle`` and
     ``clock/speedup`` (over no pipeline) with every epoch, and every validation metric once more to TensorBoard as
-    ``by_clock/…``, with the clock cycle for its step.
+    ``by_clock/…``, with the clock cycle for its step, and as ``by_epoch/…``, with the epoch.
 
     Attributes:
         cycles: clock cycles so far, those before a resumed checkpoint included.
@@ -88,6 +88,7 @@ class ClockMonitor(Callback, Observer):
             if isinstance(logger, TensorBoardLogger):
                 for name, value in metrics.items():
                     logger.experiment.add_scalar(f"by_clock/{name}", value, self.cycles)
+                    logger.experiment.add_scalar(f"by_epoch/{name}", value, trainer.current_epoch + 1)
 
     @override
     def state_dict(self) -> dict[str, Any]:

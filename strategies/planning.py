@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from aimc_pl.devices import detach_pending_updates
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import batch_size, split_batch
 from aimc_pl.partition import partition
@@ -81,9 +82,7 @@ def make_plan(
     """
     module = trainer.lightning_module
     get_backbone(module, backbone)
-    replica = copy.deepcopy(module)
-    replica.trainer = trainer
-    replica.log = lambda *args, **kwargs: None  # pyright: ignore[reportAttributeAccessIssue]
+    replica = replicate(module)
     with isolate_rng(), _first_batch(trainer) as batch:
         if batch_size(batch) < num_microbatches:
             raise UsageError(
@@ -98,6 +97,27 @@ def make_plan(
         with trainer.precision_plugin.train_step_context():
             parts = partition(network, num_stages, found.args, found.kwargs, split_at)
     return Plan(found.name, found.args, found.kwargs, parts.split_at, before)
+
+
+def replicate(module: "pl.LightningModule") -> "pl.LightningModule":
+    """A copy of the module to try things on: it logs nothing, and runs outside the pipeline.
+
+    It shares the trainer, and callables (a partial that makes the optimizer, say) as deepcopy shares functions.
+    """
+    detach_pending_updates(module)
+    attributes = [value for submodule in module.modules() for value in vars(submodule).values()]
+    shared = [module.trainer, *(v for v in attributes if callable(v) and not isinstance(v, nn.Module))]
+    replica = copy.deepcopy(module, {id(value): value for value in shared})
+    replica.trainer = module.trainer
+    replica.log = _discard  # pyright: ignore[reportAttributeAccessIssue]
+    for submodule in replica.modules():
+        # what the strategy puts in the backbone's place while the pipeline runs
+        vars(submodule).pop("forward", None)
+    return replica
+
+
+def _discard(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def parameters_behind(values: Sequence[Any]) -> set[Tensor]:
@@ -119,6 +139,12 @@ def _names(module: nn.Module, parameters: set[Tensor]) -> frozenset[str]:
     return frozenset(name for name, parameter in module.named_parameters() if parameter in parameters)
 
 
+def call_training_step(module: "pl.LightningModule", batch: Any, batch_idx: int) -> Any:
+    """Run training_step with as many arguments as it takes, as Lightning's loops do."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    return module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+
+
 class _BackboneCall(BaseException):
     """Raised in place of the backbone's forward; not an Exception, so that no training_step catches it."""
 
@@ -136,10 +162,7 @@ def _find_backbone_call(module: "pl.LightningModule", backbone: str | None, micr
     for name, candidate in candidates.items():
         candidate.forward = _raise_call(name)
     try:
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-            module.training_step(microbatch, 0)
-        else:
-            module.training_step(microbatch)
+        call_training_step(module, microbatch, 0)
     except _BackboneCall as found:
         return found
     finally:

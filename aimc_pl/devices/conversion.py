@@ -11,7 +11,7 @@ from aihwkit.nn.modules.base import AnalogLayerBase
 from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
 from aihwkit.optim.context import AnalogContext
 from aihwkit.simulator.parameters.base import RPUConfigBase
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aimc_pl.devices.catalogue import DEVICES
@@ -67,7 +67,13 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
     _check_untied(network, analog)
     for name, rpu_config in analog.items():
         parent, _, child = name.rpartition(".")
+        if getattr(network.get_submodule(name), "groups", 1) != 1:
+            raise UsageError(
+                f"layer {name!r} is a grouped convolution, for which aihwkit has no tiles: keep it digital"
+            )
         layer = conversion.convert_to_analog(network.get_submodule(name), rpu_config, ensure_analog_root=False)
+        # Tiles compute in float32, also where autocast makes a digital layer before them send less.
+        layer.register_forward_pre_hook(_to_float32)
         setattr(network.get_submodule(parent), child, layer)
     return list(analog)
 
@@ -82,6 +88,14 @@ def reset_pending_updates(module: nn.Module) -> None:
     for parameter in module.parameters():
         if isinstance(parameter, AnalogContext):
             parameter.reset()
+
+
+def detach_pending_updates(module: nn.Module) -> None:
+    """Cut what tiles hold for their next update from its graph, so that the module can be deep-copied."""
+    for parameter in module.parameters():
+        if isinstance(parameter, AnalogContext):
+            parameter.analog_input = [x.detach() for x in parameter.analog_input]
+            parameter.analog_grad_output = [error.detach() for error in parameter.analog_grad_output]
 
 
 def make_analog_aware(optimizer: Optimizer) -> None:
@@ -103,6 +117,10 @@ def make_analog_aware(optimizer: Optimizer) -> None:
 
         step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
         optimizer.step = step
+
+
+def _to_float32(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in inputs)
 
 
 def _stages_of_layers(network: nn.Module, split_at: Sequence[str]) -> dict[str, int]:

@@ -1,0 +1,93 @@
+"""Weights and gradients of layers, read and written alike on digital parameters and on analog tiles."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from aihwkit.nn.modules.base import AnalogLayerBase
+from aihwkit.optim.context import AnalogContext
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn import grad
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def weight_layers(module: nn.Module) -> dict[str, Any]:
+    """The Linear and Conv layers of a module, digital or analog, by name."""
+    return {
+        str(name): layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        or (isinstance(layer, AnalogLayerBase) and not layer.IS_CONTAINER)
+    }
+
+
+def read_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """All weights in one vector, those behind tiles' contexts included."""
+    return torch.cat([_values(parameter).detach().flatten().float() for parameter in parameters])
+
+
+def read_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The gradients of some of a module's parameters in one vector.
+
+    Zeros where there is none; for a tile's context δᵀx of its pending pairs.
+    """
+    layers = {
+        id(tile.analog_ctx): layer
+        for layer in module.modules()
+        if isinstance(layer, AnalogLayerBase) and not layer.IS_CONTAINER
+        for tile in layer.analog_tiles()
+    }
+    gradients = [
+        _pending_gradient(layers[id(parameter)], parameter)
+        if isinstance(parameter, AnalogContext)
+        else (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        for parameter in parameters
+    ]
+    return torch.cat([gradient.detach().flatten().float() for gradient in gradients])
+
+
+def _values(parameter: nn.Parameter) -> Tensor:
+    if not isinstance(parameter, AnalogContext):
+        return parameter
+    tile: Any = parameter.analog_tile
+    return tile.get_weights()[0]
+
+
+def _pending_gradient(layer: Any, context: AnalogContext) -> Tensor:
+    total = torch.zeros_like(_values(context))
+    for x, error in zip(context.analog_input, context.analog_grad_output, strict=True):
+        if context.use_indexed:
+            # The tile unfolds whole images itself.
+            kernel = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+            gradient_of = grad.conv1d_weight if len(layer.kernel_size) == 1 else grad.conv2d_weight
+            gradient = gradient_of(x, kernel, error, layer.stride, layer.padding, layer.dilation)
+            total += gradient.flatten(1)
+        else:
+            total += error.flatten(0, -2).T @ x.flatten(0, -2)
+    return total
+
+
+def write_weight(layer: Any, weight: Tensor) -> None:
+    """Set a layer's weight, in the shape :func:`layer_weight` gives; a tile clips it to its devices' bounds."""
+    if isinstance(layer, AnalogLayerBase):
+        layer.set_weights(weight, layer.get_weights()[1])
+    else:
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+
+
+def layer_weight(layer: Any) -> Tensor:
+    """A copy of a layer's weight."""
+    weight = layer.get_weights()[0] if isinstance(layer, AnalogLayerBase) else layer.weight
+    return weight.detach().clone()
+
+
+def product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """What a Linear or Conv layer computes of ``x``, with another weight and without bias."""
+    if not hasattr(layer, "kernel_size"):
+        return F.linear(x, weight)
+    weight = weight.view(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    convolution = _CONVOLUTIONS[len(layer.kernel_size) - 1]
+    return convolution(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)

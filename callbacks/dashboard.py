@@ -1,0 +1,58 @@
+"""What TensorBoard shows at a glance."""
+
+from typing import override
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from aimc_pl.callbacks.attach import get_strategy
+from aimc_pl.diagram import draw_figure
+
+
+class PipelineDiagram(Callback):
+    """Draws the first clocks of the running schedule (the paper's Figure 2) into TensorBoard's images.
+
+    Args:
+        num_clocks: clocks to draw.
+    """
+
+    def __init__(self, num_clocks: int = 32) -> None:
+        self.num_clocks = num_clocks
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        schedule = get_strategy(self, trainer).schedule
+        # An asynchronous pipeline goes on with the micro-batches of the next mini-batches.
+        batches = self.num_clocks if schedule.is_async else schedule.num_microbatches
+        clocks = min(self.num_clocks, schedule.num_clocks(batches))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("pipeline", draw_figure(schedule, batches, clocks))
+
+
+class Dashboard(Callback):
+    """Lays out TensorBoard's custom-scalars page: accuracy, loss, staleness, noise and density, each in one chart.
+
+    It shows what ``Classifier``, ``ClockMonitor``, ``StalenessMonitor`` and ``DeviceNoise`` log.
+    """
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        layout = {
+            "Learning": {
+                "accuracy against epoch": ["Multiline", ["by_epoch/.*accuracy"]],
+                "accuracy against clock cycle": ["Multiline", ["by_clock/.*accuracy"]],
+                "training loss": ["Multiline", ["train/loss_step"]],
+            },
+            "Pipeline": {
+                "staleness per stage": ["Multiline", [r"staleness/stage_\d+"]],
+                "weight drift between forward and update": ["Multiline", [r"staleness/drift_stage_\d+"]],
+                "computation density": ["Multiline", ["clock/density"]],
+                "speedup in clock cycles": ["Multiline", ["clock/speedup"]],
+            },
+            "Devices": {"noise per layer": ["Multiline", ["noise/.*"]]},
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(layout)

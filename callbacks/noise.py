@@ -1,0 +1,162 @@
+"""Injects imperfections of analog devices while training."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, override
+from zlib import crc32
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from aimc_pl.callbacks.attach import attach
+from aimc_pl.devices.noise import Noise, ReadNoise
+from aimc_pl.devices.weights import layer_weight, product, weight_layers, write_weight
+from aimc_pl.errors import UsageError
+from aimc_pl.pipeline import Event, Observer
+
+
+class DeviceNoise(Callback, Observer):
+    """Makes the weights of Linear and Conv layers, analog tiles or digital ones, imperfect while training.
+
+    Logs, as ``noise/<layer>``, how far a layer's weights were moved since the last log, relative to their norm
+    (root mean square over the updates; of read noise, over the products).
+
+    Args:
+        noise: what to inject, in order.
+        stages: the stages it befalls; all by default.
+        layers: patterns of layer names (as in ``LightningModule.named_modules()``); all by default.
+        from_step: the first global step with noise.
+        until_step: the first global step without it again; never by default.
+        seed: of the noise's own random numbers.
+
+    Raises:
+        UsageError: if there is no noise, or no layer is matched.
+    """
+
+    def __init__(
+        self,
+        noise: Sequence[Noise],
+        stages: Sequence[int] | None = None,
+        layers: Sequence[str] = ("*",),
+        from_step: int = 0,
+        until_step: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not noise:
+            raise UsageError("DeviceNoise needs at least one kind of noise")
+        self.noise = noise
+        self.stages = stages
+        self.layers = layers
+        self.from_step = from_step
+        self.until_step = until_step
+        self.seed = seed
+        self._generator = Generator().manual_seed(seed)
+        self._handles: list[RemovableHandle] = []
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if stage == "fit":
+            self._strategy = attach(self, trainer)
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._trainer = trainer
+        self._moved: dict[str, list[float]] = defaultdict(list)
+        self._before: dict[str, Tensor] = {}
+        self._updated_at: dict[int, int] = {}
+        self._targets: dict[int, dict[str, nn.Module]] = {}
+        assert self._strategy.pipeline is not None
+        for stage in self._strategy.pipeline.stages:
+            on_stage = set(stage.module.modules()) if self.stages is None or stage.index in self.stages else set()
+            self._targets[stage.index] = {
+                name: layer
+                for name, layer in weight_layers(pl_module).items()
+                if layer in on_stage and any(fnmatchcase(name, pattern) for pattern in self.layers)
+            }
+        if not any(self._targets.values()):
+            known = ", ".join(weight_layers(pl_module))
+            raise UsageError(f"DeviceNoise matches no layer with stages={self.stages}, layers={self.layers}: {known}")
+        self._handles = [
+            handle
+            for layers in self._targets.values()
+            for name, layer in layers.items()
+            for noise in self.noise
+            if isinstance(noise, ReadNoise)
+            for handle in [self._add_read_noise(name, layer, noise)]
+        ]
+
+    @override
+    def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._remove_hooks()
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._remove_hooks()
+
+    @override
+    def on_backward(self, event: Event) -> None:
+        if self._is_active():
+            self._before |= {name: layer_weight(layer) for name, layer in self._targets[event.stage.index].items()}
+
+    @override
+    def on_update(self, event: Event) -> None:
+        clock = event.clock * self._strategy.schedule.cycles_per_clock
+        cycles = clock - self._updated_at.get(event.stage.index, clock)
+        self._updated_at[event.stage.index] = clock
+        if not self._is_active():
+            return
+        for name, layer in self._targets[event.stage.index].items():
+            updated = weight = layer_weight(layer)
+            for kind, noise in enumerate(self.noise):
+                if not isinstance(noise, ReadNoise):
+                    devices = Generator().manual_seed(crc32(f"{self.seed}/{name}/{kind}".encode()))
+                    weight = noise.apply(weight, self._before[name], cycles, self._generator, devices)
+            if weight is not updated:
+                write_weight(layer, weight)
+                self._note(name, layer_weight(layer) - updated, updated)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer._logger_connector.should_update_logs:
+            for name, squares in self._moved.items():
+                pl_module.log(f"noise/{name}", (sum(squares) / len(squares)) ** 0.5, on_step=True, on_epoch=False)
+            self._moved.clear()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._generator.set_state(state_dict["generator"])
+
+    def _is_active(self) -> bool:
+        step = self._trainer.global_step
+        return self.from_step <= step and (self.until_step is None or step < self.until_step)
+
+    def _add_read_noise(self, name: str, layer: nn.Module, noise: ReadNoise) -> RemovableHandle:
+        def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not layer.training or not self._is_active():
+                return None
+            weight = layer_weight(layer)
+            forward, backward = (noise.draw(weight, self._generator) for _ in range(2))
+            self._note(name, forward, weight)
+            in_backward = product(layer, inputs[0], backward)
+            # Adds one noise to the value and another to the gradient.
+            return output + product(layer, inputs[0].detach(), forward) + (in_backward - in_backward.detach())
+
+        return layer.register_forward_hook(add)
+
+    def _note(self, name: str, change: Tensor, weight: Tensor) -> None:
+        self._moved[name].append((change.norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny)).item() ** 2)
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

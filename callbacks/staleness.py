@@ -1,0 +1,134 @@
+"""How stale the weights are that the pipeline trains with."""
+
+from collections import Counter, defaultdict
+from typing import Any, override
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from aimc_pl.callbacks.attach import attach
+from aimc_pl.devices import reset_pending_updates
+from aimc_pl.devices.weights import read_gradients, read_weights
+from aimc_pl.microbatch import split_batch
+from aimc_pl.pipeline import Event, Observer
+from aimc_pl.strategies.planning import call_training_step, replicate
+
+
+class StalenessMonitor(Callback, Observer):
+    """Measures staleness at every update and, at logged steps, what it does to weights and gradients.
+
+    Logs per stage m: ``staleness/stage_m`` (mean over the updates since the last log), ``staleness/max_stage_m``,
+    ``staleness/predicted_stage_m`` (the schedule's closed form for a full pipeline), ``staleness/drift_stage_m``
+    (norm of the weights' change between a micro-batch's forward and its update, relative to their norm) and, on
+    request, ``staleness/cosine_stage_m``. TensorBoard gets a histogram of the staleness with every epoch.
+
+    Args:
+        cosine: compare the gradient that a stage applies with the gradient of the same micro-batch if all stages had
+            their current weights. It is computed on a copy of the module, which costs a forward and a backward of the
+            whole network per stage and micro-batch of a logged step. Dropout and noise draw anew in the copy.
+
+    Attributes:
+        counts: per stage, how often each staleness was measured.
+        mismatches: updates whose staleness was not the closed form; the first one is warned about.
+    """
+
+    def __init__(self, cosine: bool = False) -> None:
+        self.cosine = cosine
+        self.counts: dict[int, Counter[int]] = defaultdict(Counter)
+        self.mismatches = 0
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if stage == "fit":
+            self._strategy = attach(self, trainer)
+            self._schedule = self._strategy.schedule
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._module = pl_module
+        self._seen: dict[tuple[int, int], Tensor] = {}
+        self._samples: dict[int, tuple[Any, ...]] = {}
+        self._recent: dict[str, list[float]] = defaultdict(list)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        pipeline = self._strategy.pipeline
+        assert pipeline is not None
+        # Micro-batches that enter at a logged step are followed through the pipeline.
+        if trainer._logger_connector.should_update_logs:
+            parts = split_batch(batch, self._schedule.num_microbatches)
+            self._samples |= {pipeline.num_entered + k: (part, batch_idx) for k, part in enumerate(parts)}
+
+    @override
+    def on_forward(self, event: Event) -> None:
+        if event.microbatch in self._samples:
+            self._seen[event.stage.index, event.microbatch] = read_weights(event.stage.parameters)
+
+    @override
+    def on_backward(self, event: Event) -> None:
+        seen = self._seen.pop((event.stage.index, event.microbatch), None)
+        if seen is None:
+            return
+        drift = (read_weights(event.stage.parameters) - seen).norm() / seen.norm()
+        self._recent[f"drift_stage_{event.stage.index}"].append(drift.item())
+        if self.cosine:
+            self._recent[f"cosine_stage_{event.stage.index}"].append(self._cosine(event))
+        if event.stage.index == 0:
+            del self._samples[event.microbatch]
+
+    @override
+    def on_update(self, event: Event) -> None:
+        stage = event.stage.index
+        self.counts[stage][event.staleness] += 1
+        self._recent[f"stage_{stage}"].append(event.staleness)
+        predicted = self._schedule.staleness(stage, event.since_fill)
+        if event.staleness != predicted:
+            if not self.mismatches:
+                rank_zero_warn(
+                    f"Stage {stage} updated with a staleness of {event.staleness} in clock {event.clock}, "
+                    f"and the schedule predicts {predicted}"
+                )
+            self.mismatches += 1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer._logger_connector.should_update_logs:
+            return
+        values = {name: sum(recent) / len(recent) for name, recent in self._recent.items()}
+        for stage in range(self._schedule.num_stages):
+            values[f"predicted_stage_{stage}"] = float(self._schedule.max_staleness(stage))
+            if recent := self._recent[f"stage_{stage}"]:
+                values[f"max_stage_{stage}"] = float(max(recent))
+        pl_module.log_dict({f"staleness/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
+        self._recent.clear()
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for stage, counts in self.counts.items():
+                    values = torch.tensor(list(counts.elements()))
+                    logger.experiment.add_histogram(f"staleness/stage_{stage}", values, trainer.global_step)
+
+    def _cosine(self, event: Event) -> float:
+        replica = replicate(self._module)
+        replica.zero_grad()
+        reset_pending_updates(replica)
+        part, batch_idx = self._samples[event.microbatch]
+        with isolate_rng(), self._module.trainer.precision_plugin.train_step_context():
+            output: Any = call_training_step(replica, part, batch_idx)
+        (output if isinstance(output, Tensor) else output["loss"]).backward()
+        copies = dict(zip(self._module.parameters(), replica.parameters(), strict=True))
+        stale = read_gradients(self._module, event.stage.parameters)
+        current = read_gradients(replica, [copies[parameter] for parameter in event.stage.parameters])
+        return F.cosine_similarity(stale, current, 0).item()
