@@ -29,7 +29,7 @@ from aimc_pl.stage import Stage
 from aimc_pl.strategies.checks import check_analog_support, check_module, warn_about_microbatches
 from aimc_pl.strategies.logbook import Logbook
 from aimc_pl.strategies.microbatch import TrainingStep, merge_outputs
-from aimc_pl.strategies.planning import get_backbone, make_plan
+from aimc_pl.strategies.planning import get_backbone, make_plan, parameters_behind
 from aimc_pl.strategies.suspension import SuspendableCall
 
 _CHECKPOINT_KEY = "aimc_pl"
@@ -269,9 +269,10 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             self.pipeline.drain()
         self._take_finished()
         if self._module.trainer.training:
-            self._module._current_fx_name = "training_step"
-            self._logbook.write(self._module.log)
-            self._module._current_fx_name = None
+            hook, self._module._current_fx_name = self._module._current_fx_name, "training_step"
+            with self.precision_plugin.train_step_context():
+                self._logbook.write(self._module.log)
+            self._module._current_fx_name = hook
 
     def _take_finished(self) -> list[TrainingStep]:
         finished = [step for step in self._steps if step.is_finished]
@@ -288,9 +289,8 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             if self.gradient_scale == "microbatch":
                 weight *= total / size
             weight /= self._module.trainer.accumulate_grad_batches
-            steps.append(
-                TrainingStep(partial(self._run_training_step, microbatch, *args), size, weight, self._executor)
-            )
+            function = partial(self._run_training_step, microbatch, *args)
+            steps.append(TrainingStep(function, size, weight, self._executor, self._check_loss))
         return steps
 
     def _run_training_step(self, *args: Any) -> Any:
@@ -302,6 +302,20 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             self.precision_plugin.train_step_context(),
         ):
             return self._module.training_step(*args)
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Once, on the first loss: a stage's parameters in it would be updated by a loss of other micro-batches."""
+        if self._loss_is_checked:
+            return
+        self._loss_is_checked = True
+        assert self.pipeline is not None
+        behind = parameters_behind([loss])
+        for stage in self.pipeline.stages[:-1]:
+            if any(id(parameter) in behind for parameter in stage.parameters):
+                raise UsageError(
+                    f"the loss reads parameters of stage {stage.index} directly (a penalty on the weights, say), which "
+                    "schedule='async' updates at another time: use the optimizer's weight_decay, or schedule='sync'"
+                )
 
     @contextmanager
     def _running(self) -> Iterator[None]:

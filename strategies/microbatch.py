@@ -19,14 +19,23 @@ class TrainingStep(SuspendableCall):
         size: samples of the micro-batch.
         weight: what its loss counts in the gradient.
         executor: runs the helper thread.
+        check_loss: called with the loss.
     """
 
-    def __init__(self, function: Callable[[], Any], size: int, weight: float, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        size: int,
+        weight: float,
+        executor: ThreadPoolExecutor,
+        check_loss: Callable[[Tensor], None],
+    ) -> None:
         super().__init__(function, executor)
         self.size = size
         self.output: Any = None
         self.is_finished = False
         self._weight = weight
+        self._check_loss = check_loss
         self._inputs: tuple[Any, ...] = ()
 
     def enter(self) -> tuple[Any, ...]:
@@ -51,6 +60,7 @@ class TrainingStep(SuspendableCall):
                 f"training_step must return the loss, a tensor of one element, or a dict with it under 'loss'; got "
                 f"{'shape ' + str(tuple(loss.shape)) if isinstance(loss, Tensor) else type(loss).__name__}."
             )
+        self._check_loss(loss)
         self.is_finished = True
         return loss, torch.full_like(loss, self._weight)
 

@@ -120,23 +120,23 @@ def _discard(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def parameters_behind(values: Sequence[Any]) -> set[Tensor]:
-    """The leaf tensors that autograd would reach from ``values``."""
+def parameters_behind(values: Sequence[Any]) -> set[int]:
+    """The ids of the leaf tensors that autograd would reach from ``values``."""
     pending = [value.grad_fn for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
     seen, leaves = set(pending), set()
     while pending:
         node = pending.pop()
         leaf = getattr(node, "variable", None)
         if leaf is not None:
-            leaves.add(leaf)
+            leaves.add(id(leaf))
         following = {function for function, _ in node.next_functions if function is not None} - seen
         seen |= following
         pending.extend(following)
     return leaves
 
 
-def _names(module: nn.Module, parameters: set[Tensor]) -> frozenset[str]:
-    return frozenset(name for name, parameter in module.named_parameters() if parameter in parameters)
+def _names(module: nn.Module, ids: set[int]) -> frozenset[str]:
+    return frozenset(name for name, parameter in module.named_parameters() if id(parameter) in ids)
 
 
 def call_training_step(module: "pl.LightningModule", batch: Any, batch_idx: int) -> Any:
