@@ -42,8 +42,8 @@ class ClockMonitor(Callback, Observer):
     def report(self) -> str:
         """One line about the run."""
         return (
-            f"{self.cycles:,} clock cycles on {self._schedule.num_stages} accelerators, "
-            f"{self.speedup:.2f} times fewer than without a pipeline ({self.density:.0%} of them busy)"
+            f"{self.cycles:,} clock cycles on {self._schedule.num_stages} accelerators (density {self.density:.2f}), "
+            f"speedup {self.speedup:.2f} over no pipeline"
         )
 
     @override

@@ -40,8 +40,6 @@ class Attributes(Configurable):
         logits = self(x)
         loss = F.cross_entropy(logits, y)
         self.log("loss", loss, on_step=True, on_epoch=True)
-        self.log_dict({"accuracy": (logits.argmax(1) == y).double().mean(), "count": float(len(y))}, on_step=True)
-        self.log("correct", (logits.argmax(1) == y).double().sum(), on_step=True, reduce_fx="sum")
         return loss
 
     def validation_step(self, batch, batch_idx):

@@ -1,0 +1,484 @@
+"""What Lightning's users know works as they know it."""
+
+import copy
+import threading
+from math import ceil
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_modules import MLP, Attributes, DictBatch, loader, make_trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from aimc_pl.devices import analog_layers
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+
+def fit(module, strategy="auto", train=None, val=None, ckpt_path=None, **kwargs):
+    L.seed_everything(11)
+    trainer = make_trainer(strategy, **kwargs)
+    trainer.fit(module, loader(module, shuffle=False) if train is None else train, val, ckpt_path=ckpt_path)
+    return trainer
+
+
+def seeded(make, *args):
+    L.seed_everything(5)
+    return make(*args).double()
+
+
+def weights(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def assert_equal(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], msg=name, **(tolerance or {"rtol": 1e-9, "atol": 1e-12}))
+
+
+class Recorder(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append((step, dict(metrics)))
+
+
+# ------------------------------------------------------------------- logging
+
+
+class Logs(Attributes):
+    def __init__(self):
+        super().__init__()
+        self.metric = MulticlassAccuracy(3, average="micro")
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        self.metric(logits, y)
+        self.log("metric", self.metric, on_step=True, on_epoch=True)
+        self.log("largest", x.max(), on_step=True, on_epoch=True, reduce_fx="max")
+        self.log("weighted", x.sum() / len(x), True, on_step=True, on_epoch=True, batch_size=len(x))
+        loss = F.cross_entropy(logits, y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"accuracy": (logits.argmax(1) == y).double().mean()}, on_step=True, prog_bar=True)
+        self.log("correct", (logits.argmax(1) == y).double().sum(), on_step=True, reduce_fx="sum")
+        return loss
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b"])
+def test_logged_values_equal_those_of_whole_minibatches(schedule):
+    lines = []
+    for strategy in ("auto", AnalogPipelineStrategy(3, schedule, 4)):
+        logger = Recorder()
+        module = seeded(Logs)
+        fit(module, strategy, logger=logger, log_every_n_steps=1, val=loader(module, shuffle=False))
+        lines.append(logger.lines)
+    plain, ours = lines
+    assert [(step, sorted(values)) for step, values in ours] == [(step, sorted(values)) for step, values in plain]
+    for (_, a), (_, b) in zip(ours, plain, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_async_logs_every_microbatch_once():
+    """Epoch means of quantities that do not depend on the weights are those of all samples."""
+    module = seeded(Logs)
+    trainer = fit(module, AnalogPipelineStrategy(4, "async", 4), max_epochs=1)
+    x = torch.stack([x for x, _ in loader(module, shuffle=False).dataset])
+    assert trainer.callback_metrics["weighted_epoch"] == pytest.approx(x.sum(1).mean().item())
+    assert trainer.callback_metrics["largest_epoch"] == pytest.approx(x.max().item())
+    assert module.metric.update_count == 0 or trainer.callback_metrics["metric_epoch"] <= 1
+
+
+def test_training_step_runs_once_per_microbatch():
+    calls = []
+
+    class Counts(MLP):
+        def training_step(self, batch, batch_idx):
+            calls.append((batch_idx, len(batch[0]), threading.current_thread() is threading.main_thread()))
+            return super().training_step(batch)
+
+    fit(seeded(Counts), AnalogPipelineStrategy(3, "async", 3), max_epochs=1)
+    assert [(i, n) for i, n, _ in calls] == [(0, 3), (0, 3), (0, 2), (1, 3), (1, 3), (1, 2), (2, 1), (2, 1), (2, 1)]
+
+
+def test_outputs_of_a_minibatch_reach_the_callbacks():
+    seen = []
+
+    class Outputs(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((outputs, batch))
+
+    module = seeded(DictBatch)
+    fit(module, AnalogPipelineStrategy(3, "sync", 3), callbacks=[Outputs()], max_epochs=1)
+    for outputs, batch in seen:
+        assert outputs["loss"].numel() == 1
+        torch.testing.assert_close(outputs["scale"], batch["scale"])
+
+
+# ----------------------------------------------------- optimizer and gradients
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_clip_val": 0.05},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2},
+        {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
+    ],
+)
+@pytest.mark.parametrize("schedule", ["none", "sync"])
+def test_clipping_and_accumulation_equal_plain(schedule, options):
+    plain, ours = seeded(Attributes), seeded(Attributes)
+    fit(plain, **options)
+    trainer = fit(ours, AnalogPipelineStrategy(3, schedule, 4), **options)
+    assert_equal(weights(ours), weights(plain))
+    assert trainer.global_step == 2 * ceil(3 / options.get("accumulate_grad_batches", 1))
+
+
+def test_async_clips_and_calls_the_hook_for_each_stage():
+    norms = []
+
+    class Hooked(MLP):
+        def on_before_optimizer_step(self, optimizer):
+            norms.append(len([p for group in optimizer.param_groups for p in group["params"]]))
+
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            mine = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            assert torch.linalg.vector_norm(torch.cat([g.flatten() for g in mine])) <= 0.011
+
+    trainer = fit(seeded(Hooked), AnalogPipelineStrategy(5, "async", 4), gradient_clip_val=0.01, max_epochs=1)
+    # 11 micro-batches at 5 stages, of a weight and a bias each
+    assert norms == [2] * 55
+    assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_learning_rate_schedulers(schedule, interval, recwarn):
+    class Scheduled(Attributes):
+        def __init__(self):
+            super().__init__()
+            self.rates = []
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+
+        def on_train_batch_end(self, *args):
+            self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    plain, ours = seeded(Scheduled), seeded(Scheduled)
+    fit(plain)
+    fit(ours, AnalogPipelineStrategy(3, schedule, 4), callbacks=[LearningRateMonitor()], logger=Recorder())
+    assert ours.rates == plain.rates
+    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
+    if schedule == "sync":
+        assert_equal(weights(ours), weights(plain))
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_frozen_layers_stay(schedule):
+    plain, ours = seeded(MLP), seeded(MLP)
+    for module in (plain, ours):
+        module.net[0].requires_grad_(False)
+        module.net[4].requires_grad_(False)
+    start = weights(ours)
+    fit(plain)
+    fit(ours, AnalogPipelineStrategy(4, schedule, 4))
+    for name, value in weights(ours).items():
+        assert torch.equal(value, start[name]) == name.startswith(("net.0.", "net.4."))
+    if schedule == "sync":
+        assert_equal(weights(ours), weights(plain))
+
+
+class Normalised(MLP):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 8),
+            nn.BatchNorm1d(8),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
+            nn.Linear(8, 3),
+        )
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b"])
+def test_batch_norm_and_dropout_equal_an_unsplit_microbatched_run(schedule):
+    """With one stage the order of random numbers is that of plain Lightning, and the results are equal bit for bit."""
+    plain, ours = seeded(Normalised), seeded(Normalised)
+    data = TensorDataset(*(torch.stack(x) for x in zip(*loader(plain, length=16).dataset, strict=True)))
+    fit(plain, train=DataLoader(data, batch_size=2), accumulate_grad_batches=4)
+    with pytest.warns(UserWarning, match="BatchNorm computes its statistics per micro-batch"):
+        fit(ours, AnalogPipelineStrategy(1, schedule, 4), train=DataLoader(data, batch_size=8))
+    assert_equal(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-14)
+
+
+def test_batch_norm_across_stages_equals_an_unsplit_microbatched_run():
+    plain, ours = seeded(Normalised), seeded(Normalised)
+    for module in (plain, ours):
+        module.net[3].p = 0.0
+    data = TensorDataset(*(torch.stack(x) for x in zip(*loader(plain, length=16).dataset, strict=True)))
+    fit(plain, train=DataLoader(data, batch_size=2), accumulate_grad_batches=4)
+    fit(ours, AnalogPipelineStrategy(5, "sync", 4), train=DataLoader(data, batch_size=8))
+    assert_equal(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-14)
+
+
+def test_bf16_mixed():
+    plain, ours, stale = (seeded(MLP).float() for _ in range(3))
+    data = DataLoader([(x.float(), y) for x, y in loader(plain).dataset], batch_size=8)
+    fit(plain, train=data, precision="bf16-mixed")
+    fit(ours, AnalogPipelineStrategy(4, "sync", 4), train=data, precision="bf16-mixed")
+    assert_equal(weights(ours), weights(plain), rtol=0.05, atol=2e-3)
+    fit(stale, AnalogPipelineStrategy(4, "async", 4), train=data, precision="bf16-mixed")
+    assert_equal(weights(stale), weights(plain), rtol=0.2, atol=2e-2)
+
+
+def test_bf16_mixed_with_digital_and_analog_layers():
+    module = seeded(MLP).float()
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+    strategy = AnalogPipelineStrategy(4, "async", 4, device={"net.4": "soft_bounds"})
+    before = copy.deepcopy(module.net[4].weight)
+    fit(module, strategy, train=data, precision="bf16-mixed")
+    assert not torch.equal(module.net[4].get_weights()[0], before)
+
+
+# -------------------------------------------------------------- stop and save
+
+
+def test_early_stopping_and_checkpoints(tmp_path):
+    module = seeded(Attributes)
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
+    trainer = fit(
+        module,
+        AnalogPipelineStrategy(4, "async", 4),
+        val=loader(module, shuffle=False),
+        max_epochs=50,
+        enable_checkpointing=True,
+        callbacks=[EarlyStopping("val_loss", min_delta=10.0, patience=2), checkpoint],
+    )
+    assert trainer.current_epoch == 3
+    assert checkpoint.best_model_path
+    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
+    assert_equal(state, module.state_dict(), rtol=0, atol=0)
+
+
+def test_checkpoint_in_mid_epoch_holds_every_update(tmp_path):
+    counts = []
+
+    class Look(L.Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            pipeline = trainer.strategy.pipeline
+            counts.append(({stage.version for stage in pipeline.stages}, pipeline.num_entered))
+
+    module = seeded(Attributes)
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    fit(
+        module,
+        AnalogPipelineStrategy(4, "async", 4),
+        enable_checkpointing=True,
+        callbacks=[checkpoint, Look()],
+        max_epochs=1,
+    )
+    assert counts == [({4}, 4), ({8}, 8), ({11}, 11)]
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_resume_is_bit_for_bit(schedule, tmp_path):
+    whole, first, second = seeded(Attributes), seeded(Attributes), seeded(Attributes)
+    strategy = {"num_stages": 4, "schedule": schedule, "num_microbatches": 4}
+    fit(whole, AnalogPipelineStrategy(**strategy), max_epochs=4)
+    trainer = fit(first, AnalogPipelineStrategy(**strategy), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(second, AnalogPipelineStrategy(**strategy), max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert_equal(weights(second), weights(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_checkpoints_go_to_plain_lightning_and_back(there, tmp_path):
+    whole, first, second = (seeded(Attributes) for _ in range(3))
+    fit(whole, max_epochs=4)
+    sync = AnalogPipelineStrategy(3, "sync", 4)
+    trainer = fit(first, sync if there else "auto", max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(second, "auto" if there else sync, max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert_equal(weights(second), weights(whole))
+
+
+def test_resume_keeps_the_measured_split(tmp_path):
+    first = AnalogPipelineStrategy(2, "async", 2)
+    trainer = fit(seeded(Attributes), first, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=False)
+    checkpoint["aimc_pl"]["split_at"] = ["l3"]
+    torch.save(checkpoint, tmp_path / "one.ckpt")
+    second = AnalogPipelineStrategy(2, "async", 2)
+    fit(seeded(Attributes), second, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
+    stage = second.pipeline.stages[1]
+    assert {name.split(".")[0] for name, _ in stage.module.named_parameters()} == {"l3", "norm", "l4"}
+
+
+# ------------------------------------------------------------- analog networks
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_analog_resume_goes_on_updating_the_tiles(schedule, tmp_path):
+    """On floating-point tiles, which draw no random numbers, the resumed run is the uninterrupted one."""
+    whole, first, second = (seeded(MLP).float() for _ in range(3))
+    data = DataLoader([(x.float(), y) for x, y in loader(whole).dataset], batch_size=8)
+    options = {"train": data, "precision": "32-true"}
+    for module in (whole, first, second):
+        module.optimizer = "momentum"
+        module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=0.1)
+    make = lambda: AnalogPipelineStrategy(4, schedule, 4, device="ideal")  # noqa: E731
+    fit(whole, make(), max_epochs=4, **options)
+    trainer = fit(first, make(), max_epochs=2, **options)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(second, make(), max_epochs=4, ckpt_path=tmp_path / "half.ckpt", **options)
+    for ours, theirs, half in zip(*map(analog_layers, (second, whole, first)), strict=True):
+        torch.testing.assert_close(ours.get_weights()[0], theirs.get_weights()[0], rtol=1e-6, atol=1e-7)
+        assert not torch.equal(ours.get_weights()[0], half.get_weights()[0])
+
+
+def test_plain_optimizer_with_a_scheduler_updates_tiles(recwarn):
+    class Analog(MLP):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    module = seeded(Analog).float()
+    start = copy.deepcopy(module.net)
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+    fit(module, AnalogPipelineStrategy(4, "async", 4, device="soft_bounds"), train=data, precision="32-true")
+    assert len(analog_layers(module)) == 5
+    for index in (0, 2, 4, 6, 8):
+        assert not torch.equal(module.net[index].get_weights()[0], start[index].weight)
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message) or "optimizer.step" in str(w.message)]
+
+
+def test_sync_on_ideal_tiles_equals_plain_digital():
+    plain, ours = seeded(MLP).float(), seeded(MLP).float()
+    for module in (plain, ours):
+        module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=0.1)
+    data = DataLoader([(x.float(), y) for x, y in loader(plain).dataset], batch_size=8)
+    fit(plain, train=data, precision="32-true")
+    fit(ours, AnalogPipelineStrategy(3, "sync", 4, device="ideal"), train=data, precision="32-true")
+    for layer, index in zip(analog_layers(ours), (0, 2, 4, 6, 8), strict=True):
+        torch.testing.assert_close(layer.get_weights()[0], plain.net[index].weight, rtol=1e-5, atol=1e-6)
+
+
+def test_device_per_layer_and_per_stage():
+    module = seeded(MLP).float()
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+    strategy = AnalogPipelineStrategy(
+        3, "sync", 2, backbone="net", split_at=["2", "6"], device={"*": "soft_bounds", 1: "ecram", "8": None}
+    )
+    fit(module, strategy, train=data, precision="32-true", max_epochs=1)
+    kinds = [type(layer.analog_module.rpu_config.device).__name__ for layer in analog_layers(module)]
+    assert kinds == ["SoftBoundsDevice", "EcRamPresetDevice", "EcRamPresetDevice", "SoftBoundsDevice"]
+    assert isinstance(module.net[8], nn.Linear)
+
+
+def test_validate_test_and_predict_run_the_whole_network(tmp_path):
+    module = seeded(Attributes)
+    data = loader(module, shuffle=False)
+    trainer = fit(module, AnalogPipelineStrategy(4, "async", 4))
+    plain = make_trainer()
+    for ours, theirs in (
+        (trainer.validate(module, data, verbose=False), plain.validate(module, data, verbose=False)),
+        (trainer.test(module, data, verbose=False), plain.test(module, data, verbose=False)),
+    ):
+        assert ours == theirs
+    predictions = zip(trainer.predict(module, data), plain.predict(module, data), strict=True)
+    assert all(torch.equal(a, b) for a, b in predictions)
+
+
+def test_validate_loads_an_analog_checkpoint(tmp_path):
+    module, fresh = seeded(Attributes).float(), seeded(Attributes).float()
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+    make = lambda: AnalogPipelineStrategy(2, "async", 4, device="ideal")  # noqa: E731
+    trainer = fit(module, make(), train=data, precision="32-true")
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    expected = trainer.validate(module, data, verbose=False)
+    found = make_trainer(make(), precision="32-true").validate(fresh, data, tmp_path / "end.ckpt", verbose=False)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+
+
+# ------------------------------------------------------------------ the strategy
+
+
+@pytest.mark.parametrize("name", ["aimc_none", "aimc_sync", "aimc_async"])
+def test_strategies_by_name(name):
+    trainer = fit(seeded(Attributes), name)
+    assert trainer.strategy.schedule.name == name.removeprefix("aimc_")
+    assert trainer.strategy.schedule.num_stages == 4
+
+
+def test_the_plan_leaves_the_module_and_the_random_state_alone():
+    """Same batches in the same order, with a generator of the loader's own as well; nothing runs twice."""
+    orders = []
+    for strategy in ("auto", AnalogPipelineStrategy(3, "sync", 4)):
+        order = []
+
+        class Watches(MLP):
+            def training_step(self, batch, order=order):
+                order.extend(batch[1].tolist() + [round(x, 9) for x in batch[0][:, 0].tolist()])
+                self.calls = getattr(self, "calls", 0) + 1
+                return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        module = seeded(Watches)
+        generator = torch.Generator().manual_seed(3)
+        train = DataLoader(loader(module).dataset, batch_size=8, shuffle=True, generator=generator)
+        fit(module, strategy, train=train, max_epochs=1)
+        orders.append(sorted(map(str, order)))
+        assert module.calls == (3 if strategy == "auto" else 4 + 4 + 3)
+        orders.append(generator.get_state().tolist())
+    assert orders[:2] == orders[2:]
+
+
+def test_an_error_in_training_step_leaves_nothing_behind():
+    class Fails(MLP):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch)["loss"]
+            if batch_idx == 1 and self.fails:
+                raise RuntimeError("broken on purpose")
+            return loss
+
+    module = seeded(Fails)
+    module.fails = True
+    threads = threading.active_count()
+    strategy = AnalogPipelineStrategy(4, "async", 4)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        fit(module, strategy)
+    assert threading.active_count() == threads
+    assert strategy.pipeline.is_empty
+    assert "forward" not in vars(module.net)
+    assert "log" not in vars(module)
+    module.fails = False
+    trainer = fit(module, AnalogPipelineStrategy(4, "async", 4), max_epochs=1)
+    assert trainer.global_step == 3
+
+
+def test_the_same_trainer_fits_twice():
+    module = seeded(Attributes)
+    strategy = AnalogPipelineStrategy(4, "async", 4)
+    trainer = fit(module, strategy, max_epochs=1)
+    before = weights(module)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(module))
+    assert trainer.global_step == 6
+    assert any(not torch.equal(before[name], value) for name, value in weights(module).items())
