@@ -50,6 +50,9 @@ class Event:
 class Observer:
     """Told of every operation, in order, right after it happened."""
 
+    def on_start(self, stages: Sequence[Stage]) -> None:
+        """The network has been split into stages, and nothing has run yet."""
+
     def on_forward(self, event: Event) -> None:
         """A stage has done the forward of a micro-batch."""
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
+from aimc_pl.devices.conversion import own_pending_errors
+
 
 @dataclass
 class _InFlight:
@@ -49,7 +51,8 @@ class Stage:
         self.version = 0
         self._in_flight: dict[int, _InFlight] = {}
         self._context = context
-        self._saved_parameters = _SavedParameters(self, weight_stashing) if delayed else None
+        stash_version = (lambda: self.version) if weight_stashing else None
+        self._saved = SavedParameters(self.parameters, stash_version).hooks if delayed else nullcontext
 
     @property
     def num_in_flight(self) -> int:
@@ -63,15 +66,10 @@ class Stage:
     def forward(self, microbatch: int, inputs: Any) -> Any:
         """Run the module on what the stage before sent; returns values that require grad where theirs do."""
         inputs = tree_map(_receive, inputs)
-        with torch.enable_grad(), self.delayed_backward(), self._context():
+        with torch.enable_grad(), self._saved(), self._context():
             outputs = self.module(*inputs)
         self._in_flight[microbatch] = _InFlight(inputs, outputs, self.version)
         return outputs
-
-    def delayed_backward(self) -> AbstractContextManager[Any]:
-        """What autograd records inside sees, in its backward, the stage's parameters as they are then."""
-        saved = self._saved_parameters
-        return saved_tensors_hooks(saved.pack, saved.unpack) if saved else nullcontext()
 
     def backward(self, microbatch: int, gradients: Any, loss: Tensor | None = None) -> Any:
         """Backpropagate, adding to the parameters' gradients (and to the tiles' pending pairs).
@@ -89,7 +87,8 @@ class Stage:
         pairs = zip(roots, tree_leaves(gradients), strict=True)
         pairs = [(root, gradient) for root, gradient in pairs if gradient is not None and root.requires_grad]
         if pairs:
-            torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
+            with own_pending_errors(self.parameters):
+                torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
         return tree_map(lambda value: value.grad if isinstance(value, Tensor) else None, flight.inputs)
 
     def clear(self) -> None:
@@ -112,32 +111,40 @@ class _Reference:
     offset: int | torch.SymInt
 
 
-class _SavedParameters:
-    """What autograd saves of a stage's parameters: a reference to their current value, or a copy of the forward's."""
+class SavedParameters:
+    """What autograd saves of some parameters: a reference to their current value, or a copy of the forward's.
 
-    def __init__(self, stage: Stage, weight_stashing: bool) -> None:
-        self._stage = stage
-        self._weight_stashing = weight_stashing
-        self._parameters = {id(parameter): parameter for parameter in stage.parameters}
+    Args:
+        parameters: they may be updated in place between a forward and its backward.
+        stash_version: ``None`` to save references; for copies, tells the version of the weights to copy.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], stash_version: Callable[[], int] | None = None) -> None:
+        self._parameters = {id(parameter): parameter for parameter in parameters}
+        self._stash_version = stash_version
         self._copies: dict[int, tuple[int, Tensor]] = {}
 
-    def pack(self, tensor: Tensor) -> _Reference | tuple[Tensor, int]:
+    def hooks(self) -> AbstractContextManager[Any]:
+        """A context for the forward."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> _Reference | tuple[Tensor, int]:
         parameter = self._parameter_behind(tensor)
         if parameter is None:
             # Detached: a saved output that kept its own graph alive would never be freed.
             return tensor.detach(), tensor._version
-        source = self._copy(parameter) if self._weight_stashing else parameter.detach()
+        source = parameter.detach() if self._stash_version is None else self._copy(parameter, self._stash_version())
         return _Reference(source, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
 
-    def unpack(self, saved: _Reference | tuple[Tensor, int]) -> Tensor:
+    def _unpack(self, saved: _Reference | tuple[Tensor, int]) -> Tensor:
         if isinstance(saved, _Reference):
             return saved.source.to(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
         tensor, version = saved
         if tensor._version != version:
             # autograd's own check, which tensors saved through hooks do not get
             raise RuntimeError(
-                f"Stage {self._stage.index}: a tensor of shape {tuple(tensor.shape)} that the backward needs "
-                "was changed in place by the network's forward. Use the out-of-place operation."
+                f"A tensor of shape {tuple(tensor.shape)} that the backward needs was changed in place by the forward. "
+                "Use the out-of-place operation."
             )
         return tensor
 
@@ -151,9 +158,9 @@ class _SavedParameters:
             return self._parameters.get(id(leaf))
         return None
 
-    def _copy(self, parameter: nn.Parameter) -> Tensor:
-        version, copy = self._copies.get(id(parameter), (None, parameter))
-        if version != self._stage.version:
+    def _copy(self, parameter: nn.Parameter, version: int) -> Tensor:
+        copied, copy = self._copies.get(id(parameter), (None, parameter))
+        if copied != version:
             copy = parameter.detach().clone()
-            self._copies[id(parameter)] = self._stage.version, copy
+            self._copies[id(parameter)] = version, copy
         return copy

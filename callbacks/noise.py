@@ -17,6 +17,7 @@ from aimc_pl.devices.noise import Noise, ReadNoise
 from aimc_pl.devices.weights import layer_weight, product, weight_layers, write_weight
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
+from aimc_pl.stage import Stage
 
 
 class DeviceNoise(Callback, Observer):
@@ -68,25 +69,29 @@ class DeviceNoise(Callback, Observer):
         self._moved: dict[str, list[float]] = defaultdict(list)
         self._before: dict[str, Tensor] = {}
         self._updated_at: dict[int, int] = {}
-        self._targets: dict[int, dict[str, nn.Module]] = {}
-        assert self._strategy.pipeline is not None
-        for stage in self._strategy.pipeline.stages:
-            on_stage = set(stage.module.modules()) if self.stages is None or stage.index in self.stages else set()
-            self._targets[stage.index] = {
-                name: layer
-                for name, layer in weight_layers(pl_module).items()
-                if layer in on_stage and any(fnmatchcase(name, pattern) for pattern in self.layers)
-            }
-        if not any(self._targets.values()):
+        self._named = {
+            name: layer
+            for name, layer in weight_layers(pl_module).items()
+            if any(fnmatchcase(name, pattern) for pattern in self.layers)
+        }
+        if not self._named:
             known = ", ".join(weight_layers(pl_module))
-            raise UsageError(f"DeviceNoise matches no layer with stages={self.stages}, layers={self.layers}: {known}")
+            raise UsageError(f"DeviceNoise(layers={list(self.layers)}) matches no layer; the layers are {known}")
+
+    @override
+    def on_start(self, stages: Sequence[Stage]) -> None:
+        self._targets: dict[int, dict[str, nn.Module]] = {}
+        for stage in stages:
+            on_stage = set(stage.module.modules()) if self.stages is None or stage.index in self.stages else set()
+            self._targets[stage.index] = {name: layer for name, layer in self._named.items() if layer in on_stage}
+        if not any(self._targets.values()):
+            raise UsageError(f"DeviceNoise(stages={self.stages}, layers={list(self.layers)}) matches no layer")
         self._handles = [
-            handle
+            self._add_read_noise(name, layer, noise)
             for layers in self._targets.values()
             for name, layer in layers.items()
             for noise in self.noise
             if isinstance(noise, ReadNoise)
-            for handle in [self._add_read_noise(name, layer, noise)]
         ]
 
     @override

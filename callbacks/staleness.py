@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from aimc_pl.devices import reset_pending_updates
 from aimc_pl.devices.weights import read_gradients, read_weights
 from aimc_pl.microbatch import split_batch
 from aimc_pl.pipeline import Event, Observer
-from aimc_pl.strategies.planning import call_training_step, replicate
+from aimc_pl.strategies.planning import replicate
 
 
 class StalenessMonitor(Callback, Observer):
@@ -60,12 +61,11 @@ class StalenessMonitor(Callback, Observer):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        pipeline = self._strategy.pipeline
-        assert pipeline is not None
         # Micro-batches that enter at a logged step are followed through the pipeline.
         if trainer._logger_connector.should_update_logs:
             parts = split_batch(batch, self._schedule.num_microbatches)
-            self._samples |= {pipeline.num_entered + k: (part, batch_idx) for k, part in enumerate(parts)}
+            entered = self._strategy.pipeline.num_entered if self._strategy.pipeline else 0
+            self._samples |= {entered + k: (part, batch_idx) for k, part in enumerate(parts)}
 
     @override
     def on_forward(self, event: Event) -> None:
@@ -126,7 +126,8 @@ class StalenessMonitor(Callback, Observer):
         reset_pending_updates(replica)
         part, batch_idx = self._samples[event.microbatch]
         with isolate_rng(), self._module.trainer.precision_plugin.train_step_context():
-            output: Any = call_training_step(replica, part, batch_idx)
+            takes_index = is_param_in_hook_signature(replica.training_step, "batch_idx", min_args=2)
+            output: Any = replica.training_step(part, batch_idx) if takes_index else replica.training_step(part)
         (output if isinstance(output, Tensor) else output["loss"]).backward()
         copies = dict(zip(self._module.parameters(), replica.parameters(), strict=True))
         stale = read_gradients(self._module, event.stage.parameters)

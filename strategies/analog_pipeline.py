@@ -1,9 +1,9 @@
 """The Lightning Strategy: hooks in, core called, nothing computed here."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from typing import Any, Literal, override
@@ -18,18 +18,25 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, make_analog_aware, reset_pending_updates
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import batch_size, split_batch
-from aimc_pl.partition import bind_inputs, partition
+from aimc_pl.partition import partition
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
-from aimc_pl.stage import Stage
+from aimc_pl.stage import SavedParameters, Stage
 from aimc_pl.strategies.checks import check_analog_support, check_module, warn_about_microbatches
 from aimc_pl.strategies.logbook import Logbook
-from aimc_pl.strategies.microbatch import TrainingStep, merge_outputs
-from aimc_pl.strategies.planning import get_backbone, make_plan, parameters_behind
+from aimc_pl.strategies.microbatch import BackboneCall, TrainingStep, merge_outputs
+from aimc_pl.strategies.planning import (
+    backbone_candidates,
+    get_backbone,
+    measured_split,
+    other_parameters,
+    parameters_behind,
+)
 from aimc_pl.strategies.suspension import SuspendableCall
 
 _CHECKPOINT_KEY = "aimc_pl"
@@ -92,7 +99,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self.observers: list[Observer] = []
         """Told of every operation of the pipeline; callbacks append themselves."""
         self.pipeline: Pipeline | None = None
-        """The running pipeline, from the start of a fit on."""
+        """The running pipeline, from the first mini-batch of a fit on."""
         self._check_arguments()
         self._converted_module: pl.LightningModule | None = None
         self._resumed_split: list[str] | None = None
@@ -158,7 +165,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self._convert()
         super().setup(trainer)
         if fitting:
-            self._build_pipeline(trainer)
+            self._prepare_fit(trainer)
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
@@ -179,36 +186,52 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
         check_analog_support(self._module, self.root_device, self.precision_plugin)
 
-    def _build_pipeline(self, trainer: "pl.Trainer") -> None:
+    def _prepare_fit(self, trainer: "pl.Trainer") -> None:
+        """The pipeline itself is built when the first micro-batch comes to the backbone."""
+        reset_pending_updates(self._module)
+        warn_about_microbatches(self._module, self.schedule, self.loss_reduction)
+        self.pipeline = None
+        self._candidates = backbone_candidates(self._module, self.backbone)
+        self._loss_is_checked = not self.schedule.is_async
+        self._executor = ThreadPoolExecutor(self.schedule.num_microbatches + self.schedule.num_stages, "training_step")
+        stash_version = (
+            (lambda: self.pipeline.stages[0].version if self.pipeline else 0) if self.weight_stashing else None
+        )
+        # Parameters on the way to the backbone are stage 0's, and as delayed.
+        saved = SavedParameters(self._module.parameters(), stash_version)
+        self._saved = saved.hooks if self.schedule.is_async else nullcontext
+        if not any(isinstance(callback, _Drain) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.callbacks.insert(0, _Drain())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _first_version(self) -> int:
+        return self.pipeline.stages[0].version if self.pipeline else 0
+
+    def _build_pipeline(self, call: BackboneCall) -> Pipeline:
+        """Split the backbone into stages, at its first call."""
         module, schedule = self._module, self.schedule
-        reset_pending_updates(module)
         split_at = self.split_at if self.split_at is not None else self._resumed_split
-        plan = make_plan(trainer, self.backbone, schedule.num_stages, schedule.num_microbatches, split_at)
-        network = module.get_submodule(plan.backbone)
-        parts = partition(network, schedule.num_stages, plan.args, plan.kwargs, plan.split_at)
-        before, after = plan.other_parameters(module)
-        last = schedule.num_stages - 1
+        if split_at is None:
+            split_at = measured_split(module, call.name, schedule.num_stages, call.args, call.kwargs)
+        parts = partition(call.backbone, schedule.num_stages, call.args, call.kwargs, split_at)
+        before, after = other_parameters(module, call.backbone, tree_leaves(call.inputs))
         stages = [
             Stage(
                 index,
                 part,
-                other_parameters=before * (index == 0) + after * (index == last),
+                other_parameters=before * (index == 0) + after * (index == schedule.num_stages - 1),
                 delayed=schedule.is_async,
                 weight_stashing=self.weight_stashing,
                 context=self.precision_plugin.train_step_context,
             )
             for index, part in enumerate(parts.stages)
         ]
-        warn_about_microbatches(module, schedule, self.loss_reduction)
-        self._plan = plan
-        self._loss_is_checked = not schedule.is_async
-        self._executor = ThreadPoolExecutor(schedule.num_microbatches + schedule.num_stages, "training_step")
-        self.pipeline = Pipeline(stages, schedule, self._update_stage, self.observers)
-        trainer.callbacks.insert(0, _Drain(self))  # pyright: ignore[reportAttributeAccessIssue]
+        self._candidates = {call.name: call.backbone}
+        self._split_at = parts.split_at
         rank_zero_info(
             f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: "
-            f"backbone={plan.backbone!r}, split_at={plan.split_at}"
+            f"backbone={call.name!r}, split_at={parts.split_at}"
         )
+        return Pipeline(stages, schedule, self._update_stage, self.observers)
 
     @override
     def teardown(self) -> None:
@@ -221,7 +244,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
 
     @override
     def training_step(self, batch: Any, *args: Any) -> Any:
-        assert self.pipeline is not None
         steps = self._make_steps(batch, args)
         self._steps += steps
         # Lightning clears the gradients after training_step, which here includes the backward: set ours aside until
@@ -231,6 +253,10 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         for parameter in parameters:
             parameter.grad = None
         with self._running():
+            if self.pipeline is None:
+                self.pipeline = self._build_pipeline(steps[0].call)
+                for observer in self.observers:
+                    observer.on_start(self.pipeline.stages)
             self.pipeline.run(steps)
             if self._must_drain():
                 self.pipeline.drain()
@@ -251,13 +277,13 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        assert self.pipeline is not None
         if self.schedule.is_async:
             with warnings.catch_warnings():
                 # No micro-batch leaves the pipeline while it fills, so that the first batches may have no loss.
                 warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
                 return closure()
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.pipeline is not None
         self.pipeline.updated()
         return result
 
@@ -294,13 +320,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         return steps
 
     def _run_training_step(self, *args: Any) -> Any:
-        assert self.pipeline is not None
-        # Parameters on the way to the backbone are stage 0's.
-        with (
-            torch.enable_grad(),
-            self.pipeline.stages[0].delayed_backward(),
-            self.precision_plugin.train_step_context(),
-        ):
+        with torch.enable_grad(), self._saved(), self.precision_plugin.train_step_context():
             return self._module.training_step(*args)
 
     def _check_loss(self, loss: Tensor) -> None:
@@ -320,14 +340,29 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Inside training_step, the backbone's call enters the pipeline and logged values enter the logbook."""
-        assert self.pipeline is not None
-        module, network = self._module, self._module.get_submodule(self._plan.backbone)
-        forward, log = network.forward, module.log
+        module = self._module
+        with ExitStack() as patches:
+            for name, candidate in self._candidates.items():
+                patches.enter_context(_replaced(candidate, "forward", self._enter_pipeline(name, candidate)))
+            patches.enter_context(_replaced(module, "log", self._record(module.log)))
+            try:
+                yield
+            except BaseException:
+                self._abandon()
+                raise
 
-        def enter_pipeline(*args: Any, **kwargs: Any) -> Any:
+    def _enter_pipeline(self, name: str, backbone: nn.Module) -> Callable[..., Any]:
+        forward = backbone.forward
+
+        def enter(*args: Any, **kwargs: Any) -> Any:
             step = SuspendableCall.current()
-            return forward(*args, **kwargs) if step is None else step.suspend(bind_inputs(network, args, kwargs))
+            return (
+                forward(*args, **kwargs) if step is None else step.suspend(BackboneCall(name, backbone, args, kwargs))
+            )
 
+        return enter
+
+    def _record(self, log: Callable[..., None]) -> Callable[..., None]:
         def record(*args: Any, **kwargs: Any) -> None:
             step = SuspendableCall.current()
             if isinstance(step, TrainingStep):
@@ -335,14 +370,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             else:
                 log(*args, **kwargs)
 
-        network.forward, module.log = enter_pipeline, record  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            yield
-        except BaseException:
-            self._abandon()
-            raise
-        finally:
-            del network.forward, module.log
+        return record
 
     def _update_stage(self, stage: Stage) -> None:
         """Lightning's order for one stage: the hooks and the clipping, the step, zero_grad."""
@@ -389,7 +417,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.pipeline is not None:
-            checkpoint[_CHECKPOINT_KEY] = {"split_at": self._plan.split_at}
+            checkpoint[_CHECKPOINT_KEY] = {"split_at": self._split_at}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -412,20 +440,35 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         return self.device is not None or bool(analog_layers(self._module))
 
 
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Another attribute on the instance, for a while."""
+    own = vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if own is not None:
+            setattr(module, name, own)
+
+
 class _Drain(Callback):
     """Drains before anyone looks at the weights, where training_step could not foresee it (a stop asked for)."""
 
-    def __init__(self, strategy: AnalogPipelineStrategy) -> None:
-        self._strategy = strategy
-
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._strategy.drain()
+        _drain(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._strategy.drain()
+        _drain(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._strategy.drain()
+        _drain(trainer)
+
+
+def _drain(trainer: "pl.Trainer") -> None:
+    assert isinstance(trainer.strategy, AnalogPipelineStrategy)
+    trainer.strategy.drain()

@@ -2,20 +2,37 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimc_pl.errors import UsageError
+from aimc_pl.partition import bind_inputs
 from aimc_pl.strategies.suspension import SuspendableCall
+
+
+class BackboneCall(NamedTuple):
+    """One call of the backbone's forward."""
+
+    name: str
+    backbone: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What enters stage 0."""
+        return bind_inputs(self.backbone, self.args, self.kwargs)
 
 
 class TrainingStep(SuspendableCall):
     """One run of training_step: up to the backbone's inputs, then from its outputs to the loss.
 
     Args:
-        function: runs training_step on the micro-batch; it calls :meth:`suspend` in place of the backbone's forward.
+        function: runs training_step on the micro-batch; it calls :meth:`suspend`, with the backbone's inputs, in place
+            of the backbone's forward.
         size: samples of the micro-batch.
         weight: what its loss counts in the gradient.
         executor: runs the helper thread.
@@ -36,14 +53,22 @@ class TrainingStep(SuspendableCall):
         self.is_finished = False
         self._weight = weight
         self._check_loss = check_loss
-        self._inputs: tuple[Any, ...] = ()
+
+    @cached_property
+    def call(self) -> BackboneCall:
+        """Run training_step up to its call of the backbone."""
+        call = self.start()
+        if not self.is_suspended:
+            raise UsageError(
+                "training_step does not call the backbone: it calls neither a submodule that holds at least half of "
+                "the parameters, nor the module's own forward, nor what backbone= names. Move the layers into one "
+                "submodule, or into forward, and name it with backbone= if it holds less"
+            )
+        return call
 
     def enter(self) -> tuple[Any, ...]:
         """The backbone's inputs."""
-        self._inputs = self.start()
-        if not self.is_suspended:
-            raise UsageError("training_step ended without calling the backbone, which it called on the first batch")
-        return self._inputs
+        return self.call.inputs
 
     def leave(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """The loss for the backbone's outputs, and its weight."""
@@ -66,7 +91,7 @@ class TrainingStep(SuspendableCall):
 
     def entered(self, gradients: tuple[Any, ...]) -> None:
         """Go on with the backward where the backbone's inputs came from parameters of their own."""
-        pairs = zip(self._inputs, gradients, strict=True)
+        pairs = zip(self.enter(), gradients, strict=True)
         pairs = [(v, g) for v, g in pairs if isinstance(v, Tensor) and v.grad_fn is not None and g is not None]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
@@ -92,11 +117,11 @@ def merge_outputs(steps: Sequence[TrainingStep], loss_reduction: str) -> Any:
 def _merge(values: list[Any], sizes: list[int], reduction: str) -> Any:
     if all(isinstance(value, Tensor) for value in values):
         values = [value.detach() for value in values]
+        if all(value.dim() and len(value) == size for value, size in zip(values, sizes, strict=True)):
+            return torch.cat(values)
         if all(value.numel() == 1 and value.is_floating_point() for value in values):
             weights = [1.0 if reduction == "sum" else size / sum(sizes) for size in sizes]
             return sum(weight * value for weight, value in zip(weights, values, strict=True))
-        if all(value.dim() and len(value) == size for value, size in zip(values, sizes, strict=True)):
-            return torch.cat(values)
     if all(isinstance(value, list) and len(value) == size for value, size in zip(values, sizes, strict=True)):
         return [item for value in values for item in value]
     return values

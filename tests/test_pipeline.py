@@ -11,6 +11,7 @@ from reference import delayed_updates
 from torch import nn
 
 from aimc_pl.devices import convert_to_analog
+from aimc_pl.devices.weights import read_gradients
 from aimc_pl.microbatch import split_batch
 from aimc_pl.partition import partition
 from aimc_pl.pipeline import Observer, Pipeline
@@ -234,6 +235,23 @@ def test_stages_hold_no_more_than_the_closed_form(name, duplex):
     pipeline.drain()
     total = 18 if name == "async" else 6
     assert most == {m: schedule.in_flight(m, total) for m in range(4)}
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 11])
+def test_gradients_on_floating_point_tiles_equal_those_of_the_whole_batch(num_microbatches):
+    """Micro-batches of one sample too, whose errors autograd shares with the gradients of the biases."""
+    (x, target), *_ = make_batches(1, dtype=torch.float32)
+    reference = make_network(torch.float32)
+    nn.functional.mse_loss(reference(x), target).backward()
+    network = make_network(torch.float32)
+    convert_to_analog(network, "ideal")
+    pipeline = Pipeline(make_stages(network, 4, x), Schedule("sync", 4, num_microbatches), pytest.fail)
+    pipeline.run(to_samples((x, target), num_microbatches))
+    for layer, theirs in zip(network, reference, strict=True):
+        if isinstance(theirs, nn.Linear):
+            ours = read_gradients(layer, layer.parameters())
+            expected = torch.cat([theirs.weight.grad.flatten(), theirs.bias.grad])
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_abandon_forgets_what_is_in_flight():

@@ -1,6 +1,7 @@
 """Digital layers to analog ones, and optimizers that know how to update them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from types import new_class
@@ -88,6 +89,20 @@ def reset_pending_updates(module: nn.Module) -> None:
     for parameter in module.parameters():
         if isinstance(parameter, AnalogContext):
             parameter.reset()
+
+
+@contextmanager
+def own_pending_errors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Around a backward: what it leaves with the tiles is a copy of the errors.
+
+    With micro-batches of one sample autograd makes the same tensor the gradient of a digital bias, to which the next
+    micro-batch adds in place.
+    """
+    contexts = [parameter for parameter in parameters if isinstance(parameter, AnalogContext)]
+    pending = [len(context.analog_grad_output) for context in contexts]
+    yield
+    for context, first in zip(contexts, pending, strict=True):
+        context.analog_grad_output[first:] = [error.clone() for error in context.analog_grad_output[first:]]
 
 
 def detach_pending_updates(module: nn.Module) -> None:
