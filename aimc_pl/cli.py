@@ -1,10 +1,12 @@
 """The command ``aimc-pl``: Lightning CLI, and the pictures of schedules and devices."""
 
 import sys
+from argparse import ArgumentError
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
@@ -25,11 +27,13 @@ class AnalogCLI(LightningCLI):
     """Lightning CLI with OmegaConf interpolation that command-line overrides reach, and a report after the fit."""
 
     def __init__(self) -> None:
-        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        # aihwkit's configurations are dataclasses, which jsonargparse takes as they are unless told otherwise.
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
         super().__init__(
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "parser_mode": "omegaconf+",
+                "exit_on_error": False,
                 "description": "Train LightningModules on pipelines of analog in-memory computing accelerators. "
                 "Further commands: 'aimc-pl schedule' draws a pipeline schedule, 'aimc-pl devices' lists the devices.",
             },
@@ -117,10 +121,10 @@ def main(args: list[str] | None = None) -> None:
     sys.argv[1:] = args = [_shipped(arg) for arg in (sys.argv[1:] if args is None else args)]
     try:
         if args[:1] in (["schedule"], ["devices"]):
-            auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl")
+            auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
         else:
             AnalogCLI()
-    except (UsageError, MisconfigurationException) as error:
+    except (UsageError, MisconfigurationException, ArgumentError) as error:
         sys.exit(f"aimc-pl: error: {' '.join(str(error).split())}")
 
 

@@ -89,6 +89,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         loss_reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
+        self._parallel_devices: list[torch.device] = []
         self.schedule = Schedule(schedule, num_stages, num_microbatches, duplex)
         self.device = device
         self.backbone = backbone
@@ -129,17 +130,17 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device]:
-        """The one device that all stages of the simulation share."""
-        return [self._root_device]
+        """The one device that all stages of the simulation share; empty before the Trainer has set it."""
+        return self._parallel_devices
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device]) -> None:
-        # Set by the Trainer, which knows the accelerator that was chosen.
         if len(devices) != 1:
             raise UsageError(
                 f"the pipeline runs in one process: set Trainer(devices=1), got {len(devices)} devices "
                 "(the number of stages is num_stages)"
             )
+        self._parallel_devices = devices
         self._root_device = devices[0]
 
     @classmethod
@@ -169,12 +170,16 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
-        super().setup_optimizers(trainer)
-        if len(self.optimizers) != 1:
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            # Lightning's advice, manual optimization, is none here.
+            if "multiple optimizers" not in str(error):
+                raise
             raise UsageError(
-                f"the pipeline trains with one optimizer, and configure_optimizers returned {len(self.optimizers)}: "
-                "use one with several parameter groups"
-            )
+                "the pipeline trains with one optimizer, and configure_optimizers returns several: "
+                "return one with several parameter groups"
+            ) from error
         make_analog_aware(self.optimizers[0])
 
     def _convert(self) -> None:
@@ -254,6 +259,11 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             parameter.grad = None
         with self._running():
             if self.pipeline is None:
+                if len(steps) < self.schedule.num_microbatches:
+                    raise UsageError(
+                        f"a mini-batch of {batch_size(batch)} samples cannot be split into num_microbatches="
+                        f"{self.schedule.num_microbatches} micro-batches: lower it, or raise the batch size"
+                    )
                 self.pipeline = self._build_pipeline(steps[0].call)
                 for observer in self.observers:
                     observer.on_start(self.pipeline.stages)

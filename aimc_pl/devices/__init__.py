@@ -2,6 +2,8 @@
 
 from aimc_pl.devices.catalogue import (
     DEVICES,
+    AihwkitDevice,
+    AnalogDevice,
     agad,
     chopped_tiki_taka,
     constant_step,
@@ -30,6 +32,8 @@ from aimc_pl.devices.response import plot_response
 
 __all__ = [
     "DEVICES",
+    "AihwkitDevice",
+    "AnalogDevice",
     "DeviceSpec",
     "agad",
     "analog_layers",

@@ -1,8 +1,9 @@
-"""Analog devices by name, each a function that returns an aihwkit RPUConfig.
+"""Analog devices by name, each a function of its parameters.
 
 The functions are also what a config file names: ``class_path: aimc_pl.devices.soft_bounds`` with ``init_args``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,12 +22,38 @@ from aihwkit.simulator.parameters.base import RPUConfigBase
 
 from aimc_pl.errors import UsageError
 
+
+class AnalogDevice(ABC):
+    """What a crossbar is made of."""
+
+    @property
+    @abstractmethod
+    def rpu_config(self) -> RPUConfigBase:
+        """The configuration that aihwkit's layers are converted with."""
+
+
+class AihwkitDevice(AnalogDevice):
+    """A device simulated pulse by pulse by aihwkit's own tiles.
+
+    Args:
+        rpu_config: its configuration.
+    """
+
+    def __init__(self, rpu_config: RPUConfigBase) -> None:
+        self._rpu_config = rpu_config
+
+    @property
+    def rpu_config(self) -> RPUConfigBase:
+        """The configuration that aihwkit's layers are converted with."""
+        return self._rpu_config
+
+
 Material = Literal["ReRamES", "ReRamSB", "Capacitor", "EcRam", "EcRamMO", "Idealized"]
 
 
-def ideal() -> RPUConfigBase:
+def ideal() -> AnalogDevice:
     """Exact products and exact updates in floating point."""
-    return FloatingPointRPUConfig()
+    return AihwkitDevice(FloatingPointRPUConfig())
 
 
 def constant_step(
@@ -35,7 +62,7 @@ def constant_step(
     cycle_to_cycle: float = 0.3,
     device_to_device: float = 0.0,
     perfect_io: bool = False,
-) -> RPUConfigBase:
+) -> AnalogDevice:
     """Pulsed device whose step does not depend on the weight: granular and noisy, but symmetric.
 
     Args:
@@ -56,7 +83,7 @@ def linear_step(
     cycle_to_cycle: float = 0.3,
     device_to_device: float = 0.0,
     perfect_io: bool = False,
-) -> RPUConfigBase:
+) -> AnalogDevice:
     """Pulsed device whose step falls linearly with the weight, to (1 − gamma) of it at the bound.
 
     Args:
@@ -84,7 +111,7 @@ def soft_bounds(
     device_to_device: float = 0.0,
     write_noise: float = 0.0,
     perfect_io: bool = False,
-) -> RPUConfigBase:
+) -> AnalogDevice:
     """The paper's asymmetric linear device: a step up is Δw_min(1 − w/τ), a step down Δw_min(1 + w/τ).
 
     Args:
@@ -106,7 +133,7 @@ def soft_bounds_reference(
     device_to_device: float = 0.0,
     write_noise: float = 0.0,
     perfect_io: bool = False,
-) -> RPUConfigBase:
+) -> AnalogDevice:
     """Soft bounds around a reference device, with noise added to the step instead of scaling it.
 
     Args:
@@ -123,27 +150,27 @@ def soft_bounds_reference(
     return _config(device, perfect_io)
 
 
-def ecram() -> RPUConfigBase:
+def ecram() -> AnalogDevice:
     """Electro-chemical RAM, fitted to measurements (aihwkit's preset)."""
-    return presets.EcRamPreset()
+    return AihwkitDevice(presets.EcRamPreset())
 
 
-def reram_es() -> RPUConfigBase:
+def reram_es() -> AnalogDevice:
     """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset)."""
-    return presets.ReRamESPreset()
+    return AihwkitDevice(presets.ReRamESPreset())
 
 
-def reram_sb() -> RPUConfigBase:
+def reram_sb() -> AnalogDevice:
     """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset)."""
-    return presets.ReRamSBPreset()
+    return AihwkitDevice(presets.ReRamSBPreset())
 
 
-def gokmen_vlasov() -> RPUConfigBase:
+def gokmen_vlasov() -> AnalogDevice:
     """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset)."""
-    return presets.GokmenVlasovPreset()
+    return AihwkitDevice(presets.GokmenVlasovPreset())
 
 
-def tiki_taka(material: Material = "ReRamSB") -> RPUConfigBase:
+def tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
     """Tiki-Taka: gradients accumulate on a fast array and are transferred to the weight array.
 
     Args:
@@ -152,7 +179,7 @@ def tiki_taka(material: Material = "ReRamSB") -> RPUConfigBase:
     return _preset("TikiTaka", material)
 
 
-def tiki_taka_v2(material: Material = "ReRamSB") -> RPUConfigBase:
+def tiki_taka_v2(material: Material = "ReRamSB") -> AnalogDevice:
     """Tiki-Taka version 2: a digital buffer between the fast and the weight array filters the transfer.
 
     Args:
@@ -161,7 +188,7 @@ def tiki_taka_v2(material: Material = "ReRamSB") -> RPUConfigBase:
     return _preset("TTv2", material)
 
 
-def chopped_tiki_taka(material: Material = "ReRamSB") -> RPUConfigBase:
+def chopped_tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
     """Tiki-Taka version 2 with choppers that flip the sign of the gradient array against its offset.
 
     Args:
@@ -170,7 +197,7 @@ def chopped_tiki_taka(material: Material = "ReRamSB") -> RPUConfigBase:
     return _preset("ChoppedTTv2", material)
 
 
-def agad(material: Material = "ReRamSB") -> RPUConfigBase:
+def agad(material: Material = "ReRamSB") -> AnalogDevice:
     """Analog gradient accumulation with dynamic reference (Rasch et al., arXiv 2303.04721).
 
     Args:
@@ -179,7 +206,7 @@ def agad(material: Material = "ReRamSB") -> RPUConfigBase:
     return _preset("AGAD", material)
 
 
-def mixed_precision(material: Material = "ReRamSB") -> RPUConfigBase:
+def mixed_precision(material: Material = "ReRamSB") -> AnalogDevice:
     """Gradients accumulate digitally, and whole steps are written to the analog weights.
 
     Args:
@@ -188,7 +215,7 @@ def mixed_precision(material: Material = "ReRamSB") -> RPUConfigBase:
     return _preset("MixedPrecision", material)
 
 
-DEVICES: dict[str, Callable[..., RPUConfigBase]] = {
+DEVICES: dict[str, Callable[..., AnalogDevice]] = {
     function.__name__: function
     for function in (
         ideal,
@@ -231,16 +258,16 @@ def _pulsed(w_max: float, num_states: int, cycle_to_cycle: float, device_to_devi
     }
 
 
-def _config(device: PulsedDevice, perfect_io: bool) -> RPUConfigBase:
+def _config(device: PulsedDevice, perfect_io: bool) -> AnalogDevice:
     config = SingleRPUConfig(device=device)
     if perfect_io:
         config.forward = IOParameters(is_perfect=True)
         config.backward = IOParameters(is_perfect=True)
-    return config
+    return AihwkitDevice(config)
 
 
-def _preset(algorithm: str, material: str) -> RPUConfigBase:
+def _preset(algorithm: str, material: str) -> AnalogDevice:
     preset = getattr(presets, f"{algorithm}{material}Preset", None)
     if preset is None:
         raise UsageError(f"there is no {algorithm} of material {material!r}: see aihwkit.simulator.presets")
-    return preset()
+    return AihwkitDevice(preset())

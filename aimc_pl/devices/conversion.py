@@ -15,26 +15,28 @@ from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aimc_pl.devices.catalogue import DEVICES
+from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
 from aimc_pl.errors import UsageError
 
-Device = str | RPUConfigBase
-DeviceSpec = Device | Mapping[str | int, Device | None] | None
+Device = str | AnalogDevice | RPUConfigBase
+DeviceSpec = str | AnalogDevice | Mapping[str | int, Device | None] | RPUConfigBase | None
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def get_device(device: Device) -> RPUConfigBase:
-    """The aihwkit configuration of a device given by name (with its defaults) or by configuration.
+    """The aihwkit configuration of a device, given by name (with its defaults), as itself or as configuration.
 
     Raises:
         UsageError: if no device has that name.
     """
-    if not isinstance(device, str):
-        return deepcopy(device)
-    if device not in DEVICES:
-        raise UsageError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}, or pass an aihwkit RPUConfig")
-    return DEVICES[device]()
+    if isinstance(device, str):
+        if device not in DEVICES:
+            raise UsageError(
+                f"unknown device {device!r}: choose one of {', '.join(DEVICES)}, or pass an aihwkit RPUConfig"
+            )
+        device = DEVICES[device]()
+    return deepcopy(device.rpu_config if isinstance(device, AnalogDevice) else device)
 
 
 def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> list[str]:
