@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 
+_signature = cache(inspect.signature)
 _INTERNALS = (__file__, contextlib.__file__, str(Path(fx.__file__).parent))
 _CONSTANTS = (bool, int, float, str, type(None))
 _INPLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -153,7 +154,7 @@ def bind_inputs(backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _bind(backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
-    call = inspect.signature(type(backbone).forward).bind(backbone, *args, **kwargs)
+    call = _signature(type(backbone).forward).bind(backbone, *args, **kwargs)
     call.apply_defaults()
     return call
 

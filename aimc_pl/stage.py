@@ -65,7 +65,7 @@ class Stage:
 
     def forward(self, microbatch: int, inputs: Any) -> Any:
         """Run the module on what the stage before sent; returns values that require grad where theirs do."""
-        inputs = tree_map(_receive, inputs)
+        inputs = _map(_receive, inputs)
         with torch.enable_grad(), self._saved(), self._context():
             outputs = self.module(*inputs)
         self._in_flight[microbatch] = _InFlight(inputs, outputs, self.version)
@@ -83,17 +83,30 @@ class Stage:
             The gradients with respect to the inputs, in their structure.
         """
         flight = self._in_flight.pop(microbatch)
-        roots = tree_leaves(flight.outputs if loss is None else loss)
-        pairs = zip(roots, tree_leaves(gradients), strict=True)
+        roots = _leaves(flight.outputs if loss is None else loss)
+        pairs = zip(roots, _leaves(gradients), strict=True)
         pairs = [(root, gradient) for root, gradient in pairs if gradient is not None and root.requires_grad]
         if pairs:
             with own_pending_errors(self.parameters):
                 torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
-        return tree_map(lambda value: value.grad if isinstance(value, Tensor) else None, flight.inputs)
+        return _map(lambda value: value.grad if isinstance(value, Tensor) else None, flight.inputs)
 
     def clear(self) -> None:
         """Forget the micro-batches in flight."""
         self._in_flight.clear()
+
+
+# Nearly always the values are tensors, and pytree takes as long as a small layer.
+def _map(function: Callable[[Any], Any], values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(function(value) if isinstance(value, Tensor) else tree_map(function, value) for value in values)
+
+
+def _leaves(values: Any) -> list[Any]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, tuple) and all(isinstance(value, Tensor) for value in values):
+        return list(values)
+    return tree_leaves(values)
 
 
 def _receive(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -107,7 +106,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
-        self._executor: ThreadPoolExecutor | None = None
 
     def _check_arguments(self) -> None:
         choices = {"gradient_scale": ("minibatch", "microbatch"), "loss_reduction": ("mean", "sum")}
@@ -198,7 +196,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self.pipeline = None
         self._candidates = backbone_candidates(self._module, self.backbone)
         self._loss_is_checked = not self.schedule.is_async
-        self._executor = ThreadPoolExecutor(self.schedule.num_microbatches + self.schedule.num_stages, "training_step")
         stash_version = (
             (lambda: self.pipeline.stages[0].version if self.pipeline else 0) if self.weight_stashing else None
         )
@@ -241,8 +238,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
     @override
     def teardown(self) -> None:
         self._abandon()
-        if self._executor is not None:
-            self._executor.shutdown()
         super().teardown()
 
     # --------------------------------------------------------------- training
@@ -316,7 +311,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         return finished
 
     def _make_steps(self, batch: Any, args: tuple[Any, ...]) -> list[TrainingStep]:
-        assert self._executor is not None
         total = batch_size(batch)
         steps = []
         for microbatch in split_batch(batch, self.schedule.num_microbatches):
@@ -325,13 +319,14 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             if self.gradient_scale == "microbatch":
                 weight *= total / size
             weight /= self._module.trainer.accumulate_grad_batches
-            function = partial(self._run_training_step, microbatch, *args)
-            steps.append(TrainingStep(function, size, weight, self._executor, self._check_loss))
+            function = partial(self._module.training_step, microbatch, *args)
+            steps.append(TrainingStep(function, size, weight, self._check_loss, self._step_context))
         return steps
 
-    def _run_training_step(self, *args: Any) -> Any:
+    @contextmanager
+    def _step_context(self) -> Iterator[None]:
         with torch.enable_grad(), self._saved(), self.precision_plugin.train_step_context():
-            return self._module.training_step(*args)
+            yield
 
     def _check_loss(self, loss: Tensor) -> None:
         """Once, on the first loss: a stage's parameters in it would be updated by a loss of other micro-batches."""

@@ -1,7 +1,7 @@
 """A micro-batch of the pipeline as the user's training_step, suspended where it calls the backbone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ class TrainingStep(SuspendableCall):
             of the backbone's forward.
         size: samples of the micro-batch.
         weight: what its loss counts in the gradient.
-        executor: runs the helper thread.
         check_loss: called with the loss.
+        context: entered while the function runs.
     """
 
     def __init__(
@@ -44,20 +44,22 @@ class TrainingStep(SuspendableCall):
         function: Callable[[], Any],
         size: int,
         weight: float,
-        executor: ThreadPoolExecutor,
         check_loss: Callable[[Tensor], None],
+        context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        super().__init__(function, executor)
+        super().__init__(function)
         self.size = size
         self.output: Any = None
         self.is_finished = False
         self._weight = weight
         self._check_loss = check_loss
+        self._context = context
 
     @cached_property
     def call(self) -> BackboneCall:
         """Run training_step up to its call of the backbone."""
-        call = self.start()
+        with self._context():
+            call = self.start()
         if not self.is_suspended:
             raise UsageError(
                 "training_step does not call the backbone: it calls neither a submodule that holds at least half of "
@@ -72,7 +74,8 @@ class TrainingStep(SuspendableCall):
 
     def leave(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """The loss for the backbone's outputs, and its weight."""
-        self.output = self.resume(outputs)
+        with self._context():
+            self.output = self.resume(outputs)
         if self.is_suspended:
             self.abort()
             raise UsageError(
