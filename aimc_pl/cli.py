@@ -15,6 +15,7 @@ from rich.console import Console
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.devices import DEVICES, get_device, plot_response
+from aimc_pl.devices.checkpoint import trust_aihwkit
 from aimc_pl.diagram import draw_figure, draw_text
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
@@ -44,6 +45,12 @@ class AnalogCLI(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Test the last weights when the fit has ended."
         )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning's, which reads hyperparameters from the checkpoint, with aihwkit's classes admitted.
+        path = self._get(self.config, "ckpt_path") if self.config.get("subcommand") else None
+        with trust_aihwkit(path or ""):
+            super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         """Instantiate what the configuration names; what its classes refuse is an error of usage."""

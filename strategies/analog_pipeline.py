@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, make_analog_aware, reset_pending_updates
+from aimc_pl.devices.checkpoint import trust_aihwkit
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import batch_size, split_batch
 from aimc_pl.partition import partition
@@ -427,10 +428,8 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        # aihwkit pickles its tiles with their configuration, which torch's restricted unpickler refuses.
-        if weights_only is None and self._trains_tiles():
-            weights_only = False
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        with trust_aihwkit(checkpoint_path):
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         split_at = checkpoint.get(_CHECKPOINT_KEY, {}).get("split_at", [])
         if len(split_at) == self.schedule.num_stages - 1:
             self._resumed_split = split_at
@@ -440,9 +439,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._convert()
         super().load_model_state_dict(checkpoint, strict)
-
-    def _trains_tiles(self) -> bool:
-        return self.device is not None or bool(analog_layers(self._module))
 
 
 @contextmanager

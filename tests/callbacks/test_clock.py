@@ -1,0 +1,69 @@
+"""Clock cycles, density and speedup of real runs against the closed forms, and what lands in TensorBoard."""
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_modules import Attributes, loader, make_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from aimc_pl.callbacks import ClockMonitor, Dashboard, PipelineDiagram, StalenessMonitor
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+SPLIT = {1: [], 3: ["l2", "l4"], 4: ["l2", "l3", "l4"]}
+
+
+def fit(clock, schedule, num_stages, duplex="half", ckpt_path=None, val=False, **kwargs):
+    L.seed_everything(0)
+    module = Attributes().double()
+    strategy = AnalogPipelineStrategy(num_stages, schedule, 4, duplex=duplex, split_at=SPLIT[num_stages])
+    trainer = make_trainer(strategy, **{"callbacks": [clock], **kwargs})
+    data = loader(module, shuffle=False)
+    trainer.fit(module, data, data if val else None, ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+)
+@pytest.mark.parametrize("num_stages", [1, 3, 4])
+def test_counts_are_the_closed_forms(schedule, duplex, num_stages):
+    clock = ClockMonitor()
+    trainer = fit(clock, schedule, num_stages, duplex)
+    # two epochs of 4, 4 and 3 micro-batches
+    m = num_stages
+    cycles = {
+        ("none", "half"): 2 * 2 * m * 11,
+        ("sync", "half"): 2 * 2 * sum(m + b - 1 for b in (4, 4, 3)),
+        ("1f1b", "half"): 2 * 2 * sum(m + b - 1 for b in (4, 4, 3)),
+        ("async", "half"): 2 * 2 * (11 + m - 1),
+        ("async", "full"): 2 * 2 * (11 + 2 * m - 2),
+    }[schedule, duplex]
+    assert clock.cycles == cycles
+    assert clock.operations == 2 * 2 * m * 11
+    assert clock.speedup == pytest.approx(2 * 2 * m * 11 / cycles)
+    assert clock.density == pytest.approx(2 * 2 * 11 / cycles)
+    assert trainer.callback_metrics["clock/cycles"] == cycles
+    assert trainer.callback_metrics["clock/samples_per_cycle"] == pytest.approx(38 / cycles)
+
+
+def test_counts_go_on_after_a_resume(tmp_path):
+    whole, first, second = ClockMonitor(), ClockMonitor(), ClockMonitor()
+    fit(whole, "async", 3)
+    fit(first, "async", 3, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    fit(second, "async", 3, ckpt_path=tmp_path / "one.ckpt")
+    assert second.state_dict() == whole.state_dict()
+
+
+def test_tensorboard(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    callbacks = [clock := ClockMonitor(), StalenessMonitor(), PipelineDiagram(), Dashboard()]
+    fit(clock, "async", 3, val=True, callbacks=callbacks, logger=logger, log_every_n_steps=1)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    by_clock = events.Scalars("by_clock/val_loss")
+    assert [event.step for event in by_clock] == [2 * 13, 4 * 13]
+    assert [event.step for event in events.Scalars("by_epoch/val_loss")] == [1, 2]
+    assert [event.value for event in by_clock] == [event.value for event in events.Scalars("val_loss")]
+    assert events.Tags()["images"] == ["pipeline"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert {f"staleness/stage_{m}" for m in range(3)} <= set(events.Tags()["histograms"])

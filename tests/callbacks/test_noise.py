@@ -1,0 +1,201 @@
+"""What DeviceNoise does to weights and products. Statistical tests use fixed seeds and bounds of five sigma."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_modules import MLP, Attributes, loader, make_trainer
+from torch import Generator, nn
+from torch.utils.data import DataLoader
+
+from aimc_pl.callbacks import DeviceNoise, DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
+from aimc_pl.devices import analog_layers
+from aimc_pl.devices.weights import layer_weight, product, weight_layers
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+N = 200_000  # weights in the statistical tests: five sigma of the mean of N(0, 1) are 0.011, of its spread 0.008
+
+
+def apply(noise, weight, before=None, cycles=1, seed=0):
+    before = torch.zeros_like(weight) if before is None else before
+    return noise.apply(weight, before, cycles, Generator().manual_seed(seed), Generator().manual_seed(99))
+
+
+def test_write_noise_has_its_standard_deviation():
+    """False alarms: below 1e-6 each, and none under this seed."""
+    noise = (apply(WriteNoise(0.2), torch.ones(N)) - 1) / 0.2
+    assert abs(noise.mean()) < 0.0112
+    assert abs(noise.std() - 1) < 0.0079
+
+
+def test_device_variation_scales_the_change_by_a_gain_per_device():
+    before, weight = torch.randn(N), torch.randn(N)
+    gains = [(apply(DeviceVariation(0.3), weight, before, seed=s) - before) / (weight - before) for s in (0, 1)]
+    torch.testing.assert_close(gains[0], gains[1])
+    typical = (weight - before).abs() > 0.1
+    assert abs(gains[0][typical].mean() - 1) < 0.3 * 0.0118
+    assert abs(gains[0][typical].std() / 0.3 - 1) < 0.0085
+
+
+def test_drift_is_the_power_law():
+    weight = torch.randn(10)
+    torch.testing.assert_close(apply(Drift(0.06, t0=20.0), weight, cycles=130), weight * (150 / 20) ** -0.06)
+
+
+def test_stuck_devices_stay_stuck():
+    stuck = [apply(StuckAt(0.25, 0.7), torch.randn(N), seed=s) == 0.7 for s in (0, 1)]
+    assert torch.equal(stuck[0], stuck[1])
+    # five sigma of a binomial fraction
+    assert abs(stuck[0].float().mean() - 0.25) < 5 * (0.25 * 0.75 / N) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(5, 3), (4, 5)),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 2, 6, 6)),
+        (nn.Conv1d(4, 6, 3, groups=2, dilation=2), (2, 4, 9)),
+    ],
+)
+def test_product_is_the_layers(layer, shape):
+    x = torch.randn(shape)
+    bias = layer.bias.view(-1, *[1] * (x.dim() - 2)) if x.dim() > 2 else layer.bias
+    torch.testing.assert_close(product(layer, x, layer_weight(layer)) + bias, layer(x))
+
+
+def fit(callback, strategy=None, module=None, data=None, **kwargs):
+    L.seed_everything(2)
+    module = Attributes().double() if module is None else module
+    trainer = make_trainer(
+        AnalogPipelineStrategy(3, "async", 4, split_at=["l2", "l4"]) if strategy is None else strategy,
+        callbacks=[callback] if callback else [],
+        **{"log_every_n_steps": 1, **kwargs},
+    )
+    trainer.fit(module, loader(module, shuffle=False) if data is None else data)
+    return module, trainer
+
+
+def weights(module):
+    return {name: layer_weight(layer) for name, layer in weight_layers(module).items()}
+
+
+def test_only_the_named_layers_and_stages_and_steps():
+    # frozen by a learning rate of zero: what changes, the noise has changed
+    class Still(Attributes):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    start = weights(Still().double())
+    for options, expected in [
+        ({"layers": ["l1", "l4"]}, {"l1", "l4"}),
+        ({"stages": [1]}, {"l2", "l3"}),
+        ({"stages": [0, 1], "layers": ["l[13]"]}, {"l1", "l3"}),
+        ({"from_step": 6}, set()),
+        ({"until_step": 0}, set()),
+        ({"from_step": 5, "until_step": 6}, {"l1", "l2", "l3", "l4"}),
+    ]:
+        L.seed_everything(4)
+        module = Still().double()
+        start = weights(module)
+        module, trainer = fit(DeviceNoise([WriteNoise(0.1)], **options), module=module)
+        changed = {name for name, weight in weights(module).items() if not torch.equal(weight, start[name])}
+        assert changed == expected
+        logged = {name.removeprefix("noise/") for name in trainer.logged_metrics if name.startswith("noise/")}
+        assert logged == expected
+
+
+def test_own_seed_and_no_other_random_numbers():
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        L.seed_everything(4)
+        module, _ = fit(DeviceNoise([WriteNoise(0.01)], seed=seed), module=Attributes().double())
+        runs.append((weights(module)["l1"], torch.rand(()).item()))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert not torch.equal(runs[0][0], runs[2][0])
+    assert runs[0][1] == runs[2][1]
+
+
+def test_logs_how_far_weights_were_moved():
+    L.seed_everything(4)
+    module, trainer = fit(DeviceNoise([StuckAt(1.0, 0.0)], layers=["l1"]), module=Attributes().double())
+    assert torch.equal(module.l1.weight, torch.zeros_like(module.l1.weight))
+    # from the update to nothing: the whole weight
+    assert trainer.logged_metrics["noise/l1"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_resume_continues_the_noise(schedule, tmp_path):
+    runs = []
+    for halves in (False, True):
+        L.seed_everything(4)
+        module = Attributes().double()
+        strategy = {"num_stages": 3, "schedule": schedule, "num_microbatches": 4, "split_at": ["l2", "l4"]}
+        make = lambda strategy=strategy: AnalogPipelineStrategy(**strategy)  # noqa: E731
+        noise = lambda: DeviceNoise([WriteNoise(0.01), DeviceVariation(0.2), StuckAt(0.1)])  # noqa: E731
+        if halves:
+            _, trainer = fit(noise(), make(), module, max_epochs=1)
+            trainer.save_checkpoint(tmp_path / "half.ckpt")
+            L.seed_everything(2)
+            trainer = make_trainer(make(), callbacks=[noise()], max_epochs=2)
+            trainer.fit(module, loader(module, shuffle=False), ckpt_path=tmp_path / "half.ckpt")
+        else:
+            fit(noise(), make(), module, max_epochs=2)
+        runs.append(weights(module))
+    for name, weight in runs[0].items():
+        assert torch.equal(weight, runs[1][name])
+
+
+def test_read_noise_in_both_products():
+    """The output's and the gradient's noise have the standard deviation σ‖x‖ and σ‖δ‖; weights stay."""
+    seen = {}
+
+    class Probe(MLP):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(400, 300, bias=False), nn.Linear(300, 200, bias=False))
+
+        def training_step(self, batch):
+            x = batch.requires_grad_()
+            out = self.net(x)
+            out.register_hook(lambda gradient: seen.__setitem__("error", gradient))
+            seen["out"] = out.detach()
+            return (out * self.target).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    torch.manual_seed(0)
+    module = Probe().double()
+    module.target = torch.randn(1, 200).double()
+    x = torch.randn(1, 400).double()
+    noise = DeviceNoise([ReadNoise(0.05)], layers=["net.1"])
+    start = weights(module)
+    fit(
+        noise,
+        AnalogPipelineStrategy(1, "async", 1, backbone="net"),
+        module,
+        DataLoader([x], batch_size=None),
+        max_epochs=1,
+    )
+    assert all(torch.equal(weight, start[name]) for name, weight in weights(module).items())
+    hidden = F.linear(x, module.net[0].weight)
+    added = (seen["out"] - F.linear(hidden, module.net[1].weight)) / (0.05 * hidden.norm())
+    # 200 values: five sigma of the spread of N(0, 1) are 0.25
+    assert abs(added.std() - 1) < 0.25
+
+
+def test_read_noise_ends_with_the_fit():
+    module, _ = fit(DeviceNoise([ReadNoise(0.5)]))
+    assert not any(layer._forward_hooks for layer in weight_layers(module).values())
+
+
+def test_on_analog_tiles():
+    module = MLP()
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+    strategy = AnalogPipelineStrategy(5, "async", 4, device="soft_bounds")
+    noise = DeviceNoise([StuckAt(1.0, 0.25), ReadNoise(0.01)], layers=["net.4"])
+    fit(noise, strategy, module, data, precision="32-true", max_epochs=1)
+    tile = analog_layers(module)[2]
+    torch.testing.assert_close(tile.get_weights()[0], torch.full((8, 8), 0.25))
+    assert analog_layers(module)[1].get_weights()[0].std() > 0.05

@@ -1,0 +1,150 @@
+"""What StalenessMonitor measures, against the closed forms and against gradients computed from the definitions."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_modules import MLP, loader, make_trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from aimc_pl.callbacks import StalenessMonitor
+from aimc_pl.devices import convert_to_analog
+from aimc_pl.devices.weights import read_gradients, read_weights
+from aimc_pl.errors import UsageError
+from aimc_pl.pipeline import Event
+from aimc_pl.stage import Stage
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+
+def fit(monitor, strategy, module=None, data=None, **kwargs):
+    L.seed_everything(1)
+    module = MLP().double() if module is None else module
+    trainer = make_trainer(strategy, callbacks=[monitor], log_every_n_steps=1, **kwargs)
+    trainer.fit(module, loader(module, shuffle=False) if data is None else data)
+    return trainer
+
+
+@pytest.mark.parametrize("duplex", ["half", "full"])
+@pytest.mark.parametrize("num_stages", [1, 3, 5])
+def test_measured_staleness_is_the_closed_form_at_every_update(num_stages, duplex):
+    monitor = StalenessMonitor()
+    fit(monitor, AnalogPipelineStrategy(num_stages, "async", 4, duplex=duplex))
+    assert monitor.mismatches == 0
+    for stage in range(num_stages):
+        delay = (num_stages - 1 - stage) * (2 if duplex == "full" else 1)
+        # two epochs of 4 + 4 + 3 micro-batches, each drained at its end
+        expected = 2 * [min(k, delay) for k in range(11)]
+        assert sorted(monitor.counts[stage].elements()) == sorted(expected)
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b"])
+def test_no_staleness_with_one_update_per_minibatch(schedule):
+    monitor = StalenessMonitor()
+    trainer = fit(monitor, AnalogPipelineStrategy(3, schedule, 4))
+    assert {stage: dict(counts) for stage, counts in monitor.counts.items()} == {m: {0: 6} for m in range(3)}
+    assert trainer.logged_metrics["staleness/drift_stage_0"] == 0
+
+
+def test_warns_of_a_mismatch():
+    monitor = StalenessMonitor()
+    strategy = AnalogPipelineStrategy(3, "async", 4)
+    fit(monitor, strategy)
+    stage = Stage(0, nn.Linear(1, 1))
+    with pytest.warns(UserWarning, match="staleness of 7 in clock 50, and the schedule predicts 2"):
+        monitor.on_update(Event(50, stage, 30, 30, 30, 7))
+    assert monitor.mismatches == 1
+
+
+class Linear(L.LightningModule):
+    """Two scalar layers in two stages, y = b·a·x, so that staleness can be worked out by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+        nn.init.constant_(self.net[0].weight, 0.5)
+        nn.init.constant_(self.net[1].weight, -2.0)
+
+    def training_step(self, batch):
+        return 0.5 * (self.net(batch) - 1).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_drift_and_cosine_by_hand():
+    """Micro-batch 1 passes forward through stage 0 in clock 2, with a₀, and back in clock 5, with a₁."""
+    events = {}
+
+    class Keeps(StalenessMonitor):
+        def on_backward(self, event):
+            super().on_backward(event)
+            events[event.stage.index, event.microbatch] = {
+                name: values[-1] for name, values in self._recent.items() if values
+            }
+
+    module = Linear().double()
+    data = DataLoader(torch.tensor([[1.0], [2.0]]).double(), batch_size=2)
+    fit(Keeps(cosine=True), AnalogPipelineStrategy(2, "async", 2, backbone="net"), module, data, max_epochs=1)
+    a0, b0, x0 = 0.5, -2.0, 1.0
+    # stage 1 sends its error before it updates
+    a1 = a0 - 0.1 * 0.5 * (b0 * a0 * x0 - 1) * b0 * x0
+    seen = events[0, 1]
+    assert seen["drift_stage_0"] == pytest.approx(abs(a1 - a0) / a0, rel=1e-6)
+    # one weight per stage: the cosine is the sign of the product of the gradients
+    assert abs(seen["cosine_stage_0"]) == pytest.approx(1.0)
+    assert events[0, 0]["drift_stage_0"] == 0
+
+
+def test_cosine_is_one_where_nothing_is_stale():
+    monitor = StalenessMonitor(cosine=True)
+    trainer = fit(monitor, AnalogPipelineStrategy(3, "sync", 4))
+    for stage in range(3):
+        # of the gradient summed over the micro-batches so far against that of one: equal for the first
+        assert trainer.logged_metrics[f"staleness/cosine_stage_{stage}"] > 0.3
+    one = fit(StalenessMonitor(cosine=True), AnalogPipelineStrategy(3, "sync", 1))
+    for stage in range(3):
+        assert one.logged_metrics[f"staleness/cosine_stage_{stage}"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(6, 4), (5, 6)),
+        (lambda: nn.Linear(6, 4), (5, 2, 6)),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1, stride=2), (2, 3, 8, 8)),
+        (lambda: nn.Conv1d(3, 4, 3, padding=1, stride=2), (2, 3, 8)),
+    ],
+)
+def test_gradients_and_weights_of_tiles_are_those_of_digital_layers(make, shape):
+    torch.manual_seed(0)
+    digital = nn.Sequential(make())
+    x = torch.randn(shape)
+    error = torch.randn_like(digital(x))
+    digital(x).backward(error)
+    expected = read_gradients(digital, digital.parameters())
+    weights = read_weights(digital.parameters())
+    convert_to_analog(digital, "ideal")
+    digital(x).backward(error)
+    torch.testing.assert_close(read_gradients(digital, digital.parameters()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read_weights(digital.parameters()), weights)
+
+
+def test_needs_a_pipeline():
+    with pytest.raises(UsageError, match="StalenessMonitor is about a pipeline"):
+        fit(StalenessMonitor(), "auto")
+
+
+def test_analog_network_with_cosine():
+    class Analog(MLP):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = Analog()
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+    monitor = StalenessMonitor(cosine=True)
+    strategy = AnalogPipelineStrategy(5, "async", 4, device="ideal")
+    trainer = fit(monitor, strategy, module, data, precision="32-true", max_epochs=1)
+    assert -1 <= trainer.logged_metrics["staleness/cosine_stage_0"] <= 1
+    # the last stage's gradient is stale in nothing but its input
+    assert trainer.logged_metrics["staleness/cosine_stage_4"] > 0.5

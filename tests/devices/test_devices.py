@@ -1,0 +1,142 @@
+"""Devices by name, conversion and optimizers, against aihwkit used by hand."""
+
+import pytest
+import torch
+from aihwkit.nn import AnalogConv2d, AnalogLinear
+from aihwkit.optim import AnalogSGD
+from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
+from aihwkit.simulator.configs import FloatingPointRPUConfig
+from aihwkit.simulator.presets import EcRamPreset
+from torch import nn
+
+from aimc_pl.devices import (
+    DEVICES,
+    AihwkitDevice,
+    analog_layers,
+    convert_to_analog,
+    get_device,
+    make_analog_aware,
+    plot_response,
+    reset_pending_updates,
+    soft_bounds,
+)
+from aimc_pl.errors import UsageError
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_device_trains(name):
+    """The product follows the digital one (bounds that vary by device clip some weights), and updates move weights."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 10))
+    x, digital = torch.randn(5, 20), network[0].weight.detach().clone()
+    expected = network(x)
+    convert_to_analog(network, name)
+    out = network(x)
+    assert torch.corrcoef(torch.stack([out.flatten(), expected.flatten()]))[0, 1] > 0.5
+    optimizer = AnalogSGD(network.parameters(), lr=0.5)
+    for _ in range(20):
+        network(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(network[0].get_weights()[0], digital)
+
+
+def test_soft_bounds_parameters():
+    device = soft_bounds(tau=4.0, num_states=800, cycle_to_cycle=0.1, write_noise=2.0, perfect_io=True).rpu_config
+    assert (device.device.w_max, device.device.w_min) == (4.0, -4.0)
+    assert device.device.dw_min == pytest.approx(0.01)
+    assert device.device.dw_min_std == 0.1
+    assert device.device.write_noise_std == 2.0
+    assert device.forward.is_perfect
+    assert device.backward.is_perfect
+
+
+def test_soft_bounds_step_is_the_papers():
+    """Mean of 400 devices after pulses up, then down, without noise: w' = w + Δw(1 ∓ w/τ)."""
+    config = get_device(soft_bounds(tau=0.8, num_states=160, cycle_to_cycle=0.0, perfect_io=True))
+    config.update.desired_bl = 1
+    config.update.update_management = config.update.update_bl_management = False
+    layer = AnalogLinear(1, 400, bias=False, rpu_config=config)
+    layer.set_weights(torch.full((400, 1), 0.2))
+    layer.analog_module.set_learning_rate(1.0)
+    weight = 0.2
+    for sign in [1] * 30 + [-1] * 50:
+        layer.analog_module.update(torch.ones(1, 1), -sign * torch.ones(1, 400))
+        weight += sign * 0.01 * (1 - sign * weight / 0.8)
+    assert layer.get_weights()[0].mean() == pytest.approx(weight, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "device", ["ideal", FloatingPointRPUConfig(), AihwkitDevice(FloatingPointRPUConfig()), EcRamPreset()]
+)
+def test_conversion_keeps_weights_and_names(device):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Flatten()), nn.Linear(16, 2))
+    weights = [network[0].weight.detach().flatten(1), network[2].weight.detach()]
+    assert convert_to_analog(network, device) == ["0", "2"]
+    assert (type(network[0]), type(network[2])) == (AnalogConv2d, AnalogLinear)
+    assert type(network) is nn.Sequential
+    for layer, weight in zip(analog_layers(network), weights, strict=True):
+        torch.testing.assert_close(layer.get_weights()[0], weight.clamp(-0.6, 0.6), rtol=1e-5, atol=0.05)
+
+
+def test_later_keys_win_and_none_stays_digital():
+    network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    convert_to_analog(network, {"*": "soft_bounds", 1: "ecram", "0": None, "[34]": "ideal"}, split_at=["1", "3"])
+    kinds = [type(getattr(layer, "analog_module", None)).__name__ for layer in network]
+    assert kinds == ["NoneType", "AnalogTile", "AnalogTile", "FloatingPointTile", "FloatingPointTile"]
+    materials = [type(network[i].analog_module.rpu_config.device).__name__ for i in (1, 2)]
+    assert materials == ["EcRamPresetDevice"] * 2
+
+
+def test_grouped_convolutions_are_refused():
+    with pytest.raises(UsageError, match="'0' is a grouped convolution"):
+        convert_to_analog(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "ideal")
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_plain_optimizer_updates_tiles_as_aihwkits(make):
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        convert_to_analog(network, {"0": "ideal"})
+        networks.append(network)
+    optimizers = [make(networks[0].parameters(), lr=0.1), AnalogSGD(networks[1].parameters(), lr=0.1)]
+    before = optimizers[0]
+    make_analog_aware(optimizers[0])
+    assert optimizers[0] is before
+    assert isinstance(optimizers[0], make)
+    assert isinstance(optimizers[0], AnalogOptimizerMixin)
+    x = torch.randn(6, 4)
+    for network, optimizer in zip(networks, optimizers, strict=True):
+        network(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(networks[0][0].get_weights()[0], networks[1][0].get_weights()[0])
+    if make is torch.optim.SGD:
+        torch.testing.assert_close(networks[0][2].weight, networks[1][2].weight)
+
+
+def test_digital_optimizer_is_left_alone():
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    make_analog_aware(optimizer)
+    assert type(optimizer) is torch.optim.SGD
+
+
+def test_reset_drops_pending_updates():
+    network = nn.Sequential(nn.Linear(4, 3))
+    convert_to_analog(network, "ideal")
+    weight = network[0].get_weights()[0].clone()
+    network(torch.randn(2, 4)).sum().backward()
+    reset_pending_updates(network)
+    AnalogSGD(network.parameters(), lr=0.1).step()
+    assert torch.equal(network[0].get_weights()[0], weight)
+
+
+def test_response_is_drawn(tmp_path):
+    figure = plot_response(get_device("soft_bounds"), "soft_bounds", num_pulses=50)
+    mean = figure.axes[0].lines[-1].get_ydata()
+    assert len(mean) == 200
+    # up, down, up, down
+    assert mean[49] > mean[0] < mean[149]
+    assert mean[99] < mean[49]
+    figure.savefig(tmp_path / "response.png")

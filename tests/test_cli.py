@@ -1,0 +1,130 @@
+"""The command: every config is instantiated, those without download run, overrides reach interpolations."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import aimc_pl.configs
+from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.cli import main
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+CONFIGS = sorted(path.name for folder in aimc_pl.configs.__path__ for path in Path(folder).glob("*.yaml"))
+
+
+@pytest.fixture
+def command(monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["aimc-pl"])
+        main(list(arguments))
+
+    return run
+
+
+class Fake:
+    """Noise in the place of a downloaded data set."""
+
+    def __init__(self, root, train, download):
+        generator = torch.Generator().manual_seed(int(train))
+        shape = (600, 28, 28) if type(self).__name__ == "MNIST" else (600, 32, 32, 3)
+        self.data = torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8)
+        self.targets = torch.randint(0, 10, (600,), generator=generator)
+
+
+def test_there_are_configs():
+    assert {f"digits_{schedule}.yaml" for schedule in ("none", "sync", "async")} <= set(CONFIGS)
+    assert len(CONFIGS) >= 8
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_config_runs_two_steps(config, command, monkeypatch, capsys):
+    """On the real digits; on noise where the data would have to be downloaded."""
+    for name in ("MNIST", "CIFAR10"):
+        monkeypatch.setattr(torchvision.datasets, name, type(name, (Fake,), {}))
+    command("fit", "--config", config, "--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false")
+    printed = capsys.readouterr().out
+    assert "test/accuracy" in printed
+    assert "over no pipeline" in printed
+
+
+def test_digits_fit_report_and_test_the_checkpoint(command, capsys):
+    command("fit", "--config=digits_async.yaml", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false")
+    printed = capsys.readouterr().out
+    # 41 mini-batches of 4 micro-batches, the last of 13 samples; 2 epochs of 2·164 + 6 cycles
+    assert "668 clock cycles on 4 accelerators" in printed
+    assert "tensorboard --logdir logs/digits_async" in printed.replace("\n", "")
+    (checkpoint,) = Path("logs/digits_async").glob("version_0/checkpoints/last.ckpt")
+    accuracy = next(line.split()[1] for line in printed.splitlines() if line.startswith("test/accuracy"))
+    command("test", "--config=digits_async.yaml", f"--ckpt_path={checkpoint}", "--trainer.logger=false")
+    assert accuracy[:5] in capsys.readouterr().out
+    command("predict", "--config=digits_async.yaml", f"--ckpt_path={checkpoint}", "--trainer.logger=false")
+
+
+def test_resume_from_the_command_line(command, monkeypatch):
+    clocks = []
+    monkeypatch.setattr(ClockMonitor, "report", lambda self: clocks.append(self.cycles) or "")
+    options = ("--config=digits_sync.yaml", "--trainer.enable_progress_bar=false")
+    command("fit", *options, "--trainer.max_epochs=1")
+    command("fit", *options, "--trainer.max_epochs=2", "--ckpt_path=logs/digits_sync/version_0/checkpoints/last.ckpt")
+    assert clocks == [41 * 14, 2 * 41 * 14]
+
+
+def test_interpolated_and_overridden_values_arrive(command, monkeypatch):
+    seen = {}
+
+    def look(self, trainer):
+        seen["rate"] = self.lr_scheduler_configs[0].scheduler.T_max
+        seen["device"] = self.device["*"].rpu_config.device.w_max
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnalogPipelineStrategy, "setup_precision_plugin", lambda self: look(self, None))
+    for name in ("CIFAR10",):
+        monkeypatch.setattr(torchvision.datasets, name, type(name, (Fake,), {}))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        command(
+            "fit",
+            "--config=resnet_cifar10_async.yaml",
+            "--trainer.max_epochs=7",
+            '--trainer.strategy.init_args.device={"*": {"class_path": "aimc_pl.devices.soft_bounds", '
+            '"init_args": {"tau": 0.35}}}',
+        )
+    assert seen == {"rate": 7, "device": 0.35}
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_help_explains_the_arguments(subcommand, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(subcommand, "--help")
+    assert stop.value.code == 0
+    assert "--trainer.strategy" in capsys.readouterr().out
+
+
+def test_help_of_the_strategy(command, capsys):
+    with pytest.raises(SystemExit):
+        command("fit", "--trainer.strategy.help=aimc_pl.strategies.AnalogPipelineStrategy")
+    printed = capsys.readouterr().out
+    for name in ("num_stages", "schedule", "num_microbatches", "device", "backbone", "split_at", "duplex"):
+        assert f".{name}" in printed
+    assert "the number of accelerators" in " ".join(printed.split())
+
+
+def test_schedule_prints_and_draws(command, capsys, tmp_path):
+    command("schedule", "--num_stages=4", "--num_microbatches=5", "--schedule=sync")
+    printed = capsys.readouterr().out
+    assert "16 clock cycles, computation density 0.625, speedup over one accelerator 2.50" in printed
+    assert printed.count("F0") == 4
+    for schedule in ("none", "sync", "1f1b", "async"):
+        command("schedule", f"--schedule={schedule}", f"--png={tmp_path / schedule}.png")
+        assert (tmp_path / f"{schedule}.png").stat().st_size > 5000
+
+
+def test_devices_lists_and_draws(command, capsys, tmp_path):
+    command("devices")
+    assert "soft_bounds " in capsys.readouterr().out
+    command("devices", "--name=soft_bounds")
+    assert "tau" in capsys.readouterr().out
+    command("devices", "--name=reram_sb", f"--png={tmp_path / 'response.png'}", "--num_pulses=100")
+    assert (tmp_path / "response.png").stat().st_size > 5000
