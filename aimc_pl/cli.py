@@ -48,7 +48,7 @@ class AnalogCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning's, which reads hyperparameters from the checkpoint, with aihwkit's classes admitted.
-        path = self._get(self.config, "ckpt_path") if self.config.get("subcommand") else None
+        path = self.config[self.config.subcommand].get("ckpt_path")
         with trust_aihwkit(path or ""):
             super()._parse_ckpt_path()
 

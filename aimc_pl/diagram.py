@@ -61,8 +61,8 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
         xlabel="clock" if schedule.cycles_per_clock == 1 else "clock (two clock cycles each)",
         yticks=[stage + 0.5 for stage in range(stages)],
         yticklabels=[f"stage {stage}" for stage in range(stages)],
-        title=f"{schedule.name}: forward plain, backward hatched, numbered by micro-batch",
     )
+    axes.set_title(f"{schedule.name} (backward hatched)", fontsize=10)
     axes.set_facecolor("whitesmoke")
     return figure
 

@@ -1,0 +1,1 @@
+"""YAML files for ``aimc-pl fit``, found by name."""

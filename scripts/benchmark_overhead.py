@@ -3,10 +3,11 @@
 Plain Lightning accumulates gradients over B micro-batches; the strategy runs ``sync`` with B micro-batches in M stages.
 Both sides take turns in one run, and the medians over the turns are compared. Usage:
 
-    .venv/bin/python scripts/benchmark_overhead.py
+    .venv/bin/python scripts/benchmark_overhead.py --csv docs/results/benchmark_overhead.csv
 """
 
 import argparse
+import csv
 import os
 import sys
 import time
@@ -58,7 +59,9 @@ class Timer(L.Callback):
         self.seconds = time.perf_counter() - self._start
 
 
-def seconds_per_step(network: nn.Module, strategy: Any, batches: list[Any], accumulate: int, warm_up: int) -> float:
+def milliseconds_per_step(
+    network: nn.Module, strategy: Any, batches: list[Any], accumulate: int, warm_up: int
+) -> float:
     """Train on the batches once and time a step."""
     timer = Timer(warm_up)
     trainer = L.Trainer(
@@ -73,7 +76,7 @@ def seconds_per_step(network: nn.Module, strategy: Any, batches: list[Any], accu
         enable_model_summary=False,
     )
     trainer.fit(Task(network), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
-    return timer.seconds / (len(batches) // accumulate - warm_up)
+    return 1e3 * timer.seconds / (len(batches) // accumulate - warm_up)
 
 
 def other_load(seconds: float = 2.0) -> float:
@@ -103,6 +106,7 @@ def main() -> None:
     """Print a line per network."""
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40, help="timed steps of one turn")
     parser.add_argument("--turns", type=int, default=7, help="turns of each side")
     args = parser.parse_args()
@@ -122,19 +126,28 @@ def main() -> None:
     }
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, other load {other_load():.0%}")
     print(f"{'network':<32}{'plain ms':>10}{'sync ms':>10}{'ratio':>8}")
+    rows: list[dict[str, Any]] = []
     for name, (make, shape, split_at) in cases.items():
         steps = args.steps + warm_up
         small = [(torch.randn(shape), torch.randint(10, shape[:1])) for _ in range(microbatches)]
         whole = [torch.cat(parts) for parts in zip(*small, strict=True)]
         plain, piped = [], []
         for _ in range(args.turns):
-            plain.append(seconds_per_step(make(), "auto", small * steps, microbatches, warm_up))
+            plain.append(milliseconds_per_step(make(), "auto", small * steps, microbatches, warm_up))
             strategy = AnalogPipelineStrategy(stages, "sync", microbatches, split_at=split_at)
-            piped.append(seconds_per_step(make(), strategy, [tuple(whole)] * steps, 1, warm_up))
+            piped.append(milliseconds_per_step(make(), strategy, [tuple(whole)] * steps, 1, warm_up))
         print(
-            f"{name:<32}{median(plain) * 1e3:>10.1f}{median(piped) * 1e3:>10.1f}{median(piped) / median(plain):>8.3f}",
-            flush=True,
+            f"{name:<32}{median(plain):>10.1f}{median(piped):>10.1f}{median(piped) / median(plain):>8.3f}", flush=True
         )
+        rows += [
+            {"network": name, "turn": i, "plain_ms": a, "sync_ms": b}
+            for i, (a, b) in enumerate(zip(plain, piped, strict=True))
+        ]
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Whether loading is the bottleneck: images per second of the in-memory loader, of torchvision's usual one, of a step.
+
+Random images of CIFAR-10's size, shifted, flipped and normalised, in mini-batches of 128 and in one process, against
+the training step of a digital ResNet-8. Usage:
+
+    .venv/bin/python scripts/benchmark_loader.py --csv docs/results/benchmark_loader.csv
+"""
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from aimc_pl.data.images import ImageSet, _as_is
+from aimc_pl.models import ResNet
+
+BATCH = 128
+
+
+class PerSample(Dataset[tuple[Tensor, int]]):
+    """Images transformed one by one, as torchvision's data sets are."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop(32, padding=4),
+                v2.RandomHorizontalFlip(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.5] * 3, [0.25] * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image."""
+        return self.transform(self.images[index]), 0
+
+
+def images_per_second(batches: Iterable[Any], do: Callable[[Any], object] = lambda batch: None) -> float:
+    """Go through the batches once, after a first one to warm up."""
+    iterator = iter(batches)
+    do(next(iterator))
+    start, count = time.perf_counter(), 0
+    for batch in iterator:
+        do(batch)
+        count += len(batch[0])
+    return count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Print images per second, and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--batches", type=int, default=60)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    images = torch.randint(0, 255, (args.batches * BATCH, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (len(images),))
+    mean = torch.full((3,), 0.5)
+    in_memory = DataLoader(ImageSet(images, labels, mean, mean / 2, augment=True), BATCH, True, collate_fn=_as_is)
+    per_sample = DataLoader(PerSample(images), BATCH, True)
+    network = ResNet(8)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    rows = [
+        {"what": "in-memory loader", "images_per_second": images_per_second(in_memory)},
+        {"what": "per-sample loader", "images_per_second": images_per_second(per_sample)},
+        {"what": "digital ResNet-8 step", "images_per_second": images_per_second([*in_memory], step)},
+    ]
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(f"{row['what']:<24}{row['images_per_second']:>10.0f} images/s")
+
+
+if __name__ == "__main__":
+    main()
