@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, Literal, override
 
 import lightning.pytorch as pl
@@ -179,6 +179,12 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
                 "the pipeline trains with one optimizer, and configure_optimizers returns several: "
                 "return one with several parameter groups"
             ) from error
+        step = signature(type(self.optimizers[0]).step).parameters
+        if self.schedule.is_async and "closure" in step and step["closure"].default is Parameter.empty:
+            raise UsageError(
+                f"{type(self.optimizers[0]).__name__} evaluates the loss itself, which stages under schedule='async' "
+                "cannot: use another optimizer, or schedule='sync'"
+            )
         make_analog_aware(self.optimizers[0])
 
     def _convert(self) -> None:

@@ -67,6 +67,9 @@ class SuspendableCall:
         finally:
             self._state = _TorchState()
             callers.set()
+            if self._greenlet.dead:
+                # Each holds the other; what the call holds (a micro-batch) is to be freed without the cyclic collector.
+                self._greenlet.call = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _TorchState:

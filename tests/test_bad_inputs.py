@@ -99,6 +99,11 @@ class TwoOptimizers(MLP):
         return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
 
 
+class LineSearch(MLP):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
 class OwnBackward(MLP):
     def backward(self, loss):
         loss.backward()
@@ -156,6 +161,7 @@ ASYNC = {"num_stages": 3, "schedule": "async", "num_microbatches": 4}
 MODULES = {
     "manual optimization": (Manual, ASYNC, {}, "manual optimization"),
     "several optimizers": (TwoOptimizers, ASYNC, {}, "configure_optimizers returns several"),
+    "line search under async": (LineSearch, ASYNC, {}, "LBFGS evaluates the loss itself"),
     "own backward": (OwnBackward, ASYNC, {}, "OwnBackward.backward is overridden"),
     "dataloader_iter": (TakesAnIterator, ASYNC, {}, "cannot be split into micro-batches"),
     "backbone called twice": (Twice, ASYNC, {}, "calls the backbone twice"),

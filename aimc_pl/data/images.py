@@ -94,8 +94,8 @@ class InMemoryImages(pl.LightningDataModule, ABC):
     def _loader(self, name: str, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Images]:
         return DataLoader(
             self._sets[name],
-            self.batch_size,
-            shuffle,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
