@@ -102,7 +102,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self.pipeline: Pipeline | None = None
         """The running pipeline, from the first mini-batch of a fit on."""
         self._check_arguments()
-        self._converted_module: pl.LightningModule | None = None
         self._resumed_split: list[str] | None = None
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
@@ -189,8 +188,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
 
     def _convert(self) -> None:
         """Make the layers analog: before a state dict is loaded, and before the optimizer is built."""
-        if self.device is not None and self._converted_module is not self._module:
-            self._converted_module = self._module
+        if self.device is not None:
             convert_to_analog(get_backbone(self._module, self.backbone), self.device, self.split_at)
         if self.weight_stashing and analog_layers(self._module):
             raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
@@ -203,11 +201,8 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self.pipeline = None
         self._candidates = backbone_candidates(self._module, self.backbone)
         self._loss_is_checked = not self.schedule.is_async
-        stash_version = (
-            (lambda: self.pipeline.stages[0].version if self.pipeline else 0) if self.weight_stashing else None
-        )
         # Parameters on the way to the backbone are stage 0's, and as delayed.
-        saved = SavedParameters(self._module.parameters(), stash_version)
+        saved = SavedParameters(self._module.parameters(), self._first_version if self.weight_stashing else None)
         self._saved = saved.hooks if self.schedule.is_async else nullcontext
         if not any(isinstance(callback, _Drain) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
             trainer.callbacks.insert(0, _Drain())  # pyright: ignore[reportAttributeAccessIssue]
@@ -222,7 +217,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         if split_at is None:
             split_at = measured_split(module, call.name, schedule.num_stages, call.args, call.kwargs)
         parts = partition(call.backbone, schedule.num_stages, call.args, call.kwargs, split_at)
-        before, after = other_parameters(module, call.backbone, tree_leaves(call.inputs))
+        before, after = other_parameters(module, parts.stages, tree_leaves(call.inputs))
         stages = [
             Stage(
                 index,

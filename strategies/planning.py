@@ -56,10 +56,10 @@ def measured_split(
 
 
 def other_parameters(
-    module: "pl.LightningModule", backbone: nn.Module, inputs: Sequence[Any]
+    module: "pl.LightningModule", stages: Sequence[nn.Module], inputs: Sequence[Any]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The module's parameters outside the backbone: those that its inputs came through, and the others."""
-    inside = {id(parameter) for parameter in backbone.parameters()}
+    """The module's parameters outside the stages: those that the backbone's inputs came through, and the others."""
+    inside = {id(parameter) for stage in stages for parameter in stage.parameters()}
     before = parameters_behind(inputs)
     others = [parameter for parameter in module.parameters() if id(parameter) not in inside]
     return [p for p in others if id(p) in before], [p for p in others if id(p) not in before]

@@ -42,6 +42,8 @@ def get_device(device: Device) -> RPUConfigBase:
 def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> list[str]:
     """Replace the network's Linear and Conv layers in place by aihwkit's, with the same weights.
 
+    Layers that are analog already stay as they are.
+
     Args:
         network: names of its parameters stay; each layer gets tiles of its own.
         device: for all layers, or a mapping from patterns of layer names (``"layer4.*"``) and stage numbers to
@@ -49,7 +51,7 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
         split_at: names of the modules with which stages 1 … M−1 begin, to know a layer's stage by.
 
     Returns:
-        The names of the layers that are analog now.
+        The names of the layers that have been converted.
 
     Raises:
         UsageError: for an unknown device, a key that matches no layer, a network without layers, tied weights.
@@ -66,7 +68,11 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
         if not matches:
             raise UsageError(f"device key {key!r} matches no layer: the layers are {', '.join(stages)}")
         chosen.update(dict.fromkeys(matches, value))
-    analog = {name: get_device(value) for name, value in chosen.items() if value is not None}
+    analog = {
+        name: get_device(value)
+        for name, value in chosen.items()
+        if value is not None and type(network.get_submodule(name)) in _LAYERS
+    }
     _check_untied(network, analog)
     for name, rpu_config in analog.items():
         parent, _, child = name.rpartition(".")
@@ -144,7 +150,7 @@ def _stages_of_layers(network: nn.Module, split_at: Sequence[str]) -> dict[str, 
     stage, stages = 0, {}
     for name, module in network.named_modules():
         stage += name in split_at
-        if type(module) in _LAYERS:
+        if type(module) in _LAYERS or (isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER):
             stages[name] = stage
     return stages
 

@@ -88,6 +88,15 @@ def test_later_keys_win_and_none_stays_digital():
     assert materials == ["EcRamPresetDevice"] * 2
 
 
+def test_analog_layers_stay_as_they_are():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    convert_to_analog(network, {"0": "ideal"})
+    first = network[0]
+    assert convert_to_analog(network, "soft_bounds") == ["1"]
+    assert network[0] is first
+    assert convert_to_analog(network, "soft_bounds") == []
+
+
 def test_grouped_convolutions_are_refused():
     with pytest.raises(UsageError, match="'0' is a grouped convolution"):
         convert_to_analog(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "ideal")

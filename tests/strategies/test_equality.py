@@ -1,5 +1,7 @@
 """`none` and `sync` end at the weights of plain Lightning on whole mini-batches, `async` at the recomputed ones."""
 
+import copy
+
 import lightning as L
 import numpy as np
 import pytest
@@ -189,3 +191,65 @@ def test_sum_losses(schedule):
     plain, _ = fit(Summed, "auto")
     module, _ = fit(Summed, AnalogPipelineStrategy(3, schedule, 4, loss_reduction="sum"))
     assert_same_weights(module, plain)
+
+
+class Surrounded(Attributes):
+    """Parameters on the way to the backbone, in the loss, and in the module whose own forward is the backbone."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Parameter(torch.ones(6))
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(torch.tanh(batch[0] * self.before)) * self.temperature, batch[1])
+
+
+def test_parameters_around_the_backbone_are_updated_with_its_ends():
+    """`before` with the staleness of stage 0, by a recomputation with autograd; the last stage's parts without."""
+    L.seed_everything(7)
+    module = Surrounded().double()
+    reference = copy.deepcopy(module)
+    for m in (module, reference):
+        m.configure_optimizers = lambda m=m: torch.optim.SGD(m.parameters(), 0.1)
+    data = loader(None, 4, shuffle=False, length=8)
+    strategy = AnalogPipelineStrategy(2, "async", 2, split_at=["l3"])
+    make_trainer(strategy, max_epochs=1, limit_val_batches=0).fit(module, data)
+
+    first = [reference.before, *reference.l1.parameters(), *reference.l2.parameters()]
+    second = [p for p in reference.parameters() if not any(p is q for q in first)]
+
+    def tail(hidden):
+        return reference.l4(reference.norm(torch.tanh(reference.l3(hidden)))) * reference.temperature
+
+    history = [[p.detach().clone() for p in first]]
+    for k, (x, y) in enumerate([part for batch in data for part in split_batch(list(batch), 2)]):
+        # stage 0's forward saw the weights of one version before, its backward uses the current ones
+        hidden, gradients = first_stage(history[max(0, k - 1)], history[k], x)
+        hidden.requires_grad_()
+        (nn.functional.cross_entropy(tail(hidden), y) / 2).backward()
+        history.append([p - 0.1 * g for p, g in zip(history[k], gradients(hidden.grad), strict=True)])
+        with torch.no_grad():
+            for p in second:
+                p -= 0.1 * p.grad
+                p.grad = None
+    for p, value in zip(first, history[-1], strict=True):
+        p.data = value
+    assert_same_weights(module, reference)
+
+
+def first_stage(seen, current, x):
+    """Stage 0 written out: its output with the weights it saw, and its gradients with the current ones."""
+    before, w1, b1, w2, b2 = seen
+    scaled = torch.tanh(x * before)
+    h1 = torch.tanh(scaled @ w1.T + b1)
+    z2 = h1 @ w2.T + b2
+    cumulative, density = 0.5 * (1 + torch.erf(z2 / 2**0.5)), torch.exp(-0.5 * z2**2) / (2 * torch.pi) ** 0.5
+
+    def gradients(error):
+        d2 = error * (cumulative + z2 * density)
+        d1 = (error + d2 @ current[3]) * (1 - h1**2)
+        d0 = (d1 @ current[1]) * (1 - scaled**2)
+        return (d0 * x).sum(0), d1.T @ scaled, d1.sum(0), d2.T @ h1, d2.sum(0)
+
+    return h1 + z2 * cumulative, gradients
