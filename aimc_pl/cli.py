@@ -69,10 +69,12 @@ class AnalogCLI(LightningCLI):
             console.print(f"{name:<24} {value:.4f}")
         for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, ClockMonitor):
-                console.print(callback.report())
+                console.print(callback.report(), soft_wrap=True)
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                console.print(f"To watch it: tensorboard --logdir {logger.root_dir}", soft_wrap=True)
+                tensorboard = Path(sys.executable).with_name("tensorboard")
+                console.print(f"To watch it: {tensorboard} --logdir {logger.root_dir}", soft_wrap=True)
+                console.print("and open http://localhost:6006/#custom_scalars")
 
 
 def schedule(

@@ -30,9 +30,10 @@ def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
             "manual optimization (automatic_optimization=False) cannot be pipelined: the pipeline runs backward and "
             "step itself. Use automatic optimization"
         )
-    for hook in ("backward", "optimizer_step"):
-        if is_overridden(hook, module, pl.LightningModule):
-            raise UsageError(f"{type(module).__name__}.{hook} is overridden: the pipeline runs it by stages. Remove it")
+    if is_overridden("backward", module, pl.LightningModule):
+        raise UsageError(
+            f"{type(module).__name__}.backward is overridden: the pipeline runs it stage by stage. Remove it"
+        )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise UsageError("training_step(dataloader_iter) cannot be split into micro-batches: take a batch")
     accumulates = trainer.accumulate_grad_batches != 1 or any(

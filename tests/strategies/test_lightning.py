@@ -189,6 +189,22 @@ def test_learning_rate_schedulers(schedule, interval, recwarn):
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_warm_up_in_an_overridden_optimizer_step(schedule):
+    class WarmsUp(Attributes):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (self.trainer.global_step + 1)
+            optimizer.step(closure=optimizer_closure)
+
+    plain, ours = seeded(WarmsUp), seeded(WarmsUp)
+    fit(plain)
+    trainer = fit(ours, AnalogPipelineStrategy(3, schedule, 4))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.06)
+    if schedule == "sync":
+        assert_equal(weights(ours), weights(plain))
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
 def test_frozen_layers_stay(schedule):
     plain, ours = seeded(MLP), seeded(MLP)
     for module in (plain, ours):
