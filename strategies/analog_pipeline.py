@@ -410,6 +410,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         for step in self._steps:
             step.abort()
         self._steps = []
+        self._logbook = Logbook()
         if self.pipeline is not None:
             self.pipeline.abandon()
             reset_pending_updates(self._module)
