@@ -30,9 +30,10 @@ class StalenessMonitor(Callback, Observer):
     request, ``staleness/cosine_stage_m``. TensorBoard gets a histogram of the staleness with every epoch.
 
     Args:
-        cosine: compare the gradient that a stage applies with the gradient of the same micro-batch if all stages had
-            their current weights. It is computed on a copy of the module, which costs a forward and a backward of the
-            whole network per stage and micro-batch of a logged step. Dropout and noise draw anew in the copy.
+        cosine: compare the gradient that a stage holds after a backward (under the schedules that update once per
+            mini-batch, the sum over its micro-batches so far) with the gradient of the same micro-batch if all stages
+            had their current weights. That is computed on a copy of the module and costs a forward and a backward of
+            the whole network per stage and micro-batch of a logged step. Dropout and noise draw anew in the copy.
 
     Attributes:
         counts: per stage, how often each staleness was measured.

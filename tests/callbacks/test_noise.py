@@ -147,42 +147,41 @@ def test_resume_continues_the_noise(schedule, tmp_path):
 
 
 def test_read_noise_in_both_products():
-    """The output's and the gradient's noise have the standard deviation σ‖x‖ and σ‖δ‖; weights stay."""
+    """The output's noise has the standard deviation σ‖x‖, the error's σ‖δ‖, each its own; the weights stay."""
     seen = {}
 
     class Probe(MLP):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(400, 300, bias=False), nn.Linear(300, 200, bias=False))
+            self.net = nn.Sequential(nn.Linear(400, 300, bias=False), nn.Linear(300, 300, bias=False))
 
         def training_step(self, batch):
-            x = batch.requires_grad_()
-            out = self.net(x)
-            out.register_hook(lambda gradient: seen.__setitem__("error", gradient))
-            seen["out"] = out.detach()
-            return (out * self.target).sum()
+            seen["out"] = self.net(batch)
+            return (seen["out"] * error).sum()
+
+        def on_before_optimizer_step(self, optimizer):
+            # of one sample: the outer product of the error that layer 1 sent back and the input
+            seen["sent"] = self.net[0].weight.grad @ x[0] / x[0].square().sum()
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
     torch.manual_seed(0)
     module = Probe().double()
-    module.target = torch.randn(1, 200).double()
-    x = torch.randn(1, 400).double()
-    noise = DeviceNoise([ReadNoise(0.05)], layers=["net.1"])
+    error, x = torch.randn(300).double(), torch.randn(1, 400).double()
     start = weights(module)
-    fit(
-        noise,
-        AnalogPipelineStrategy(1, "async", 1, backbone="net"),
-        module,
-        DataLoader([x], batch_size=None),
-        max_epochs=1,
-    )
+    strategy = AnalogPipelineStrategy(1, "async", 1, backbone="net")
+    noise = DeviceNoise([ReadNoise(0.05)], layers=["net.1"])
+    fit(noise, strategy, module, DataLoader([x], batch_size=None), max_epochs=1)
     assert all(torch.equal(weight, start[name]) for name, weight in weights(module).items())
-    hidden = F.linear(x, module.net[0].weight)
-    added = (seen["out"] - F.linear(hidden, module.net[1].weight)) / (0.05 * hidden.norm())
-    # 200 values: five sigma of the spread of N(0, 1) are 0.25
-    assert abs(added.std() - 1) < 0.25
+    hidden, weight = F.linear(x, module.net[0].weight), module.net[1].weight
+    forward = (seen["out"] - F.linear(hidden, weight))[0] / (0.05 * hidden.norm())
+    backward = (seen["sent"] - error @ weight) / (0.05 * error.norm())
+    # 300 values of N(0, 1) each: five sigma of the spread are 0.204, of the mean and of the correlation 0.289
+    for added in (forward, backward):
+        assert abs(added.std() - 1) < 0.204
+        assert abs(added.mean()) < 0.289
+    assert abs(torch.corrcoef(torch.stack([forward, backward]))[0, 1]) < 0.289
 
 
 def test_read_noise_ends_with_the_fit():

@@ -95,7 +95,6 @@ def test_async_logs_every_microbatch_once():
     x = torch.stack([x for x, _ in loader(module, shuffle=False).dataset])
     assert trainer.callback_metrics["weighted_epoch"] == pytest.approx(x.sum(1).mean().item())
     assert trainer.callback_metrics["largest_epoch"] == pytest.approx(x.max().item())
-    assert module.metric.update_count == 0 or trainer.callback_metrics["metric_epoch"] <= 1
 
 
 def test_training_step_runs_once_per_microbatch():
