@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import torch
 from aihwkit.simulator.rpu_base import cuda
+from aihwkit.simulator.tiles.custom import CustomTile
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
@@ -51,19 +52,21 @@ def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
 
 
 def check_analog_support(module: nn.Module, device: torch.device, precision: Precision) -> None:
-    """Refuse analog layers where aihwkit has no tiles for them.
+    """Refuse analog layers where their tiles cannot run.
 
     Raises:
-        UsageError: on a GPU without aihwkit's CUDA build, or in another precision than float32.
+        UsageError: for aihwkit's own tiles on a GPU without aihwkit's CUDA build, or in another precision than float32.
     """
-    if not analog_layers(module):
-        return
+    tiles = [tile for layer in analog_layers(module) for tile in layer.analog_tiles()]
     if device.type != "cpu" and not cuda.is_compiled():
-        raise UsageError(f"this build of aihwkit has no tiles for {device}: set Trainer(accelerator='cpu')")
-    if precision.precision not in ("32-true", "bf16-mixed"):
-        raise UsageError(
-            f"aihwkit's tiles compute in float32: precision={precision.precision!r} is for digital networks"
-        )
+        for tile in tiles:
+            if not isinstance(tile, CustomTile):
+                raise UsageError(
+                    f"this build of aihwkit has no {type(tile).__name__} for {device}: choose a device with "
+                    "backend='mean_field', or set Trainer(accelerator='cpu')"
+                )
+    if tiles and precision.precision not in ("32-true", "bf16-mixed"):
+        raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
 
 
 def warn_about_microbatches(module: nn.Module, schedule: Schedule, loss_reduction: str) -> None:

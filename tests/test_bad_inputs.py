@@ -41,7 +41,7 @@ COMMANDS = {
     "stashing on tiles": ([STRATEGY + "weight_stashing=true"], "a crossbar cannot keep a second set of weights"),
     "several devices": (["--trainer.devices=2"], "set Trainer(devices=1), got 2 devices"),
     "accumulation under async": (["--trainer.accumulate_grad_batches=2"], "contradicts schedule='async'"),
-    "float64 on tiles": (["--trainer.precision=64-true"], "aihwkit's tiles compute in float32"),
+    "float64 on tiles": (["--trainer.precision=64-true"], "tiles compute in float32"),
     "no samples in a batch": (["--data.init_args.batch_size=0"], "batch_size must be at least 1, got 0"),
     "all for validation": (["--data.init_args.val_fraction=1.0"], "val_fraction must lie between 0 and 1"),
     "batch smaller than its micro-batches": (

@@ -2,8 +2,9 @@
 
 from aimc_pl.devices.catalogue import (
     DEVICES,
-    AihwkitDevice,
     AnalogDevice,
+    Backend,
+    ConfiguredDevice,
     agad,
     chopped_tiki_taka,
     constant_step,
@@ -28,13 +29,16 @@ from aimc_pl.devices.conversion import (
     make_analog_aware,
     reset_pending_updates,
 )
+from aimc_pl.devices.mean_field import MeanFieldRPUConfig, mean_field
 from aimc_pl.devices.response import plot_response
 
 __all__ = [
     "DEVICES",
-    "AihwkitDevice",
     "AnalogDevice",
+    "Backend",
+    "ConfiguredDevice",
     "DeviceSpec",
+    "MeanFieldRPUConfig",
     "agad",
     "analog_layers",
     "chopped_tiki_taka",
@@ -47,6 +51,7 @@ __all__ = [
     "ideal",
     "linear_step",
     "make_analog_aware",
+    "mean_field",
     "mixed_precision",
     "plot_response",
     "reram_es",

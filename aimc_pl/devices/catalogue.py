@@ -5,7 +5,7 @@ The functions are also what a config file names: ``class_path: aimc_pl.devices.s
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from aihwkit.simulator import presets
 from aihwkit.simulator.configs import (
@@ -20,6 +20,7 @@ from aihwkit.simulator.configs import (
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.base import RPUConfigBase
 
+from aimc_pl.devices.mean_field import mean_field
 from aimc_pl.errors import UsageError
 
 
@@ -32,11 +33,11 @@ class AnalogDevice(ABC):
         """The configuration that aihwkit's layers are converted with."""
 
 
-class AihwkitDevice(AnalogDevice):
-    """A device simulated pulse by pulse by aihwkit's own tiles.
+class ConfiguredDevice(AnalogDevice):
+    """A device given by its configuration, which names the tile that simulates it.
 
     Args:
-        rpu_config: its configuration.
+        rpu_config: aihwkit's, or a mean-field one.
     """
 
     def __init__(self, rpu_config: RPUConfigBase) -> None:
@@ -48,12 +49,20 @@ class AihwkitDevice(AnalogDevice):
         return self._rpu_config
 
 
+Backend = Literal["mean_field", "bits", "aihwkit"]
+"""What simulates a pulsed device.
+
+- ``mean_field``: updates from the mean and the variance of the numbers of pulses, in torch.
+- ``bits``: the same tile, with pulse trains drawn and coincidences counted; for steps coarser than 1 % of the range.
+- ``aihwkit``: pulse by pulse, by aihwkit's own tiles (CPU, or GPU where aihwkit has been built for it).
+"""
+
 Material = Literal["ReRamES", "ReRamSB", "Capacitor", "EcRam", "EcRamMO", "Idealized"]
 
 
 def ideal() -> AnalogDevice:
-    """Exact products and exact updates in floating point."""
-    return AihwkitDevice(FloatingPointRPUConfig())
+    """Exact products and exact updates in floating point (runs on aihwkit)."""
+    return ConfiguredDevice(FloatingPointRPUConfig())
 
 
 def constant_step(
@@ -62,6 +71,7 @@ def constant_step(
     cycle_to_cycle: float = 0.3,
     device_to_device: float = 0.0,
     perfect_io: bool = False,
+    backend: Backend = "mean_field",
 ) -> AnalogDevice:
     """Pulsed device whose step does not depend on the weight: granular and noisy, but symmetric.
 
@@ -71,9 +81,10 @@ def constant_step(
         cycle_to_cycle: standard deviation of a step, in units of Δw_min.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         perfect_io: exact forward and backward products, without converters and noise.
+        backend: see :data:`Backend`.
     """
     device = ConstantStepDevice(**_pulsed(w_max, num_states, cycle_to_cycle, device_to_device))
-    return _config(device, perfect_io)
+    return _config(device, perfect_io, backend)
 
 
 def linear_step(
@@ -83,6 +94,7 @@ def linear_step(
     cycle_to_cycle: float = 0.3,
     device_to_device: float = 0.0,
     perfect_io: bool = False,
+    backend: Backend = "mean_field",
 ) -> AnalogDevice:
     """Pulsed device whose step falls linearly with the weight, to (1 − gamma) of it at the bound.
 
@@ -93,6 +105,7 @@ def linear_step(
         cycle_to_cycle: standard deviation of a step, relative to it.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         perfect_io: exact forward and backward products, without converters and noise.
+        backend: see :data:`Backend`.
     """
     device = LinearStepDevice(
         gamma_up=gamma,
@@ -101,7 +114,7 @@ def linear_step(
         gamma_down_dtod=0.0,
         **_pulsed(w_max, num_states, cycle_to_cycle, device_to_device),
     )
-    return _config(device, perfect_io)
+    return _config(device, perfect_io, backend)
 
 
 def soft_bounds(
@@ -111,6 +124,7 @@ def soft_bounds(
     device_to_device: float = 0.0,
     write_noise: float = 0.0,
     perfect_io: bool = False,
+    backend: Backend = "mean_field",
 ) -> AnalogDevice:
     """The paper's asymmetric linear device: a step up is Δw_min(1 − w/τ), a step down Δw_min(1 + w/τ).
 
@@ -121,9 +135,10 @@ def soft_bounds(
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
         perfect_io: exact forward and backward products, without converters and noise.
+        backend: see :data:`Backend`.
     """
     device = SoftBoundsDevice(write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device))
-    return _config(device, perfect_io)
+    return _config(device, perfect_io, backend)
 
 
 def soft_bounds_reference(
@@ -133,6 +148,7 @@ def soft_bounds_reference(
     device_to_device: float = 0.0,
     write_noise: float = 0.0,
     perfect_io: bool = False,
+    backend: Backend = "mean_field",
 ) -> AnalogDevice:
     """Soft bounds around a reference device, with noise added to the step instead of scaling it.
 
@@ -143,35 +159,52 @@ def soft_bounds_reference(
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
         perfect_io: exact forward and backward products, without converters and noise.
+        backend: see :data:`Backend`.
     """
     device = SoftBoundsReferenceDevice(
         write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device)
     )
-    return _config(device, perfect_io)
+    return _config(device, perfect_io, backend)
 
 
-def ecram() -> AnalogDevice:
-    """Electro-chemical RAM, fitted to measurements (aihwkit's preset)."""
-    return AihwkitDevice(presets.EcRamPreset())
+def ecram(backend: Backend = "mean_field") -> AnalogDevice:
+    """Electro-chemical RAM, fitted to measurements (aihwkit's preset).
+
+    Args:
+        backend: see :data:`Backend`.
+    """
+    return _simulated(presets.EcRamPreset(), backend)
 
 
-def reram_es() -> AnalogDevice:
-    """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset)."""
-    return AihwkitDevice(presets.ReRamESPreset())
+def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
+    """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset).
+
+    Args:
+        backend: see :data:`Backend`.
+    """
+    return _simulated(presets.ReRamESPreset(), backend)
 
 
-def reram_sb() -> AnalogDevice:
-    """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset)."""
-    return AihwkitDevice(presets.ReRamSBPreset())
+def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
+    """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset).
+
+    Args:
+        backend: see :data:`Backend`.
+    """
+    return _simulated(presets.ReRamSBPreset(), backend)
 
 
-def gokmen_vlasov() -> AnalogDevice:
-    """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset)."""
-    return AihwkitDevice(presets.GokmenVlasovPreset())
+def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
+    """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset).
+
+    Args:
+        backend: see :data:`Backend`.
+    """
+    return _simulated(presets.GokmenVlasovPreset(), backend)
 
 
 def tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka: gradients accumulate on a fast array and are transferred to the weight array.
+    """Tiki-Taka: gradients accumulate on a fast array and are transferred to the weight array (runs on aihwkit).
 
     Args:
         material: what both arrays are made of.
@@ -180,7 +213,8 @@ def tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
 
 
 def tiki_taka_v2(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2: a digital buffer between the fast and the weight array filters the transfer.
+    """Tiki-Taka version 2: a digital buffer between the fast and the weight array filters the transfer
+    (runs on aihwkit).
 
     Args:
         material: what both arrays are made of.
@@ -189,7 +223,7 @@ def tiki_taka_v2(material: Material = "ReRamSB") -> AnalogDevice:
 
 
 def chopped_tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2 with choppers that flip the sign of the gradient array against its offset.
+    """Tiki-Taka version 2 with choppers that flip the sign of the gradient array against its offset (runs on aihwkit).
 
     Args:
         material: what both arrays are made of.
@@ -198,7 +232,7 @@ def chopped_tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
 
 
 def agad(material: Material = "ReRamSB") -> AnalogDevice:
-    """Analog gradient accumulation with dynamic reference (Rasch et al., arXiv 2303.04721).
+    """Analog gradient accumulation with dynamic reference (Rasch et al., arXiv 2303.04721) (runs on aihwkit).
 
     Args:
         material: what both arrays are made of.
@@ -207,7 +241,7 @@ def agad(material: Material = "ReRamSB") -> AnalogDevice:
 
 
 def mixed_precision(material: Material = "ReRamSB") -> AnalogDevice:
-    """Gradients accumulate digitally, and whole steps are written to the analog weights.
+    """Gradients accumulate digitally, and whole steps are written to the analog weights (runs on aihwkit).
 
     Args:
         material: what the array is made of.
@@ -258,16 +292,24 @@ def _pulsed(w_max: float, num_states: int, cycle_to_cycle: float, device_to_devi
     }
 
 
-def _config(device: PulsedDevice, perfect_io: bool) -> AnalogDevice:
+def _config(device: PulsedDevice, perfect_io: bool, backend: Backend) -> AnalogDevice:
     config = SingleRPUConfig(device=device)
     if perfect_io:
         config.forward = IOParameters(is_perfect=True)
         config.backward = IOParameters(is_perfect=True)
-    return AihwkitDevice(config)
+    return _simulated(config, backend)
+
+
+def _simulated(config: SingleRPUConfig, backend: Backend) -> AnalogDevice:
+    if backend not in get_args(Backend):
+        raise UsageError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
+    if backend == "aihwkit":
+        return ConfiguredDevice(config)
+    return ConfiguredDevice(mean_field(config, sample_pulses=backend == "bits"))
 
 
 def _preset(algorithm: str, material: str) -> AnalogDevice:
     preset = getattr(presets, f"{algorithm}{material}Preset", None)
     if preset is None:
         raise UsageError(f"there is no {algorithm} of material {material!r}: see aihwkit.simulator.presets")
-    return AihwkitDevice(preset())
+    return ConfiguredDevice(preset())

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+_PACKAGES = ("aihwkit.", "aimc_pl.devices.")
+
 
 @contextmanager
 def trust_aihwkit(path: str | PathLike[str]) -> Iterator[None]:
-    """Let ``torch.load(path, weights_only=True)`` restore aihwkit's tiles and their configuration, and nothing else."""
+    """Let ``torch.load(path, weights_only=True)`` restore tiles and their configuration, aihwkit's and ours only."""
     names = get_unsafe_globals_in_checkpoint(path) if Path(path).is_file() else []
     trusted = []
-    for module, _, name in (name.rpartition(".") for name in names if name.startswith("aihwkit.")):
+    for module, _, name in (name.rpartition(".") for name in names if name.startswith(_PACKAGES)):
         trusted.append(getattr(import_module(module), name))
     with safe_globals(trusted):
         yield

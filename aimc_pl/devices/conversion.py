@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
+from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
 from aimc_pl.errors import UsageError
 
 Device = str | AnalogDevice | RPUConfigBase
@@ -81,6 +82,7 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
                 f"layer {name!r} is a grouped convolution, for which aihwkit has no tiles: keep it digital"
             )
         layer = conversion.convert_to_analog(network.get_submodule(name), rpu_config, ensure_analog_root=False)
+        _compute_on_images(layer)
         # Tiles compute in float32, also where autocast makes a digital layer before them send less.
         layer.register_forward_pre_hook(_to_float32)
         setattr(network.get_submodule(parent), child, layer)
@@ -140,6 +142,16 @@ def make_analog_aware(optimizer: Optimizer) -> None:
 
         step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
         optimizer.step = step
+
+
+def _compute_on_images(layer: Any) -> None:
+    """Tell a mean-field tile the convolution it belongs to, so that it need not unfold the images."""
+    tile = layer.analog_module
+    if hasattr(layer, "kernel_size") and isinstance(tile, MeanFieldTile | MeanFieldTileArray):
+        if getattr(tile, "analog_bias", False):
+            return
+        tile.convolution = Convolution(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        layer.use_indexed = True
 
 
 def _to_float32(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

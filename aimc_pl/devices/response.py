@@ -1,11 +1,35 @@
 """How a device's weight answers to update pulses."""
 
+from copy import deepcopy
+from typing import Any
+
 import numpy as np
+import torch
 from aihwkit.simulator.parameters.base import RPUConfigBase
-from aihwkit.utils.visualization import compute_pulse_response, get_tile_for_plotting
+from aihwkit.utils.visualization import compute_pulse_response
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from aimc_pl.errors import UsageError
+
+
+def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) -> NDArray[np.float64]:
+    """The weights ``(4·num_pulses, num_devices)`` of a few cross-points under single pulses up, then down, twice over.
+
+    Args:
+        device: a configuration of pulsed devices.
+        num_pulses: pulses in one direction.
+        num_devices: cross-points.
+    """
+    config = deepcopy(device)
+    config.update.update_bl_management = config.update.update_management = False
+    config.update.desired_bl = 1
+    tile = config.tile_class(num_devices, 1, config, False)
+    tile.set_weights(torch.zeros(num_devices, 1))
+    # One slot in which all lines fire, whatever the step.
+    tile.set_learning_rate(1.0)
+    directions = np.tile(np.repeat([1.0, -1.0], num_pulses), 2)
+    return compute_pulse_response(tile, directions)[:, :, 0]
 
 
 def plot_response(device: RPUConfigBase, title: str = "", num_pulses: int = 1000, num_devices: int = 8) -> Figure:
@@ -22,9 +46,7 @@ def plot_response(device: RPUConfigBase, title: str = "", num_pulses: int = 1000
     """
     if not hasattr(device, "update"):
         raise UsageError(f"{title or type(device).__name__} is not updated by pulses: there is no response to draw")
-    tile = get_tile_for_plotting(device, num_devices, w_init=0.0)  # pyright: ignore[reportArgumentType]
-    directions = np.tile(np.repeat([1.0, -1.0], num_pulses), 2)
-    weights = compute_pulse_response(tile, directions)[:, :, 0]
+    weights = pulse_response(device, num_pulses, num_devices)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(weights, linewidth=0.6, alpha=0.6)

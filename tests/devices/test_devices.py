@@ -11,7 +11,7 @@ from torch import nn
 
 from aimc_pl.devices import (
     DEVICES,
-    AihwkitDevice,
+    ConfiguredDevice,
     analog_layers,
     convert_to_analog,
     get_device,
@@ -67,7 +67,7 @@ def test_soft_bounds_step_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    "device", ["ideal", FloatingPointRPUConfig(), AihwkitDevice(FloatingPointRPUConfig()), EcRamPreset()]
+    "device", ["ideal", FloatingPointRPUConfig(), ConfiguredDevice(FloatingPointRPUConfig()), EcRamPreset()]
 )
 def test_conversion_keeps_weights_and_names(device):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Flatten()), nn.Linear(16, 2))
@@ -83,7 +83,7 @@ def test_later_keys_win_and_none_stays_digital():
     network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
     convert_to_analog(network, {"*": "soft_bounds", 1: "ecram", "0": None, "[34]": "ideal"}, split_at=["1", "3"])
     kinds = [type(getattr(layer, "analog_module", None)).__name__ for layer in network]
-    assert kinds == ["NoneType", "AnalogTile", "AnalogTile", "FloatingPointTile", "FloatingPointTile"]
+    assert kinds == ["NoneType", "MeanFieldTile", "MeanFieldTile", "FloatingPointTile", "FloatingPointTile"]
     materials = [type(network[i].analog_module.rpu_config.device).__name__ for i in (1, 2)]
     assert materials == ["EcRamPresetDevice"] * 2
 

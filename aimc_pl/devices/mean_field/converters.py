@@ -1,0 +1,229 @@
+"""Products of a crossbar through its converters: every vector is scaled, rounded, multiplied, disturbed and rounded.
+
+The model and its parameters are those of aihwkit's ``IOParameters``, applied vector by vector as its C++ tiles do.
+"""
+
+from collections.abc import Callable
+from math import inf
+
+import torch
+from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, WeightNoiseType
+from aihwkit.simulator.parameters.io import IOParameters
+from torch import Generator, Tensor
+
+from aimc_pl.devices.mean_field.noise import gaussian, uniform
+from aimc_pl.devices.mean_field.vectors import Convolution, Patches, Vectors
+
+
+def is_perfect(io: IOParameters) -> bool:
+    """Whether products are exact."""
+    return io.is_perfect or io.mv_type == AnalogMVType.IDEAL
+
+
+def input_scale(x: Tensor, vectors: Vectors | Patches, io: IOParameters) -> Tensor | float:
+    """What every vector is divided by before the converter (noise management), its dimension kept."""
+    match io.noise_management:
+        case NoiseManagementType.NONE:
+            return 1.0
+        case NoiseManagementType.CONSTANT:
+            return io.nm_thres if io.nm_thres > 0 else 1.0
+        case _:
+            scale = vectors.largest(x)
+            return scale.clamp_(max=io.nm_thres) if io.nm_thres > 0 else scale
+
+
+def product(
+    weight: Tensor,
+    scaled: Callable[[Tensor | float], Tensor],
+    vectors: Vectors,
+    scale: Tensor | float,
+    io: IOParameters,
+    generator: Generator,
+    bound_management: bool,
+    reduction: float = 1.0,
+) -> Tensor:
+    """The product of a crossbar with every vector.
+
+    Args:
+        weight: ``(out, in)``.
+        scaled: a new tensor of the vectors, ``in`` features along the dimension of ``vectors``, each times a gain.
+        vectors: where they lie.
+        scale: of every vector, see :func:`input_scale`.
+        io: of the converters.
+        generator: of the noise.
+        bound_management: repeat what exceeded the output's bound with half the input, as often as ``io`` allows.
+        reduction: of the input so far.
+    """
+    step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
+    codes = _to_codes(scaled, scale * reduction, step, io, generator)
+    y = vectors.multiply(weight * ((step or 1.0) / (unit or 1.0)), codes)
+    noise = _noise_std(weight, codes, step or 1.0, vectors, io)
+    if isinstance(noise, Tensor):
+        y.addcmul_(gaussian(y.shape, generator, y.device), noise, value=1 / (unit or 1.0))
+    elif noise > 0:
+        y.add_(gaussian(y.shape, generator, y.device), alpha=noise / (unit or 1.0))
+    if unit:
+        y = _round(y, io.out_sto_round, generator)
+    bound = _bound(io.out_bound) / (unit or 1.0)
+    overflow = None
+    if bound_management and reduction <= min(io.max_bm_factor, io.max_bm_res / step if step else inf):
+        low = -bound if io.bm_test_negative_bound else -inf
+        overflow = _outside(y, low, bound, vectors.dim)
+    if bound < inf:
+        y.clamp_(-bound, bound)
+    y *= scale * ((unit or 1.0) * io.out_scale * reduction)
+    if overflow is not None:
+        rows = scaled(1.0).movedim(vectors.dim, -1)[overflow]
+        scales = scale.movedim(vectors.dim, -1)[overflow] if isinstance(scale, Tensor) else scale
+        y.movedim(vectors.dim, -1)[overflow] = product(
+            weight, rows.mul, Vectors(-1), scales, io, generator, bound_management, 2 * reduction
+        )
+    return y
+
+
+def has_bound_management(io: IOParameters) -> bool:
+    """Whether overflowing products are repeated; aihwkit does so forward only."""
+    return io.bound_management == BoundManagementType.ITERATIVE
+
+
+def acts_as_noise(weight: Tensor, io: IOParameters) -> bool:
+    """Whether converting the product of a crossbar is, for all that counts, adding independent noise to it.
+
+    Rounding after Gaussian noise adds an independent uniform error once σ is at least half a step: what is left of the
+    dependence falls as exp(−2π²σ²/step²) (Widrow, Kollár and Liu, IEEE Trans. Instrum. Meas. 45, 1996). Rounding the
+    inputs is part of the noise where it makes up a few percent of its variance at most.
+
+    Args:
+        weight: ``(out, in)``.
+        io: of the converters.
+    """
+    step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
+    return (
+        io.w_noise_type == WeightNoiseType.NONE
+        and not (io.inp_sto_round or io.out_sto_round)
+        and io.inp_noise == 0
+        and _fits(io)
+        and 0.5 * unit <= io.out_noise
+        and float(weight.square().sum(1).max()) * step**2 / 12 <= 0.05 * io.out_noise**2
+    )
+
+
+def noisy_convolution(
+    weight: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: Generator
+) -> Tensor | None:
+    """The convolution on a crossbar where :func:`acts_as_noise`, or ``None`` where an output exceeds its bound.
+
+    Args:
+        weight: ``(out, features)``.
+        images: ``(batch, channels, *size)``.
+        convolution: of the layer.
+        io: of the converters.
+        generator: of the noise.
+    """
+    step = _step(io.inp_res, io.inp_bound)
+    scale = convolution.largest(images)
+    y = convolution.multiply(weight, images)
+    rounding = float(weight.square().sum()) / len(weight) * step**2 / 12
+    y.addcmul_(gaussian(y.shape, generator, y.device), scale * (_output_variance(io) + rounding) ** 0.5)
+    if bool((y.abs().amax(1, keepdim=True) > scale * _bound(io.out_bound)).any()):
+        return None
+    return y if io.out_scale == 1 else y.mul_(io.out_scale)
+
+
+def noisy_transposed_convolution(
+    weight: Tensor, error: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: Generator
+) -> Tensor:
+    """The transposed convolution on a crossbar where :func:`acts_as_noise` and :func:`never_exceeds`.
+
+    A pixel's error is the sum of what its patches return, and so the variances of their noise add up.
+
+    Args:
+        weight: ``(out, features)``.
+        error: ``(batch, out, *out_size)``.
+        images: the layer's input ``(batch, channels, *size)``.
+        convolution: of the layer.
+        io: of the converters.
+        generator: of the noise.
+    """
+    step = _step(io.inp_res, io.inp_bound)
+    scale = Vectors(1).largest(error)
+    codes = _to_codes(error.mul, scale, step, io, generator)
+    gain = scale * io.out_scale
+    y = convolution.multiply_transposed(weight, codes.mul_(gain * (step or 1.0)), images)
+    std = convolution.spread(gain**2 * _output_variance(io), images).sqrt_()
+    return y.addcmul_(std, gaussian(y.shape, generator, y.device))
+
+
+def never_exceeds(weight: Tensor, io: IOParameters) -> bool:
+    """Whether no input in its bound makes an output exceed its own, 6σ of noise included.
+
+    Args:
+        weight: ``(out, in)``.
+        io: of the converters.
+    """
+    bound = _bound(io.out_bound)
+    return bound == inf or float(weight.abs().sum(1).max()) * _bound(io.inp_bound) + 6 * io.out_noise < bound
+
+
+def _output_variance(io: IOParameters) -> float:
+    return io.out_noise**2 + _step(io.out_res, io.out_bound) ** 2 / 12
+
+
+def _step(resolution: float, bound: float) -> float:
+    """The step of a converter, 0 for none; a resolution above 1 is a number of steps."""
+    resolution = max(resolution, 0.0)
+    return (1 / resolution if resolution > 1 else resolution) * 2 * bound
+
+
+def _bound(bound: float) -> float:
+    return bound if bound > 0 else inf
+
+
+def _to_codes(
+    scaled: Callable[[Tensor | float], Tensor],
+    scale: Tensor | float,
+    step: float,
+    io: IOParameters,
+    generator: Generator,
+) -> Tensor:
+    """The inputs that the crossbar sees, in units of the converter's step; zero vectors stay zero."""
+    gain = scale.reciprocal().nan_to_num_(posinf=0.0) if isinstance(scale, Tensor) else 1 / scale
+    codes = scaled(gain / (step or 1.0))
+    if step:
+        codes = _round(codes, io.inp_sto_round, generator)
+    limit = _bound(io.inp_bound) / (step or 1.0)
+    if limit < inf and not _fits(io):
+        codes.clamp_(-limit, limit)
+    if io.inp_noise > 0:
+        codes.add_(gaussian(codes.shape, generator, codes.device), alpha=io.inp_noise / (step or 1.0))
+    return codes
+
+
+def _fits(io: IOParameters) -> bool:
+    """Whether scaling alone brings the inputs into their bound."""
+    return io.noise_management == NoiseManagementType.ABS_MAX and io.nm_thres <= 0 and io.inp_bound >= 1
+
+
+def _round(values: Tensor, stochastic: bool, generator: Generator) -> Tensor:
+    if stochastic:
+        values += uniform(values.shape, generator, values.device) - 0.5
+    return values.round_()
+
+
+def _noise_std(weight: Tensor, codes: Tensor, step: float, vectors: Vectors, io: IOParameters) -> Tensor | float:
+    match io.w_noise_type:
+        case WeightNoiseType.ADDITIVE_CONSTANT:
+            power = torch.linalg.vector_norm(codes, dim=vectors.dim, keepdim=True).square_()
+        case WeightNoiseType.PCM_READ:
+            power = vectors.multiply(weight.abs(), codes**2)
+        case _:
+            return io.out_noise
+    return power.mul_((io.w_noise * step) ** 2).add_(io.out_noise**2).sqrt_()
+
+
+def _outside(y: Tensor, low: float, high: float, dim: int) -> Tensor | None:
+    """Which vectors have an element outside of the bounds; ``None`` if none has."""
+    smallest, largest = torch.aminmax(y)
+    if low <= float(smallest) and float(largest) <= high:
+        return None
+    return ((y < low) | (y > high)).any(dim)

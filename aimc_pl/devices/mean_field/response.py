@@ -1,0 +1,326 @@
+"""How a cross-point's weight answers to pulses: the mean motion and what a pulse train may deviate from it.
+
+With U and D the numbers of pulses up and down, a device whose steps are up(w) and down(w) moves by
+dw/dt = U·up(w) − D·down(w) over one unit of time, and every pulse adds a variance.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from aihwkit.simulator.configs.devices import (
+    ConstantStepDevice,
+    ExpStepDevice,
+    LinearStepDevice,
+    PowStepDevice,
+    PulsedDevice,
+    SoftBoundsDevice,
+    SoftBoundsReferenceDevice,
+)
+from torch import Tensor
+
+from aimc_pl.devices.mean_field.pulses import Counts
+
+Number = Tensor | float
+"""One value for all cross-points, or one per cross-point ``(out, in)``."""
+
+_Curve = Callable[[Tensor], Tensor]
+
+DEVICES = (
+    ConstantStepDevice,
+    LinearStepDevice,
+    SoftBoundsDevice,
+    SoftBoundsReferenceDevice,
+    ExpStepDevice,
+    PowStepDevice,
+)
+"""The devices of aihwkit that have a mean-field response."""
+
+_NEAR = 0.02
+"""Below this reach a motion is taken to second order, off by 1e-4, and its variance where it starts, off by 2 %."""
+
+_SUBSTEP = 0.05
+"""The part of the range that a curved response may cross in one step of the integration."""
+
+
+class Response(ABC):
+    """The answer of a tile's cross-points.
+
+    Args:
+        lower: the lowest weight.
+        upper: the highest weight.
+        steepness: how much a pulse changes the steps of a typical cross-point; a batch with steepness·pulses ≪ 1 hardly
+            depends on the order of its samples.
+    """
+
+    def __init__(self, lower: Number, upper: Number, steepness: float) -> None:
+        self.lower = lower
+        self.upper = upper
+        self.steepness = steepness
+
+    def clip(self, weight: Tensor) -> Tensor:
+        """Bring weights, in place, into the bounds."""
+        bounds: Any = self.lower, self.upper
+        return weight.clamp_(*bounds)
+
+    @abstractmethod
+    def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
+        """Move the weights, in place, by the mean motion.
+
+        Args:
+            weight: ``(out, in)``.
+            counts: the pulses.
+            reach: the largest total count times the steepness, which chooses how finely to compute.
+
+        Returns:
+            The variance of the deviation from the mean.
+        """
+
+
+class LinearResponse(Response):
+    """Steps linear in the weight: up(w) = s₊ + k₊·w, down(w) = s₋ + k₋·w.
+
+    The motion is exact: with a = U·k₊ − D·k₋ and b = U·s₊ − D·s₋ it is w' = w + (b + a·w)·expm1(a)/a.
+
+    Args:
+        up: s₊ and k₊.
+        down: s₋ and k₋.
+        lower: see :class:`Response`.
+        upper: see :class:`Response`.
+        relative_spread: standard deviation of a step from cycle to cycle, in units of the step.
+        fixed_spread: that part of it which does not depend on the weight, up and down, in weight units.
+    """
+
+    def __init__(
+        self,
+        up: tuple[Number, Number],
+        down: tuple[Number, Number],
+        lower: Number,
+        upper: Number,
+        relative_spread: float,
+        fixed_spread: tuple[Number, Number],
+    ) -> None:
+        (s_up, k_up), (s_down, k_down) = up, down
+        super().__init__(lower, upper, max(_typical(k_up), _typical(k_down)))
+        self.alike = not any(isinstance(slope, Tensor) for slope in (k_up, k_down))
+        self.relative_spread = relative_spread
+        self.rate = _OfCounts(s_up, -s_down)
+        self.relaxation = _OfCounts(k_up, -k_down)
+        # A pulse adds its size squared, a polynomial in w, and its fixed spread squared.
+        self.squares = (
+            _OfCounts(s_up * s_up, s_down * s_down),
+            _OfCounts(2 * s_up * k_up, 2 * s_down * k_down),
+            _OfCounts(k_up * k_up, k_down * k_down),
+        )
+        self.fixed = _OfCounts(*(spread * spread for spread in fixed_spread))
+
+    def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
+        """See :meth:`Response.move`."""
+        motion, a = self.rate(counts), self.relaxation(counts)
+        motion.addcmul_(a, weight)
+        if self.alike and reach < _NEAR:
+            variance = self._variance(weight, counts)
+            weight += motion.addcmul_(motion, a, value=0.5)
+            return variance
+        a -= 1e-30  # makes expm1(a)/a 1 at 0
+        change = torch.expm1(a)
+        mean = torch.div(change, a, out=a)
+        motion *= mean
+        # On the way the steps change, here taken at the middle, and what came early relaxes: expm1(2a)/(2a).
+        variance = self._variance(torch.add(weight, motion, alpha=0.5), counts)
+        weight += motion
+        return variance.mul_(mean).mul_(change.mul_(0.5).add_(1))
+
+    def _variance(self, weight: Tensor, counts: Counts) -> Tensor:
+        net, total = _deviation(counts, self.relative_spread)
+        of_total = _polynomial([square.of_total for square in self.squares], weight)
+        of_net = _polynomial([square.of_net for square in self.squares], weight)
+        variance = total * of_total
+        _add(variance, net, of_net)
+        return self.fixed.add_to(variance, counts)
+
+
+class CurvedResponse(Response):
+    """Steps of any shape, integrated by the midpoint rule in substeps of a few percent of the range.
+
+    Args:
+        up: the step up as a function of the weight.
+        down: the step down.
+        lower: see :class:`Response`.
+        upper: see :class:`Response`.
+        steepness: see :class:`Response`; a step in units of the range.
+        relative_spread: standard deviation of a step from cycle to cycle, in units of the step.
+    """
+
+    def __init__(
+        self,
+        up: _Curve,
+        down: _Curve,
+        lower: Number,
+        upper: Number,
+        steepness: float,
+        relative_spread: float,
+    ) -> None:
+        super().__init__(lower, upper, steepness)
+        self.up = up
+        self.down = down
+        self.relative_spread = relative_spread
+
+    def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
+        """See :meth:`Response.move`."""
+        substeps = max(1, ceil(reach / _SUBSTEP))
+        ups = (counts.total + counts.net) / (2 * substeps)
+        downs = (counts.total - counts.net) / (2 * substeps)
+        net, total = (count / (2 * substeps) for count in _deviation(counts, self.relative_spread))
+        variance = torch.zeros_like(weight)
+        for _ in range(substeps):
+            half = ups * self.up(weight) - downs * self.down(weight)
+            middle = self.clip(torch.add(weight, half, alpha=0.5))
+            with torch.enable_grad():
+                middle.requires_grad_()
+                up, down = self.up(middle), self.down(middle)
+                motion = ups * up - downs * down
+                (slope,) = torch.autograd.grad(motion.sum(), middle)
+            added = (total + net) * up.detach() ** 2 + (total - net) * down.detach() ** 2
+            variance = variance * torch.exp(2 * slope) + added * torch.exp(slope)
+            self.clip(weight.add_(motion.detach()))
+        return variance
+
+
+def response_of(device: PulsedDevice, hidden: Mapping[str, Number], whole_pulses: bool) -> Response:
+    """The response of a device of aihwkit.
+
+    Args:
+        device: one of :data:`DEVICES`.
+        hidden: its cross-points' parameters by aihwkit's names.
+        whole_pulses: whether counts will be whole numbers, where n steps make a factor (1 + k)ⁿ. The mean over Poisson
+            counts n of mean μ is exp(μk).
+    """
+    values: Any = device  # fields that not all devices have
+    up, down = hidden["dwmin_up"], hidden["dwmin_down"]
+    lower, upper = hidden["min_bound"], hidden["max_bound"]
+    spread = values.dw_min_std
+    if isinstance(device, ExpStepDevice | PowStepDevice):
+        curves = _exponential if isinstance(device, ExpStepDevice) else _power
+        steepness = (_typical(up) + _typical(down)) / _typical(upper - lower)
+        rise, fall = curves(values, hidden)
+        return CurvedResponse(rise, fall, lower, upper, steepness, spread)
+    slopes = hidden.get("slope_up", 0.0), hidden.get("slope_down", 0.0)
+    if isinstance(device, SoftBoundsReferenceDevice):
+        slopes = -_quotient(up, upper, positive=True), -_quotient(down, lower, positive=False)
+    reference = hidden.get("reference", 0.0)
+    fixed = not getattr(values, "mult_noise", True)
+    steps_up = up + slopes[0] * reference, slopes[0]
+    steps_down = down + slopes[1] * reference, slopes[1]
+    if whole_pulses:
+        steps_up, steps_down = _compounded(*steps_up, 1), _compounded(*steps_down, -1)
+    return LinearResponse(
+        steps_up,
+        steps_down,
+        lower - reference,
+        upper - reference,
+        0.0 if fixed else spread,
+        (spread * up, spread * down) if fixed else (0.0, 0.0),
+    )
+
+
+def _deviation(counts: Counts, relative_spread: float) -> tuple[Tensor, Tensor]:
+    """The net and the total of pulses, each weighted by its variance in units of its step squared."""
+    factor = 1 + relative_spread**2
+    net, total = (counts.net, counts.total) if factor == 1 else (counts.net * factor, counts.total * factor)
+    if counts.certain is None:
+        return net, total
+    return net - counts.certain[0], total - counts.certain[1]
+
+
+def _polynomial(coefficients: Sequence[Number], x: Tensor) -> Number:
+    """A quadratic in x."""
+    constant, linear, quadratic = coefficients
+    if _vanishes(quadratic):
+        return constant if _vanishes(linear) else x * linear + constant
+    if isinstance(quadratic, Tensor) or isinstance(linear, Tensor) or isinstance(constant, Tensor):
+        return (x * quadratic + linear).mul_(x).add_(constant)
+    return _add(torch.addcmul(x.new_tensor(constant), x, x, value=quadratic), x, linear)
+
+
+def _exponential(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:
+    scale = 2 * device.a / _range(hidden)
+
+    def up(weight: Tensor) -> Tensor:
+        position = weight * scale + device.b
+        return (1 - device.A_up * torch.exp(device.gamma_up * position)).clamp(min=0) * hidden["dwmin_up"]
+
+    def down(weight: Tensor) -> Tensor:
+        position = weight * scale + device.b
+        return (1 - device.A_down * torch.exp(-device.gamma_down * position)).clamp(min=0) * hidden["dwmin_down"]
+
+    return up, down
+
+
+def _power(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:
+    lower, upper, length = hidden["min_bound"], hidden["max_bound"], _range(hidden)
+
+    def up(weight: Tensor) -> Tensor:
+        return ((upper - weight) / length).clamp(min=1e-6) ** hidden["gamma_up"] * hidden["dwmin_up"]
+
+    def down(weight: Tensor) -> Tensor:
+        return ((weight - lower) / length).clamp(min=1e-6) ** hidden["gamma_down"] * hidden["dwmin_down"]
+
+    return up, down
+
+
+def _range(hidden: Mapping[str, Number]) -> Number:
+    """The cross-points' ranges; 1 for those that are stuck."""
+    length = hidden["max_bound"] - hidden["min_bound"]
+    return torch.where(length > 0, length, 1.0) if isinstance(length, Tensor) else length or 1.0
+
+
+def _compounded(step: Number, slope: Number, sign: int) -> tuple[Number, Number]:
+    """The step and slope whose motion over unit time is exactly one pulse."""
+    slope = torch.as_tensor(slope, dtype=torch.float64)
+    rate = sign * torch.log1p(sign * slope)
+    ratio = torch.where(slope == 0, 1.0, rate / slope)
+    step = step * ratio
+    step, rate = (value.float() if value.dim() else float(value) for value in (step, rate))
+    return step, rate
+
+
+def _quotient(step: Number, bound: Number, positive: bool) -> Number:
+    """Step/bound, 0 where the bound is on the wrong side of zero."""
+    bound = torch.as_tensor(bound)
+    quotient = torch.where((bound > 0) if positive else (bound < 0), step / bound, 0.0)
+    return quotient if quotient.dim() else float(quotient)
+
+
+def _typical(value: Number) -> float:
+    return float(torch.as_tensor(value).abs().median())
+
+
+class _OfCounts:
+    """U·up + D·down, by the total and the net count, without the terms that vanish."""
+
+    def __init__(self, up: Number, down: Number) -> None:
+        self.of_total = (up + down) * 0.5
+        self.of_net = (up - down) * 0.5
+
+    def __call__(self, counts: Counts) -> Tensor:
+        if _vanishes(self.of_total):
+            return counts.net * self.of_net
+        return _add(counts.total * self.of_total, counts.net, self.of_net)
+
+    def add_to(self, value: Tensor, counts: Counts) -> Tensor:
+        """The same, added in place."""
+        return _add(_add(value, counts.total, self.of_total), counts.net, self.of_net)
+
+
+def _vanishes(value: Number) -> bool:
+    return not isinstance(value, Tensor) and value == 0
+
+
+def _add(value: Tensor, x: Tensor, coefficient: Number) -> Tensor:
+    """``value`` plus coefficient·x, in place."""
+    if isinstance(coefficient, Tensor):
+        return value.addcmul_(coefficient, x)
+    return value if coefficient == 0 else value.add_(x, alpha=coefficient)

@@ -1,0 +1,433 @@
+"""aihwkit's tile with a torch-native crossbar inside, at a cost that does not grow with the number of pulses."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import torch
+from aihwkit.exceptions import TileError
+from aihwkit.simulator.configs import SingleRPUConfig
+from aihwkit.simulator.parameters.enums import RPUDataType
+from aihwkit.simulator.tiles.array import TileModuleArray
+from aihwkit.simulator.tiles.base import SimulatorTile, SimulatorTileWrapper
+from aihwkit.simulator.tiles.custom import CustomTile
+from aihwkit.simulator.tiles.module import TileModule
+from aihwkit.simulator.tiles.periphery import TileWithPeriphery
+from torch import Generator, Tensor, nn
+
+from aimc_pl.devices.mean_field.converters import (
+    acts_as_noise,
+    has_bound_management,
+    input_scale,
+    is_perfect,
+    never_exceeds,
+    noisy_convolution,
+    noisy_transposed_convolution,
+    product,
+)
+from aimc_pl.devices.mean_field.noise import gaussian, uniform
+from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, sampled_counts
+from aimc_pl.devices.mean_field.response import Number, Response, response_of
+from aimc_pl.devices.mean_field.vectors import Convolution, Gathered, Patches, Vectors
+
+if TYPE_CHECKING:
+    from aimc_pl.devices.mean_field.config import MeanFieldRPUConfig
+
+_ROWS = Vectors(-1)
+_FAR = 0.5
+"""How far, in units of a device's relaxation, a batch may move a weight before it is split."""
+
+
+class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
+    """A crossbar of pulsed devices: its weights, the parameters of its cross-points and the source of its noise.
+
+    The cross-points are drawn by aihwkit, so that devices vary as they do there and parameters go by the same names.
+    All random numbers come from a generator of the tile's own, seeded from torch's.
+
+    Args:
+        x_size: inputs.
+        d_size: outputs.
+        rpu_config: converters, devices and pulse trains.
+    """
+
+    _weight: Tensor
+    _hidden: Tensor
+
+    def __init__(self, x_size: int, d_size: int, rpu_config: "MeanFieldRPUConfig") -> None:
+        nn.Module.__init__(self)
+        self.x_size = x_size
+        self.d_size = d_size
+        self.learning_rate = 0.1
+        self.set_config(rpu_config)
+        self._generator = Generator().manual_seed(int(torch.randint(2**62, ())))
+        device = deepcopy(rpu_config.device)
+        device.construction_seed = device.construction_seed or 1 + int(torch.randint(2**31 - 2, ()))
+        drawn = SingleRPUConfig(device=device).tile_class(d_size, x_size, SingleRPUConfig(device=device), False).tile
+        parameters: Any = device.as_bindings(RPUDataType.FLOAT)
+        self._granularity: float = parameters.calc_weight_granularity()
+        self._write_noise: float = getattr(device, "write_noise_std", 0.0) * parameters.dw_min
+        self._names: list[str] = drawn.get_hidden_parameter_names()
+        hidden: Tensor = drawn.get_hidden_parameters()
+        if torch.equal(hidden, hidden[:, :1, :1].expand_as(hidden)):
+            hidden = hidden[:, :1, :1]
+        if self._write_noise > 0:
+            hidden = hidden.expand(-1, d_size, x_size)
+        self.register_buffer("_weight", torch.zeros(d_size, x_size), persistent=False)
+        self.register_buffer("_hidden", hidden.clone(), persistent=False)
+        self._response: Response | None = None
+
+    def set_config(self, rpu_config: "MeanFieldRPUConfig") -> None:
+        """Take the converters and pulse trains of another configuration of the same device."""
+        self._config = rpu_config
+
+    def forward(
+        self,
+        x_input: Tensor,
+        bias: bool = False,
+        in_trans: bool = False,
+        out_trans: bool = False,
+        is_test: bool = False,
+        non_blocking: bool = False,
+    ) -> Tensor:
+        """The products ``(..., out)`` of vectors ``(..., in)``."""
+        io = self._config.forward
+        x_input = _with_ones(x_input) if bias else x_input
+        return self._product(self._weight, x_input, _ROWS, io, has_bound_management(io))
+
+    def backward(
+        self,
+        d_input: Tensor,
+        bias: bool = False,
+        in_trans: bool = False,
+        out_trans: bool = False,
+        non_blocking: bool = False,
+    ) -> Tensor:
+        """The transposed products ``(..., in)`` of errors ``(..., out)``."""
+        weight = self._weight[:, :-1] if bias else self._weight
+        return self._product(weight.T, d_input, _ROWS, self._config.backward, False)
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x_input: Tensor,
+        d_input: Tensor,
+        bias: bool = False,
+        in_trans: bool = False,
+        out_trans: bool = False,
+        non_blocking: bool = False,
+    ) -> None:
+        """Pulse the cross-points with inputs ``(..., in)`` and errors ``(..., out)``."""
+        x_input = _with_ones(x_input) if bias else x_input
+        self._pulse(x_input.reshape(-1, self.x_size), d_input.reshape(-1, self.d_size), _ROWS)
+
+    def forward_patches(self, images: Tensor, patches: Patches) -> Tensor:
+        """The convolution ``(batch, out, *out_size)`` of images."""
+        io = self._config.forward
+        if is_perfect(io):
+            return _times(patches.multiply(self._weight, images), io.out_scale)
+        if isinstance(patches, Convolution) and acts_as_noise(self._weight, io):
+            y = noisy_convolution(self._weight, images, patches, io, self._generator)
+            if y is not None:
+                return y
+        scale = input_scale(images, patches, io)
+        size = patches.out_size(images)
+        y = product(
+            self._weight,
+            lambda gain: patches.columns(images, gain.unflatten(2, size) if isinstance(gain, Tensor) else gain),
+            Vectors(1),
+            scale.flatten(2) if isinstance(scale, Tensor) else scale,
+            io,
+            self._generator,
+            has_bound_management(io),
+        )
+        return y.unflatten(2, size)
+
+    def backward_patches(self, error: Tensor, images: Tensor, patches: Patches) -> Tensor:
+        """The errors of the images, from those of the convolution."""
+        io = self._config.backward
+        if is_perfect(io):
+            return _times(patches.multiply_transposed(self._weight, error, images), io.out_scale)
+        if isinstance(patches, Convolution) and acts_as_noise(self._weight.T, io) and never_exceeds(self._weight.T, io):
+            return noisy_transposed_convolution(self._weight, error, images, patches, io, self._generator)
+        columns = self._product(self._weight.T, error.flatten(2), Vectors(1), io, False)
+        return patches.fold(columns, images)
+
+    def update_patches(self, images: Tensor, error: Tensor, patches: Patches) -> None:
+        """Pulse the cross-points with the patches of images and the errors of the convolution."""
+        self._pulse(images, error, patches)
+
+    def get_weights(self, as_ref: bool = False) -> Tensor:
+        """The weights ``(out, in)``: themselves, or a copy on the CPU."""
+        return self._weight if as_ref else self._weight.detach().cpu().clone()
+
+    def set_weights(self, weight: Tensor) -> None:
+        """Program the weights, clipped to the cross-points' bounds."""
+        self.response.clip(self._weight.copy_(weight))
+        if self._write_noise > 0:
+            self._persistent.copy_(self._weight)
+            if getattr(self._config.device, "apply_write_noise_on_set", False):
+                self._weight.add_(self._gaussian(), alpha=self._write_noise)
+
+    def get_x_size(self) -> int:
+        """The number of inputs."""
+        return self.x_size
+
+    def get_d_size(self) -> int:
+        """The number of outputs."""
+        return self.d_size
+
+    def get_brief_info(self) -> str:
+        """What the tile is, in a line."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def extra_repr(self) -> str:
+        """Size, device and where it lives."""
+        return f"{self.d_size}, {self.x_size}, {type(self._config.device).__name__}, {self._weight.device}"
+
+    def get_hidden_parameter_names(self) -> list[str]:
+        """aihwkit's names of the cross-points' parameters."""
+        return self._names
+
+    def get_hidden_parameters(self) -> Tensor:
+        """The cross-points' parameters ``(names, out, in)``, or ``(names, 1, 1)`` where all cross-points are alike."""
+        return self._hidden.clone()
+
+    def set_hidden_parameters(self, params: Tensor) -> None:
+        """Replace the cross-points' parameters."""
+        self._hidden = params.to(self._hidden, copy=True)
+        self._response = None
+
+    def get_learning_rate(self) -> float:
+        """The learning rate of :meth:`update`."""
+        return self.learning_rate
+
+    def set_learning_rate(self, learning_rate: float | None) -> None:
+        """Set the learning rate of :meth:`update`."""
+        if learning_rate is not None:
+            self.learning_rate = learning_rate
+
+    def dump_extra(self) -> dict[str, Tensor]:
+        """What else a run needs to go on bit for bit."""
+        extra = {"generator": self._generator.get_state()}
+        if self._write_noise > 0:
+            extra |= {"visible_weights": self._weight.clone(), "persistent_weights": self._persistent.clone()}
+        return extra
+
+    def load_extra(self, extra: dict[str, Tensor], strict: bool = False) -> None:
+        """Restore what :meth:`dump_extra` gave."""
+        self._generator.set_state(extra["generator"].cpu())
+        if "visible_weights" in extra:
+            self._weight.copy_(extra["visible_weights"])
+            self._persistent.copy_(extra["persistent_weights"])
+
+    @property
+    def response(self) -> Response:
+        """How the cross-points answer to pulses."""
+        if self._response is None:
+            hidden: dict[str, Number] = {
+                name: float(values.flatten()[0]) if bool((values == values.flatten()[0]).all()) else values
+                for name, values in zip(self._names, self._hidden, strict=True)
+            }
+            self._response = response_of(self._config.device, hidden, self._config.sample_pulses)
+        return self._response
+
+    @property
+    def _persistent(self) -> Tensor:
+        """The weights without write noise."""
+        return self._hidden[self._names.index("persistent_weights")]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "MeanFieldSimulatorTile":
+        self._response = None
+        return super()._apply(fn, recurse)
+
+    def _gaussian(self) -> Tensor:
+        return gaussian(self._weight.shape, self._generator, self._weight.device)
+
+    def _product(self, weight: Tensor, x: Tensor, vectors: Vectors, io: Any, bound_management: bool) -> Tensor:
+        if is_perfect(io):
+            return _times(vectors.multiply(weight, x), io.out_scale)
+        return product(weight, x.mul, vectors, input_scale(x, vectors, io), io, self._generator, bound_management)
+
+    def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+        counts = self._count(x, error, vectors)
+        reach = self._reach(counts)
+        if reach <= _FAR or len(x) == 1:
+            self._move(counts, reach)
+            return
+        # The order of the samples matters: apply them one after another as far as needed.
+        parts = min(len(x), ceil(reach / _FAR))
+        for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
+            counts = self._count(some_x, some_error, vectors)
+            self._move(counts, self._reach(counts))
+
+    def _reach(self, counts: Counts) -> float:
+        steepness = self.response.steepness
+        return steepness * float(counts.total.max()) if steepness else 0.0
+
+    def _count(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> Counts:
+        update = self._config.update
+        if not self._config.sample_pulses:
+            return expected_counts(x, error, vectors, self.learning_rate, self._granularity, update)
+        if isinstance(vectors, Patches):
+            x = vectors.columns(x).movedim(1, -1).flatten(0, 1)
+            error = error.flatten(2).movedim(1, -1).flatten(0, 1)
+        return sampled_counts(x, error, self.learning_rate, self._granularity, update, self._generator)
+
+    def _move(self, counts: Counts, reach: float) -> None:
+        weight = self._persistent if self._write_noise > 0 else self._weight
+        std = self.response.move(weight, counts, reach).clamp_(min=0).sqrt_()
+        self.response.clip(weight.addcmul_(std, self._gaussian()))
+        if self._write_noise > 0:
+            # A cross-point is written anew where at least one pulse came.
+            written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
+            noisy = torch.add(weight, self._gaussian(), alpha=self._write_noise)
+            self._weight.copy_(torch.where(written, noisy, self._weight))
+
+
+class MeanFieldTile(CustomTile):
+    """The tile of aihwkit's layers around a :class:`MeanFieldSimulatorTile`.
+
+    ``convolution`` tells it what the patches of a layer's images are; without it unfolds them by the layer's indices.
+
+    Args:
+        out_size: outputs.
+        in_size: inputs.
+        rpu_config: see :class:`~aimc_pl.devices.mean_field.config.MeanFieldRPUConfig`.
+        bias: whether there is one; on the crossbar or digital, as the configuration's mapping says.
+        in_trans: not supported.
+        out_trans: not supported.
+    """
+
+    supports_indexed = True
+    convolution: Convolution | None = None
+    patches: Patches
+
+    def __init__(
+        self,
+        out_size: int,
+        in_size: int,
+        rpu_config: "MeanFieldRPUConfig",
+        bias: bool = False,
+        in_trans: bool = False,
+        out_trans: bool = False,
+    ) -> None:
+        if in_trans or out_trans:
+            raise TileError("transposed inputs and outputs are not supported")
+        # CustomTile's own constructor refuses analog bias.
+        TileModule.__init__(self)
+        SimulatorTileWrapper.__init__(self, out_size, in_size, rpu_config, bias)  # pyright: ignore[reportArgumentType]
+        TileWithPeriphery.__init__(self)
+
+    def forward(self, x_input: Tensor, tensor_view: tuple[int, ...] | None = None) -> Tensor:
+        """The outputs of vectors ``(..., in)`` or images, in float32 under autocast too."""
+        with torch.autocast(x_input.device.type, enabled=False):
+            return super().forward(x_input.float(), tensor_view)
+
+    def set_indexed(self, indices: Tensor, image_sizes: Sequence[int]) -> None:
+        """Compute on images from now on (called by convolutions)."""
+        self.compute_on(self.convolution or Gathered(indices, tuple(image_sizes)))
+
+    def compute_on(self, patches: Patches) -> None:
+        """Take images, of which these patches are the input vectors, instead of vectors."""
+        self.patches = patches
+        self.analog_ctx.set_indexed()
+
+    def is_indexed(self) -> bool:
+        """Whether the tile computes on images."""
+        return self.analog_ctx.use_indexed
+
+    @torch.no_grad()
+    def joint_forward_indexed(self, x_input: Tensor, is_test: bool = False, ctx: Any = None) -> Tensor:
+        """The convolution ``(batch, out, *out_size)`` of images ``(batch, channels, *size)``."""
+        x_input = self.pre_forward(x_input, 1, is_test, ctx)
+        return self.post_forward(self.tile.forward_patches(x_input, self.patches), 1, is_test, ctx)
+
+    def backward(self, d_input: Tensor, ctx: Any = None) -> Any:
+        """The errors of the inputs from those of the outputs, if anyone needs them."""
+        return super().backward(d_input, ctx) if self._needs_errors(ctx) else None
+
+    def backward_indexed(self, d_input: Tensor, ctx: Any = None) -> Any:
+        """The errors of the images from those of the convolution, if anyone needs them."""
+        if not self._needs_errors(ctx):
+            return None
+        d_input = self.pre_backward(d_input, 1, ctx)
+        d_output = self.tile.backward_patches(d_input, ctx.saved_analog_tensors[0], self.patches)
+        return self.post_backward(d_output, 1, ctx)
+
+    def _needs_errors(self, ctx: Any) -> bool:
+        return ctx is None or ctx.needs_input_grad[2] or self.input_range is not None
+
+    @torch.no_grad()
+    def update_indexed(self, x_input: Tensor, d_input: Tensor) -> None:
+        """Update with images and the errors of their convolution."""
+        x_input, d_input = self.pre_update(x_input, 1, d_input, 1)
+        self.tile.update_patches(x_input, d_input, self.patches)
+
+    @torch.no_grad()
+    def update(self, x_input: Tensor, d_input: Tensor) -> None:
+        """Update with inputs ``(..., in)`` and errors ``(..., out)``."""
+        super().update(x_input, d_input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The crossbar is made anew from the configuration and what it has told of itself.
+        state = super().__getstate__()
+        return state | {"_modules": {name: m for name, m in state["_modules"].items() if name != "tile"}}
+
+    def _recreate_simulator_tile(self, x_size: int, d_size: int, rpu_config: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            return super()._recreate_simulator_tile(x_size, d_size, rpu_config)
+
+
+class MeanFieldTileArray(TileModuleArray):
+    """aihwkit's array of tiles, for a layer too large for one crossbar, which can take images too.
+
+    For ``convolution`` see :class:`MeanFieldTile`.
+
+    Args:
+        out_size: outputs of all.
+        in_size: inputs of all.
+        rpu_config: of each tile.
+        bias: whether there is one; it is digital.
+    """
+
+    supports_indexed = True
+    analog_bias = False
+    convolution: Convolution | None = None
+
+    def set_indexed(self, indices: Tensor, image_sizes: Sequence[int]) -> None:
+        """Compute on images from now on (called by convolutions)."""
+        self.compute_on(self.convolution or Gathered(indices, tuple(image_sizes)))
+
+    def compute_on(self, patches: Patches) -> None:
+        """Take images, of which these patches are the input vectors, instead of vectors."""
+        start = 0
+        for size, tiles in zip(self.in_sizes, self._tiles, strict=True):
+            for tile in tiles:
+                tile.compute_on(patches.part(start, start + size))
+            start += size
+
+    def is_indexed(self) -> bool:
+        """Whether the tiles compute on images."""
+        return all(tile.is_indexed() for tiles in self._tiles for tile in tiles)
+
+    def forward(self, x_input: Tensor, tensor_view: tuple[int, ...] | None = None) -> Tensor:
+        """The outputs of all tiles together, of vectors ``(..., in)`` or images ``(batch, channels, *size)``."""
+        if not self.is_indexed():
+            return super().forward(x_input, tensor_view)
+        y = sum(torch.cat([tile(x_input, tensor_view=tensor_view) for tile in tiles], 1) for tiles in self._tiles)
+        assert isinstance(y, Tensor)
+        assert tensor_view is not None
+        return y if self.bias is None else y + self.bias.view(tensor_view)
+
+    @property
+    def _tiles(self) -> Sequence[Sequence[MeanFieldTile]]:
+        tiles: Any = self.array
+        return tiles
+
+
+def _times(y: Tensor, scale: float) -> Tensor:
+    return y if scale == 1 else y * scale
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)

@@ -1,0 +1,269 @@
+"""How a layer's tensors are the input and error vectors of its crossbar."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn import grad
+
+_CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
+_INPUT_GRADIENTS: tuple[Any, ...] = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)
+_WEIGHT_GRADIENTS: tuple[Any, ...] = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors that lie along one dimension of a tensor.
+
+    Args:
+        dim: −1 for the inputs of a Linear layer ``(..., features)``, 1 for unfolded images
+            ``(batch, features, positions)``.
+    """
+
+    dim: int
+
+    def multiply(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The product of ``weight`` ``(out, in)`` with every vector."""
+        return x @ weight.T if self.dim == -1 else weight @ x
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest magnitude in every input vector, its dimension kept."""
+        return x.abs().amax(self.dim, keepdim=True)
+
+    def outer(self, error: Tensor, x: Tensor) -> Tensor:
+        """The sum of all outer products of errors and inputs, ``(out, in)``."""
+        if self.dim == 1:
+            return torch.einsum("nop,nip->oi", error, x)
+        return error.reshape(-1, error.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+class Patches(ABC):
+    """Images whose patches are the input vectors of a convolution's crossbar: one vector per output position."""
+
+    dim = 1
+
+    @abstractmethod
+    def columns(self, images: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """The patches ``(batch, features, positions)`` of images ``(batch, channels, *size)``, each times its gain.
+
+        Args:
+            images: to be unfolded.
+            gain: one number, or ``(batch, 1, *out_size)``.
+        """
+
+    @abstractmethod
+    def out_size(self, images: Tensor) -> Sequence[int]:
+        """The size of the output images."""
+
+    @abstractmethod
+    def part(self, start: int, stop: int) -> "Patches":
+        """The elements ``start`` … ``stop`` − 1 of the patches, for a crossbar that holds these columns only."""
+
+    def fold(self, columns: Tensor, images: Tensor) -> Tensor:
+        """The adjoint of :meth:`columns`: add up what belongs to the same pixel of ``images``."""
+        with torch.enable_grad():
+            zeros = torch.zeros_like(images, requires_grad=True)
+            return torch.autograd.grad(self.columns(zeros), zeros, columns)[0]
+
+    def multiply(self, weight: Tensor, images: Tensor) -> Tensor:
+        """The convolution of the images with ``weight`` ``(out, features)``."""
+        return (weight @ self.columns(images)).unflatten(2, self.out_size(images))
+
+    def multiply_transposed(self, weight: Tensor, error: Tensor, images: Tensor) -> Tensor:
+        """The adjoint of :meth:`multiply`: errors ``(batch, out, *out_size)`` to images."""
+        return self.fold(weight.T @ error.flatten(2), images)
+
+    def largest(self, images: Tensor) -> Tensor:
+        """The largest magnitude in every patch, ``(batch, 1, *out_size)``."""
+        return self.columns(images).abs().amax(1, keepdim=True).unflatten(2, self.out_size(images))
+
+    def outer(self, error: Tensor, images: Tensor) -> Tensor:
+        """The sum of all outer products of errors and patches, ``(out, features)``."""
+        return Vectors(1).outer(error.flatten(2), self.columns(images))
+
+
+@dataclass(frozen=True)
+class Gathered(Patches):
+    """Patches by aihwkit's table of indices: 0 is padding, 1 a constant one (analog bias), 2 … the pixels.
+
+    Args:
+        indices: of the patches' elements, ``features`` rows of ``positions``, flattened.
+        image_sizes: channels, size of the images, size of the output images.
+    """
+
+    indices: Tensor
+    image_sizes: tuple[int, ...]
+
+    def out_size(self, images: Tensor) -> Sequence[int]:
+        """See :meth:`Patches.out_size`."""
+        return self.image_sizes[images.dim() - 1 :]
+
+    def part(self, start: int, stop: int) -> Patches:
+        """See :meth:`Patches.part`."""
+        return Gathered(
+            self.indices.view(-1, prod(self.image_sizes[len(self.image_sizes) // 2 + 1 :]))[start:stop].flatten(),
+            self.image_sizes,
+        )
+
+    def columns(self, images: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """See :meth:`Patches.columns`."""
+        constants = images.new_tensor([0.0, 1.0]).expand(len(images), 2)
+        elements = torch.cat([constants, images.flatten(1)], 1)
+        columns = elements[:, self.indices.long()].unflatten(1, (-1, prod(self.out_size(images))))
+        return columns * (gain.flatten(2) if isinstance(gain, Tensor) else gain)
+
+
+@dataclass(frozen=True)
+class Convolution(Patches):
+    """Patches of a convolution without bias on the crossbar, computed without unfolding the images.
+
+    Args:
+        kernel_size: one number per dimension of the images, as the others.
+        stride: see torch.
+        padding: zeros on both sides.
+        dilation: see torch.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def out_size(self, images: Tensor) -> Sequence[int]:
+        """See :meth:`Patches.out_size`."""
+        return [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(
+                images.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+
+    def part(self, start: int, stop: int) -> Patches:
+        """See :meth:`Patches.part`."""
+        return PartialConvolution(self.kernel_size, self.stride, self.padding, self.dilation, start, stop)
+
+    def columns(self, images: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """See :meth:`Patches.columns`."""
+        dims = len(self.kernel_size)
+        windows = self._padded(images)
+        for i in range(dims):
+            windows = windows.unfold(2 + i, self.dilation[i] * (self.kernel_size[i] - 1) + 1, self.stride[i])
+            windows = windows[..., :: self.dilation[i]]
+        windows = windows.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+        if isinstance(gain, Tensor):
+            gain = gain.view(len(gain), *([1] * (1 + dims)), *gain.shape[2:])
+            # The result's memory is laid out as the patches, not as the windows.
+            windows = torch.mul(windows, gain, out=images.new_empty(windows.shape))
+        elif gain != 1:
+            windows = windows * gain
+        return windows.flatten(1, 1 + dims).flatten(2)
+
+    def multiply(self, weight: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.multiply`."""
+        return self._of(_CONVOLUTIONS)(images, self._kernel(weight), None, self.stride, self.padding, self.dilation)
+
+    def multiply_transposed(self, weight: Tensor, error: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.multiply_transposed`."""
+        return self._of(_INPUT_GRADIENTS)(
+            images.shape, self._kernel(weight), error, self.stride, self.padding, self.dilation
+        )
+
+    def largest(self, images: Tensor) -> Tensor:
+        """See :meth:`Patches.largest`."""
+        channels = images.abs().amax(1, keepdim=True)
+        return Convolution.columns(self, channels).amax(1, keepdim=True).unflatten(2, self.out_size(images))
+
+    def spread(self, values: Tensor, images: Tensor) -> Tensor:
+        """:meth:`fold` of patches whose elements are all alike: ``(batch, 1, *out_size)`` to ``(batch, 1, *size)``."""
+        # The adjoint of a convolution with ones is one with stride 1 over the values, set apart by the stride.
+        apart = values.new_zeros(
+            *values.shape[:2], *((n - 1) * s + 1 for n, s in zip(values.shape[2:], self.stride, strict=True))
+        )
+        apart[(..., *(slice(None, None, stride) for stride in self.stride))] = values
+        widths: list[int] = []
+        for size, n, k, p, d in reversed(
+            list(zip(images.shape[2:], apart.shape[2:], self.kernel_size, self.padding, self.dilation, strict=True))
+        ):
+            widths += [d * (k - 1) - p, size + p - n]
+        ones = values.new_ones(1, 1, *self.kernel_size)
+        return self._of(_CONVOLUTIONS)(F.pad(apart, widths), ones, dilation=self.dilation)
+
+    def outer(self, error: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.outer`."""
+        kernel = (error.shape[1], images.shape[1], *self.kernel_size)
+        return self._of(_WEIGHT_GRADIENTS)(images, kernel, error, self.stride, self.padding, self.dilation).flatten(1)
+
+    def _of(self, functions: tuple[Any, ...]) -> Any:
+        return functions[len(self.kernel_size) - 1]
+
+    def _kernel(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(1, (-1, *self.kernel_size))
+
+    def _padded(self, images: Tensor) -> Tensor:
+        return F.pad(images, [width for size in reversed(self.padding) for width in (size, size)])
+
+
+@dataclass(frozen=True)
+class PartialConvolution(Convolution):
+    """A convolution's share that lies on one of several crossbars: some elements of every patch.
+
+    Args:
+        kernel_size: see :class:`Convolution`, as the others.
+        stride: see torch.
+        padding: see torch.
+        dilation: see torch.
+        start: the first element.
+        stop: the first element that is not part of it.
+    """
+
+    start: int
+    stop: int
+
+    def columns(self, images: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """See :meth:`Patches.columns`."""
+        return self._cut(super().columns(images[:, self._channels], gain))
+
+    def multiply(self, weight: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.multiply`."""
+        return super().multiply(self._extended(weight), images[:, self._channels])
+
+    def multiply_transposed(self, weight: Tensor, error: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.multiply_transposed`."""
+        result = torch.zeros_like(images)
+        channels = images[:, self._channels]
+        result[:, self._channels] = super().multiply_transposed(self._extended(weight), error, channels)
+        return result
+
+    def largest(self, images: Tensor) -> Tensor:
+        """See :meth:`Patches.largest`."""
+        if self._lead or self._tail:
+            return Patches.largest(self, images)
+        return super().largest(images[:, self._channels])
+
+    def outer(self, error: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.outer`."""
+        return self._cut(super().outer(error, images[:, self._channels]))
+
+    @property
+    def _channels(self) -> slice:
+        elements = prod(self.kernel_size)
+        return slice(self.start // elements, -(-self.stop // elements))
+
+    @property
+    def _lead(self) -> int:
+        return self.start % prod(self.kernel_size)
+
+    @property
+    def _tail(self) -> int:
+        return -self.stop % prod(self.kernel_size)
+
+    def _cut(self, features: Tensor) -> Tensor:
+        return features[:, self._lead : features.shape[1] - self._tail]
+
+    def _extended(self, weight: Tensor) -> Tensor:
+        return F.pad(weight, (self._lead, self._tail))

@@ -1,0 +1,139 @@
+"""Learning curves on the mean-field tile beside aihwkit's tiles: digits, and LeNet on MNIST, in 1, 4 and 8 stages.
+
+Under the asynchronous schedule the first layer's updates are 0, 3 and 7 versions late. A run is appended to the
+CSV file as it ends, and those that are there already are not repeated. About 30 minutes on two cores. Usage:
+
+    .venv/bin/python scripts/compare_backends.py --csv docs/results/compare_backends.csv \
+        --png docs/images/compare_backends.png --mnist data
+"""
+
+import argparse
+import csv
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR
+
+from aimc_pl.data import MNIST, Digits
+from aimc_pl.devices import soft_bounds, soft_bounds_reference
+from aimc_pl.models import MLP, LeNet5
+from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.tasks import Classifier
+
+BACKENDS: tuple[Any, ...] = ("aihwkit", "mean_field")
+DELAYS = (0, 3, 7)
+FIELDS = ("problem", "backend", "delay", "seed", "epoch", "loss", "accuracy")
+
+
+class Curve(pl.Callback):
+    """The mean training loss and the validation accuracy of every epoch."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take both from what has been logged."""
+        metrics = trainer.callback_metrics
+        self.points.append((float(metrics["train/loss_epoch"]), float(metrics["val/accuracy"])))
+
+
+def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any], dict[str, Any]]:
+    """A network of four linear layers, its data, its pipeline and its length."""
+    splits = {0: [], 3: ["3", "5", "7"], 7: ["2", "3", "4", "5", "6", "7", "8"]}
+    network = nn.Sequential(*MLP([64, 64, 48, 32, 10], nn.Tanh), nn.LogSoftmax(1))
+    pipeline = {"split_at": splits[delay], "device": soft_bounds(tau=4.0, backend=backend)}
+    return network, Digits(batch_size=32), pipeline, {"max_epochs": 20}
+
+
+def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str, Any], dict[str, Any]]:
+    """LeNet-5, its data, its pipeline and its length."""
+    splits = {0: [], 3: ["3", "7", "9"], 7: ["1", "3", "4", "7", "8", "9", "11"]}
+    pipeline = {"split_at": splits[delay], "device": soft_bounds_reference(tau=0.8, backend=backend)}
+    length = {"max_epochs": 8, "limit_train_batches": 125, "limit_val_batches": 60}
+    return LeNet5(), MNIST(root, batch_size=32), pipeline, length
+
+
+def run(problem: str, backend: str, delay: int, seed: int, root: str) -> list[tuple[float, float]]:
+    """Train once; returns loss and accuracy by epoch."""
+    pl.seed_everything(seed, verbose=False)
+    network, data, pipeline, length = digits(backend, delay) if problem == "digits" else mnist(backend, delay, root)
+    curve = Curve()
+    trainer = pl.Trainer(
+        **length,
+        accelerator="cpu",
+        strategy=AnalogPipelineStrategy(delay + 1, "async", 4, backbone="network", **pipeline),
+        callbacks=[curve],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    task = Classifier(
+        network,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lr_scheduler=lambda optimizer: LinearLR(optimizer, 1.0, 0.1, total_iters=length["max_epochs"] - 1),
+    )
+    trainer.fit(task, data)
+    return curve.points
+
+
+def draw(rows: list[dict[str, str]]) -> Figure:
+    """Training loss by epoch, mean and standard deviation over the seeds, both backends over each other."""
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    figure = Figure(figsize=(4 * len(DELAYS), 3.2 * len(problems)), layout="constrained")
+    grid = figure.subplots(len(problems), len(DELAYS), squeeze=False)
+    for (i, problem), (j, delay) in product(enumerate(problems), enumerate(DELAYS)):
+        axes = grid[i, j]
+        for backend in BACKENDS:
+            losses = curves(rows, problem, backend, delay, "loss")
+            epochs, mean, std = np.arange(1, losses.shape[1] + 1), losses.mean(0), losses.std(0)
+            axes.plot(epochs, mean, label=backend, linestyle="-" if backend == "aihwkit" else "--")
+            axes.fill_between(epochs, mean - std, mean + std, alpha=0.25)
+        axes.set(title=f"{problem}, first layer {delay} versions late", xlabel="epoch", ylabel="training loss")
+        axes.set_yscale("log")
+        axes.legend()
+    return figure
+
+
+def curves(rows: list[dict[str, str]], problem: str, backend: str, delay: int, field: str) -> np.ndarray:
+    """One quantity ``(seeds, epochs)``."""
+    mine = [r for r in rows if (r["problem"], r["backend"], r["delay"]) == (problem, backend, str(delay))]
+    seeds = sorted({int(row["seed"]) for row in mine})
+    return np.array([[float(row[field]) for row in mine if int(row["seed"]) == seed] for seed in seeds])
+
+
+def main() -> None:
+    """Run what is missing, draw, and print the final accuracies."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--mnist", metavar="ROOT", help="folder of MNIST, in torchvision's layout; digits only without")
+    parser.add_argument("--seeds", type=int, default=5)
+    args = parser.parse_args()
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    if not args.csv.exists():
+        args.csv.write_text(",".join(FIELDS) + "\n")
+    done = {tuple(row[name] for name in FIELDS[:4]) for row in csv.DictReader(args.csv.open())}
+    problems = ["digits", "mnist"] if args.mnist else ["digits"]
+    for case in track([*product(problems, BACKENDS, DELAYS, range(args.seeds))]):
+        if tuple(map(str, case)) not in done:
+            points = run(*case, root=args.mnist)
+            with args.csv.open("a", newline="") as file:
+                csv.writer(file).writerows([*case, epoch, *point] for epoch, point in enumerate(points, 1))
+    rows = list(csv.DictReader(args.csv.open()))
+    draw(rows).savefig(args.png, dpi=120)
+    for problem, delay in product(problems, DELAYS):
+        last = {backend: curves(rows, problem, backend, delay, "accuracy")[:, -1] for backend in BACKENDS}
+        of_each = (f"{name} {a.mean():.4f} ± {a.std(ddof=1) / len(a) ** 0.5:.4f}" for name, a in last.items())
+        print(f"{problem:<7} delay {delay}  {'   '.join(of_each)}")
+
+
+if __name__ == "__main__":
+    main()
