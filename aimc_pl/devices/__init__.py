@@ -29,7 +29,7 @@ from aimc_pl.devices.conversion import (
     make_analog_aware,
     reset_pending_updates,
 )
-from aimc_pl.devices.mean_field import MeanFieldRPUConfig, mean_field
+from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
 from aimc_pl.devices.response import plot_response
 
 __all__ = [
@@ -51,7 +51,6 @@ __all__ = [
     "ideal",
     "linear_step",
     "make_analog_aware",
-    "mean_field",
     "mixed_precision",
     "plot_response",
     "reram_es",
@@ -61,4 +60,5 @@ __all__ = [
     "soft_bounds_reference",
     "tiki_taka",
     "tiki_taka_v2",
+    "to_mean_field",
 ]

@@ -20,7 +20,7 @@ from aihwkit.simulator.configs import (
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.base import RPUConfigBase
 
-from aimc_pl.devices.mean_field import mean_field
+from aimc_pl.devices.mean_field import to_mean_field
 from aimc_pl.errors import UsageError
 
 
@@ -305,7 +305,7 @@ def _simulated(config: SingleRPUConfig, backend: Backend) -> AnalogDevice:
         raise UsageError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
     if backend == "aihwkit":
         return ConfiguredDevice(config)
-    return ConfiguredDevice(mean_field(config, sample_pulses=backend == "bits"))
+    return ConfiguredDevice(to_mean_field(config, sample_pulses=backend == "bits"))
 
 
 def _preset(algorithm: str, material: str) -> AnalogDevice:

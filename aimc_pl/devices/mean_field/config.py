@@ -77,7 +77,7 @@ class MeanFieldRPUConfig(CustomRPUConfig):
                 _check(io, _OFF["io"], _CHOICES)
 
 
-def mean_field(config: SingleRPUConfig, sample_pulses: bool = False) -> MeanFieldRPUConfig:
+def to_mean_field(config: SingleRPUConfig, sample_pulses: bool = False) -> MeanFieldRPUConfig:
     """The configuration of a mean-field tile for the same crossbar.
 
     Args:

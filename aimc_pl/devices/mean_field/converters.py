@@ -188,9 +188,9 @@ def _to_codes(
 ) -> Tensor:
     """The inputs that the crossbar sees, in units of the converter's step; zero vectors stay zero."""
     gain = scale.reciprocal().nan_to_num_(posinf=0.0) if isinstance(scale, Tensor) else 1 / scale
-    codes = scaled(gain / (step or 1.0))
+    codes = scaled(gain)
     if step:
-        codes = _round(codes, io.inp_sto_round, generator)
+        codes = _round(codes.div_(step), io.inp_sto_round, generator)
     limit = _bound(io.inp_bound) / (step or 1.0)
     if limit < inf and not _fits(io):
         codes.clamp_(-limit, limit)

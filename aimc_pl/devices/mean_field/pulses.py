@@ -18,6 +18,10 @@ RARE = 0.02
 """Below this mean probability of a coincidence per slot counts are taken for Poisson, their variance off by as much."""
 
 
+_SLOTS = 2**24
+"""Slots of pulse trains that are drawn at a time."""
+
+
 class Counts(NamedTuple):
     """Pulses of a batch per cross-point, ``(out, in)``.
 
@@ -120,11 +124,15 @@ def sampled_counts(
             length, rate = ceil(rate), ceil(rate)
         lengths = torch.full_like(x_largest, length)
         x_gain = error_gain = (rate / lengths).sqrt_()
-    repeats = lengths.flatten().long()
-    fires = _sample(x * x_gain, repeats, generator)
-    error_fires = _sample(error * error_gain, repeats, generator)
-    net = -(error_fires.T @ fires)
-    total = error_fires.abs_().T @ fires.abs_()
+    # In portions, since trains of a convolution's patches would fill the memory.
+    portion = max(1, _SLOTS // (int(lengths.max()) * max(x.shape[1], error.shape[1])))
+    net, total = x.new_zeros(error.shape[1], x.shape[1]), x.new_zeros(error.shape[1], x.shape[1])
+    portions = (values.split(portion) for values in (x * x_gain, error * error_gain, lengths.flatten().long()))
+    for x_probability, error_probability, repeats in zip(*portions, strict=True):
+        fires = _sample(x_probability, repeats, generator)
+        error_fires = _sample(error_probability, repeats, generator)
+        net -= error_fires.T @ fires
+        total += error_fires.abs_().T @ fires.abs_()
     return Counts(net, total, (net, total))
 
 

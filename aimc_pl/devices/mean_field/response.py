@@ -56,14 +56,15 @@ class Response(ABC):
     """
 
     def __init__(self, lower: Number, upper: Number, steepness: float) -> None:
-        self.lower = lower
-        self.upper = upper
+        self.bounds: Any = lower, upper
+        for bound in self.bounds:
+            if isinstance(bound, Tensor):
+                self.bounds = tuple(torch.as_tensor(other, device=bound.device) for other in self.bounds)
         self.steepness = steepness
 
     def clip(self, weight: Tensor) -> Tensor:
         """Bring weights, in place, into the bounds."""
-        bounds: Any = self.lower, self.upper
-        return weight.clamp_(*bounds)
+        return weight.clamp_(*self.bounds)
 
     @abstractmethod
     def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
@@ -204,7 +205,7 @@ def response_of(device: PulsedDevice, hidden: Mapping[str, Number], whole_pulses
     spread = values.dw_min_std
     if isinstance(device, ExpStepDevice | PowStepDevice):
         curves = _exponential if isinstance(device, ExpStepDevice) else _power
-        steepness = (_typical(up) + _typical(down)) / _typical(upper - lower)
+        steepness = (_typical(up) + _typical(down)) / _typical(_range(hidden))
         rise, fall = curves(values, hidden)
         return CurvedResponse(rise, fall, lower, upper, steepness, spread)
     slopes = hidden.get("slope_up", 0.0), hidden.get("slope_down", 0.0)
@@ -280,7 +281,8 @@ def _range(hidden: Mapping[str, Number]) -> Number:
 def _compounded(step: Number, slope: Number, sign: int) -> tuple[Number, Number]:
     """The step and slope whose motion over unit time is exactly one pulse."""
     slope = torch.as_tensor(slope, dtype=torch.float64)
-    rate = sign * torch.log1p(sign * slope)
+    # A step that would pass the point where steps vanish ends there.
+    rate = sign * torch.log1p((sign * slope).clamp(min=-1 + 1e-6))
     ratio = torch.where(slope == 0, 1.0, rate / slope)
     step = step * ratio
     step, rate = (value.float() if value.dim() else float(value) for value in (step, rate))

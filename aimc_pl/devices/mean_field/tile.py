@@ -318,14 +318,20 @@ class MeanFieldTile(CustomTile):
         SimulatorTileWrapper.__init__(self, out_size, in_size, rpu_config, bias)  # pyright: ignore[reportArgumentType]
         TileWithPeriphery.__init__(self)
 
-    def forward(self, x_input: Tensor, tensor_view: tuple[int, ...] | None = None) -> Tensor:
+    # Dynamo cannot trace aihwkit's context parameter: what surrounds the tile is compiled.
+    @torch.compiler.disable
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x_input: Tensor, tensor_view: tuple[int, ...] | None = None
+    ) -> Tensor:
         """The outputs of vectors ``(..., in)`` or images, in float32 under autocast too."""
         with torch.autocast(x_input.device.type, enabled=False):
             return super().forward(x_input.float(), tensor_view)
 
     def set_indexed(self, indices: Tensor, image_sizes: Sequence[int]) -> None:
         """Compute on images from now on (called by convolutions)."""
-        self.compute_on(self.convolution or Gathered(indices, tuple(image_sizes)))
+        # With analog bias aihwkit's table has one row of ones per channel.
+        gathered = Gathered(indices, tuple(image_sizes)).part(0, self.tile.x_size)
+        self.compute_on(self.convolution or gathered)
 
     def compute_on(self, patches: Patches) -> None:
         """Take images, of which these patches are the input vectors, instead of vectors."""
@@ -405,6 +411,11 @@ class MeanFieldTileArray(TileModuleArray):
             for tile in tiles:
                 tile.compute_on(patches.part(start, start + size))
             start += size
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the tiles are on a GPU (asked by convolutions)."""
+        return self._tiles[0][0].is_cuda
 
     def is_indexed(self) -> bool:
         """Whether the tiles compute on images."""

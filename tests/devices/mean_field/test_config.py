@@ -1,0 +1,65 @@
+"""What the mean-field tile simulates and what it leaves to aihwkit."""
+
+import pytest
+from aihwkit.simulator.configs import ConstantStepDevice, SingleRPUConfig
+from aihwkit.simulator.configs.devices import OneSidedUnitCell, PiecewiseStepDevice
+from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, PulseType
+from aihwkit.simulator.presets import CapacitorPreset, PCMPreset
+
+from aimc_pl.devices import DEVICES, MeanFieldRPUConfig, ecram, reram_es, soft_bounds, to_mean_field
+from aimc_pl.errors import UsageError
+
+
+def changed(section, name, value):
+    config = SingleRPUConfig(device=ConstantStepDevice())
+    setattr(getattr(config, section), name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (SingleRPUConfig(device=PiecewiseStepDevice()), "PiecewiseStepDevice"),
+        (SingleRPUConfig(device=OneSidedUnitCell()), "OneSidedUnitCell"),
+        (PCMPreset(), "PCMPresetUnitCell"),
+        (CapacitorPreset(), "lifetime=1000000.0"),
+        (changed("update", "pulse_type", PulseType.DETERMINISTIC_IMPLICIT), "pulse_type"),
+        (changed("update", "um_grad_scale", 0.5), "um_grad_scale=0.5"),
+        (changed("forward", "ir_drop", 1.0), "ir_drop=1.0"),
+        (changed("backward", "mv_type", AnalogMVType.POS_NEG_SEPARATE), "mv_type"),
+        (changed("forward", "bound_management", BoundManagementType.SHIFT), "bound_management"),
+    ],
+)
+def test_what_only_aihwkit_simulates_is_refused(config, named):
+    with pytest.raises(UsageError, match=rf"does not simulate .*{named}.*backend='aihwkit'"):
+        to_mean_field(config)
+
+
+def test_perfect_products_need_no_converters():
+    config = changed("forward", "ir_drop", 1.0)
+    config.forward.is_perfect = True
+    assert to_mean_field(config).forward.is_perfect
+
+
+def test_backends():
+    assert isinstance(soft_bounds().rpu_config, MeanFieldRPUConfig)
+    assert not soft_bounds().rpu_config.sample_pulses
+    assert soft_bounds(backend="bits").rpu_config.sample_pulses
+    assert type(soft_bounds(backend="aihwkit").rpu_config) is SingleRPUConfig
+    assert type(ecram(backend="aihwkit").rpu_config).__name__ == "EcRamPreset"
+    with pytest.raises(UsageError, match="unknown backend 'exact': choose one of mean_field, bits, aihwkit"):
+        soft_bounds(backend="exact")
+
+
+def test_devices_on_aihwkit_say_so():
+    for name, make in DEVICES.items():
+        on_aihwkit = not isinstance(make().rpu_config, MeanFieldRPUConfig)
+        assert on_aihwkit == ("(runs on aihwkit)" in make.__doc__), name
+
+
+def test_a_preset_keeps_its_sections():
+    preset = reram_es(backend="aihwkit").rpu_config
+    config = reram_es().rpu_config
+    for section in ("device", "forward", "backward", "update", "mapping"):
+        assert getattr(config, section) == getattr(preset, section)
+        assert getattr(config, section) is not getattr(preset, section)

@@ -1,0 +1,111 @@
+"""Numbers of pulses against a count vector by vector, after aihwkit's description of its pulse trains."""
+
+from math import ceil, sqrt
+
+import pytest
+import torch
+from aihwkit.simulator.parameters.training import UpdateParameters
+from torch import Generator
+
+from aimc_pl.devices.mean_field.pulses import RARE, expected_counts, sampled_counts
+from aimc_pl.devices.mean_field.vectors import Convolution, Vectors
+
+ROWS = Vectors(-1)
+UPDATES = {
+    "managed": UpdateParameters(),
+    "short trains": UpdateParameters(desired_bl=3),
+    "update management only": UpdateParameters(update_bl_management=False, desired_bl=10),
+    "unmanaged": UpdateParameters(update_bl_management=False, update_management=False, desired_bl=10),
+    "unmanaged, free length": UpdateParameters(
+        update_bl_management=False, update_management=False, fixed_bl=False, desired_bl=10
+    ),
+}
+
+
+def by_vector(x, error, learning_rate, granularity, update):
+    """Mean and variance of pulses up and down: probabilities B·|x| and A·|δ| in BL slots, cut at 1."""
+    net, total, variance = (torch.zeros(error.shape[1], x.shape[1], dtype=torch.float64) for _ in range(3))
+    for vector, mistake in zip(x.double(), error.double(), strict=True):
+        x_max, d_max = float(vector.abs().max()), float(mistake.abs().max())
+        length = update.desired_bl
+        strongest = learning_rate * x_max * d_max / granularity
+        if strongest == 0:
+            continue
+        if update.update_bl_management:
+            length = min(ceil(strongest), update.desired_bl)
+        gain = sqrt(learning_rate / (granularity * length))
+        if not update.fixed_bl and granularity * update.desired_bl < learning_rate:
+            length, gain = ceil(learning_rate / granularity), 1.0
+        a = b = gain
+        if update.update_management:
+            d_max *= min(1, update.desired_bl / strongest)
+            a, b = gain * sqrt(x_max / d_max), gain * sqrt(d_max / x_max)
+        probability = torch.outer((a * mistake.abs()).clamp(max=1), (b * vector.abs()).clamp(max=1))
+        sign = -torch.outer(mistake.sign(), vector.sign())
+        net += sign * length * probability
+        total += length * probability
+        variance += length * probability * (1 - probability)
+    return net, total, variance
+
+
+@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("learning_rate", [0.002, 0.05, 0.7])
+@pytest.mark.parametrize("signed", [True, False])
+def test_expected_counts(name, learning_rate, signed):
+    torch.manual_seed(1)
+    x, error = torch.randn(6, 7) if signed else torch.rand(6, 7), torch.randn(6, 4) * 0.4
+    x[2] = 0
+    update = UPDATES[name]
+    net, total, variance = by_vector(x, error, learning_rate, 0.01, update)
+    counts = expected_counts(x, error, ROWS, learning_rate, 0.01, update)
+    torch.testing.assert_close(counts.net.double(), net, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(counts.total.double(), total, rtol=1e-4, atol=1e-5)
+    if counts.certain is None:
+        assert ((counts.total.double() - variance) <= RARE * variance + 1e-6).all()
+    else:
+        torch.testing.assert_close((counts.total - counts.certain[1]).double(), variance, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("learning_rate", [0.01, 0.2, 2.0])
+@pytest.mark.parametrize("signed", [True, False])
+def test_counts_of_a_convolution_are_those_of_its_patches(learning_rate, signed):
+    torch.manual_seed(0)
+    convolution = Convolution((3, 3), (2, 2), (1, 1), (1, 1))
+    images = torch.randn(3, 4, 8, 8) if signed else torch.rand(3, 4, 8, 8)
+    error = torch.randn(3, 5, *convolution.out_size(images))
+    rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
+    update = UpdateParameters(desired_bl=10)
+    of_images = expected_counts(images, error, convolution, learning_rate, 0.02, update)
+    of_rows = expected_counts(*rows, ROWS, learning_rate, 0.02, update)
+    torch.testing.assert_close(of_images.net, of_rows.net, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(of_images.total, of_rows.total, rtol=1e-4, atol=1e-3)
+    assert of_images.certain is not None
+    for of_image, of_row in zip(of_images.certain, of_rows.certain, strict=True):
+        torch.testing.assert_close(of_image, of_row, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_sampled_counts_have_the_expected_mean_and_variance(name):
+    """2,000 draws of 28 cross-points: 5 standard errors, crossed by chance in 1 of 30,000 runs (56 comparisons)."""
+    torch.manual_seed(2)
+    x, error = torch.randn(5, 7), torch.randn(5, 4) * 0.4
+    update, generator, draws = UPDATES[name], Generator().manual_seed(3), 2000
+    samples = torch.stack(
+        [torch.stack(sampled_counts(x, error, 0.05, 0.01, update, generator)[:2]) for _ in range(draws)]
+    ).double()
+    assert torch.equal(samples, samples.round())
+    net, total, variance = by_vector(x, error, 0.05, 0.01, update)
+    for of_samples, mean in zip(samples.mean(0), (net, total), strict=True):
+        assert ((of_samples - mean).abs() <= 5 * (variance / draws).sqrt() + 1e-9).all()
+    # The relative standard error of a variance is at most √(2/n + 1/(n·mean)) for counts.
+    error_of_variance = variance * (2 / draws + 1 / (draws * variance.clamp_min(1e-3))).sqrt()
+    assert ((samples[:, 1].var(0) - variance).abs() <= 5 * error_of_variance + 1e-9).all()
+
+
+def test_sampling_in_portions_counts_every_vector(monkeypatch):
+    monkeypatch.setattr("aimc_pl.devices.mean_field.pulses._SLOTS", 100)
+    x, error = torch.ones(50, 6), -torch.ones(50, 3)
+    # x·δ = 1 pulse exactly in every vector.
+    counts = sampled_counts(x, error, 0.01, 0.01, UpdateParameters(), Generator())
+    assert torch.equal(counts.net, torch.full((3, 6), 50.0))
+    assert torch.equal(counts.total, torch.full((3, 6), 50.0))

@@ -1,0 +1,157 @@
+"""Motions of weights against pulses applied one by one, and against fine integration, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from aihwkit.simulator.configs import SingleRPUConfig
+from aihwkit.simulator.configs.devices import (
+    ConstantStepDevice,
+    ExpStepDevice,
+    LinearStepDevice,
+    PowStepDevice,
+    SoftBoundsDevice,
+    SoftBoundsReferenceDevice,
+)
+from scipy.integrate import solve_ivp
+
+from aimc_pl.devices.mean_field.pulses import Counts
+from aimc_pl.devices.mean_field.response import response_of
+
+ALIKE = {"w_max_dtod": 0.0, "w_min_dtod": 0.0, "dw_min_dtod": 0.0, "up_down_dtod": 0.0}
+DEVICES = {
+    "constant": ConstantStepDevice(up_down=0.1),
+    "linear": LinearStepDevice(gamma_up=0.4, gamma_down=0.7),
+    "soft bounds": SoftBoundsDevice(dw_min=0.004),
+    "soft bounds, alike": SoftBoundsDevice(dw_min=0.004, **ALIKE),
+    "reference": SoftBoundsReferenceDevice(reference_mean=0.05, reference_std=0.03),
+    "reference, alike": SoftBoundsReferenceDevice(dw_min=0.004, **ALIKE),
+    "exponential": ExpStepDevice(dw_min=0.004),
+    "power": PowStepDevice(dw_min=0.004, pow_gamma=1.7),
+}
+SIZE = (5, 6)
+
+
+def drawn(name):
+    """The parameters of 30 cross-points, as aihwkit draws them, and the device's response."""
+    device = DEVICES[name]
+    device.construction_seed = 11
+    config = SingleRPUConfig(device=device)
+    wrapper = config.tile_class(*SIZE, config, False)
+    values = wrapper.tile.get_hidden_parameters()
+    hidden = dict(zip(wrapper.tile.get_hidden_parameter_names(), values, strict=True))
+    if "alike" in name:
+        hidden = {key: float(value[0, 0]) for key, value in hidden.items()}
+    return device, hidden
+
+
+def steps(device, hidden):
+    """Step up and down as aihwkit documents them, in float64."""
+    p = {key: torch.as_tensor(value).double().expand(SIZE).numpy() for key, value in hidden.items()}
+    up, down, low, high = p["dwmin_up"], p["dwmin_down"], p["min_bound"], p["max_bound"]
+    reference = p.get("reference", 0.0)
+    if isinstance(device, SoftBoundsReferenceDevice):
+        return (lambda w: up * (1 - (w + reference) / high)), (lambda w: down * (1 - (w + reference) / low))
+    if isinstance(device, ExpStepDevice):
+
+        def z(w):
+            return 2 * device.a * w / (high - low) + device.b
+
+        return (
+            lambda w: up * np.maximum(1 - device.A_up * np.exp(device.gamma_up * z(w)), 0),
+            lambda w: down * np.maximum(1 - device.A_down * np.exp(-device.gamma_down * z(w)), 0),
+        )
+    if isinstance(device, PowStepDevice):
+        return (
+            lambda w: up * (np.maximum(high - w, 0) / (high - low)) ** p["gamma_up"],
+            lambda w: down * (np.maximum(w - low, 0) / (high - low)) ** p["gamma_down"],
+        )
+    slope_up, slope_down = p.get("slope_up", 0.0), p.get("slope_down", 0.0)
+    return (lambda w: up + slope_up * w), (lambda w: down + slope_down * w)
+
+
+def start():
+    torch.manual_seed(3)
+    return torch.rand(SIZE) * 0.3 - 0.15
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("pulses", [0.5, 4.0, 60.0])
+def test_mean_motion_solves_the_differential_equation(name, pulses):
+    device, hidden = drawn(name)
+    response = response_of(device, hidden, whole_pulses=False)
+    weight = response.clip(start())
+    before = weight.double().numpy().copy()
+    ups, downs = torch.rand(SIZE) * pulses, torch.rand(SIZE) * pulses
+    up, down = steps(device, hidden)
+
+    def motion(_, w):
+        w = w.reshape(SIZE)
+        return (ups.double().numpy() * up(w) - downs.double().numpy() * down(w)).ravel()
+
+    expected = solve_ivp(motion, (0, 1), before.ravel(), rtol=1e-9, atol=1e-12).y[:, -1].reshape(SIZE)
+    low, high = (torch.as_tensor(b).double().expand(SIZE).numpy() for b in response.bounds)
+    counts = Counts(ups - downs, ups + downs, None)
+    response.move(weight, counts, response.steepness * float(counts.total.max()))
+    response.clip(weight)
+    # Curved steps are integrated in substeps.
+    tolerance = 2e-5 if name not in ("exponential", "power") else 2e-3 * np.abs(expected - before).max() + 1e-6
+    np.testing.assert_allclose(weight.numpy(), np.clip(expected, low, high), atol=tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in DEVICES if name not in ("exponential", "power")])
+@pytest.mark.parametrize("pulses", [1, 7, 40])
+@pytest.mark.parametrize("direction", [1, -1])
+def test_whole_pulses_are_single_steps(name, pulses, direction):
+    """However coarse the steps: pulses of one direction, one after the other."""
+    device, hidden = drawn(name)
+    for key in ("dwmin_up", "dwmin_down", "slope_up", "slope_down"):
+        if key in hidden:
+            hidden[key] = hidden[key] * 20
+    weight, count = start(), torch.full(SIZE, float(pulses))
+    response = response_of(device, hidden, whole_pulses=True)
+    up, down = steps(device, hidden)
+    weight = response.clip(weight)
+    expected = weight.double().numpy().copy()
+    low, high = (torch.as_tensor(b).double().expand(SIZE).numpy() for b in response.bounds)
+    for _ in range(pulses):
+        expected = np.clip(expected + up(expected) if direction > 0 else expected - down(expected), low, high)
+    counts = Counts(direction * count, count, (direction * count, count))
+    response.move(weight, counts, response.steepness * pulses)
+    response.clip(weight)
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_deviation_of_few_pulses(name):
+    """Poisson counts at a fixed weight: U·up²(1 + σ²) + D·down²(1 + σ²), or with σ of the step at weight 0."""
+    device, hidden = drawn(name)
+    response = response_of(device, hidden, whole_pulses=False)
+    weight = response.clip(start())
+    w = weight.double().numpy().copy()
+    ups, downs = torch.rand(SIZE) / 50, torch.rand(SIZE) / 50
+    up, down = steps(device, hidden)
+    sigma = device.dw_min_std
+    fixed = not getattr(device, "mult_noise", True)
+    of_up, of_down = (
+        (np.asarray(torch.as_tensor(hidden[key])) if fixed else step(w)) * sigma
+        for key, step in (("dwmin_up", up), ("dwmin_down", down))
+    )
+    u, d = ups.double().numpy(), downs.double().numpy()
+    expected = u * (up(w) ** 2 + of_up**2) + d * (down(w) ** 2 + of_down**2)
+    variance = response.move(weight, Counts(ups - downs, ups + downs, None), 0.0)
+    np.testing.assert_allclose(variance.numpy(), expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("make", [ExpStepDevice, PowStepDevice, SoftBoundsDevice])
+def test_stuck_cross_points_stay(make):
+    device = make(construction_seed=5, corrupt_devices_prob=1.0)
+    config = SingleRPUConfig(device=device)
+    wrapper = config.tile_class(*SIZE, config, False)
+    hidden = dict(zip(wrapper.tile.get_hidden_parameter_names(), wrapper.tile.get_hidden_parameters(), strict=True))
+    response = response_of(device, hidden, whole_pulses=False)
+    weight = response.clip(start())
+    before = weight.clone()
+    ones = torch.ones(SIZE)
+    variance = response.move(weight, Counts(ones, ones * 3, None), 0.0)
+    torch.testing.assert_close(response.clip(weight), before)
+    assert torch.isfinite(variance).all()
