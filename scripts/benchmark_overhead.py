@@ -8,8 +8,6 @@ Both sides take turns in one run, and the medians over the turns are compared. U
 
 import argparse
 import csv
-import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from benchmarking import keep_freed_memory, other_load
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -77,29 +76,6 @@ def milliseconds_per_step(
     )
     trainer.fit(Task(network), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
     return 1e3 * timer.seconds / (len(batches) // accumulate - warm_up)
-
-
-def other_load(seconds: float = 2.0) -> float:
-    """The share of the machine that is busy while this process sleeps."""
-
-    def busy_and_all() -> tuple[int, int]:
-        ticks = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-    before = busy_and_all()
-    time.sleep(seconds)
-    after = busy_and_all()
-    return (after[0] - before[0]) / (after[1] - before[1])
-
-
-def keep_freed_memory() -> None:
-    """Start anew with a heap that glibc never gives back.
-
-    Otherwise it returns and takes back pages by chance, on both sides, which costs up to a third of a step.
-    """
-    settings = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
-    if not settings.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def product(
     """
     step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
     codes = _to_codes(scaled, scale * reduction, step, io, generator)
-    y = vectors.multiply(weight * ((step or 1.0) / (unit or 1.0)), codes)
+    y = vectors.multiply(weight, codes).mul_((step or 1.0) / (unit or 1.0))
     noise = _noise_std(weight, codes, step or 1.0, vectors, io)
     if isinstance(noise, Tensor):
         y.addcmul_(gaussian(y.shape, generator, y.device), noise, value=1 / (unit or 1.0))

@@ -91,9 +91,14 @@ def expected_counts(
         lengths = vectors.largest(x) * error_magnitude.amax(vectors.dim, keepdim=True).mul_(rate)
         lengths = lengths.ceil_().clamp_(1, length)
     # Binomial counts of mean μ in BL slots have variance μ − μ²/BL.
-    squares = error_magnitude * (rate * error_magnitude) / lengths
-    certain = vectors.outer(squares.copysign(error), x * magnitude), vectors.outer(squares, magnitude.square())
-    return Counts(net, total, (certain[0].mul_(-rate), certain[1].mul_(rate)))
+    squares = error_magnitude.square().div_(lengths).mul_(rate)
+    signed = squares.copysign(error)
+    if low >= 0:
+        certain = vectors.outer(torch.cat([signed, squares], vectors.dim), magnitude.square()).mul_(rate).chunk(2)
+    else:
+        certain = vectors.outer(signed, x * magnitude).mul_(rate), vectors.outer(squares, magnitude.square()).mul_(rate)
+    certain[0].neg_()
+    return Counts(net, total, (certain[0], certain[1]))
 
 
 def sampled_counts(

@@ -39,6 +39,8 @@ class Vectors:
         """The sum of all outer products of errors and inputs, ``(out, in)``."""
         if self.dim == 1:
             return torch.einsum("nop,nip->oi", error, x)
+        if x.dim() == 2:
+            return error.T @ x
         return error.reshape(-1, error.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
