@@ -60,15 +60,13 @@ def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str
     return LeNet5(), MNIST(root, batch_size=32), pipeline, length
 
 
-def run(problem: str, backend: str, delay: int, seed: int, root: str) -> list[tuple[float, float]]:
-    """Train once; returns loss and accuracy by epoch."""
-    pl.seed_everything(seed, verbose=False)
-    network, data, pipeline, length = digits(backend, delay) if problem == "digits" else mnist(backend, delay, root)
+def train(network: nn.Module, data: Any, pipeline: dict[str, Any], length: dict[str, Any]) -> list[tuple[float, float]]:
+    """Train once through an asynchronous pipeline; returns loss and accuracy by epoch."""
     curve = Curve()
     trainer = pl.Trainer(
         **length,
         accelerator="cpu",
-        strategy=AnalogPipelineStrategy(delay + 1, "async", 4, backbone="network", **pipeline),
+        strategy=AnalogPipelineStrategy(len(pipeline["split_at"]) + 1, "async", 4, backbone="network", **pipeline),
         callbacks=[curve],
         logger=False,
         enable_checkpointing=False,
@@ -82,6 +80,12 @@ def run(problem: str, backend: str, delay: int, seed: int, root: str) -> list[tu
     )
     trainer.fit(task, data)
     return curve.points
+
+
+def run(problem: str, backend: str, delay: int, seed: int, root: str) -> list[tuple[float, float]]:
+    """One run of the comparison."""
+    pl.seed_everything(seed, verbose=False)
+    return train(*(digits(backend, delay) if problem == "digits" else mnist(backend, delay, root)))
 
 
 def draw(rows: list[dict[str, str]]) -> Figure:

@@ -30,7 +30,7 @@ from aimc_pl.devices.conversion import (
     reset_pending_updates,
 )
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
-from aimc_pl.devices.response import plot_response
+from aimc_pl.devices.response import plot_response, pulse_response
 
 __all__ = [
     "DEVICES",
@@ -53,6 +53,7 @@ __all__ = [
     "make_analog_aware",
     "mixed_precision",
     "plot_response",
+    "pulse_response",
     "reram_es",
     "reram_sb",
     "reset_pending_updates",

@@ -8,7 +8,8 @@ from aihwkit.nn.modules.base import AnalogLayerBase
 from aihwkit.optim.context import AnalogContext
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn import grad
+
+from aimc_pl.devices.mean_field import Convolution, MeanFieldTile
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -57,15 +58,15 @@ def _values(parameter: nn.Parameter) -> Tensor:
 
 def _pending_gradient(layer: Any, context: AnalogContext) -> Tensor:
     total = torch.zeros_like(_values(context))
+    tile: Any = context.analog_tile
     for x, error in zip(context.analog_input, context.analog_grad_output, strict=True):
-        if context.use_indexed:
-            # The tile unfolds whole images itself.
-            kernel = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-            gradient_of = grad.conv1d_weight if len(layer.kernel_size) == 1 else grad.conv2d_weight
-            gradient = gradient_of(x, kernel, error, layer.stride, layer.padding, layer.dilation)
-            total += gradient.flatten(1)
-        else:
+        if not context.use_indexed:
             total += error.flatten(0, -2).T @ x.flatten(0, -2)
+        elif isinstance(tile, MeanFieldTile):
+            total += tile.patches.outer(error, x)
+        else:
+            convolution = Convolution(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            total += convolution.outer(error, x)
     return total
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from aimc_pl.devices import analog_layers
+from aimc_pl.devices import analog_layers, soft_bounds
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 
@@ -352,21 +352,26 @@ def test_resume_keeps_the_measured_split(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
-def test_analog_resume_goes_on_updating_the_tiles(schedule, tmp_path):
-    """On floating-point tiles, which draw no random numbers, the resumed run is the uninterrupted one."""
+@pytest.mark.parametrize(
+    "device", ["ideal", soft_bounds(device_to_device=0.2, write_noise=3.0), soft_bounds(backend="bits")]
+)
+def test_analog_resume_goes_on_updating_the_tiles(schedule, device, tmp_path):
+    """On tiles without random numbers, or with their own, the resumed run is the uninterrupted one."""
     whole, first, second = (seeded(MLP).float() for _ in range(3))
     data = DataLoader([(x.float(), y) for x, y in loader(whole).dataset], batch_size=8)
     options = {"train": data, "precision": "32-true"}
     for module in (whole, first, second):
         module.optimizer = "momentum"
         module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=0.1)
-    make = lambda: AnalogPipelineStrategy(3, schedule, 4, device="ideal", backbone="net", split_at=["4", "6"])  # noqa: E731
+    make = lambda: AnalogPipelineStrategy(3, schedule, 4, device=device, backbone="net", split_at=["4", "6"])  # noqa: E731
+    torch.manual_seed(0)
     fit(whole, make(), max_epochs=4, **options)
+    torch.manual_seed(0)
     trainer = fit(first, make(), max_epochs=2, **options)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     fit(second, make(), max_epochs=4, ckpt_path=tmp_path / "half.ckpt", **options)
     for ours, theirs, half in zip(*map(analog_layers, (second, whole, first)), strict=True):
-        torch.testing.assert_close(ours.get_weights()[0], theirs.get_weights()[0], rtol=1e-6, atol=1e-7)
+        assert torch.equal(ours.get_weights()[0], theirs.get_weights()[0])
         assert not torch.equal(ours.get_weights()[0], half.get_weights()[0])
 
 
