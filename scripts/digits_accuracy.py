@@ -1,7 +1,6 @@
 """Test accuracy on digits under the three schedules, several seeds, into a CSV file.
 
-Four stages on soft-bounds devices, as configs/digits_*.yaml. aihwkit's pulses have no seed, so that runs differ a
-little even at equal seeds. About a minute on two cores. Usage:
+Four stages on soft-bounds devices, as configs/digits_*.yaml. Two minutes on two cores. Usage:
 
     .venv/bin/python scripts/digits_accuracy.py --csv docs/results/digits_accuracy.csv
 """

@@ -65,6 +65,10 @@ COMMANDS = {
         ],
         "matches no layer",
     ),
+    "unknown backend": (
+        ["--trainer.strategy.init_args.device.init_args.backend=exact"],
+        "'backend' matches no layer: the layers are 1, 3, 5, 7 (if it was meant as an argument of a device",
+    ),
     "a pipeline's callback without pipeline": (
         ["--trainer.strategy=auto"],
         "ClockMonitor is about a pipeline, and the strategy is SingleDeviceStrategy",
@@ -188,6 +192,7 @@ MODULES = {
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),
+    "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: choose one of"),
     "device per stage without split": (MLP, ASYNC | {"device": {0: "ideal"}}, {}, "needs split_at"),
     "noise on an unknown layer": (
         MLP,

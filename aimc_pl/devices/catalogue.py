@@ -81,7 +81,7 @@ def constant_step(
         cycle_to_cycle: standard deviation of a step, in units of Δw_min.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         perfect_io: exact forward and backward products, without converters and noise.
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     device = ConstantStepDevice(**_pulsed(w_max, num_states, cycle_to_cycle, device_to_device))
     return _config(device, perfect_io, backend)
@@ -105,7 +105,7 @@ def linear_step(
         cycle_to_cycle: standard deviation of a step, relative to it.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         perfect_io: exact forward and backward products, without converters and noise.
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     device = LinearStepDevice(
         gamma_up=gamma,
@@ -135,7 +135,7 @@ def soft_bounds(
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
         perfect_io: exact forward and backward products, without converters and noise.
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     device = SoftBoundsDevice(write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device))
     return _config(device, perfect_io, backend)
@@ -159,7 +159,7 @@ def soft_bounds_reference(
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
         write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
         perfect_io: exact forward and backward products, without converters and noise.
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     device = SoftBoundsReferenceDevice(
         write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device)
@@ -171,7 +171,7 @@ def ecram(backend: Backend = "mean_field") -> AnalogDevice:
     """Electro-chemical RAM, fitted to measurements (aihwkit's preset).
 
     Args:
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     return _simulated(presets.EcRamPreset(), backend)
 
@@ -180,7 +180,7 @@ def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
     """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset).
 
     Args:
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     return _simulated(presets.ReRamESPreset(), backend)
 
@@ -189,7 +189,7 @@ def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
     """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset).
 
     Args:
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     return _simulated(presets.ReRamSBPreset(), backend)
 
@@ -198,7 +198,7 @@ def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
     """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset).
 
     Args:
-        backend: see :data:`Backend`.
+        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
     return _simulated(presets.GokmenVlasovPreset(), backend)
 

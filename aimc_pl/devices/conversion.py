@@ -29,15 +29,14 @@ def get_device(device: Device) -> RPUConfigBase:
     """The aihwkit configuration of a device, given by name (with its defaults), as itself or as configuration.
 
     Raises:
-        UsageError: if no device has that name.
+        UsageError: if no device has that name, or it is none of these.
     """
-    if isinstance(device, str):
-        if device not in DEVICES:
-            raise UsageError(
-                f"unknown device {device!r}: choose one of {', '.join(DEVICES)}, or pass an aihwkit RPUConfig"
-            )
+    if isinstance(device, str) and device in DEVICES:
         device = DEVICES[device]()
-    return deepcopy(device.rpu_config if isinstance(device, AnalogDevice) else device)
+    rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
+    if not isinstance(rpu_config, RPUConfigBase):
+        raise UsageError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}, or pass an aihwkit RPUConfig")
+    return deepcopy(rpu_config)
 
 
 def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> list[str]:
@@ -67,7 +66,10 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
     for key, value in choices.items():
         matches = [n for n, stage in stages.items() if stage == key or fnmatchcase(n, str(key))]
         if not matches:
-            raise UsageError(f"device key {key!r} matches no layer: the layers are {', '.join(stages)}")
+            raise UsageError(
+                f"device key {key!r} matches no layer: the layers are {', '.join(stages)} (if it was meant as an "
+                "argument of a device, see aimc-pl devices for the values it takes)"
+            )
         chosen.update(dict.fromkeys(matches, value))
     analog = {
         name: get_device(value)
