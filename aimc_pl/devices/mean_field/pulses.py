@@ -11,12 +11,14 @@ import torch
 from aihwkit.simulator.parameters.training import UpdateParameters
 from torch import Generator, Tensor
 
-from aimc_pl.devices.mean_field.noise import uniform
+from aimc_pl.devices.mean_field.noise import gaussian, uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
-RARE = 0.02
-"""Below this mean probability of a coincidence per slot counts are taken for Poisson, their variance off by as much."""
+RARE = 0.1
+"""Below this mean probability of a firing input coincidences are taken for Poisson, their variance off by as much."""
 
+_DRAWN = 64
+"""Trains of more slots are not drawn one by one; the number of pulses is Gaussian."""
 
 _SLOTS = 2**24
 """Slots of pulse trains that are drawn at a time."""
@@ -44,61 +46,42 @@ def expected_counts(
     learning_rate: float,
     granularity: float,
     update: UpdateParameters,
+    generator: Generator,
 ) -> Counts:
-    """The mean counts.
+    """The mean counts, given how often the error's lines fire.
+
+    All cross-points on such a line share its pulses, a noise that adds up over inputs of one sign: it is drawn. What
+    the inputs' lines add is left to the variance of the counts, as if cross-points were independent.
 
     Args:
         x: inputs, arranged as ``vectors`` says.
         error: errors of the same vectors.
         vectors: the arrangement.
-        learning_rate: a batch moves weights by −learning_rate·δᵀx.
+        learning_rate: a batch moves weights by −learning_rate·δᵀx on average.
         granularity: the device's mean step.
         update: the pulse trains' parameters.
+        generator: of the errors' pulses.
     """
-    rate = learning_rate / granularity
-    managed = update.update_management or update.update_bl_management
-    length = update.desired_bl
-    if not managed and not update.fixed_bl and length < rate:
-        length = ceil(rate)
-        rate = length
-    low, x_max = (float(extreme) for extreme in torch.aminmax(x))
-    magnitude, x_max = (x, x_max) if low >= 0 else (x.abs(), max(-low, x_max))
-    # Errors and their magnitudes side by side, so that one product gives both counts where inputs have no sign.
-    both = torch.cat([error, error], vectors.dim)
-    error, error_magnitude = both.chunk(2, vectors.dim)
-    strongest = rate * x_max * float(error_magnitude.abs_().max())
-    if managed and strongest > length:
-        # A vector whose strongest element would need more slots than there are is cut, on the error's side.
-        limit = length / rate / vectors.largest(x)
-        both.copy_(both.clamp(-limit, limit))
-    elif not managed:
-        limit = (length / rate) ** 0.5
-        x, magnitude = x.clamp(-limit, limit), magnitude.clamp(max=limit)
-        both.clamp_(-limit, limit)
-    if low >= 0:
-        net, total = vectors.outer(both, magnitude).mul_(rate).chunk(2)
-    else:
-        net, total = vectors.outer(error, x).mul_(rate), vectors.outer(error_magnitude, magnitude).mul_(rate)
-    net.neg_()
-    shortest = 1 if update.update_bl_management else length
-    probability = strongest / shortest
-    if isinstance(vectors, Patches) and probability > RARE:
-        probability = rate / shortest * _mean_firing(magnitude) * _mean_firing(error_magnitude)
-    if probability <= RARE:
-        return Counts(net, total, None)
-    lengths: Tensor | float = length
-    if update.update_bl_management:
-        lengths = vectors.largest(x) * error_magnitude.amax(vectors.dim, keepdim=True).mul_(rate)
-        lengths = lengths.ceil_().clamp_(1, length)
-    # Binomial counts of mean μ in BL slots have variance μ − μ²/BL.
-    squares = error_magnitude.square().div_(lengths).mul_(rate)
-    signed = squares.copysign(error)
-    if low >= 0:
-        certain = vectors.outer(torch.cat([signed, squares], vectors.dim), magnitude.square()).mul_(rate).chunk(2)
-    else:
-        certain = vectors.outer(signed, x * magnitude).mul_(rate), vectors.outer(squares, magnitude.square()).mul_(rate)
-    certain[0].neg_()
-    return Counts(net, total, (certain[0], certain[1]))
+    magnitude = error.abs()
+    error_largest = magnitude.amax(vectors.dim, keepdim=True)
+    trains = _trains(vectors.largest(x), error_largest, learning_rate / granularity, update)
+    if not isinstance(trains.x_gain, Tensor):
+        x = x.clamp(-1 / trains.x_gain, 1 / trains.x_gain)
+    fired = _fired(magnitude.mul_(trains.error_gain), trains.lengths, generator)
+    mean = fired * trains.x_gain
+    has_signs = float(x.min()) < 0
+    net, total = _signed_outer(mean, error, x, x.abs() if has_signs else x, vectors)
+    of_vectors = fired.sum(vectors.dim, keepdim=True)
+    if isinstance(vectors, Patches):
+        gain = float((of_vectors * trains.x_gain).sum() / of_vectors.sum().clamp_min(1))
+        if gain * _mean_firing(x) < RARE:
+            return Counts(net, total, None)
+    # An input that fires with probability p in n slots meets np pulses, with variance np − np².
+    squares = x.square()
+    certain = _signed_outer(
+        mean * trains.x_gain, error, squares.copysign(x) if has_signs else squares, squares, vectors
+    )
+    return Counts(net, total, certain)
 
 
 def sampled_counts(
@@ -114,25 +97,15 @@ def sampled_counts(
         update: the pulse trains' parameters.
         generator: of the slots.
     """
-    rate = learning_rate / granularity
-    length = update.desired_bl
-    x_largest, error_largest = x.abs().amax(1, keepdim=True), error.abs().amax(1, keepdim=True)
-    if update.update_management or update.update_bl_management:
-        strongest = (rate * x_largest * error_largest).clamp_min_(1e-30)
-        lengths = (
-            strongest.ceil().clamp_(1, length) if update.update_bl_management else torch.full_like(strongest, length)
-        )
-        x_gain = (strongest / lengths).sqrt_().clamp_(max=1) / x_largest.clamp_min(1e-30)
-        error_gain = rate / lengths / x_gain
-    else:
-        if not update.fixed_bl and length < rate:
-            length, rate = ceil(rate), ceil(rate)
-        lengths = torch.full_like(x_largest, length)
-        x_gain = error_gain = (rate / lengths).sqrt_()
+    trains = _trains(
+        x.abs().amax(1, keepdim=True), error.abs().amax(1, keepdim=True), learning_rate / granularity, update
+    )
+    lengths = trains.lengths.expand(len(x), 1)
     # In portions, since trains of a convolution's patches would fill the memory.
     portion = max(1, _SLOTS // (int(lengths.max()) * max(x.shape[1], error.shape[1])))
     net, total = x.new_zeros(error.shape[1], x.shape[1]), x.new_zeros(error.shape[1], x.shape[1])
-    portions = (values.split(portion) for values in (x * x_gain, error * error_gain, lengths.flatten().long()))
+    values = x * trains.x_gain, error * trains.error_gain, lengths.flatten().long()
+    portions = (value.split(portion) for value in values)
     for x_probability, error_probability, repeats in zip(*portions, strict=True):
         fires = _sample(x_probability, repeats, generator)
         error_fires = _sample(error_probability, repeats, generator)
@@ -141,13 +114,67 @@ def sampled_counts(
     return Counts(net, total, (net, total))
 
 
+class _Trains(NamedTuple):
+    """Of every vector: the number of slots, and what its elements are multiplied by to give probabilities of firing."""
+
+    lengths: Tensor
+    x_gain: Tensor | float
+    error_gain: Tensor | float
+
+
+def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: UpdateParameters) -> _Trains:
+    """aihwkit's management: both sides fire alike, in trains as long as the strongest cross-point needs.
+
+    Where they would be too long, the error is cut.
+    """
+    length = update.desired_bl
+    if update.update_management or update.update_bl_management:
+        strongest = (rate * x_largest * error_largest).clamp_min_(1e-30)
+        lengths = (
+            strongest.ceil().clamp_(1, length) if update.update_bl_management else torch.full_like(strongest, length)
+        )
+        x_gain = (strongest / lengths).sqrt_().clamp_(max=1).div_(x_largest.clamp_min(1e-30))
+        return _Trains(lengths, x_gain, rate / (lengths * x_gain))
+    if not update.fixed_bl and length < rate:
+        length, rate = ceil(rate), ceil(rate)
+    gain = (rate / length) ** 0.5
+    return _Trains(x_largest.new_tensor(length), gain, gain)
+
+
+def _fired(probabilities: Tensor, lengths: Tensor, generator: Generator) -> Tensor:
+    """In how many of its vector's slots every element fires."""
+    longest, device = int(lengths.max()), probabilities.device
+    if longest > _DRAWN:
+        probabilities = probabilities.clamp(max=1)
+        mean = lengths * probabilities
+        std = (mean * (1 - probabilities)).sqrt_()
+        return torch.addcmul(mean, std, gaussian(mean.shape, generator, device)).clamp_(min=0).minimum(lengths)
+    fired = torch.zeros_like(probabilities)
+    for slot in range(longest):
+        fires = uniform(probabilities.shape, generator, device) < probabilities
+        fired += fires if slot == 0 else fires & (slot < lengths)
+    return fired
+
+
+def _signed_outer(
+    fired: Tensor, error: Tensor, x: Tensor, magnitude: Tensor, vectors: Vectors | Patches
+) -> tuple[Tensor, Tensor]:
+    """The sums of outer products against the errors' signs and without signs; in one product where inputs have none."""
+    signed = fired.copysign(error)
+    if magnitude is x:
+        net, total = vectors.outer(torch.cat([signed, fired], vectors.dim), x).chunk(2)
+    else:
+        net, total = vectors.outer(signed, x), vectors.outer(fired, magnitude)
+    return net.neg_(), total
+
+
 def _sample(probabilities: Tensor, repeats: Tensor, generator: Generator) -> Tensor:
     """Signed slots ``(sum(repeats), features)``: the sign where one fires, 0 elsewhere."""
     slots = probabilities.repeat_interleave(repeats, 0)
     return slots.sign() * (uniform(slots.shape, generator, slots.device) < slots.abs())
 
 
-def _mean_firing(magnitude: Tensor) -> float:
+def _mean_firing(values: Tensor) -> float:
     """The mean magnitude with which lines fire, Σv²/Σ|v|, as every eighth image has it."""
-    some = magnitude[::8].flatten()
-    return float(some @ some) / max(float(some.sum()), 1e-30)
+    some = values[::8].flatten()
+    return float(some @ some) / max(float(some.abs().sum()), 1e-30)

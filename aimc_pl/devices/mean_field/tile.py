@@ -267,7 +267,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     def _count(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> Counts:
         update = self._config.update
         if not self._config.sample_pulses:
-            return expected_counts(x, error, vectors, self.learning_rate, self._granularity, update)
+            return expected_counts(x, error, vectors, self.learning_rate, self._granularity, update, self._generator)
         if isinstance(vectors, Patches):
             x = vectors.columns(x).movedim(1, -1).flatten(0, 1)
             error = error.flatten(2).movedim(1, -1).flatten(0, 1)
