@@ -130,9 +130,10 @@ def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: Updat
     length = update.desired_bl
     if update.update_management or update.update_bl_management:
         strongest = (rate * x_largest * error_largest).clamp_min_(1e-30)
-        lengths = (
-            strongest.ceil().clamp_(1, length) if update.update_bl_management else torch.full_like(strongest, length)
-        )
+        lengths = torch.full_like(strongest, length)
+        if update.update_bl_management:
+            # What is no number must not stop the run here, as it does not in a digital layer.
+            lengths = strongest.ceil().clamp_(1, length).nan_to_num_(1.0)
         x_gain = (strongest / lengths).sqrt_().clamp_(max=1).div_(x_largest.clamp_min(1e-30))
         return _Trains(lengths, x_gain, rate / (lengths * x_gain))
     if not update.fixed_bl and length < rate:

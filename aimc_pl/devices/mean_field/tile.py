@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from math import ceil
+from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -249,6 +249,8 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         return product(weight, x.mul, vectors, input_scale(x, vectors, io), io, self._generator, bound_management)
 
     def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+        if self.learning_rate == 0:
+            return
         counts = self._count(x, error, vectors)
         reach = self._reach(counts)
         if reach <= _FAR or len(x) == 1:
@@ -261,8 +263,8 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
             self._move(counts, self._reach(counts))
 
     def _reach(self, counts: Counts) -> float:
-        steepness = self.response.steepness
-        return steepness * float(counts.total.max()) if steepness else 0.0
+        reach = self.response.steepness * float(counts.total.max())
+        return reach if isfinite(reach) else 0.0
 
     def _count(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> Counts:
         update = self._config.update

@@ -20,7 +20,7 @@ from aihwkit.simulator.configs.devices import (
 )
 from torch import nn
 
-from aimc_pl.devices import convert_to_analog, linear_step, soft_bounds, soft_bounds_reference, to_mean_field
+from aimc_pl.devices import convert_to_analog, linear_step, reram_es, soft_bounds, soft_bounds_reference, to_mean_field
 from aimc_pl.devices.mean_field import MeanFieldTile, MeanFieldTileArray
 
 ALIKE = {"w_max_dtod": 0.0, "w_min_dtod": 0.0, "dw_min_dtod": 0.0, "up_down_dtod": 0.0}
@@ -352,3 +352,25 @@ def test_a_batch_without_errors_moves_nothing():
     before = layer.get_weights()[0]
     layer.analog_module.update(torch.randn(3, 6), torch.zeros(3, 4))
     assert torch.equal(layer.get_weights()[0], before)
+
+
+def test_a_learning_rate_of_zero_moves_nothing():
+    for managed in (True, False):
+        config = soft_bounds().rpu_config
+        config.update.update_management = config.update.update_bl_management = managed
+        layer = AnalogLinear(6, 4, False, config)
+        before = layer.get_weights()[0]
+        layer.analog_module.set_learning_rate(0.0)
+        layer.analog_module.update(torch.randn(3, 6), torch.randn(3, 4))
+        assert torch.equal(layer.get_weights()[0], before)
+
+
+@pytest.mark.parametrize("backend", ["mean_field", "bits"])
+@pytest.mark.parametrize("make", [soft_bounds, reram_es])
+def test_errors_that_are_no_numbers_raise_nothing(make, backend):
+    """As in a digital layer; where counts are expected they show in the weights, and no line fires in a drawn train."""
+    layer = AnalogLinear(6, 4, False, make(backend=backend).rpu_config)
+    layer.analog_module.update(torch.randn(3, 6), torch.full((3, 4), float("nan")))
+    if make is soft_bounds:
+        assert layer.get_weights()[0].isnan().any() == (backend == "mean_field")
+    layer(torch.randn(3, 6))
