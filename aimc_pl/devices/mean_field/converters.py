@@ -224,6 +224,6 @@ def _noise_std(weight: Tensor, codes: Tensor, step: float, vectors: Vectors, io:
 def _outside(y: Tensor, low: float, high: float, dim: int) -> Tensor | None:
     """Which vectors have an element outside of the bounds; ``None`` if none has."""
     smallest, largest = torch.aminmax(y)
-    if low <= float(smallest) and float(largest) <= high:
+    if not (float(smallest) < low or float(largest) > high):
         return None
     return ((y < low) | (y > high)).any(dim)
