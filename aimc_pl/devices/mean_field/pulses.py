@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 from aimc_pl.devices.mean_field.noise import gaussian, uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
-RARE = 0.1
-"""Below this mean probability of a firing input coincidences are taken for Poisson, their variance off by as much."""
+EVEN = 0.2
+"""Below this mean probability of a firing input a convolution takes it for the same at all its inputs."""
 
 _DRAWN = 64
 """Trains of more slots are not drawn one by one; the number of pulses is Gaussian."""
@@ -31,12 +31,11 @@ class Counts(NamedTuple):
         net: pulses up minus pulses down.
         total: pulses up plus pulses down.
         certain: the part of the counts that does not vary, net and total: a count's variance is its mean minus this.
-            ``None`` for Poisson counts.
     """
 
     net: Tensor
     total: Tensor
-    certain: tuple[Tensor, Tensor] | None
+    certain: tuple[Tensor, Tensor]
 
 
 def expected_counts(
@@ -71,12 +70,13 @@ def expected_counts(
     mean = fired * trains.x_gain
     has_signs = float(x.min()) < 0
     net, total = _signed_outer(mean, error, x, x.abs() if has_signs else x, vectors)
-    of_vectors = fired.sum(vectors.dim, keepdim=True)
-    if isinstance(vectors, Patches):
-        gain = float((of_vectors * trains.x_gain).sum() / of_vectors.sum().clamp_min(1))
-        if gain * _mean_firing(x) < RARE:
-            return Counts(net, total, None)
     # An input that fires with probability p in n slots meets np pulses, with variance np − np².
+    if isinstance(vectors, Patches):
+        of_vectors = fired.sum(vectors.dim, keepdim=True)
+        gain = float((of_vectors * trains.x_gain).sum() / of_vectors.sum().clamp_min(1))
+        probability = gain * _mean_firing(x)
+        if probability < EVEN:
+            return Counts(net, total, (net * probability, total * probability))
     squares = x.square()
     certain = _signed_outer(
         mean * trains.x_gain, error, squares.copysign(x) if has_signs else squares, squares, vectors
@@ -150,10 +150,9 @@ def _fired(probabilities: Tensor, lengths: Tensor, generator: Generator) -> Tens
         mean = lengths * probabilities
         std = (mean * (1 - probabilities)).sqrt_()
         return torch.addcmul(mean, std, gaussian(mean.shape, generator, device)).clamp_(min=0).minimum(lengths)
-    fired = torch.zeros_like(probabilities)
-    for slot in range(longest):
-        fires = uniform(probabilities.shape, generator, device) < probabilities
-        fired += fires if slot == 0 else fires & (slot < lengths)
+    fired = (uniform(probabilities.shape, generator, device) < probabilities).float()
+    for slot in range(1, longest):
+        fired += (uniform(probabilities.shape, generator, device) < probabilities) & (slot < lengths)
     return fired
 
 

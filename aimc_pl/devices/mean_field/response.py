@@ -231,8 +231,6 @@ def _deviation(counts: Counts, relative_spread: float) -> tuple[Tensor, Tensor]:
     """The net and the total of pulses, each weighted by its variance in units of its step squared."""
     factor = 1 + relative_spread**2
     net, total = (counts.net, counts.total) if factor == 1 else (counts.net * factor, counts.total * factor)
-    if counts.certain is None:
-        return net, total
     return net - counts.certain[0], total - counts.certain[1]
 
 

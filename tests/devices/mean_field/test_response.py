@@ -69,6 +69,10 @@ def steps(device, hidden):
     return (lambda w: up + slope_up * w), (lambda w: down + slope_down * w)
 
 
+def poisson(net, total):
+    return Counts(net, total, (torch.zeros(SIZE), torch.zeros(SIZE)))
+
+
 def start():
     torch.manual_seed(3)
     return torch.rand(SIZE) * 0.3 - 0.15
@@ -90,7 +94,7 @@ def test_mean_motion_solves_the_differential_equation(name, pulses):
 
     expected = solve_ivp(motion, (0, 1), before.ravel(), rtol=1e-9, atol=1e-12).y[:, -1].reshape(SIZE)
     low, high = (torch.as_tensor(b).double().expand(SIZE).numpy() for b in response.bounds)
-    counts = Counts(ups - downs, ups + downs, None)
+    counts = poisson(ups - downs, ups + downs)
     response.move(weight, counts, response.steepness * float(counts.total.max()))
     response.clip(weight)
     # Curved steps are integrated in substeps.
@@ -138,7 +142,7 @@ def test_deviation_of_few_pulses(name):
     )
     u, d = ups.double().numpy(), downs.double().numpy()
     expected = u * (up(w) ** 2 + of_up**2) + d * (down(w) ** 2 + of_down**2)
-    variance = response.move(weight, Counts(ups - downs, ups + downs, None), 0.0)
+    variance = response.move(weight, poisson(ups - downs, ups + downs), 0.0)
     np.testing.assert_allclose(variance.numpy(), expected, rtol=0.05)
 
 
@@ -152,6 +156,6 @@ def test_stuck_cross_points_stay(make):
     weight = response.clip(start())
     before = weight.clone()
     ones = torch.ones(SIZE)
-    variance = response.move(weight, Counts(ones, ones * 3, None), 0.0)
+    variance = response.move(weight, poisson(ones, ones * 3), 0.0)
     torch.testing.assert_close(response.clip(weight), before)
     assert torch.isfinite(variance).all()
