@@ -53,7 +53,7 @@ Backend = Literal["mean_field", "bits", "aihwkit"]
 """What simulates a pulsed device.
 
 - ``mean_field``: updates from the mean and the variance of the numbers of pulses, in torch.
-- ``bits``: the same tile, with pulse trains drawn and coincidences counted; for steps coarser than 1 % of the range.
+- ``bits``: the same tile, with pulse trains drawn and coincidences counted; for weights that move in whole steps.
 - ``aihwkit``: pulse by pulse, by aihwkit's own tiles (CPU, or GPU where aihwkit has been built for it).
 """
 
