@@ -7,7 +7,6 @@ the training step of a digital ResNet-8. Usage:
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tables import write_csv
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -83,11 +83,7 @@ def main() -> None:
         {"what": "per-sample loader", "images_per_second": images_per_second(per_sample)},
         {"what": "digital ResNet-8 step", "images_per_second": images_per_second([*in_memory], step)},
     ]
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     for row in rows:
         print(f"{row['what']:<24}{row['images_per_second']:>10.0f} images/s")
 

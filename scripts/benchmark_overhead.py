@@ -7,7 +7,6 @@ Both sides take turns in one run, and the medians over the turns are compared. U
 """
 
 import argparse
-import csv
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from benchmarking import keep_freed_memory, other_load
+from tables import write_csv
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -119,11 +119,7 @@ def main() -> None:
             {"network": name, "turn": i, "plain_ms": a, "sync_ms": b}
             for i, (a, b) in enumerate(zip(plain, piped, strict=True))
         ]
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

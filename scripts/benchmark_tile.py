@@ -10,7 +10,6 @@ On a GPU (``--device cuda``) there is one case, ResNet-18 at batch 128, and no a
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from aihwkit.optim import AnalogSGD
 from benchmarking import keep_freed_memory, other_load
 from rich.progress import track
+from tables import write_csv
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
@@ -105,11 +105,7 @@ def main() -> None:
         row["images_per_second"] = round(1e3 * shape[0] / times["mean_field"])
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

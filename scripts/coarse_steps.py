@@ -7,7 +7,6 @@ Usage:
 """
 
 import argparse
-import csv
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -16,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from compare_backends import train
 from rich.progress import track
+from tables import write_csv
 from torch import nn
 
 from aimc_pl.data import Digits
@@ -39,11 +39,7 @@ def main() -> None:
         points = train(MLP([64, 64, 48, 32, 10], nn.Tanh), Digits(batch_size=32), pipeline, {"max_epochs": 20})
         loss, accuracy = points[-1]
         rows.append({"states": states, "backend": backend, "seed": seed, "loss": loss, "accuracy": accuracy})
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     for states, backend in product(STATES, BACKENDS):
         mine = [row for row in rows if (row["states"], row["backend"]) == (states, backend)]
         loss, accuracy = mean(row["loss"] for row in mine), mean(row["accuracy"] for row in mine)

@@ -6,7 +6,6 @@ Four stages on soft-bounds devices, as configs/digits_*.yaml. Two minutes on two
 """
 
 import argparse
-import csv
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -15,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from rich.progress import track
+from tables import write_csv
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import Digits
@@ -56,11 +56,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args()
     rows = [run(schedule, seed, args.epochs) for schedule, seed in track([*product(SCHEDULES, range(args.seeds))])]
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     for schedule in SCHEDULES:
         mine = [row for row in rows if row["schedule"] == schedule]
         accuracy, cycles = mean(row["accuracy"] for row in mine), mean(row["cycles"] for row in mine)

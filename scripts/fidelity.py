@@ -9,7 +9,6 @@ minute on two cores. Usage:
 """
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from aihwkit.simulator.configs.devices import (
     SoftBoundsReferenceDevice,
 )
 from rich.progress import track
+from tables import write_csv
 
 from aimc_pl.devices import to_mean_field
 
@@ -99,11 +99,7 @@ def main() -> None:
     jobs = [(kind, name, BASE | case) for kind in KINDS for name, case in CASES.items()]
     jobs += [("soft bounds", name, BASE | case) for name, case in (REACH | COARSE).items()]
     rows = [compare(*job) for job in track(jobs)]
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     print(f"{'device':<24}{'case':<22}{'reach':>7}   mean field: mean   std %     bits: mean   std %   (± mean)")
     for r in rows:
         print(

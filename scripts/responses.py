@@ -1,6 +1,6 @@
 """How devices answer to single pulses, on the mean-field tile over aihwkit's: one picture per device.
 
-The cross-points of both have the same parameters; they differ in the noise. Half a minute on two cores. Usage:
+The cross-points of both have the same parameters; they differ in the noise. Ten seconds on two cores. Usage:
 
     .venv/bin/python scripts/responses.py --folder docs/images
 """

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsReferenceDevice, UpdateParameters
@@ -71,6 +71,7 @@ class MeanFieldRPUConfig(CustomRPUConfig):
         if not isinstance(self.device, DEVICES):
             raise _unsupported(type(self.device).__name__)
         _check(self.device, _OFF["device"], {})
+        _check(self.device.drift, {"nu": 0.0}, {})
         _check(self.update, _OFF["update"], _CHOICES)
         for io in (self.forward, self.backward):
             if not io.is_perfect:
@@ -87,7 +88,7 @@ def to_mean_field(config: SingleRPUConfig, sample_pulses: bool = False) -> MeanF
     Raises:
         UsageError: if the tile does not simulate what is configured.
     """
-    shared = {f.name: deepcopy(getattr(config, f.name)) for f in fields(MeanFieldRPUConfig) if f.name in _SHARED}
+    shared = {name: deepcopy(getattr(config, name)) for name in _SHARED}
     result = MeanFieldRPUConfig(**shared, sample_pulses=sample_pulses)
     result.check_support()
     return result

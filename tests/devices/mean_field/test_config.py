@@ -3,6 +3,7 @@
 import pytest
 from aihwkit.simulator.configs import ConstantStepDevice, SingleRPUConfig
 from aihwkit.simulator.configs.devices import OneSidedUnitCell, PiecewiseStepDevice
+from aihwkit.simulator.configs.utils import DriftParameter
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, PulseType
 from aihwkit.simulator.presets import CapacitorPreset, PCMPreset
 
@@ -23,6 +24,7 @@ def changed(section, name, value):
         (SingleRPUConfig(device=OneSidedUnitCell()), "OneSidedUnitCell"),
         (PCMPreset(), "PCMPresetUnitCell"),
         (CapacitorPreset(), "lifetime=1000000.0"),
+        (changed("device", "drift", DriftParameter(nu=0.1)), "nu=0.1"),
         (changed("update", "pulse_type", PulseType.DETERMINISTIC_IMPLICIT), "pulse_type"),
         (changed("update", "um_grad_scale", 0.5), "um_grad_scale=0.5"),
         (changed("forward", "ir_drop", 1.0), "ir_drop=1.0"),

@@ -205,11 +205,13 @@ def test_converted_convolutions_train_as_aihwkits_unfolding_ones(name, max_size)
     kind = MeanFieldTile if max_size == 512 else MeanFieldTileArray
     assert isinstance(network[0].analog_module, kind)
     torch.testing.assert_close(network(x), unfolding(x), rtol=1e-5, atol=1e-5)
+    before = unfolding.get_weights()[0]
     for module in (unfolding, network):
         optimizer = AnalogSGD(module.parameters(), lr=0.3)
         module(x).square().sum().backward()
         optimizer.step()
     torch.testing.assert_close(network[0].get_weights()[0], unfolding.get_weights()[0], rtol=1e-4, atol=1e-4)
+    assert float((unfolding.get_weights()[0] - before).abs().max()) > 0.01
 
 
 @pytest.mark.parametrize("name", LAYERS)
