@@ -28,7 +28,7 @@ def input_scale(x: Tensor, vectors: Vectors | Patches, io: IOParameters) -> Tens
         case NoiseManagementType.CONSTANT:
             return io.nm_thres if io.nm_thres > 0 else 1.0
         case _:
-            scale = vectors.largest(x)
+            scale = vectors.largest(x.abs())
             return scale.clamp_(max=io.nm_thres) if io.nm_thres > 0 else scale
 
 
@@ -121,7 +121,7 @@ def noisy_convolution(
         generator: of the noise.
     """
     step = _step(io.inp_res, io.inp_bound)
-    scale = convolution.largest(images)
+    scale = convolution.largest(images.abs())
     y = convolution.multiply(weight, images)
     rounding = float(weight.square().sum()) / len(weight) * step**2 / 12
     y.addcmul_(gaussian(y.shape, generator, y.device), scale * (_output_variance(io) + rounding) ** 0.5)
@@ -146,7 +146,7 @@ def noisy_transposed_convolution(
         generator: of the noise.
     """
     step = _step(io.inp_res, io.inp_bound)
-    scale = Vectors(1).largest(error)
+    scale = Vectors(1).largest(error.abs())
     codes = _to_codes(error.mul, scale, step, io, generator)
     gain = scale * io.out_scale
     y = convolution.multiply_transposed(weight, codes.mul_(gain * (step or 1.0)), images)

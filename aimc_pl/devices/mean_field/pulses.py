@@ -4,7 +4,7 @@ As in aihwkit, an input element x fires in every slot of a train of BL slots wit
 with A·|δ|, and a cross-point gets a pulse where both do; its direction is the sign of −xδ.
 """
 
-from math import ceil
+from math import ceil, isfinite
 from typing import NamedTuple
 
 import torch
@@ -30,12 +30,13 @@ class Counts(NamedTuple):
     Args:
         net: pulses up minus pulses down.
         total: pulses up plus pulses down.
-        certain: the part of the counts that does not vary, net and total: a count's variance is its mean minus this.
+        noise: the variance of what the pulses add, in units of a step squared: that of those up minus that of those
+            down, and both together.
     """
 
     net: Tensor
     total: Tensor
-    certain: tuple[Tensor, Tensor]
+    noise: tuple[Tensor, Tensor]
 
 
 def expected_counts(
@@ -45,6 +46,7 @@ def expected_counts(
     learning_rate: float,
     granularity: float,
     update: UpdateParameters,
+    spread: float,
     generator: Generator,
 ) -> Counts:
     """The mean counts, given how often the error's lines fire.
@@ -59,33 +61,38 @@ def expected_counts(
         learning_rate: a batch moves weights by −learning_rate·δᵀx on average.
         granularity: the device's mean step.
         update: the pulse trains' parameters.
+        spread: standard deviation of a step from cycle to cycle, in units of the step.
         generator: of the errors' pulses.
     """
-    magnitude = error.abs()
-    error_largest = magnitude.amax(vectors.dim, keepdim=True)
-    trains = _trains(vectors.largest(x), error_largest, learning_rate / granularity, update)
+    magnitude = _magnitude(x)
+    error_largest = torch.maximum(error.amax(vectors.dim, keepdim=True), -error.amin(vectors.dim, keepdim=True))
+    trains = _trains(vectors.largest(magnitude), error_largest, learning_rate / granularity, update)
     if not isinstance(trains.x_gain, Tensor):
         x = x.clamp(-1 / trains.x_gain, 1 / trains.x_gain)
-    fired = _fired(magnitude.mul_(trains.error_gain), trains.lengths, generator)
-    mean = fired * trains.x_gain
-    has_signs = float(x.min()) < 0
-    net, total = _signed_outer(mean, error, x, x.abs() if has_signs else x, vectors)
+        magnitude = _magnitude(x)
+    fired = _fired(error, trains, generator).mul_(trains.x_gain)
+    net, total = _outer(fired, x, magnitude, vectors)
     # An input that fires with probability p in n slots meets np pulses, with variance np − np².
     if isinstance(vectors, Patches):
-        of_vectors = fired.sum(vectors.dim, keepdim=True)
-        gain = float((of_vectors * trains.x_gain).sum() / of_vectors.sum().clamp_min(1))
-        probability = gain * _mean_firing(x)
+        probability = _weighted_mean(trains.x_gain, fired) * _weighted_mean(magnitude, magnitude)
         if probability < EVEN:
-            return Counts(net, total, (net * probability, total * probability))
-    squares = x.square()
-    certain = _signed_outer(
-        mean * trains.x_gain, error, squares.copysign(x) if has_signs else squares, squares, vectors
-    )
-    return Counts(net, total, certain)
+            factor = 1 + spread**2 - probability
+            return Counts(net, total, (net * factor, total * factor))
+    squares = -magnitude.square()
+    signed_squares = squares if magnitude is x else x * -magnitude
+    net_noise, total_noise = _outer(fired.mul_(trains.x_gain), signed_squares, squares, vectors)
+    factor = 1 + spread**2
+    return Counts(net, total, (net_noise.add_(net, alpha=factor), total_noise.add_(total, alpha=factor)))
 
 
 def sampled_counts(
-    x: Tensor, error: Tensor, learning_rate: float, granularity: float, update: UpdateParameters, generator: Generator
+    x: Tensor,
+    error: Tensor,
+    learning_rate: float,
+    granularity: float,
+    update: UpdateParameters,
+    spread: float,
+    generator: Generator,
 ) -> Counts:
     """Counts of pulse trains drawn slot by slot.
 
@@ -95,29 +102,38 @@ def sampled_counts(
         learning_rate: see :func:`expected_counts`.
         granularity: the device's mean step.
         update: the pulse trains' parameters.
+        spread: see :func:`expected_counts`.
         generator: of the slots.
     """
     trains = _trains(
         x.abs().amax(1, keepdim=True), error.abs().amax(1, keepdim=True), learning_rate / granularity, update
     )
-    lengths = trains.lengths.expand(len(x), 1)
+    lengths = torch.as_tensor(trains.lengths, device=x.device).expand(len(x), 1)
     # In portions, since trains of a convolution's patches would fill the memory.
-    portion = max(1, _SLOTS // (int(lengths.max()) * max(x.shape[1], error.shape[1])))
+    portion = max(1, _SLOTS // (trains.longest * max(x.shape[1], error.shape[1])))
     net, total = x.new_zeros(error.shape[1], x.shape[1]), x.new_zeros(error.shape[1], x.shape[1])
     values = x * trains.x_gain, error * trains.error_gain, lengths.flatten().long()
     portions = (value.split(portion) for value in values)
     for x_probability, error_probability, repeats in zip(*portions, strict=True):
         fires = _sample(x_probability, repeats, generator)
         error_fires = _sample(error_probability, repeats, generator)
-        net -= error_fires.T @ fires
+        net += error_fires.T @ fires
         total += error_fires.abs_().T @ fires.abs_()
-    return Counts(net, total, (net, total))
+    return Counts(net, total, (net * spread**2, total * spread**2))
 
 
 class _Trains(NamedTuple):
-    """Of every vector: the number of slots, and what its elements are multiplied by to give probabilities of firing."""
+    """How every vector fires.
 
-    lengths: Tensor
+    Args:
+        lengths: the number of slots.
+        longest: the largest one.
+        x_gain: what its inputs are multiplied by to give probabilities of firing.
+        error_gain: the same of its errors, negative: weights go down where input and error have the same sign.
+    """
+
+    lengths: Tensor | float
+    longest: int
     x_gain: Tensor | float
     error_gain: Tensor | float
 
@@ -128,44 +144,58 @@ def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: Updat
     Where they would be too long, the error is cut.
     """
     length = update.desired_bl
-    if update.update_management or update.update_bl_management:
-        strongest = (rate * x_largest * error_largest).clamp_min_(1e-30)
-        lengths = torch.full_like(strongest, length)
-        if update.update_bl_management:
-            # What is no number must not stop the run here, as it does not in a digital layer.
-            lengths = strongest.ceil().clamp_(1, length).nan_to_num_(1.0)
-        x_gain = (strongest / lengths).sqrt_().clamp_(max=1).div_(x_largest.clamp_min(1e-30))
-        return _Trains(lengths, x_gain, rate / (lengths * x_gain))
-    if not update.fixed_bl and length < rate:
-        length, rate = ceil(rate), ceil(rate)
-    gain = (rate / length) ** 0.5
-    return _Trains(x_largest.new_tensor(length), gain, gain)
+    if not (update.update_management or update.update_bl_management):
+        if not update.fixed_bl and length < rate:
+            length, rate = ceil(rate), ceil(rate)
+        gain = (rate / length) ** 0.5
+        return _Trains(length, length, gain, -gain)
+    strongest = (x_largest * error_largest).mul_(rate).clamp_min_(1e-30)
+    most = float(strongest.max())
+    lengths = float(length)
+    # What is no number must not stop the run here, as it does not in a digital layer.
+    if update.update_bl_management and isfinite(most):
+        length = min(ceil(most), length)
+        lengths = strongest.ceil().clamp_(max=length) if length > 1 else 1.0
+    x_gain = (strongest / lengths).sqrt_()
+    if most > length:
+        x_gain.clamp_(max=1)
+    x_gain.div_(x_largest.clamp_min(1e-30))
+    return _Trains(lengths, length, x_gain, (x_gain * lengths).reciprocal_().mul_(-rate))
 
 
-def _fired(probabilities: Tensor, lengths: Tensor, generator: Generator) -> Tensor:
-    """In how many of its vector's slots every element fires."""
-    longest, device = int(lengths.max()), probabilities.device
-    if longest > _DRAWN:
-        probabilities = probabilities.clamp(max=1)
-        mean = lengths * probabilities
-        std = (mean * (1 - probabilities)).sqrt_()
-        return torch.addcmul(mean, std, gaussian(mean.shape, generator, device)).clamp_(min=0).minimum(lengths)
-    fired = (uniform(probabilities.shape, generator, device) < probabilities).float()
-    for slot in range(1, longest):
-        fired += (uniform(probabilities.shape, generator, device) < probabilities) & (slot < lengths)
+def _fired(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
+    """In how many of its vector's slots every element fires, with the sign of the pulses."""
+    probabilities = error.mul(trains.error_gain).clamp_(-1, 1)
+    shape, device = error.shape, error.device
+    if trains.longest > _DRAWN:
+        magnitude = probabilities.abs()
+        mean = magnitude * trains.lengths
+        std = (mean * (1 - magnitude)).sqrt_()
+        count = torch.addcmul(mean, std, gaussian(shape, generator, device)).clamp_(min=0).clamp_(max=trains.lengths)
+        return count.copysign_(probabilities)
+    # floor(p + u) with u even in [0, 1) is the sign of p with probability |p|, else 0.
+    fired = (uniform(shape, generator, device) + probabilities).floor_()
+    for slot in range(1, trains.longest):
+        more = (uniform(shape, generator, device) + probabilities).floor_()
+        fired += more if isinstance(trains.lengths, float) else more.mul_(trains.lengths > slot)
     return fired
 
 
-def _signed_outer(
-    fired: Tensor, error: Tensor, x: Tensor, magnitude: Tensor, vectors: Vectors | Patches
-) -> tuple[Tensor, Tensor]:
-    """The sums of outer products against the errors' signs and without signs; in one product where inputs have none."""
-    signed = fired.copysign(error)
-    if magnitude is x:
-        net, total = vectors.outer(torch.cat([signed, fired], vectors.dim), x).chunk(2)
-    else:
-        net, total = vectors.outer(signed, x), vectors.outer(fired, magnitude)
-    return net.neg_(), total
+def _magnitude(x: Tensor) -> Tensor:
+    return x.abs() if float(x.min()) < 0 else x
+
+
+def _outer(fired: Tensor, x: Tensor, magnitude: Tensor, vectors: Vectors | Patches) -> tuple[Tensor, Tensor]:
+    """The sums of outer products with and without signs, in one product where inputs have none."""
+    if x is magnitude:
+        shape = list(fired.shape)
+        shape[vectors.dim] *= 2
+        both = fired.new_empty(shape)
+        signed, unsigned = both.chunk(2, vectors.dim)
+        torch.abs(signed.copy_(fired), out=unsigned)
+        net, total = vectors.outer(both, x).chunk(2)
+        return net, total
+    return vectors.outer(fired, x), vectors.outer(fired.abs(), magnitude)
 
 
 def _sample(probabilities: Tensor, repeats: Tensor, generator: Generator) -> Tensor:
@@ -174,7 +204,9 @@ def _sample(probabilities: Tensor, repeats: Tensor, generator: Generator) -> Ten
     return slots.sign() * (uniform(slots.shape, generator, slots.device) < slots.abs())
 
 
-def _mean_firing(values: Tensor) -> float:
-    """The mean magnitude with which lines fire, Σv²/Σ|v|, as every eighth image has it."""
-    some = values[::8].flatten()
-    return float(some @ some) / max(float(some.abs().sum()), 1e-30)
+def _weighted_mean(values: Tensor | float, weights: Tensor) -> float:
+    """The mean Σ|w|v/Σ|w|, as every eighth image has it."""
+    if not isinstance(values, Tensor):
+        return values
+    some = weights[::8].abs()
+    return float((some * values[::8]).sum() / some.sum().clamp_min(1e-30))

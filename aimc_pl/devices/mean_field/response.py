@@ -5,7 +5,7 @@ dw/dt = U·up(w) − D·down(w) over one unit of time, and every pulse adds a va
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Any
 
@@ -27,6 +27,7 @@ Number = Tensor | float
 """One value for all cross-points, or one per cross-point ``(out, in)``."""
 
 _Curve = Callable[[Tensor], Tensor]
+_Pair = tuple[Tensor, Tensor]
 
 DEVICES = (
     ConstantStepDevice,
@@ -53,14 +54,16 @@ class Response(ABC):
         upper: the highest weight.
         steepness: how much a pulse changes the steps of a typical cross-point; a batch with steepness·pulses ≪ 1 hardly
             depends on the order of its samples.
+        spread: standard deviation of a step from cycle to cycle, in units of the step.
     """
 
-    def __init__(self, lower: Number, upper: Number, steepness: float) -> None:
+    def __init__(self, lower: Number, upper: Number, steepness: float, spread: float) -> None:
         self.bounds: Any = lower, upper
         for bound in self.bounds:
             if isinstance(bound, Tensor):
                 self.bounds = tuple(torch.as_tensor(other, device=bound.device) for other in self.bounds)
         self.steepness = steepness
+        self.spread = spread
 
     def clip(self, weight: Tensor) -> Tensor:
         """Bring weights, in place, into the bounds."""
@@ -90,7 +93,7 @@ class LinearResponse(Response):
         down: s₋ and k₋.
         lower: see :class:`Response`.
         upper: see :class:`Response`.
-        relative_spread: standard deviation of a step from cycle to cycle, in units of the step.
+        spread: see :class:`Response`.
         fixed_spread: that part of it which does not depend on the weight, up and down, in weight units.
     """
 
@@ -100,26 +103,25 @@ class LinearResponse(Response):
         down: tuple[Number, Number],
         lower: Number,
         upper: Number,
-        relative_spread: float,
+        spread: float,
         fixed_spread: tuple[Number, Number],
     ) -> None:
         (s_up, k_up), (s_down, k_down) = up, down
-        super().__init__(lower, upper, max(_typical(k_up), _typical(k_down)))
+        super().__init__(lower, upper, max(_typical(k_up), _typical(k_down)), spread)
         self.alike = not any(isinstance(slope, Tensor) for slope in (k_up, k_down))
-        self.relative_spread = relative_spread
         self.rate = _OfCounts(s_up, -s_down)
         self.relaxation = _OfCounts(k_up, -k_down)
-        # A pulse adds its size squared, a polynomial in w, and its fixed spread squared.
-        self.squares = (
-            _OfCounts(s_up * s_up, s_down * s_down),
-            _OfCounts(2 * s_up * k_up, 2 * s_down * k_down),
-            _OfCounts(k_up * k_up, k_down * k_down),
-        )
+        # A pulse adds its size squared, a polynomial in w whose highest coefficient comes first, and its fixed spread
+        # squared.
+        self.squares = [_OfCounts(s_up * s_up, s_down * s_down)]
+        if not (_vanishes(k_up) and _vanishes(k_down)):
+            linear, quadratic = (2 * s_up * k_up, 2 * s_down * k_down), (k_up * k_up, k_down * k_down)
+            self.squares = [_OfCounts(*quadratic), _OfCounts(*linear), *self.squares]
         self.fixed = _OfCounts(*(spread * spread for spread in fixed_spread))
 
     def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
         """See :meth:`Response.move`."""
-        motion, a = self.rate(counts), self.relaxation(counts)
+        motion, a = self.rate(counts[:2]), self.relaxation(counts[:2])
         motion.addcmul_(a, weight)
         if self.alike and reach < _NEAR:
             variance = self._variance(weight, counts)
@@ -135,12 +137,11 @@ class LinearResponse(Response):
         return variance.mul_(mean).mul_(change.mul_(0.5).add_(1))
 
     def _variance(self, weight: Tensor, counts: Counts) -> Tensor:
-        net, total = _deviation(counts, self.relative_spread)
-        of_total = _polynomial([square.of_total for square in self.squares], weight)
-        of_net = _polynomial([square.of_net for square in self.squares], weight)
-        variance = total * of_total
-        _add(variance, net, of_net)
-        return self.fixed.add_to(variance, counts)
+        highest, *others = self.squares
+        variance = highest(counts.noise)
+        for square in others:
+            square.add_to(variance.mul_(weight), counts.noise)
+        return self.fixed.add_to(variance, counts[:2])
 
 
 class CurvedResponse(Response):
@@ -152,7 +153,7 @@ class CurvedResponse(Response):
         lower: see :class:`Response`.
         upper: see :class:`Response`.
         steepness: see :class:`Response`; a step in units of the range.
-        relative_spread: standard deviation of a step from cycle to cycle, in units of the step.
+        spread: see :class:`Response`.
     """
 
     def __init__(
@@ -162,19 +163,18 @@ class CurvedResponse(Response):
         lower: Number,
         upper: Number,
         steepness: float,
-        relative_spread: float,
+        spread: float,
     ) -> None:
-        super().__init__(lower, upper, steepness)
+        super().__init__(lower, upper, steepness, spread)
         self.up = up
         self.down = down
-        self.relative_spread = relative_spread
 
     def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
         """See :meth:`Response.move`."""
         substeps = max(1, ceil(reach / _SUBSTEP))
         ups = (counts.total + counts.net) / (2 * substeps)
         downs = (counts.total - counts.net) / (2 * substeps)
-        net, total = (count / (2 * substeps) for count in _deviation(counts, self.relative_spread))
+        net, total = (count / (2 * substeps) for count in counts.noise)
         variance = torch.zeros_like(weight)
         for _ in range(substeps):
             half = ups * self.up(weight) - downs * self.down(weight)
@@ -225,23 +225,6 @@ def response_of(device: PulsedDevice, hidden: Mapping[str, Number], whole_pulses
         0.0 if fixed else spread,
         (spread * up, spread * down) if fixed else (0.0, 0.0),
     )
-
-
-def _deviation(counts: Counts, relative_spread: float) -> tuple[Tensor, Tensor]:
-    """The net and the total of pulses, each weighted by its variance in units of its step squared."""
-    factor = 1 + relative_spread**2
-    net, total = (counts.net, counts.total) if factor == 1 else (counts.net * factor, counts.total * factor)
-    return net - counts.certain[0], total - counts.certain[1]
-
-
-def _polynomial(coefficients: Sequence[Number], x: Tensor) -> Number:
-    """A quadratic in x."""
-    constant, linear, quadratic = coefficients
-    if _vanishes(quadratic):
-        return constant if _vanishes(linear) else x * linear + constant
-    if isinstance(quadratic, Tensor) or isinstance(linear, Tensor) or isinstance(constant, Tensor):
-        return (x * quadratic + linear).mul_(x).add_(constant)
-    return _add(torch.addcmul(x.new_tensor(constant), x, x, value=quadratic), x, linear)
 
 
 def _exponential(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:
@@ -305,14 +288,16 @@ class _OfCounts:
         self.of_total = (up + down) * 0.5
         self.of_net = (up - down) * 0.5
 
-    def __call__(self, counts: Counts) -> Tensor:
+    def __call__(self, counts: _Pair) -> Tensor:
+        net, total = counts
         if _vanishes(self.of_total):
-            return counts.net * self.of_net
-        return _add(counts.total * self.of_total, counts.net, self.of_net)
+            return net * self.of_net
+        return _add(total * self.of_total, net, self.of_net)
 
-    def add_to(self, value: Tensor, counts: Counts) -> Tensor:
+    def add_to(self, value: Tensor, counts: _Pair) -> Tensor:
         """The same, added in place."""
-        return _add(_add(value, counts.total, self.of_total), counts.net, self.of_net)
+        net, total = counts
+        return _add(_add(value, total, self.of_total), net, self.of_net)
 
 
 def _vanishes(value: Number) -> bool:

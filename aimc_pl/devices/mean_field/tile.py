@@ -240,9 +240,6 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         self._response = None
         return super()._apply(fn, recurse)
 
-    def _gaussian(self) -> Tensor:
-        return gaussian(self._weight.shape, self._generator, self._weight.device)
-
     def _product(self, weight: Tensor, x: Tensor, vectors: Vectors, io: Any, bound_management: bool) -> Tensor:
         if is_perfect(io):
             return _times(vectors.multiply(weight, x), io.out_scale)
@@ -267,13 +264,13 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         return reach if isfinite(reach) else 0.0
 
     def _count(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> Counts:
-        update = self._config.update
+        settings = self.learning_rate, self._granularity, self._config.update, self.response.spread, self._generator
         if not self._config.sample_pulses:
-            return expected_counts(x, error, vectors, self.learning_rate, self._granularity, update, self._generator)
+            return expected_counts(x, error, vectors, *settings)
         if isinstance(vectors, Patches):
             x = vectors.columns(x).movedim(1, -1).flatten(0, 1)
             error = error.flatten(2).movedim(1, -1).flatten(0, 1)
-        return sampled_counts(x, error, self.learning_rate, self._granularity, update, self._generator)
+        return sampled_counts(x, error, *settings)
 
     def _move(self, counts: Counts, reach: float) -> None:
         weight = self._persistent if self._write_noise > 0 else self._weight
@@ -284,6 +281,9 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
             written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
             noisy = torch.add(weight, self._gaussian(), alpha=self._write_noise)
             self._weight.copy_(torch.where(written, noisy, self._weight))
+
+    def _gaussian(self) -> Tensor:
+        return gaussian(self._weight.shape, self._generator, self._weight.device)
 
 
 class MeanFieldTile(CustomTile):

@@ -31,9 +31,9 @@ class Vectors:
         """The product of ``weight`` ``(out, in)`` with every vector."""
         return x @ weight.T if self.dim == -1 else weight @ x
 
-    def largest(self, x: Tensor) -> Tensor:
-        """The largest magnitude in every input vector, its dimension kept."""
-        return x.abs().amax(self.dim, keepdim=True)
+    def largest(self, magnitudes: Tensor) -> Tensor:
+        """The largest element of every input vector, its dimension kept."""
+        return magnitudes.amax(self.dim, keepdim=True)
 
     def outer(self, error: Tensor, x: Tensor) -> Tensor:
         """The sum of all outer products of errors and inputs, ``(out, in)``."""
@@ -80,9 +80,9 @@ class Patches(ABC):
         """The adjoint of :meth:`multiply`: errors ``(batch, out, *out_size)`` to images."""
         return self.fold(weight.T @ error.flatten(2), images)
 
-    def largest(self, images: Tensor) -> Tensor:
-        """The largest magnitude in every patch, ``(batch, 1, *out_size)``."""
-        return self.columns(images).abs().amax(1, keepdim=True).unflatten(2, self.out_size(images))
+    def largest(self, magnitudes: Tensor) -> Tensor:
+        """The largest element of every patch of images without negative elements, ``(batch, 1, *out_size)``."""
+        return self.columns(magnitudes).amax(1, keepdim=True).unflatten(2, self.out_size(magnitudes))
 
     def outer(self, error: Tensor, images: Tensor) -> Tensor:
         """The sum of all outer products of errors and patches, ``(out, features)``."""
@@ -175,10 +175,10 @@ class Convolution(Patches):
             images.shape, self._kernel(weight), error, self.stride, self.padding, self.dilation
         )
 
-    def largest(self, images: Tensor) -> Tensor:
+    def largest(self, magnitudes: Tensor) -> Tensor:
         """See :meth:`Patches.largest`."""
-        channels = images.abs().amax(1, keepdim=True)
-        return Convolution.columns(self, channels).amax(1, keepdim=True).unflatten(2, self.out_size(images))
+        channels = magnitudes.amax(1, keepdim=True)
+        return Convolution.columns(self, channels).amax(1, keepdim=True).unflatten(2, self.out_size(magnitudes))
 
     def spread(self, values: Tensor, images: Tensor) -> Tensor:
         """:meth:`fold` of patches whose elements are all alike: ``(batch, 1, *out_size)`` to ``(batch, 1, *size)``."""
@@ -241,11 +241,11 @@ class PartialConvolution(Convolution):
         result[:, self._channels] = super().multiply_transposed(self._extended(weight), error, channels)
         return result
 
-    def largest(self, images: Tensor) -> Tensor:
+    def largest(self, magnitudes: Tensor) -> Tensor:
         """See :meth:`Patches.largest`."""
         if self._lead or self._tail:
-            return Patches.largest(self, images)
-        return super().largest(images[:, self._channels])
+            return Patches.largest(self, magnitudes)
+        return super().largest(magnitudes[:, self._channels])
 
     def outer(self, error: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.outer`."""

@@ -22,6 +22,10 @@ UPDATES = {
 }
 
 
+SPREAD = 0.5
+"""From cycle to cycle; of n pulses, it adds n·SPREAD² to the variance of the sum of their steps."""
+
+
 def by_vector(x, error, learning_rate, granularity, update):
     """Mean and variance of pulses up and down: probabilities B·|x| and A·|δ| in BL slots, cut at 1."""
     net, total, variance = (torch.zeros(error.shape[1], x.shape[1], dtype=torch.float64) for _ in range(3))
@@ -58,13 +62,14 @@ def test_expected_counts_have_the_mean_and_the_variance(name, learning_rate, sig
     x[2] = 0
     update, generator, draws = UPDATES[name], Generator().manual_seed(5), 800
     net, total, variance = by_vector(x, error, learning_rate, 0.01, update)
-    counts = [expected_counts(x, error, ROWS, learning_rate, 0.01, update, generator) for _ in range(draws)]
+    counts = [expected_counts(x, error, ROWS, learning_rate, 0.01, update, SPREAD, generator) for _ in range(draws)]
     nets, totals = (torch.stack(values).double() for values in zip(*[c[:2] for c in counts], strict=True))
     assert (totals >= nets.abs() - 1e-4).all()
     for of_draws, mean in ((nets, net), (totals, total)):
         assert ((of_draws.mean(0) - mean).abs() <= 5 * of_draws.std(0) * draws**-0.5 + 1e-4 * total + 1e-6).all()
-    certain = torch.stack([c.certain[1] for c in counts])
-    residual = totals.mean(0) - certain.double().mean(0)
+    net_noise, noise = (torch.stack(noises).double().mean(0) for noises in zip(*[c.noise for c in counts], strict=True))
+    assert (noise >= net_noise.abs() - 1e-4).all()
+    residual = noise - SPREAD**2 * totals.mean(0)
     of_variance = variance * (2 / draws + 1 / (draws * variance.clamp_min(1e-3))).sqrt()
     assert ((totals.var(0) + residual - variance).abs() <= 5 * of_variance + 1e-3 * variance + 1e-6).all()
 
@@ -80,12 +85,12 @@ def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
     error = torch.randn(3, 5, *convolution.out_size(images)).sign()
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
     update, generator = UpdateParameters(desired_bl=10), Generator()
-    of_images = expected_counts(images, error, convolution, rate, 1.0, update, generator)
-    of_rows = expected_counts(*rows, ROWS, rate, 1.0, update, generator)
+    of_images = expected_counts(images, error, convolution, rate, 1.0, update, SPREAD, generator)
+    of_rows = expected_counts(*rows, ROWS, rate, 1.0, update, SPREAD, generator)
     assert float(of_images.total.max()) <= 10 * len(rows[0])
     torch.testing.assert_close(of_images.net, of_rows.net, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(of_images.total, of_rows.total, rtol=1e-4, atol=1e-3)
-    for of_image, of_row in zip(of_images.certain, of_rows.certain, strict=True):
+    for of_image, of_row in zip(of_images.noise, of_rows.noise, strict=True):
         torch.testing.assert_close(of_image, of_row, rtol=1e-4, atol=1e-3)
 
 
@@ -98,12 +103,13 @@ def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_ra
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
     update, generator, draws = UpdateParameters(), Generator().manual_seed(2), 400
     counts = [
-        expected_counts(images, error, convolution, learning_rate, 0.001, update, generator) for _ in range(draws)
+        expected_counts(images, error, convolution, learning_rate, 0.001, update, SPREAD, generator)
+        for _ in range(draws)
     ]
     net, total, variance = by_vector(*rows, learning_rate, 0.001, update)
     for values, mean in ((torch.stack([c.net for c in counts]), net), (torch.stack([c.total for c in counts]), total)):
         assert ((values.double().mean(0) - mean).abs() <= 5 * values.double().std(0) * draws**-0.5 + 1e-6).all()
-    residuals = [c.total - c.certain[1] for c in counts]
+    residuals = [c.noise[1] - SPREAD**2 * c.total for c in counts]
     of_draws = torch.stack([c.total for c in counts]).double().var(0) + torch.stack(residuals).double().mean(0)
     of_variance = variance * (2 / draws + 1 / (draws * variance.clamp_min(1e-3))).sqrt()
     assert ((of_draws - variance).abs() <= 0.1 * variance + 5 * of_variance).all()
@@ -116,7 +122,7 @@ def test_sampled_counts_have_the_expected_mean_and_variance(name):
     x, error = torch.randn(5, 7), torch.randn(5, 4) * 0.4
     update, generator, draws = UPDATES[name], Generator().manual_seed(3), 1000
     samples = torch.stack(
-        [torch.stack(sampled_counts(x, error, 0.05, 0.01, update, generator)[:2]) for _ in range(draws)]
+        [torch.stack(sampled_counts(x, error, 0.05, 0.01, update, SPREAD, generator)[:2]) for _ in range(draws)]
     ).double()
     assert torch.equal(samples, samples.round())
     net, total, variance = by_vector(x, error, 0.05, 0.01, update)
@@ -131,6 +137,7 @@ def test_sampling_in_portions_counts_every_vector(monkeypatch):
     monkeypatch.setattr("aimc_pl.devices.mean_field.pulses._SLOTS", 100)
     x, error = torch.ones(50, 6), -torch.ones(50, 3)
     # x·δ = 1 pulse exactly in every vector.
-    counts = sampled_counts(x, error, 0.01, 0.01, UpdateParameters(), Generator())
+    counts = sampled_counts(x, error, 0.01, 0.01, UpdateParameters(), SPREAD, Generator())
     assert torch.equal(counts.net, torch.full((3, 6), 50.0))
     assert torch.equal(counts.total, torch.full((3, 6), 50.0))
+    torch.testing.assert_close(counts.noise, (counts.net * SPREAD**2, counts.total * SPREAD**2))

@@ -69,8 +69,8 @@ def steps(device, hidden):
     return (lambda w: up + slope_up * w), (lambda w: down + slope_down * w)
 
 
-def poisson(net, total):
-    return Counts(net, total, (torch.zeros(SIZE), torch.zeros(SIZE)))
+def poisson(net, total, spread=0.0):
+    return Counts(net, total, (net * (1 + spread**2), total * (1 + spread**2)))
 
 
 def start():
@@ -119,7 +119,7 @@ def test_whole_pulses_are_single_steps(name, pulses, direction):
     low, high = (torch.as_tensor(b).double().expand(SIZE).numpy() for b in response.bounds)
     for _ in range(pulses):
         expected = np.clip(expected + up(expected) if direction > 0 else expected - down(expected), low, high)
-    counts = Counts(direction * count, count, (direction * count, count))
+    counts = Counts(direction * count, count, (torch.zeros(SIZE), torch.zeros(SIZE)))
     response.move(weight, counts, response.steepness * pulses)
     response.clip(weight)
     np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-3, atol=1e-4)
@@ -142,7 +142,7 @@ def test_deviation_of_few_pulses(name):
     )
     u, d = ups.double().numpy(), downs.double().numpy()
     expected = u * (up(w) ** 2 + of_up**2) + d * (down(w) ** 2 + of_down**2)
-    variance = response.move(weight, poisson(ups - downs, ups + downs), 0.0)
+    variance = response.move(weight, poisson(ups - downs, ups + downs, response.spread), 0.0)
     np.testing.assert_allclose(variance.numpy(), expected, rtol=0.05)
 
 
