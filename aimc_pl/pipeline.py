@@ -1,17 +1,24 @@
-"""Runs a schedule over the stages in one process, clock by clock, and tells observers every operation."""
+"""Runs a schedule over the stages, clock by clock, and tells observers every operation.
+
+All stages may live in one process, or each in its own: every process walks the whole table of the schedule, does the
+operations of its stages, and hands what they send to a transport.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimc_pl.schedule import Operation, Schedule
 from aimc_pl.stage import Stage
 
 
 class MicroBatch(Protocol):
-    """What the pipeline needs of a micro-batch: its way in, its loss, and its way back."""
+    """What the pipeline needs of a micro-batch: its way in, its loss, and its way back.
+
+    With a stage per process, only the first stage's process enters, and only the last one's leaves.
+    """
 
     def enter(self) -> tuple[Any, ...]:
         """The values that enter stage 0; called in the clock of its first forward."""
@@ -24,6 +31,41 @@ class MicroBatch(Protocol):
     def entered(self, gradients: tuple[Any, ...]) -> None:
         """Take the gradients with respect to what :meth:`enter` returned; called after its last backward."""
         ...
+
+
+class Transport(Protocol):
+    """Carries activations to the next stage and errors to the one before."""
+
+    def send(self, operation: Operation, values: Any) -> None:
+        """Hand over nested tuples of tensors for an operation of a neighbouring stage."""
+        ...
+
+    def receive(self, operation: Operation) -> Any:
+        """What has been sent for the operation."""
+        ...
+
+    def clear(self) -> None:
+        """Forget what has not been received."""
+        ...
+
+
+class Memory(Transport):
+    """Between stages of the same process."""
+
+    def __init__(self) -> None:
+        self._sent: dict[Operation, Any] = {}
+
+    def send(self, operation: Operation, values: Any) -> None:
+        """See :class:`Transport`."""
+        self._sent[operation] = values
+
+    def receive(self, operation: Operation) -> Any:
+        """See :class:`Transport`."""
+        return self._sent.pop(operation)
+
+    def clear(self) -> None:
+        """See :class:`Transport`."""
+        self._sent.clear()
 
 
 @dataclass(frozen=True)
@@ -62,17 +104,21 @@ class Observer:
     def on_update(self, event: Event) -> None:
         """A stage has updated its weights."""
 
+    def on_clock(self, clock: int, operations: Sequence[Operation]) -> None:
+        """A clock is over, in which these operations of all stages, also of other processes, were due."""
+
 
 class Pipeline:
-    """The clocked, one-process pipeline.
+    """The clocked pipeline.
 
     Args:
-        stages: M stages, in order.
-        schedule: for as many stages.
+        stages: the M stages in order, or this process's own.
+        schedule: for M stages.
         update: called with a stage when it is to update its weights from its gradients and to clear those
             (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
             then calls :meth:`updated`).
-        observers: told of every operation.
+        observers: told of every operation of these stages.
+        transport: to the stages of other processes.
     """
 
     def __init__(
@@ -81,15 +127,19 @@ class Pipeline:
         schedule: Schedule,
         update: Callable[[Stage], None],
         observers: Iterable[Observer] = (),
+        transport: Transport | None = None,
     ) -> None:
-        if len(stages) != schedule.num_stages:
+        if transport is None and len(stages) != schedule.num_stages:
             raise ValueError(f"the schedule is for {schedule.num_stages} stages, got {len(stages)}")
         self.stages = stages
         self.schedule = schedule
         self.observers = list(observers)
         self.clock = 0
         self.num_entered = 0
+        self._num_inferred = 0
         self._update = update
+        self._own = {stage.index: stage for stage in stages}
+        self._transport = transport or Memory()
         self._contributions: dict[int, tuple[int, int]] = {}
         self._start_fill()
 
@@ -120,6 +170,27 @@ class Pipeline:
             self._run_until(self.schedule.num_clocks(self._num_since_fill))
             self._start_fill()
 
+    def infer(self, modules: Sequence[nn.Module], enter: Callable[[], tuple[Any, ...] | None]) -> Any:
+        """Pass values forward only, while nothing is in flight.
+
+        Args:
+            modules: in the place of the stages' own.
+            enter: the values that enter stage 0; ``None`` passes through all stages.
+
+        Returns:
+            What leaves the last stage, ``None`` in the processes of other stages.
+        """
+        outputs = None
+        for stage, module in zip(self.stages, modules, strict=True):
+            due = Operation("F", stage.index, self._num_inferred)
+            values = enter() if stage.index == 0 else self._transport.receive(due)
+            outputs = None if values is None else module(*values)
+            if stage.index < self.schedule.num_stages - 1:
+                self._transport.send(due._replace(stage=stage.index + 1), outputs)
+                outputs = None
+        self._num_inferred += 1
+        return outputs
+
     def updated(self) -> None:
         """Count an update of every stage (the caller's, after a mini-batch) and tell the observers."""
         for stage in self.stages:
@@ -130,6 +201,7 @@ class Pipeline:
         for stage in self.stages:
             stage.clear()
         self._contributions.clear()
+        self._transport.clear()
         self._start_fill()
 
     def _start_fill(self) -> None:
@@ -138,7 +210,6 @@ class Pipeline:
         self._clock_since_fill = 0
         self._microbatches: dict[int, MicroBatch] = {}
         self._losses: dict[int, tuple[Tensor, Tensor]] = {}
-        self._sent: dict[Operation, Any] = {}
 
     def _enter(self, microbatch: MicroBatch) -> None:
         self._microbatches[self._num_since_fill] = microbatch
@@ -148,41 +219,46 @@ class Pipeline:
     def _run_until(self, clock: int) -> None:
         while self._clock_since_fill < clock:
             operations = self.schedule.operations(self._clock_since_fill, self._num_since_fill)
-            for operation in operations:
+            own = [operation for operation in operations if operation.stage in self._own]
+            for operation in own:
                 (self._forward if operation.kind == "F" else self._backward)(operation)
             if self.schedule.is_async:
-                for operation in operations:
+                for operation in own:
                     if operation.kind == "B":
-                        self._update(self.stages[operation.stage])
-                        self._count_update(self.stages[operation.stage])
+                        self._update(self._own[operation.stage])
+                        self._count_update(self._own[operation.stage])
+            for observer in self.observers:
+                observer.on_clock(self.clock, operations)
             self._clock_since_fill += 1
             self.clock += 1
 
     def _forward(self, operation: Operation) -> None:
         _, index, k = operation
-        stage = self.stages[index]
-        values = self._microbatches[k].enter() if index == 0 else self._sent.pop(operation)
+        stage = self._own[index]
+        values = self._microbatches[k].enter() if index == 0 else self._transport.receive(operation)
         outputs = stage.forward(k, values)
-        if index == len(self.stages) - 1:
+        if index == self.schedule.num_stages - 1:
             self._losses[k] = self._microbatches[k].leave(outputs)
         else:
-            self._sent[Operation("F", index + 1, k)] = outputs
+            self._transport.send(Operation("F", index + 1, k), outputs)
         for observer in self.observers:
             observer.on_forward(self._event(stage, k, stage.version))
 
     def _backward(self, operation: Operation) -> None:
         _, index, k = operation
-        stage = self.stages[index]
+        stage = self._own[index]
         seen = stage.seen_version(k)
-        if index == len(self.stages) - 1:
+        if index == self.schedule.num_stages - 1:
             loss, weight = self._losses.pop(k)
             gradients = stage.backward(k, weight, loss)
         else:
-            gradients = stage.backward(k, self._sent.pop(operation))
-        if index == 0:
-            self._microbatches.pop(k).entered(gradients)
+            gradients = stage.backward(k, self._transport.receive(operation))
+        if index > 0:
+            self._transport.send(Operation("B", index - 1, k), gradients)
         else:
-            self._sent[Operation("B", index - 1, k)] = gradients
+            self._microbatches[k].entered(gradients)
+        if index == min(self._own):
+            del self._microbatches[k]
         self._contributions[index] = k, min(seen, self._contributions.get(index, (k, seen))[1])
         for observer in self.observers:
             observer.on_backward(self._event(stage, k, seen))

@@ -1,5 +1,8 @@
 """How a callback comes to observe the pipeline."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import lightning.pytorch as pl
 
 from aimc_pl.errors import UsageError
@@ -32,3 +35,8 @@ def attach(observer: Observer, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
     if observer not in strategy.observers:
         strategy.observers.append(observer)
     return strategy
+
+
+def merged(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
+    """What processes know of their own stages, as one."""
+    return {key: value for part in parts for key, value in part.items()}

@@ -1,5 +1,6 @@
 """Clock cycles: how many, how well used, and what was learnt in them."""
 
+from collections.abc import Sequence
 from typing import Any, override
 
 import lightning.pytorch as pl
@@ -8,7 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from aimc_pl.callbacks.attach import attach
 from aimc_pl.microbatch import batch_size
-from aimc_pl.pipeline import Event, Observer
+from aimc_pl.pipeline import Observer
+from aimc_pl.schedule import Operation
 
 
 class ClockMonitor(Callback, Observer):
@@ -51,16 +53,9 @@ class ClockMonitor(Callback, Observer):
         self._schedule = attach(self, trainer).schedule
 
     @override
-    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._last_clock = -1
-
-    @override
-    def on_forward(self, event: Event) -> None:
-        self._count(event)
-
-    @override
-    def on_backward(self, event: Event) -> None:
-        self._count(event)
+    def on_clock(self, clock: int, operations: Sequence[Operation]) -> None:
+        self.cycles += self._schedule.cycles_per_clock
+        self.operations += len(operations)
 
     @override
     def on_train_batch_start(
@@ -97,9 +92,3 @@ class ClockMonitor(Callback, Observer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
-
-    def _count(self, event: Event) -> None:
-        self.operations += 1
-        # Every clock of a schedule has an operation, so that none is missed here.
-        self.cycles += (event.clock - self._last_clock) * self._schedule.cycles_per_clock
-        self._last_clock = event.clock

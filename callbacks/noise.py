@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from aimc_pl.callbacks.attach import attach
+from aimc_pl.callbacks.attach import attach, merged
 from aimc_pl.devices.noise import Noise, ReadNoise
 from aimc_pl.devices.weights import layer_weight, product, weight_layers, write_weight
 from aimc_pl.errors import UsageError
@@ -62,6 +62,8 @@ class DeviceNoise(Callback, Observer):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
             self._strategy = attach(self, trainer)
+            if self._strategy.is_multiprocess:
+                self._generator.manual_seed(self.seed + self._strategy.global_rank)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -84,7 +86,7 @@ class DeviceNoise(Callback, Observer):
         for stage in stages:
             on_stage = set(stage.module.modules()) if self.stages is None or stage.index in self.stages else set()
             self._targets[stage.index] = {name: layer for name, layer in self._named.items() if layer in on_stage}
-        if not any(self._targets.values()):
+        if not any(self._strategy.gather(any(self._targets.values()))):
             raise UsageError(f"DeviceNoise(stages={self.stages}, layers={list(self.layers)}) matches no layer")
         self._handles = [
             self._add_read_noise(name, layer, noise)
@@ -129,7 +131,7 @@ class DeviceNoise(Callback, Observer):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer._logger_connector.should_update_logs:
-            for name, squares in self._moved.items():
+            for name, squares in merged(self._strategy.gather(dict(self._moved))).items():
                 pl_module.log(f"noise/{name}", (sum(squares) / len(squares)) ** 0.5, on_step=True, on_epoch=False)
             self._moved.clear()
 

@@ -1,6 +1,8 @@
 """How stale the weights are that the pipeline trains with."""
 
+import warnings
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any, override
 
 import lightning.pytorch as pl
@@ -10,14 +12,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from aimc_pl.callbacks.attach import attach
+from aimc_pl.callbacks.attach import attach, merged
 from aimc_pl.devices import reset_pending_updates
 from aimc_pl.devices.weights import read_gradients, read_weights
+from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import split_batch
 from aimc_pl.pipeline import Event, Observer
+from aimc_pl.stage import Stage
 from aimc_pl.strategies.planning import replicate
 
 
@@ -34,6 +37,7 @@ class StalenessMonitor(Callback, Observer):
             mini-batch, the sum over its micro-batches so far) with the gradient of the same micro-batch if all stages
             had their current weights. That is computed on a copy of the module and costs a forward and a backward of
             the whole network per stage and micro-batch of a logged step. Dropout and noise draw anew in the copy.
+            Not for one stage per process.
 
     Attributes:
         counts: per stage, how often each staleness was measured.
@@ -50,6 +54,11 @@ class StalenessMonitor(Callback, Observer):
         if stage == "fit":
             self._strategy = attach(self, trainer)
             self._schedule = self._strategy.schedule
+            if self.cosine and self._strategy.is_multiprocess:
+                raise UsageError(
+                    "StalenessMonitor(cosine=True) compares with the gradient of the whole network, which no process "
+                    "holds with one stage in each: set Trainer(devices=1)"
+                )
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -57,6 +66,10 @@ class StalenessMonitor(Callback, Observer):
         self._seen: dict[tuple[int, int], Tensor] = {}
         self._samples: dict[int, tuple[Any, ...]] = {}
         self._recent: dict[str, list[float]] = defaultdict(list)
+
+    @override
+    def on_start(self, stages: Sequence[Stage]) -> None:
+        self._here = {stage.index for stage in stages}
 
     @override
     def on_train_batch_start(
@@ -93,9 +106,10 @@ class StalenessMonitor(Callback, Observer):
         predicted = self._schedule.staleness(stage, event.since_fill)
         if event.staleness != predicted:
             if not self.mismatches:
-                rank_zero_warn(
+                warnings.warn(
                     f"Stage {stage} updated with a staleness of {event.staleness} in clock {event.clock}, "
-                    f"and the schedule predicts {predicted}"
+                    f"and the schedule predicts {predicted}",
+                    stacklevel=2,
                 )
             self.mismatches += 1
 
@@ -105,21 +119,26 @@ class StalenessMonitor(Callback, Observer):
     ) -> None:
         if not trainer._logger_connector.should_update_logs:
             return
-        values = {name: sum(recent) / len(recent) for name, recent in self._recent.items()}
+        recent = merged(self._strategy.gather(dict(self._recent)))
+        values = {name: sum(measured) / len(measured) for name, measured in recent.items()}
         for stage in range(self._schedule.num_stages):
             values[f"predicted_stage_{stage}"] = float(self._schedule.max_staleness(stage))
-            if recent := self._recent[f"stage_{stage}"]:
-                values[f"max_stage_{stage}"] = float(max(recent))
+            if measured := recent.get(f"stage_{stage}"):
+                values[f"max_stage_{stage}"] = float(max(measured))
         pl_module.log_dict({f"staleness/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
         self._recent.clear()
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self.counts |= merged(self._strategy.gather(self._counts_here()))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for stage, counts in self.counts.items():
                     values = torch.tensor(list(counts.elements()))
                     logger.experiment.add_histogram(f"staleness/stage_{stage}", values, trainer.global_step)
+
+    def _counts_here(self) -> dict[int, Counter[int]]:
+        return {stage: counts for stage, counts in self.counts.items() if stage in self._here}
 
     def _cosine(self, event: Event) -> float:
         replica = replicate(self._module)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, Literal, override
@@ -12,15 +12,15 @@ import torch
 from aihwkit.optim.context import AnalogContext
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, make_analog_aware, reset_pending_updates
 from aimc_pl.devices.checkpoint import trust_aihwkit
+from aimc_pl.distributed import Link, rank_of
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import batch_size, split_batch
 from aimc_pl.partition import partition
@@ -30,6 +30,7 @@ from aimc_pl.stage import SavedParameters, Stage
 from aimc_pl.strategies.checks import check_analog_support, check_module, warn_about_microbatches
 from aimc_pl.strategies.logbook import Logbook
 from aimc_pl.strategies.microbatch import BackboneCall, TrainingStep, merge_outputs
+from aimc_pl.strategies.ownership import Ownership
 from aimc_pl.strategies.planning import (
     backbone_candidates,
     get_backbone,
@@ -37,17 +38,19 @@ from aimc_pl.strategies.planning import (
     other_parameters,
     parameters_behind,
 )
+from aimc_pl.strategies.processes import ProcessStrategy, RandomStream
 from aimc_pl.strategies.suspension import SuspendableCall
 
 _CHECKPOINT_KEY = "aimc_pl"
 
 
-class AnalogPipelineStrategy(SingleDeviceStrategy):
+class AnalogPipelineStrategy(ProcessStrategy):
     """Trains an unmodified LightningModule on a pipeline of analog in-memory computing accelerators.
 
     The module's backbone is split into stages; every mini-batch is split into micro-batches, which pass through the
-    stages as the schedule says. ``training_step`` runs once per micro-batch. Validation, test and predict run the
-    whole network at once.
+    stages as the schedule says. ``training_step`` runs once per micro-batch. Validation, test and predict run whole
+    batches. With ``Trainer(devices=1)`` one process simulates all stages, clock by clock; with ``devices=num_stages``
+    (over all nodes) every stage runs in a process of its own, where rank 0 holds the last stage.
 
     Args:
         num_stages: M, the number of accelerators the network is spread over.
@@ -68,6 +71,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             every schedule; ``"microbatch"`` (``"async"`` only) makes every micro-batch's update a full step.
         weight_stashing: of ``"async"`` and digital networks: backward with the weights of the forward (PipeDream).
         loss_reduction: how the loss in training_step reduces over samples, ``"mean"`` or ``"sum"``.
+        timeout: seconds after which a process that does not answer is taken for lost, which ends the run.
 
     Raises:
         UsageError: if arguments exclude each other.
@@ -87,9 +91,9 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         gradient_scale: Literal["minibatch", "microbatch"] = "minibatch",
         weight_stashing: bool = False,
         loss_reduction: Literal["mean", "sum"] = "mean",
+        timeout: float = 60.0,
     ) -> None:
-        super().__init__()
-        self._parallel_devices: list[torch.device] = []
+        super().__init__(num_stages, timeout)
         self.schedule = Schedule(schedule, num_stages, num_microbatches, duplex)
         self.device = device
         self.backbone = backbone
@@ -106,6 +110,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._ownership: Ownership | None = None
 
     def _check_arguments(self) -> None:
         choices = {"gradient_scale": ("minibatch", "microbatch"), "loss_reduction": ("mean", "sum")}
@@ -125,21 +130,6 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
                 f"num_stages={self.schedule.num_stages} needs {self.schedule.num_stages - 1} names in split_at, "
                 f"got {len(self.split_at)}"
             )
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """The one device that all stages of the simulation share; empty before the Trainer has set it."""
-        return self._parallel_devices
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) != 1:
-            raise UsageError(
-                f"the pipeline runs in one process: set Trainer(devices=1), got {len(devices)} devices "
-                "(the number of stages is num_stages)"
-            )
-        self._parallel_devices = devices
-        self._root_device = devices[0]
 
     @classmethod
     @override
@@ -161,8 +151,12 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             check_module(trainer, self.schedule)
+        if self.is_multiprocess:
+            self.share_start(self._module)
+        self._common, self._own = RandomStream("common"), RandomStream(f"rank {self.global_rank}")
         self._convert()
         super().setup(trainer)
+        self._prepare(trainer)
         if fitting:
             self._prepare_fit(trainer)
 
@@ -194,18 +188,23 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
         check_analog_support(self._module, self.root_device, self.precision_plugin)
 
-    def _prepare_fit(self, trainer: "pl.Trainer") -> None:
+    def _prepare(self, trainer: "pl.Trainer") -> None:
         """The pipeline itself is built when the first micro-batch comes to the backbone."""
+        self.pipeline = None
+        self._ownership = None
+        self._inferring: nn.Module | None = None
+        self._candidates = backbone_candidates(self._module, self.backbone)
+        if not any(isinstance(callback, _InTime) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.callbacks.insert(0, _InTime())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _prepare_fit(self, trainer: "pl.Trainer") -> None:
         reset_pending_updates(self._module)
         warn_about_microbatches(self._module, self.schedule, self.loss_reduction)
-        self.pipeline = None
-        self._candidates = backbone_candidates(self._module, self.backbone)
-        self._loss_is_checked = not self.schedule.is_async
+        self._is_new = True
+        self._loss_is_checked = not (self.schedule.is_async or self.is_multiprocess)
         # Parameters on the way to the backbone are stage 0's, and as delayed.
         saved = SavedParameters(self._module.parameters(), self._first_version if self.weight_stashing else None)
         self._saved = saved.hooks if self.schedule.is_async else nullcontext
-        if not any(isinstance(callback, _Drain) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
-            trainer.callbacks.insert(0, _Drain())  # pyright: ignore[reportAttributeAccessIssue]
 
     def _first_version(self) -> int:
         return self.pipeline.stages[0].version if self.pipeline else 0
@@ -214,28 +213,72 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         """Split the backbone into stages, at its first call."""
         module, schedule = self._module, self.schedule
         split_at = self.split_at if self.split_at is not None else self._resumed_split
-        if split_at is None:
+        if split_at is None and self.is_global_zero:
             split_at = measured_split(module, call.name, schedule.num_stages, call.args, call.kwargs)
-        parts = partition(call.backbone, schedule.num_stages, call.args, call.kwargs, split_at)
+        parts = partition(call.backbone, schedule.num_stages, call.args, call.kwargs, self.broadcast(split_at))
         before, after = other_parameters(module, parts.stages, tree_leaves(call.inputs))
-        stages = [
-            Stage(
-                index,
-                part,
-                other_parameters=before * (index == 0) + after * (index == schedule.num_stages - 1),
-                delayed=schedule.is_async,
-                weight_stashing=self.weight_stashing,
-                context=self.precision_plugin.train_step_context,
-            )
-            for index, part in enumerate(parts.stages)
-        ]
+        others = [before, *[[] for _ in parts.stages[1:]]]
+        others[-1] = others[-1] + after
+        self._ownership = Ownership(module, parts.stages, others)
         self._candidates = {call.name: call.backbone}
         self._split_at = parts.split_at
         rank_zero_info(
             f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: "
             f"backbone={call.name!r}, split_at={parts.split_at}"
         )
-        return Pipeline(stages, schedule, self._update_stage, self.observers)
+        stages = [
+            Stage(
+                index,
+                part,
+                other_parameters=others[index],
+                delayed=schedule.is_async,
+                weight_stashing=self.weight_stashing,
+                context=self.precision_plugin.train_step_context,
+            )
+            for index, part in enumerate(parts.stages)
+            if index in self._stages_here
+        ]
+        link = None
+        if self.is_multiprocess:
+            nodes = self.gather(self.node_rank)
+            (index,) = self._stages_here
+            link = Link(
+                index,
+                schedule.num_stages,
+                self.root_device,
+                lambda rank: nodes[rank] == self.node_rank,
+                self.timeout,
+            )
+            self._free(parts.stages)
+        return Pipeline(stages, schedule, self._update_stage, self.observers, link)
+
+    @property
+    def _stages_here(self) -> list[int]:
+        """The stages of this process."""
+        num_stages = self.schedule.num_stages
+        return [rank_of(self.global_rank, num_stages)] if self.is_multiprocess else [*range(num_stages)]
+
+    @property
+    def _has_first(self) -> bool:
+        return 0 in self._stages_here
+
+    @property
+    def _has_last(self) -> bool:
+        return self.schedule.num_stages - 1 in self._stages_here
+
+    def _free(self, parts: Sequence[nn.Module]) -> None:
+        """Keep of the other stages, and of what the optimizer knows about them, nothing on the device."""
+        mine = {id(parameter) for parameter in self._parameters_here()}
+        for index, part in enumerate(parts):
+            if index not in self._stages_here:
+                part.to("cpu")
+        for optimizer in self.optimizers:
+            for parameter in [parameter for parameter in optimizer.state if id(parameter) not in mine]:
+                del optimizer.state[parameter]
+
+    def _parameters_here(self) -> list[nn.Parameter]:
+        assert self._ownership is not None
+        return [parameter for index in self._stages_here for parameter in self._ownership.parameters(index)]
 
     @override
     def teardown(self) -> None:
@@ -247,21 +290,26 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
     @override
     def training_step(self, batch: Any, *args: Any) -> Any:
         steps = self._make_steps(batch, args)
-        self._steps += steps
+        if self._has_first or self._has_last:
+            self._steps += steps
         # Lightning clears the gradients after training_step, which here includes the backward: set ours aside until
         # it asks for them in `backward`.
         parameters = [p for p in self._module.parameters() if not isinstance(p, AnalogContext)]
         accumulated = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        with self._running():
+        with self._running(), self._own_random():
             if self.pipeline is None:
+                self.pipeline = self._build_pipeline(steps[0].call)
+                if not (self._has_first or self._has_last):
+                    steps[0].abort()
+            if self._is_new:
+                self._is_new = False
                 if len(steps) < self.schedule.num_microbatches:
                     raise UsageError(
                         f"a mini-batch of {batch_size(batch)} samples cannot be split into num_microbatches="
                         f"{self.schedule.num_microbatches} micro-batches: lower it, or raise the batch size"
                     )
-                self.pipeline = self._build_pipeline(steps[0].call)
                 for observer in self.observers:
                     observer.on_start(self.pipeline.stages)
             self.pipeline.run(steps)
@@ -270,9 +318,15 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         self._gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         for parameter, gradient in zip(parameters, accumulated, strict=True):
             parameter.grad = gradient
-        with self.precision_plugin.train_step_context():
-            self._logbook.write(self._module.log)
-        return merge_outputs(self._take_finished(), self.loss_reduction)
+        finished = self._take_finished()
+        if self._has_last:
+            with self.precision_plugin.train_step_context():
+                self._logbook.write(self._module.log)
+        self._logbook = Logbook()
+        if self.is_multiprocess and not (self._has_last and finished):
+            # Lightning wants a loss of every process, and this one does not know it (yet).
+            return torch.full((), torch.nan, device=self.root_device)
+        return merge_outputs(finished, self.loss_reduction)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -289,19 +343,28 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
                 # No micro-batch leaves the pipeline while it fills, so that the first batches may have no loss.
                 warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
                 return closure()
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with ExitStack() as patches:
+            if self.is_multiprocess:
+                patches.enter_context(_replaced(self.precision_plugin, "clip_grad_by_norm", self._clip_by_total_norm))
+            result = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.pipeline is not None
         self.pipeline.updated()
         return result
+
+    def _clip_by_total_norm(self, optimizer: Optimizer, max_norm: float) -> None:
+        if max_norm > 0:
+            self.clip_by_total_norm([*self.precision_plugin.main_params(optimizer)], max_norm)
 
     def drain(self) -> None:
         """Finish the micro-batches in flight, with their updates."""
         if self.pipeline is None or self.pipeline.is_empty:
             return
-        with self._running():
+        with self._running(), self._own_random():
             self.pipeline.drain()
         self._take_finished()
-        if self._module.trainer.training:
+        if not self._has_last:
+            self._logbook = Logbook()
+        elif self._module.trainer.training:
             hook, self._module._current_fx_name = self._module._current_fx_name, "training_step"
             with self.precision_plugin.train_step_context():
                 self._logbook.write(self._module.log)
@@ -322,8 +385,18 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
                 weight *= total / size
             weight /= self._module.trainer.accumulate_grad_batches
             function = partial(self._module.training_step, microbatch, *args)
-            steps.append(TrainingStep(function, size, weight, self._check_loss, self._step_context))
+            steps.append(
+                TrainingStep(function, size, weight, self._check_loss, self._step_context, self._common_random)
+            )
         return steps
+
+    def _common_random(self) -> AbstractContextManager[None]:
+        """What the first and the last stage's process draw alike, on the way to the backbone."""
+        return self._common.drawn() if self.is_multiprocess else nullcontext()
+
+    def _own_random(self) -> AbstractContextManager[None]:
+        """What the processes draw for themselves, so that their samplers still draw alike."""
+        return self._own.drawn() if self.is_multiprocess else nullcontext()
 
     @contextmanager
     def _step_context(self) -> Iterator[None]:
@@ -335,13 +408,17 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
         if self._loss_is_checked:
             return
         self._loss_is_checked = True
-        assert self.pipeline is not None
+        assert self._ownership is not None
         behind = parameters_behind([loss])
-        for stage in self.pipeline.stages[:-1]:
-            if any(id(parameter) in behind for parameter in stage.parameters):
+        for stage in range(self.schedule.num_stages - 1):
+            if any(id(parameter) in behind for parameter in self._ownership.parameters(stage)):
+                where = (
+                    "another process updates" if self.is_multiprocess else "schedule='async' updates at another time"
+                )
+                remedy = "devices=1" if self.is_multiprocess else "schedule='sync'"
                 raise UsageError(
-                    f"the loss reads parameters of stage {stage.index} directly (a penalty on the weights, say), which "
-                    "schedule='async' updates at another time: use the optimizer's weight_decay, or schedule='sync'"
+                    f"the loss reads parameters of stage {stage} directly (a penalty on the weights, say), which "
+                    f"{where}: use the optimizer's weight_decay, or {remedy}"
                 )
 
     @contextmanager
@@ -415,12 +492,84 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
             self.pipeline.abandon()
             reset_pending_updates(self._module)
 
+    # ------------------------------------------------------------- evaluation
+
+    @override
+    def validation_step(self, *args: Any) -> Any:
+        return self._evaluate(self._module.validation_step, self.precision_plugin.val_step_context, args)
+
+    @override
+    def test_step(self, *args: Any) -> Any:
+        return self._evaluate(self._module.test_step, self.precision_plugin.test_step_context, args)
+
+    @override
+    def predict_step(self, *args: Any) -> Any:
+        return self._evaluate(self._module.predict_step, self.precision_plugin.predict_step_context, args)
+
+    def _evaluate(
+        self, function: Callable[..., Any], context: Callable[[], AbstractContextManager[Any]], args: Any
+    ) -> Any:
+        """Run the step on a whole batch: at once, or with its backbone's call passed through the processes."""
+        if not self.is_multiprocess:
+            with context():
+                return function(*args)
+        step = SuspendableCall(partial(function, *args))
+        with self._running(), self._own_random(), context():
+            result: Any = None
+            if self._has_first or self._has_last or self._inferring is None:
+                with self._common_random():
+                    result = step.start()
+            if self._inferring is None and step.is_suspended:
+                self._prepare_inference(result)
+            if self.pipeline is None:
+                return result
+            outputs = self.pipeline.infer(
+                [self._inferring or nn.Identity()], lambda: result.inputs if step.is_suspended else None
+            )
+            if not self._has_last:
+                step.abort()
+                return None
+            if step.is_suspended:
+                result = step.resume(outputs)
+            if step.is_suspended:
+                step.abort()
+                raise UsageError(
+                    f"{function.__name__} calls the backbone twice, and with one stage per process a batch passes "
+                    "through the pipeline once: call it once on the concatenated inputs, or use Trainer(devices=1)"
+                )
+            return result
+
+    def _prepare_inference(self, call: BackboneCall) -> None:
+        """Trace the backbone once more: in evaluation it may go other ways."""
+        with torch.inference_mode(False):
+            args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (call.args, call.kwargs))
+            call = call._replace(args=args, kwargs=kwargs)
+            if self.pipeline is None:
+                self.pipeline = self._build_pipeline(call)
+            parts = partition(call.backbone, self.schedule.num_stages, args, kwargs, self._split_at)
+            (self._inferring,) = (parts.stages[index] for index in self._stages_here)
+
     # ------------------------------------------------------------ checkpoints
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self.drain()
-        return super().lightning_module_state_dict()
+        state = super().lightning_module_state_dict()
+        if not self.is_multiprocess or self._ownership is None:
+            return state
+        return self._ownership.merge_state(state, self._stages_here[0], self.gather)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if not self.is_multiprocess or self._ownership is None:
+            return super().optimizer_state(optimizer)
+        return self._ownership.merge_optimizer(optimizer, self._stages_here[0], self.gather)
+
+    @override
+    def on_train_end(self) -> None:
+        """Every process ends with the whole trained module, as after any other strategy."""
+        if self.is_multiprocess:
+            self._module.load_state_dict(self.lightning_module_state_dict())
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -444,7 +593,7 @@ class AnalogPipelineStrategy(SingleDeviceStrategy):
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     """Another attribute on the instance, for a while."""
     own = vars(module).get(name)
     setattr(module, name, value)
@@ -456,22 +605,31 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             setattr(module, name, own)
 
 
-class _Drain(Callback):
-    """Drains before anyone looks at the weights, where training_step could not foresee it (a stop asked for)."""
+class _InTime(Callback):
+    """Before anyone looks at weights or metrics: drains, where training_step could not foresee it, and shares."""
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        _drain(trainer)
+        _strategy_of(trainer).drain()
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        _strategy_of(trainer).share_metrics(trainer)
+
+    @override
+    def on_test_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        _strategy_of(trainer).share_metrics(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        _drain(trainer)
+        _strategy_of(trainer).drain()
+        _strategy_of(trainer).share_metrics(trainer)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        _drain(trainer)
+        _strategy_of(trainer).drain()
 
 
-def _drain(trainer: "pl.Trainer") -> None:
+def _strategy_of(trainer: "pl.Trainer") -> AnalogPipelineStrategy:
     assert isinstance(trainer.strategy, AnalogPipelineStrategy)
-    trainer.strategy.drain()
+    return trainer.strategy

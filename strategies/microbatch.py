@@ -1,7 +1,7 @@
 """A micro-batch of the pipeline as the user's training_step, suspended where it calls the backbone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class TrainingStep(SuspendableCall):
         weight: what its loss counts in the gradient.
         check_loss: called with the loss.
         context: entered while the function runs.
+        draw: entered while it runs up to the backbone, which every process that needs it does for itself.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TrainingStep(SuspendableCall):
         weight: float,
         check_loss: Callable[[Tensor], None],
         context: Callable[[], AbstractContextManager[Any]],
+        draw: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__(function)
         self.size = size
@@ -54,11 +56,12 @@ class TrainingStep(SuspendableCall):
         self._weight = weight
         self._check_loss = check_loss
         self._context = context
+        self._draw = draw
 
     @cached_property
     def call(self) -> BackboneCall:
         """Run training_step up to its call of the backbone."""
-        with self._context():
+        with self._draw(), self._context():
             call = self.start()
         if not self.is_suspended:
             raise UsageError(
@@ -74,6 +77,7 @@ class TrainingStep(SuspendableCall):
 
     def leave(self, outputs: Any) -> tuple[Tensor, Tensor]:
         """The loss for the backbone's outputs, and its weight."""
+        _ = self.call
         with self._context():
             self.output = self.resume(outputs)
         if self.is_suspended:
@@ -98,6 +102,9 @@ class TrainingStep(SuspendableCall):
         pairs = [(v, g) for v, g in pairs if isinstance(v, Tensor) and v.grad_fn is not None and g is not None]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+        # Another process has gone on with the outputs.
+        self.abort()
+        self.is_finished = True
 
 
 def merge_outputs(steps: Sequence[TrainingStep], loss_reduction: str) -> Any:

@@ -39,7 +39,7 @@ COMMANDS = {
     "unknown device": ([STRATEGY + "device=memristor"], "unknown device 'memristor': choose one of ideal"),
     "device without range": ([STRATEGY + "device.init_args.tau=-1"], "a positive range"),
     "stashing on tiles": ([STRATEGY + "weight_stashing=true"], "a crossbar cannot keep a second set of weights"),
-    "several devices": (["--trainer.devices=2"], "set Trainer(devices=1), got 2 devices"),
+    "several devices": (["--trainer.devices=2"], "2 processes do not fit num_stages=4: set Trainer(devices=4)"),
     "accumulation under async": (["--trainer.accumulate_grad_batches=2"], "contradicts schedule='async'"),
     "float64 on tiles": (["--trainer.precision=64-true"], "tiles compute in float32"),
     "no samples in a batch": (["--data.init_args.batch_size=0"], "batch_size must be at least 1, got 0"),

@@ -1,0 +1,182 @@
+"""Where the processes of a pipeline come from, and what they tell each other besides activations and errors."""
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, override
+from zlib import crc32
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from aihwkit.optim.context import AnalogContext
+from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+from torchmetrics import Metric
+
+from aimc_pl.errors import PeerError, UsageError
+
+
+class ProcessStrategy(ParallelStrategy):
+    """One process, or one per stage, launched by Lightning or by the cluster and connected by torch.distributed.
+
+    All processes read the same batches in the same order, and what is logged is known to rank 0.
+
+    Args:
+        num_stages: M.
+        timeout: seconds after which a process that does not answer is taken for lost.
+    """
+
+    def __init__(self, num_stages: int, timeout: float) -> None:
+        super().__init__()
+        self.num_nodes = 1
+        self.timeout = timeout
+        self._num_stages = num_stages
+
+    @property
+    def is_multiprocess(self) -> bool:
+        """Whether every stage runs in a process of its own."""
+        return self.num_nodes * len(self.parallel_devices or [None]) > 1
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
+
+    @override
+    def _configure_launcher(self) -> None:
+        devices = len(self.parallel_devices or [None])
+        if self.num_nodes * devices not in (1, self._num_stages):
+            nodes = f" (or devices × num_nodes = {self._num_stages})" if self._num_stages > 1 else ""
+            raise UsageError(
+                f"{self.num_nodes * devices} processes do not fit num_stages={self._num_stages}: set "
+                f"Trainer(devices={self._num_stages}){nodes} for one stage per process, or Trainer(devices=1) for all "
+                "stages in one"
+            )
+        if self.is_multiprocess:
+            assert self.cluster_environment is not None
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, devices, self.num_nodes)
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment who we are (called by the Trainer)."""
+        if self.is_multiprocess and self.cluster_environment is not None:
+            devices = len(self.parallel_devices or [])
+            self.cluster_environment.set_global_rank(self.node_rank * devices + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * devices)
+            rank_zero_only.rank = self.global_rank  # pyright: ignore[reportFunctionMemberAccess]
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.is_multiprocess:
+            self.set_world_ranks()
+            assert self.cluster_environment is not None
+            backend = "gloo" if self.root_device.type == "cpu" else f"cpu:gloo,{self.root_device.type}:nccl"
+            _init_dist_connection(self.cluster_environment, backend, timeout=timedelta(seconds=self.timeout))
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, PeerError) and isinstance(self._launcher, _SubprocessScriptLauncher):
+            # One of them may hang.
+            self._launcher.kill(9)
+
+    # ------------------------------------------------- between the processes
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        if not self.is_multiprocess:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not self.is_multiprocess:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src, device=torch.device("cpu"))
+        return objects[0]
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if self.is_multiprocess:
+            self.gather(None)
+
+    @override
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """What is logged is known to one process, and is all there is."""
+        return tensor
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        decisions = self.gather(decision)
+        return False not in decisions if all else True in decisions
+
+    def share_start(self, module: "pl.LightningModule") -> None:
+        """Start everywhere from rank 0's weights and random states, as a run in one process would."""
+        _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
+        for value in [*module.parameters(), *module.buffers()]:
+            if not isinstance(value, AnalogContext) and value.device.type == "cpu":
+                dist.broadcast(value.detach(), 0)
+        for metric in module.modules():
+            if isinstance(metric, Metric):
+                metric.distributed_available_fn = _never
+        # Values are logged by one process only.
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+
+    def share_metrics(self, trainer: "pl.Trainer") -> None:
+        """Let every process decide (to stop, to save, to lower a learning rate) by what rank 0 has logged."""
+        if self.is_multiprocess:
+            metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
+            known = self.broadcast(metrics)
+            trainer._logger_connector._callback_metrics.update(known)
+
+    def clip_by_total_norm(self, parameters: list[Tensor], max_norm: float) -> None:
+        """Clip the gradients of all stages by the norm of all of them together."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
+        total = torch.tensor(sum(self.gather(squares)) ** 0.5, dtype=torch.float64, device=self.root_device)
+        clip_grads_with_norm_(parameters, max_norm, total)
+
+
+def _never() -> bool:
+    """For torchmetrics: whether there are other processes to gather from."""
+    return False
+
+
+class RandomStream:
+    """Random numbers (torch, numpy, random) of its own, which start from the current state and a name."""
+
+    def __init__(self, name: str) -> None:
+        seed = crc32(name.encode() + torch.get_rng_state().numpy().tobytes())
+        with isolate_rng():
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            self._states = _collect_rng_states()
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Draw from it."""
+        others = _collect_rng_states()
+        _set_rng_states(self._states)
+        try:
+            yield
+        finally:
+            self._states = _collect_rng_states()
+            _set_rng_states(others)

@@ -1,0 +1,127 @@
+"""What is trained both in one process and with a stage per process. Run under torchrun, trains the cases of that size.
+
+python -m torch.distributed.run --nproc-per-node 3 tests/multiprocess_cases.py RESULTS
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
+from torch.utils.data import DataLoader, TensorDataset
+
+from aimc_pl.callbacks import ClockMonitor, StalenessMonitor
+from aimc_pl.devices import ideal, soft_bounds
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+SCHEDULES = {
+    "none": {"schedule": "none"},
+    "sync": {"schedule": "sync"},
+    "1f1b": {"schedule": "1f1b"},
+    "async": {"schedule": "async"},
+    "async, full duplex": {"schedule": "async", "duplex": "full"},
+    "async, stashing": {"schedule": "async", "weight_stashing": True},
+}
+STAGES = (2, 3, 4)
+SPLITS = {
+    Attributes: {2: ["l3"], 3: ["l2", "norm"], 4: ["l2", "l3", "l4"]},
+    ConvNet: {2: ["features.4"], 3: ["features.2", "features.4"], 4: ["features.2", "features.4", "head"]},
+    DictBatch: {3: ["1", "3"]},
+}
+
+
+def digital(num_stages, schedule, make_module=Attributes, optimizer="momentum", **trainer):
+    """Skip connections across stages, uneven batches of 8, 8 and 3 in 3 micro-batches, shuffled, with validation."""
+
+    def train(folder, devices):
+        L.seed_everything(7)
+        module = make_module().double()
+        module.optimizer = optimizer
+        data = loader(module, shuffle=True)
+        validation = loader(module) if hasattr(module, "validation_step") else None
+        return fit(folder, devices, module, data, validation, num_stages, SCHEDULES[schedule], **trainer)
+
+    return train
+
+
+def analog(num_stages, schedule, device, **trainer):
+    def train(folder, devices):
+        L.seed_everything(7)
+        module = ConvNet()
+        samples = Samples()
+        data = DataLoader(TensorDataset(samples.x.float(), samples.y), 8, shuffle=True)
+        return fit(
+            folder, devices, module, data, None, num_stages, SCHEDULES[schedule] | {"device": device()}, **trainer
+        )
+
+    return train
+
+
+def fit(folder, devices, module, data, validation, num_stages, settings, callbacks=(), **trainer):
+    """Train; returns what is to be compared."""
+    clock, staleness = ClockMonitor(), StalenessMonitor()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=AnalogPipelineStrategy(
+            num_stages, num_microbatches=3, split_at=SPLITS[type(module)][num_stages], **settings
+        ),
+        callbacks=[clock, staleness, ModelCheckpoint(folder, filename="last"), *(make() for make in callbacks)],
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        log_every_n_steps=1,
+        **{"max_epochs": 2} | trainer,
+    )
+    trainer.fit(module, data, validation)
+    return {
+        "weights": module.state_dict(),
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "step": trainer.global_step,
+        "cycles": (clock.cycles, clock.operations),
+        "staleness": {stage: dict(counts) for stage, counts in staleness.counts.items()},
+        "mismatches": staleness.mismatches,
+    }
+
+
+def stop_early():
+    return EarlyStopping("val_loss", patience=1, min_delta=10)
+
+
+CASES = {
+    f"{schedule}, {num_stages} stages": (num_stages, digital(num_stages, schedule))
+    for num_stages in STAGES
+    for schedule in SCHEDULES
+}
+CASES |= {
+    "adamw": (3, digital(3, "sync", optimizer="adamw")),
+    "clipped by norm": (3, digital(3, "sync", gradient_clip_val=0.05)),
+    "clipped by norm, async": (3, digital(3, "async", gradient_clip_val=0.01)),
+    "clipped by value": (2, digital(2, "sync", gradient_clip_val=0.01, gradient_clip_algorithm="value")),
+    "accumulated": (3, digital(3, "sync", accumulate_grad_batches=2)),
+    "validation within the epoch": (4, digital(4, "async", val_check_interval=1)),
+    "stopped early": (3, digital(3, "async", max_epochs=6, callbacks=[stop_early])),
+    "few steps": (4, digital(4, "async", max_steps=4)),
+    "dict batch, layers around": (3, digital(3, "async", DictBatch)),
+    "convolutions": (4, digital(4, "sync", ConvNet)),
+    "mean field": (3, analog(3, "async", soft_bounds)),
+    "mean field, sync": (2, analog(2, "sync", soft_bounds)),
+    "floating point": (4, analog(4, "async", ideal)),
+}
+
+
+def main():
+    results = {}
+    for name, (num_stages, train) in CASES.items():
+        if num_stages == int(os.environ["WORLD_SIZE"]):
+            results[name] = train(Path(sys.argv[1]) / name, num_stages)
+    if os.environ["RANK"] == "0":
+        torch.save(results, Path(sys.argv[1]) / "results.pt")
+
+
+if __name__ == "__main__":
+    main()
