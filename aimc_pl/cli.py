@@ -17,7 +17,7 @@ from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.devices import DEVICES, get_device, plot_response
 from aimc_pl.devices.checkpoint import trust_aihwkit
 from aimc_pl.diagram import draw_figure, draw_text
-from aimc_pl.errors import UsageError
+from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
 # Registers the names "aimc_none", "aimc_sync" and "aimc_async".
@@ -64,7 +64,7 @@ class AnalogCLI(LightningCLI):
         tested: list[Any] = []
         if self._get(self.config, "test_after_fit"):
             tested = self.trainer.test(self.model, self.datamodule, verbose=False)
-        console = Console()
+        console = Console(quiet=not self.trainer.is_global_zero)
         for name, value in (item for results in tested for item in results.items()):
             console.print(f"{name:<24} {value:.4f}")
         for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
@@ -126,14 +126,14 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command ``aimc-pl``; a request that cannot work ends in one line and exit code 1."""
+    """Run the command ``aimc-pl``; a request that cannot work, or a lost process, ends in one line and exit code 1."""
     sys.argv[1:] = args = [_shipped(arg) for arg in (sys.argv[1:] if args is None else args)]
     try:
         if args[:1] in (["schedule"], ["devices"]):
             auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
         else:
             AnalogCLI()
-    except (UsageError, MisconfigurationException, ArgumentError) as error:
+    except (UsageError, PeerError, MisconfigurationException, ArgumentError) as error:
         sys.exit(f"aimc-pl: error: {' '.join(str(error).split())}")
 
 

@@ -10,7 +10,8 @@ import pickle
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -38,6 +39,14 @@ _tags = count(1)
 def rank_of(stage: int, num_stages: int) -> int:
     """The process of a stage, and the stage of a process: rank 0, where losses are logged, holds the last one."""
     return num_stages - 1 - stage
+
+
+def lost(rank: int, num_stages: int, timeout: float) -> PeerError:
+    """What to raise where the process of that rank does not answer."""
+    return PeerError(
+        f"rank {rank} (stage {rank_of(rank, num_stages)}) has ended or has kept rank {dist.get_rank()} waiting for "
+        f"{timeout:g} s: see its own output. The run can be continued from the last checkpoint"
+    )
 
 
 class Link:
@@ -69,7 +78,7 @@ class Link:
         for neighbour in (stage - 1, stage + 1):
             if 0 <= neighbour < num_stages:
                 rank = rank_of(neighbour, num_stages)
-                peer = _Peer(rank, neighbour, timeout, device, shares_memory(rank), *tags)
+                peer = _Peer(rank, num_stages, timeout, device, shares_memory(rank), *tags)
                 self._out[neighbour], self._in[neighbour] = _Outgoing(peer), _Incoming(peer)
 
     def send(self, operation: Operation, values: Any) -> None:
@@ -91,7 +100,7 @@ class Link:
 @dataclass(frozen=True)
 class _Peer:
     rank: int
-    stage: int
+    num_stages: int
     timeout: float
     device: torch.device
     shares_memory: bool
@@ -103,18 +112,18 @@ class _Peer:
         """Whether bodies are received before their headers are read."""
         return self.device.type == "cpu" and not self.shares_memory
 
+    @contextmanager
+    def answers(self) -> Iterator[None]:
+        """Around what may fail because it does not."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise lost(self.rank, self.num_stages, self.timeout) from error
+
     def wait(self, work: "dist.Work | None") -> None:
         assert work is not None
-        try:
+        with self.answers():
             work.wait(timedelta(seconds=self.timeout))
-        except RuntimeError as error:
-            raise self.lost() from error
-
-    def lost(self) -> PeerError:
-        return PeerError(
-            f"rank {self.rank} (stage {self.stage}) has ended or has kept rank {dist.get_rank()} waiting for "
-            f"{self.timeout:g} s. See its own output; the run can be continued from the last checkpoint"
-        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,8 @@ class _Outgoing:
             self._send(data[_HEADER:], self._peer.header_tag)
 
     def _send(self, tensor: Tensor, tag: int) -> None:
-        self._unfinished.append((dist.isend(tensor, self._peer.rank, tag=tag), tensor))
+        with self._peer.answers():
+            self._unfinished.append((dist.isend(tensor, self._peer.rank, tag=tag), tensor))
         if len(self._unfinished) > _UNFINISHED:
             self._peer.wait(self._unfinished.popleft()[0])
 
@@ -238,7 +248,8 @@ class _Incoming:
         # Also what is first expected during validation may be used in a training step.
         with torch.inference_mode(False):
             tensor = torch.empty(size, dtype=torch.uint8, device=device)
-        return dist.irecv(tensor, self._peer.rank, tag=tag), tensor
+        with self._peer.answers():
+            return dist.irecv(tensor, self._peer.rank, tag=tag), tensor
 
 
 class _Ring:
@@ -281,7 +292,7 @@ class _Ring:
         deadline = time.monotonic() + peer.timeout
         while self._used - int(self._emptied) >= _SLOTS:
             if time.monotonic() > deadline:
-                raise peer.lost()
+                raise lost(peer.rank, peer.num_stages, peer.timeout)
             time.sleep(2e-5)
         self._used += 1
         return self._slot(self._used - 1)

@@ -319,13 +319,12 @@ class AnalogPipelineStrategy(ProcessStrategy):
         for parameter, gradient in zip(parameters, accumulated, strict=True):
             parameter.grad = gradient
         finished = self._take_finished()
-        if self._has_last:
-            with self.precision_plugin.train_step_context():
-                self._logbook.write(self._module.log)
-        self._logbook = Logbook()
-        if self.is_multiprocess and not (self._has_last and finished):
-            # Lightning wants a loss of every process, and this one does not know it (yet).
-            return torch.full((), torch.nan, device=self.root_device)
+        if not self._has_last:
+            self._logbook = Logbook()
+            # The loss is not known here, and Lightning updates for a loss only.
+            return None if self.schedule.is_async else torch.full((), torch.nan, device=self.root_device)
+        with self.precision_plugin.train_step_context():
+            self._logbook.write(self._module.log)
         return merge_outputs(finished, self.loss_reduction)
 
     @override

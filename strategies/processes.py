@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, override
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torchmetrics import Metric
 
+from aimc_pl.distributed import lost
 from aimc_pl.errors import PeerError, UsageError
 
 
@@ -51,6 +52,12 @@ class ProcessStrategy(ParallelStrategy):
     @override
     def root_device(self) -> torch.device:
         return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
+
+    @property
+    @override
+    def world_size(self) -> int:
+        """Replicas of the model: one, whose stages share the processes. (All of them read the same data.)"""
+        return 1
 
     @override
     def _configure_launcher(self) -> None:
@@ -100,22 +107,30 @@ class ProcessStrategy(ParallelStrategy):
         """The values of all processes, by rank."""
         if not self.is_multiprocess:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        others = range(1, self._num_stages)
+        if self.is_global_zero:
+            values = [value, *(self._exchange(dist.recv_object_list, None, rank) for rank in others)]
+            for rank in others:
+                self._exchange(dist.send_object_list, values, rank)
+            return values
+        self._exchange(dist.send_object_list, value, 0)
+        return self._exchange(dist.recv_object_list, None, 0)
 
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not self.is_multiprocess:
-            return obj
-        objects = [obj]
-        dist.broadcast_object_list(objects, src, device=torch.device("cpu"))
+    def _exchange(self, function: Callable[..., Any], value: Any, rank: int) -> Any:
+        objects = [value]
+        try:
+            function(objects, rank, device=torch.device("cpu"))
+        except RuntimeError as error:
+            raise lost(rank, self._num_stages, self.timeout) from error
         return objects[0]
 
     @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self.gather(obj if self.global_rank == src else None)[src]
+
+    @override
     def barrier(self, name: str | None = None) -> None:
-        if self.is_multiprocess:
-            self.gather(None)
+        self.gather(None)
 
     @override
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
