@@ -1,12 +1,14 @@
-"""Carries what stages send between processes, one stage in each, on torch.distributed.
+"""Carries what stages send between processes, one stage in each: through shared memory or torch.distributed.
 
 A message is a header and a body: the header tells the micro-batch and the structure, shapes and types of the values,
-the body is their bytes. The next header is always expected already. Between processes of one machine bodies go through
-a ring of shared memory, else through torch.distributed: of gloo a body as large as any so far is expected along with
-the header, NCCL's is received once the header is there.
+the body is their bytes. Processes of one machine pass messages through a ring of shared memory, others through
+torch.distributed: the next header is always expected already, and with gloo a body as large as any so far; NCCL's body
+is received once its header is there.
 """
 
+import os
 import pickle
+import select
 import tempfile
 import time
 from collections import deque
@@ -15,9 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
-from os import posix_fallocate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,8 @@ from torch.utils._pytree import tree_map
 from aimc_pl.errors import PeerError
 from aimc_pl.schedule import Operation
 
-_HEADER = 4096
 _ALIGNMENT = 64
+_HEADER = 4096
 _SLOTS = 4
 _UNFINISHED = 8
 """Messages that may be on their way before their sender waits."""
@@ -72,14 +73,26 @@ class Link:
         timeout: float,
     ) -> None:
         self._stage = stage
+        self._out: dict[int, _Sender] = {}
+        self._in: dict[int, _Receiver] = {}
         tags = next(_tags), next(_tags)
-        self._out: dict[int, _Outgoing] = {}
-        self._in: dict[int, _Incoming] = {}
-        for neighbour in (stage - 1, stage + 1):
-            if 0 <= neighbour < num_stages:
-                rank = rank_of(neighbour, num_stages)
-                peer = _Peer(rank, num_stages, timeout, device, shares_memory(rank), *tags)
-                self._out[neighbour], self._in[neighbour] = _Outgoing(peer), _Incoming(peer)
+        peers = {
+            neighbour: _Peer(rank_of(neighbour, num_stages), num_stages, timeout, device, *tags)
+            for neighbour in (stage - 1, stage + 1)
+            if 0 <= neighbour < num_stages
+        }
+        near = {n: peer for n, peer in peers.items() if device.type == "cpu" and shares_memory(peer.rank)}
+        rings = {n: _Ring.create(_HEADER) for n in near}
+        offers = {n: peer.send(_to_tensor((os.getpid(), rings[n].path), _HEADER), 0) for n, peer in near.items()}
+        for neighbour, peer in peers.items():
+            if neighbour in near:
+                process, path = _from_tensor(peer.received(*peer.expect(_HEADER, 0)))
+                peer.watch(process)
+                peer.wait(offers[neighbour])
+                self._out[neighbour] = _SharedSender(peer, rings[neighbour])
+                self._in[neighbour] = _SharedReceiver(peer, path)
+            else:
+                self._out[neighbour], self._in[neighbour] = _NetworkSender(peer), _NetworkReceiver(peer)
 
     def send(self, operation: Operation, values: Any) -> None:
         """Hand over nested tuples of tensors for an operation of a neighbouring stage."""
@@ -97,33 +110,72 @@ class Link:
         """What is under way cannot be called back: a run that failed ends with its processes."""
 
 
-@dataclass(frozen=True)
-class _Peer:
-    rank: int
-    num_stages: int
-    timeout: float
-    device: torch.device
-    shares_memory: bool
-    header_tag: int
-    body_tag: int
+class _Sender(Protocol):
+    def send(self, microbatch: int, values: Any) -> None: ...
 
-    @property
-    def expects_bodies(self) -> bool:
-        """Whether bodies are received before their headers are read."""
-        return self.device.type == "cpu" and not self.shares_memory
+
+class _Receiver(Protocol):
+    def receive(self) -> tuple[int, Any]: ...
+
+
+class _Peer:
+    """A neighbour, and how long to wait for it."""
+
+    def __init__(
+        self, rank: int, num_stages: int, timeout: float, device: torch.device, header_tag: int, body_tag: int
+    ) -> None:
+        self.rank = rank
+        self.device = device
+        self.tags = header_tag, body_tag
+        self._num_stages = num_stages
+        self._timeout = timeout
+        self._process = select.poll()
+
+    def send(self, tensor: Tensor, tag: int) -> "dist.Work | None":
+        with self._answers():
+            return dist.isend(tensor, self.rank, tag=self.tags[tag])
+
+    def expect(self, size: int, tag: int, device: Any = "cpu") -> "tuple[dist.Work | None, Tensor]":
+        # Also what is first expected during validation may be used in a training step.
+        with torch.inference_mode(False), self._answers():
+            tensor = torch.empty(size, dtype=torch.uint8, device=device)
+            return dist.irecv(tensor, self.rank, tag=self.tags[tag]), tensor
+
+    def received(self, work: "dist.Work | None", tensor: Tensor) -> Tensor:
+        self.wait(work)
+        return tensor
+
+    def wait(self, work: "dist.Work | None") -> None:
+        assert work is not None
+        with self._answers():
+            work.wait(timedelta(seconds=self._timeout))
+
+    def watch(self, process: int) -> None:
+        """Know of the end of its process, which is on this machine."""
+        self._process.register(os.pidfd_open(process), select.POLLIN)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what happens in shared memory."""
+        start = checked = time.monotonic()
+        while not condition():
+            now = time.monotonic()
+            # At first other processes may go on at once, later they may have the processor for longer.
+            time.sleep(0 if now - start < 2e-3 else 1e-4)
+            if now - checked > 0.1:
+                checked = now
+                if (self._process.poll(0) and not condition()) or now - start > self._timeout:
+                    raise self._lost()
 
     @contextmanager
-    def answers(self) -> Iterator[None]:
+    def _answers(self) -> Iterator[None]:
         """Around what may fail because it does not."""
         try:
             yield
         except RuntimeError as error:
-            raise lost(self.rank, self.num_stages, self.timeout) from error
+            raise self._lost() from error
 
-    def wait(self, work: "dist.Work | None") -> None:
-        assert work is not None
-        with self.answers():
-            work.wait(timedelta(seconds=self.timeout))
+    def _lost(self) -> PeerError:
+        return lost(self.rank, self._num_stages, self._timeout)
 
 
 @dataclass(frozen=True)
@@ -140,171 +192,210 @@ class _Slot:
         return body[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
 
 
-class _Outgoing:
-    """Sends to one neighbour."""
+class _Message:
+    """Values laid out one after the other."""
+
+    def __init__(self, values: Any) -> None:
+        self.size = 0
+        self._tensors: list[tuple[_Slot, Tensor]] = []
+        self.structure = tree_map(self._place, values)
+
+    def write(self, body: Tensor) -> None:
+        for slot, tensor in self._tensors:
+            slot.of(body).copy_(tensor)
+
+    def _place(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        num_bytes = value.numel() * value.element_size()
+        slot = _Slot(value.shape, value.dtype, value.requires_grad, self.size, num_bytes)
+        self._tensors.append((slot, value.detach()))
+        self.size += _aligned(num_bytes)
+        return slot
+
+
+def _read(structure: Any, body: Tensor) -> Any:
+    def take(value: Any) -> Any:
+        return value.of(body).requires_grad_(value.requires_grad) if isinstance(value, _Slot) else value
+
+    return tree_map(take, structure)
+
+
+class _Ring:
+    """Messages in memory that two processes share: counts of those written and read, then slots.
+
+    Args:
+        path: of a file in memory. Its receiver removes it; the memory stays as long as it is used.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        size = Path(path).stat().st_size
+        self.slot_size = (size - 2 * _ALIGNMENT) // _SLOTS
+        memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        # Counts of their own cache lines, as numpy reads single numbers faster.
+        self._counts = memory[: 2 * _ALIGNMENT].view(torch.int64).numpy()
+        self._slots = memory[2 * _ALIGNMENT :]
+
+    @classmethod
+    def create(cls, slot_size: int) -> "_Ring":
+        """A new one; on Linux in memory even if temporary files are not."""
+        folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        with tempfile.NamedTemporaryFile(prefix="aimc_pl_", dir=folder, delete=False) as file:
+            # Reserved now: memory that is missing later would end the process.
+            os.posix_fallocate(file.fileno(), 0, 2 * _ALIGNMENT + _SLOTS * _aligned(slot_size))
+        return cls(file.name)
+
+    @property
+    def has_space(self) -> bool:
+        return self._counts[0] - self._counts[_ALIGNMENT // 8] < _SLOTS
+
+    @property
+    def has_message(self) -> bool:
+        return self._counts[0] > self._counts[_ALIGNMENT // 8]
+
+    def next_to_write(self) -> Tensor:
+        return self._slot(self._counts[0])
+
+    def next_to_read(self) -> Tensor:
+        return self._slot(self._counts[_ALIGNMENT // 8])
+
+    def written(self) -> None:
+        self._counts[0] += 1
+
+    def read(self) -> None:
+        self._counts[_ALIGNMENT // 8] += 1
+
+    def _slot(self, number: int) -> Tensor:
+        start = int(number) % _SLOTS * self.slot_size
+        return self._slots[start : start + self.slot_size]
+
+
+class _SharedSender:
+    """Sends through a ring, and goes over to a larger one when a message does not fit."""
+
+    def __init__(self, peer: _Peer, ring: _Ring) -> None:
+        self._peer = peer
+        self._ring = ring
+
+    def send(self, microbatch: int, values: Any) -> None:
+        message = _Message(values)
+        header = _to_tensor((microbatch, message.structure, message.size))
+        start = _aligned(len(header))
+        if start + message.size > self._ring.slot_size:
+            larger = _Ring.create(start + message.size)
+            self._write(_to_tensor(larger.path), None)
+            self._ring = larger
+        self._write(header, message)
+
+    def _write(self, header: Tensor, message: _Message | None) -> None:
+        self._peer.wait_until(lambda: self._ring.has_space)
+        slot = self._ring.next_to_write()
+        slot[: len(header)] = header
+        if message is not None:
+            message.write(slot[_aligned(len(header)) :])
+        self._ring.written()
+
+
+class _SharedReceiver:
+    """Receives through a ring."""
+
+    def __init__(self, peer: _Peer, path: str) -> None:
+        self._peer = peer
+        self._open(path)
+
+    def receive(self) -> tuple[int, Any]:
+        self._peer.wait_until(lambda: self._ring.has_message)
+        slot = self._ring.next_to_read()
+        content = _from_tensor(slot)
+        if isinstance(content, str):
+            self._open(content)
+            return self.receive()
+        microbatch, structure, size = content
+        start = _aligned(_length(slot))
+        with torch.inference_mode(False):
+            body = slot[start : start + size].clone()
+        self._ring.read()
+        return microbatch, _read(structure, body)
+
+    def _open(self, path: str) -> None:
+        self._ring = _Ring(path)
+        Path(path).unlink()
+
+
+class _NetworkSender:
+    """Sends through torch.distributed."""
 
     def __init__(self, peer: _Peer) -> None:
         self._peer = peer
-        self._ring: _Ring | None = None
         self._expected = 0
         self._unfinished: deque[tuple[dist.Work | None, Tensor]] = deque()
 
     def send(self, microbatch: int, values: Any) -> None:
-        tensors: list[Tensor] = []
-        slots: list[_Slot] = []
-        size = 0
-
-        def place(value: Any) -> Any:
-            nonlocal size
-            if not isinstance(value, Tensor):
-                return value
-            num_bytes = value.numel() * value.element_size()
-            slots.append(_Slot(value.shape, value.dtype, value.requires_grad, size, num_bytes))
-            tensors.append(value.detach())
-            size += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-            return slots[-1]
-
-        structure = tree_map(place, values)
-        ring = self._ring_for(size) if self._peer.shares_memory and self._peer.device.type == "cpu" else None
-        body = ring.next_free(self._peer) if ring else torch.empty(size, dtype=torch.uint8, device=self._peer.device)
-        for slot, tensor in zip(slots, tensors, strict=True):
-            slot.of(body).copy_(tensor)
-        self._send_header((microbatch, structure, size, ring.path if ring else None))
-        if size and not ring:
-            if self._peer.expects_bodies:
-                if 0 < self._expected < size:
-                    self._send(body[:1], self._peer.body_tag)  # in place of the one that is expected
-                self._expected = max(self._expected, size)
-            self._send(body, self._peer.body_tag)
-
-    def _ring_for(self, size: int) -> "_Ring | None":
-        if size and (self._ring is None or self._ring.slot_size < size):
-            self._ring = _Ring.create(size)
-        return self._ring if size else None
-
-    def _send_header(self, content: tuple[Any, ...]) -> None:
-        pickled = pickle.dumps(content)
-        data = torch.frombuffer(bytearray(len(pickled).to_bytes(8) + pickled), dtype=torch.uint8)
-        header = torch.zeros(_HEADER, dtype=torch.uint8)
-        header[: len(data)] = data[:_HEADER]
-        self._send(header, self._peer.header_tag)
-        if len(data) > _HEADER:
-            self._send(data[_HEADER:], self._peer.header_tag)
+        message = _Message(values)
+        body = torch.empty(message.size, dtype=torch.uint8, device=self._peer.device)
+        message.write(body)
+        header = _to_tensor((microbatch, message.structure, message.size), _HEADER)
+        self._send(header[:_HEADER], 0)
+        if len(header) > _HEADER:
+            self._send(header[_HEADER:], 0)
+        if 0 < self._expected < message.size:
+            self._send(body[:1], 1)  # in place of the one that is expected
+        if self._peer.device.type == "cpu":
+            self._expected = max(self._expected, message.size)
+        if message.size:
+            self._send(body, 1)
 
     def _send(self, tensor: Tensor, tag: int) -> None:
-        with self._peer.answers():
-            self._unfinished.append((dist.isend(tensor, self._peer.rank, tag=tag), tensor))
+        self._unfinished.append((self._peer.send(tensor, tag), tensor))
         if len(self._unfinished) > _UNFINISHED:
             self._peer.wait(self._unfinished.popleft()[0])
 
 
-class _Incoming:
-    """Receives from one neighbour."""
+class _NetworkReceiver:
+    """Receives through torch.distributed."""
 
     def __init__(self, peer: _Peer) -> None:
         self._peer = peer
-        self._ring: _Ring | None = None
-        self._header = self._expect(_HEADER, self._peer.header_tag, "cpu")
+        self._header = peer.expect(_HEADER, 0)
         self._body: tuple[dist.Work | None, Tensor] | None = None
         self._expected = 0
 
     def receive(self) -> tuple[int, Any]:
-        microbatch, structure, size, path = self._receive_header()
-        if path:
-            if self._ring is None or self._ring.path != path:
-                self._ring = _Ring.attach(path)
-            body = self._ring.take(size)
-        else:
-            body = self._receive_body(size) if size else torch.empty(0)
-
-        def taken(value: Any) -> Any:
-            return value.of(body).requires_grad_(value.requires_grad) if isinstance(value, _Slot) else value
-
-        return microbatch, tree_map(taken, structure)
-
-    def _receive_header(self) -> Any:
-        work, header = self._header
-        self._peer.wait(work)
-        missing = 8 + int.from_bytes(header[:8].numpy().tobytes()) - _HEADER
+        header = self._peer.received(*self._header)
+        missing = _length(header) - _HEADER
         if missing > 0:
-            work, rest = self._expect(missing, self._peer.header_tag, "cpu")
-            self._peer.wait(work)
-            header = torch.cat([header, rest])
-        self._header = self._expect(_HEADER, self._peer.header_tag, "cpu")
-        return pickle.loads(header[8:].numpy())
+            header = torch.cat([header, self._peer.received(*self._peer.expect(missing, 0))])
+        self._header = self._peer.expect(_HEADER, 0)
+        microbatch, structure, size = _from_tensor(header)
+        return microbatch, _read(structure, self._receive_body(size) if size else header[:0])
 
     def _receive_body(self, size: int) -> Tensor:
         if self._body is not None and size > self._expected:
-            self._peer.wait(self._body[0])
+            self._peer.received(*self._body)
             self._body = None
-        work, body = self._body or self._expect(size, self._peer.body_tag, self._peer.device)
-        self._peer.wait(work)
-        if self._peer.expects_bodies:
+        body = self._peer.received(*(self._body or self._peer.expect(size, 1, self._peer.device)))
+        if self._peer.device.type == "cpu":
             self._expected = max(self._expected, size)
-            self._body = self._expect(self._expected, self._peer.body_tag, "cpu")
+            self._body = self._peer.expect(self._expected, 1)
         return body
 
-    def _expect(self, size: int, tag: int, device: Any) -> tuple[dist.Work | None, Tensor]:
-        # Also what is first expected during validation may be used in a training step.
-        with torch.inference_mode(False):
-            tensor = torch.empty(size, dtype=torch.uint8, device=device)
-        with self._peer.answers():
-            return dist.irecv(tensor, self._peer.rank, tag=tag), tensor
+
+def _to_tensor(content: Any, at_least: int = 0) -> Tensor:
+    """Any object as bytes that begin with their number."""
+    pickled = pickle.dumps(content)
+    length = 8 + len(pickled)
+    data = length.to_bytes(8, "little") + pickled + bytes(max(at_least - length, 0))
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-class _Ring:
-    """Slots of memory that two processes share, and how many of them have been emptied.
+def _from_tensor(data: Tensor) -> Any:
+    return pickle.loads(data[8 : _length(data)].numpy())
 
-    Args:
-        path: of a file in memory, of which only the mapping stays.
-        slot_size: bytes of a slot, a multiple of the alignment.
-    """
 
-    def __init__(self, path: str, slot_size: int) -> None:
-        self.path = path
-        self.slot_size = slot_size
-        size = _ALIGNMENT + _SLOTS * slot_size
-        self._memory = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-        self._emptied = self._memory[:8].view(torch.int64)
-        self._used = 0
+def _length(data: Tensor) -> int:
+    return int.from_bytes(data[:8].numpy().tobytes(), "little")
 
-    @classmethod
-    def create(cls, slot_size: int) -> "_Ring | None":
-        """A new one, or ``None`` where there is no memory for it."""
-        folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
-        with tempfile.NamedTemporaryFile(prefix="aimc_pl_", dir=folder, delete=False) as file:
-            try:
-                posix_fallocate(file.fileno(), 0, _ALIGNMENT + _SLOTS * slot_size)
-            except OSError:
-                Path(file.name).unlink()
-                return None
-        return cls(file.name, slot_size)
 
-    @classmethod
-    def attach(cls, path: str) -> "_Ring":
-        """The one that the neighbour has made."""
-        ring = cls(path, (Path(path).stat().st_size - _ALIGNMENT) // _SLOTS)
-        Path(path).unlink()
-        return ring
-
-    def next_free(self, peer: _Peer) -> Tensor:
-        """The sender's next slot, as soon as it is empty."""
-        deadline = time.monotonic() + peer.timeout
-        while self._used - int(self._emptied) >= _SLOTS:
-            if time.monotonic() > deadline:
-                raise lost(peer.rank, peer.num_stages, peer.timeout)
-            time.sleep(2e-5)
-        self._used += 1
-        return self._slot(self._used - 1)
-
-    def take(self, size: int) -> Tensor:
-        """A copy of the receiver's next slot, which is empty from now on."""
-        with torch.inference_mode(False):
-            body = self._slot(self._used)[:size].clone()
-            self._used += 1
-            self._emptied += 1
-        return body
-
-    def _slot(self, number: int) -> Tensor:
-        start = _ALIGNMENT + number % _SLOTS * self.slot_size
-        return self._memory[start : start + self.slot_size]
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
