@@ -1,6 +1,7 @@
 """Pictures of a schedule: the paper's Figure 2, as text and as a figure."""
 
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -41,7 +42,13 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
     clocks = schedule.num_clocks(num_microbatches) if num_clocks is None else num_clocks
     stages = schedule.num_stages
     figure = Figure(figsize=(max(4.0, 0.34 * clocks + 1.2), 0.42 * stages + 1.1), layout="constrained")
-    axes = figure.subplots()
+    draw_table(figure.subplots(), schedule, num_microbatches, clocks)
+    return figure
+
+
+def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: int) -> None:
+    """The same as part of a figure; for the arguments see :func:`draw_figure`."""
+    stages = schedule.num_stages
     colours = colormaps["tab20"]
     for (stage, clock), operations in _cells(schedule, num_microbatches).items():
         if clock >= clocks:
@@ -64,7 +71,6 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
     )
     axes.set_title(f"{schedule.name} (backward hatched)", fontsize=10)
     axes.set_facecolor("whitesmoke")
-    return figure
 
 
 def _cells(schedule: Schedule, num_microbatches: int) -> dict[tuple[int, int], list[tuple[str, int]]]:

@@ -160,7 +160,7 @@ class _Peer:
         while not condition():
             now = time.monotonic()
             # At first other processes may go on at once, later they may have the processor for longer.
-            time.sleep(0 if now - start < 2e-3 else 1e-4)
+            time.sleep(0 if now - start < 2e-4 else 2e-5)
             if now - checked > 0.1:
                 checked = now
                 if (self._process.poll(0) and not condition()) or now - start > self._timeout:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from aihwkit.nn.modules.base import AnalogLayerBase
+from aihwkit.optim import AnalogSGD
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
@@ -115,13 +116,13 @@ def partition(
     """Split the backbone into ``num_stages`` consecutive stages that share its modules (and their names).
 
     Args:
-        backbone: the network. With ``split_at=None`` it is run on the example to measure its layers, which changes
-            BatchNorm statistics and random states: pass a copy, and its ``split_at`` to the call for the original.
+        backbone: the network. With ``split_at=None`` it is trained on the example to measure its layers, which changes
+            weights and random states: pass a copy, and its ``split_at`` to the call for the original.
         num_stages: M.
         args: positional arguments of an example call, one micro-batch.
         kwargs: keyword arguments of that call.
         split_at: names of the modules with which stages 1 … M−1 begin; ``None`` balances the stages by the time that
-            forward and backward of the example take.
+            forward, backward and update take for the example.
 
     Raises:
         PartitionError: if the network cannot be traced, has fewer layers than stages, or cannot be cut where asked.
@@ -263,8 +264,9 @@ def _is_inplace(backbone: nn.Module, node: fx.Node) -> bool:
 
 
 def _measure(units: Sequence[nn.Module], inputs: tuple[Any, ...], repeats: int = 5) -> list[float]:
-    """Seconds of forward plus backward of each unit: the best of ``repeats`` runs, after one to warm up."""
+    """Seconds of forward, backward and update of each unit: the best of ``repeats`` runs, after one to warm up."""
     stages = [Stage(index, unit) for index, unit in enumerate(units)]
+    optimizers = [AnalogSGD(stage.parameters, lr=0.1) if stage.parameters else None for stage in stages]
     costs = [float("inf")] * len(stages)
     for repeat in range(repeats + 1):
         seconds = [0.0] * len(stages)
@@ -273,12 +275,16 @@ def _measure(units: Sequence[nn.Module], inputs: tuple[Any, ...], repeats: int =
             start = time.perf_counter()
             values = stage.forward(repeat, values)
             seconds[stage.index] += time.perf_counter() - start
+        # As large as those of a mean over the outputs: the time of pulsed updates depends on it.
         gradients = tree_map(
-            lambda v: torch.ones_like(v) if isinstance(v, Tensor) and v.requires_grad else None, values
+            lambda v: torch.randn_like(v) / v.numel() if isinstance(v, Tensor) and v.requires_grad else None, values
         )
         for stage in reversed(stages):
             start = time.perf_counter()
             gradients = stage.backward(repeat, gradients)
+            if (optimizer := optimizers[stage.index]) is not None:
+                optimizer.step()
+                optimizer.zero_grad()
             seconds[stage.index] += time.perf_counter() - start
         if repeat:
             costs = [min(pair) for pair in zip(costs, seconds, strict=True)]

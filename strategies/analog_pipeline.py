@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from aihwkit.optim.context import AnalogContext
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         backbone: name of the submodule to pipeline, ``""`` for the module's own ``forward``. ``None`` takes the first
             call in training_step that holds at least half of the parameters.
         split_at: names, within the backbone, of the modules with which stages 1 … M−1 begin. ``None`` balances the
-            stages by the measured time of forward and backward, and says which names it took.
+            stages by the measured time of forward, backward and update, and says which names it took.
         duplex: of ``"async"``: ``"half"``, one operation per stage and clock, or ``"full"``, a forward and a backward.
         gradient_scale: ``"minibatch"`` weights a micro-batch's loss by its share of the mini-batch's samples, under
             every schedule; ``"microbatch"`` (``"async"`` only) makes every micro-batch's update a full step.
@@ -193,6 +193,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self.pipeline = None
         self._ownership = None
         self._inferring: nn.Module | None = None
+        self._freed: list[tuple[nn.Parameter, torch.Size]] = []
         self._candidates = backbone_candidates(self._module, self.backbone)
         if not any(isinstance(callback, _InTime) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
             trainer.callbacks.insert(0, _InTime())  # pyright: ignore[reportAttributeAccessIssue]
@@ -267,11 +268,15 @@ class AnalogPipelineStrategy(ProcessStrategy):
         return self.schedule.num_stages - 1 in self._stages_here
 
     def _free(self, parts: Sequence[nn.Module]) -> None:
-        """Keep of the other stages, and of what the optimizer knows about them, nothing on the device."""
+        """Keep nothing of the other stages on the device, and while fitting none of their digital weights at all."""
         mine = {id(parameter) for parameter in self._parameters_here()}
         for index, part in enumerate(parts):
             if index not in self._stages_here:
                 part.to("cpu")
+                for parameter in part.parameters():
+                    if self._module.trainer.training and not isinstance(parameter, AnalogContext):
+                        self._freed.append((parameter, parameter.shape))
+                        parameter.data = parameter.data.new_empty(0)
         for optimizer in self.optimizers:
             for parameter in [parameter for parameter in optimizer.state if id(parameter) not in mine]:
                 del optimizer.state[parameter]
@@ -568,7 +573,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
     def on_train_end(self) -> None:
         """Every process ends with the whole trained module, as after any other strategy."""
         if self.is_multiprocess:
-            self._module.load_state_dict(self.lightning_module_state_dict())
+            state = self.lightning_module_state_dict()
+            for parameter, shape in self._freed:
+                parameter.data = parameter.data.new_empty(shape)
+            self._freed = []
+            self._module.load_state_dict(state)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -608,6 +617,14 @@ class _InTime(Callback):
     """Before anyone looks at weights or metrics: drains, where training_step could not foresee it, and shares."""
 
     @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if any(c.monitor and c._every_n_train_steps and step % c._every_n_train_steps == 0 for c in _savers(trainer)):
+            _strategy_of(trainer).share_metrics(trainer)
+
+    @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         _strategy_of(trainer).drain()
 
@@ -632,3 +649,7 @@ class _InTime(Callback):
 def _strategy_of(trainer: "pl.Trainer") -> AnalogPipelineStrategy:
     assert isinstance(trainer.strategy, AnalogPipelineStrategy)
     return trainer.strategy
+
+
+def _savers(trainer: "pl.Trainer") -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]

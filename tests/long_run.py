@@ -3,6 +3,7 @@
 LOCAL_RANK=0 python tests/long_run.py FOLDER TIMEOUT
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,14 +25,15 @@ class Slowly(Callback):
             (self.folder / "step").write_text(str(trainer.global_step))
 
 
-def train(folder, devices, timeout=60.0, max_epochs=2000, ckpt_path=None, num_nodes=1):
+def train(folder, num_stages=3, timeout=60.0, max_epochs=2000, ckpt_path=None, **processes):
     module = Attributes().double()
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=devices,
-        num_nodes=num_nodes,
+        **processes,
         max_epochs=max_epochs,
-        strategy=AnalogPipelineStrategy(3, "async", 3, split_at=["l2", "norm"], timeout=timeout),
+        strategy=AnalogPipelineStrategy(
+            num_stages, "async", 3, split_at=["l2", "norm"][: num_stages - 1], timeout=timeout
+        ),
         callbacks=[Slowly(folder), ModelCheckpoint(folder, save_last=True, every_n_train_steps=5)],
         logger=False,
         enable_progress_bar=False,
@@ -42,4 +44,5 @@ def train(folder, devices, timeout=60.0, max_epochs=2000, ckpt_path=None, num_no
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), 3, float(sys.argv[2]))
+    world, here = (int(os.environ.get(name, 3)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    train(Path(sys.argv[1]), world, float(sys.argv[2]), devices=here, num_nodes=world // here)

@@ -36,36 +36,36 @@ SPLITS = {
 def digital(num_stages, schedule, make_module=Attributes, optimizer="momentum", **trainer):
     """Skip connections across stages, uneven batches of 8, 8 and 3 in 3 micro-batches, shuffled, with validation."""
 
-    def train(folder, devices):
+    def train(folder, **processes):
         L.seed_everything(7)
         module = make_module().double()
         module.optimizer = optimizer
         data = loader(module, shuffle=True)
         validation = loader(module) if hasattr(module, "validation_step") else None
-        return fit(folder, devices, module, data, validation, num_stages, SCHEDULES[schedule], **trainer)
+        return fit(folder, processes, module, data, validation, num_stages, SCHEDULES[schedule], **trainer)
 
     return train
 
 
 def analog(num_stages, schedule, device, **trainer):
-    def train(folder, devices):
+    def train(folder, **processes):
         L.seed_everything(7)
         module = ConvNet()
         samples = Samples()
         data = DataLoader(TensorDataset(samples.x.float(), samples.y), 8, shuffle=True)
         return fit(
-            folder, devices, module, data, None, num_stages, SCHEDULES[schedule] | {"device": device()}, **trainer
+            folder, processes, module, data, None, num_stages, SCHEDULES[schedule] | {"device": device()}, **trainer
         )
 
     return train
 
 
-def fit(folder, devices, module, data, validation, num_stages, settings, callbacks=(), **trainer):
+def fit(folder, processes, module, data, validation, num_stages, settings, callbacks=(), **trainer):
     """Train; returns what is to be compared."""
     clock, staleness = ClockMonitor(), StalenessMonitor()
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=devices,
+        **processes,
         strategy=AnalogPipelineStrategy(
             num_stages, num_microbatches=3, split_at=SPLITS[type(module)][num_stages], **settings
         ),
@@ -92,6 +92,10 @@ def stop_early():
     return EarlyStopping("val_loss", patience=1, min_delta=10)
 
 
+def save_the_best():
+    return ModelCheckpoint("best", monitor="loss_step", every_n_train_steps=2, save_top_k=1)
+
+
 CASES = {
     f"{schedule}, {num_stages} stages": (num_stages, digital(num_stages, schedule))
     for num_stages in STAGES
@@ -105,6 +109,7 @@ CASES |= {
     "accumulated": (3, digital(3, "sync", accumulate_grad_batches=2)),
     "validation within the epoch": (4, digital(4, "async", val_check_interval=1)),
     "stopped early": (3, digital(3, "async", max_epochs=6, callbacks=[stop_early])),
+    "best step saved": (3, digital(3, "async", callbacks=[save_the_best])),
     "few steps": (4, digital(4, "async", max_steps=4)),
     "dict batch, layers around": (3, digital(3, "async", DictBatch)),
     "convolutions": (4, digital(4, "sync", ConvNet)),
@@ -114,11 +119,26 @@ CASES |= {
 }
 
 
+def assert_same(theirs, ours, exactly, is_analog):
+    assert theirs.keys() == ours.keys()
+    for name, value in ours.items():
+        if name.endswith("analog_ctx"):
+            continue
+        tolerance = 0.0 if exactly else 1e-6 if is_analog else 1e-12
+        pairs = [(theirs[name], value)]
+        if name.endswith("analog_tile_state"):
+            entries = ("analog_tile_weights", "analog_tile_hidden_parameters")
+            pairs = [(theirs[name][entry], value[entry]) for entry in entries]
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
+
+
 def main():
     results = {}
+    world, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     for name, (num_stages, train) in CASES.items():
-        if num_stages == int(os.environ["WORLD_SIZE"]):
-            results[name] = train(Path(sys.argv[1]) / name, num_stages)
+        if num_stages == world:
+            results[name] = train(Path(sys.argv[1]) / name, devices=here, num_nodes=world // here)
     if os.environ["RANK"] == "0":
         torch.save(results, Path(sys.argv[1]) / "results.pt")
 

@@ -53,7 +53,7 @@ def assert_goes_on(folder):
     """In one process, from the last checkpoint."""
     step = torch.load(folder / "last.ckpt", weights_only=False)["global_step"]
     assert step >= 10
-    trainer = train(folder, 1, max_epochs=step // 3 + 2, ckpt_path="last")
+    trainer = train(folder, devices=1, max_epochs=step // 3 + 2, ckpt_path="last")
     assert trainer.global_step == 3 * (step // 3 + 2)
 
 

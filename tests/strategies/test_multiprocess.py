@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from multiprocess_cases import CASES, STAGES
+from multiprocess_cases import CASES, STAGES, assert_same
 
 TESTS = Path(__file__).parent.parent
 
@@ -28,20 +28,11 @@ def of_processes(tmp_path_factory):
     return results
 
 
-@pytest.fixture
-def _one_thread():
-    """As the processes have: sums in another order are other numbers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CASES)
 def test_processes_train_as_one_does(name, of_processes, tmp_path):
     theirs = of_processes[name]
-    ours = CASES[name][1](tmp_path, 1)
+    ours = CASES[name][1](tmp_path, devices=1)
     assert {key: theirs[key] for key in ("step", "cycles")} == {key: ours[key] for key in ("step", "cycles")}
     assert theirs["staleness"] == ours["staleness"]
     assert theirs["mismatches"] == 0
@@ -49,17 +40,3 @@ def test_processes_train_as_one_does(name, of_processes, tmp_path):
     assert theirs["metrics"].keys() == ours["metrics"].keys()
     for metric, value in ours["metrics"].items():
         assert theirs["metrics"][metric] == pytest.approx(value, rel=1e-5 if "floating" in name else 1e-9), metric
-
-
-def assert_same(theirs, ours, exactly, is_analog):
-    assert theirs.keys() == ours.keys()
-    for name, value in ours.items():
-        if name.endswith("analog_ctx"):
-            continue
-        tolerance = 0.0 if exactly else 1e-6 if is_analog else 1e-12
-        pairs = [(theirs[name], value)]
-        if name.endswith("analog_tile_state"):
-            entries = ("analog_tile_weights", "analog_tile_hidden_parameters")
-            pairs = [(theirs[name][entry], value[entry]) for entry in entries]
-        for a, b in pairs:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)

@@ -1,0 +1,89 @@
+"""Two processes on two nodes: nothing is shared but the network."""
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from multiprocess_cases import CASES, assert_same
+
+TESTS = Path(__file__).parent.parent
+
+
+def run(name, folder, node, address, port, within=()):
+    """One node, with one process, under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"]
+    address = [f"--master-addr={address}", f"--master-port={port}"]
+    return subprocess.Popen(
+        [*within, sys.executable, *torchrun, *address, str(TESTS / name), str(folder), "10"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": f"v{within[3]}"} if within else {}),
+        cwd=folder,
+        stdout=(folder / f"output{node}").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def outputs(folder):
+    return [(folder / f"output{node}").read_text() for node in range(2)]
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces, connected by a virtual cable."""
+    names = [f"a{secrets.token_hex(3)}", f"b{secrets.token_hex(3)}"]
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    cable = ["type", "veth", "peer", "name", f"v{names[1]}", "netns", names[1]]
+    subprocess.run(["ip", "link", "add", f"v{names[0]}", "netns", names[0], *cable], check=True)
+    for number, name in enumerate(names):
+        for command in (
+            ["addr", "add", f"10.77.0.{number + 1}/24", "dev", f"v{name}"],
+            ["link", "set", f"v{name}", "up"],
+            ["link", "set", "lo", "up"],
+        ):
+            subprocess.run(["ip", "-n", name, *command], check=True)
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_nodes_train_as_one_process_does(tmp_path):
+    port = find_free_network_port()
+    nodes = [run("multiprocess_cases.py", tmp_path, node, "127.0.0.1", port) for node in range(2)]
+    assert [node.wait(timeout=200) for node in nodes] == [0, 0], outputs(tmp_path)
+    results = torch.load(tmp_path / "results.pt", weights_only=False)
+    assert len(results) >= 6
+    for name in results:
+        ours = CASES[name][1](tmp_path / "one", devices=1)
+        assert_same(results[name]["weights"], ours["weights"], exactly="mean field" in name, is_analog=False)
+
+
+def test_a_cut_cable_ends_the_run(hosts, tmp_path):
+    port = find_free_network_port()
+    nodes = [
+        run("long_run.py", tmp_path, node, "10.77.0.1", port, ["ip", "netns", "exec", host])
+        for node, host in enumerate(hosts)
+    ]
+    try:
+        step = tmp_path / "step"
+        while not step.exists() or int(step.read_text() or 0) < 12:
+            assert all(node.poll() is None for node in nodes), outputs(tmp_path)
+            time.sleep(0.1)
+        subprocess.run(["ip", "-n", hosts[0], "link", "set", f"v{hosts[0]}", "down"], check=True)
+        cut = time.monotonic()
+        while not all("has ended or has kept rank" in text for text in outputs(tmp_path)):
+            assert time.monotonic() - cut < 60, outputs(tmp_path)
+            time.sleep(0.5)
+    finally:
+        for node in nodes:
+            node.kill()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] >= 10
