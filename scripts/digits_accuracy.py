@@ -1,6 +1,6 @@
 """Test accuracy on digits under the three schedules, several seeds, into a CSV file.
 
-Four stages on soft-bounds devices, as configs/digits_*.yaml. Two minutes on two cores. Usage:
+Four stages on soft-bounds devices, as configs/digits_*.yaml. Six minutes on two cores. Usage:
 
     .venv/bin/python scripts/digits_accuracy.py --csv docs/results/digits_accuracy.csv
 """
@@ -51,7 +51,7 @@ def run(schedule: Any, seed: int, epochs: int) -> dict[str, Any]:
 def main() -> None:
     """Print the means and write every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args()
