@@ -95,7 +95,7 @@ class StalenessMonitor(Callback, Observer):
         self._recent[f"drift_stage_{event.stage.index}"].append(drift.item())
         if self.cosine:
             self._recent[f"cosine_stage_{event.stage.index}"].append(self._cosine(event))
-        if event.stage.index == 0:
+        if event.stage.index == min(self._here):
             del self._samples[event.microbatch]
 
     @override

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
 from torch.utils.data import DataLoader, TensorDataset
 
-from aimc_pl.callbacks import ClockMonitor, StalenessMonitor
+from aimc_pl.callbacks import ClockMonitor, DeviceNoise, StalenessMonitor, WriteNoise
 from aimc_pl.devices import ideal, soft_bounds
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -60,7 +60,33 @@ def analog(num_stages, schedule, device, **trainer):
     return train
 
 
-def fit(folder, processes, module, data, validation, num_stages, settings, callbacks=(), **trainer):
+def resumed(num_stages, schedule):
+    """The second of two epochs, after one of plain Lightning."""
+
+    def train(folder, **processes):
+        module = Attributes().double()
+        data = loader(module, shuffle=False)
+        after = {"ckpt_path": folder.parent / "plain.ckpt"}
+        return fit(folder, processes, module, data, None, num_stages, SCHEDULES[schedule], fit=after)
+
+    return train
+
+
+def train_plainly(folder, max_epochs):
+    """As :func:`resumed`, from the start and without a pipeline; leaves plain.ckpt."""
+    L.seed_everything(7)
+    module = Attributes().double()
+    saver = ModelCheckpoint(folder, filename="plain")
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=max_epochs, callbacks=[saver], logger=False, enable_progress_bar=False
+    )
+    trainer.fit(module, loader(module, shuffle=False))
+    return module
+
+
+def fit(
+    folder, processes, module, data, validation, num_stages, settings, callbacks=(), fit=None, evaluate=False, **trainer
+):
     """Train; returns what is to be compared."""
     clock, staleness = ClockMonitor(), StalenessMonitor()
     trainer = L.Trainer(
@@ -77,8 +103,12 @@ def fit(folder, processes, module, data, validation, num_stages, settings, callb
         log_every_n_steps=1,
         **{"max_epochs": 2} | trainer,
     )
-    trainer.fit(module, data, validation)
-    return {
+    trainer.fit(module, data, validation, **(fit or {}))
+    evaluated = {}
+    if evaluate:
+        (tested,) = trainer.test(module, validation, verbose=False)
+        evaluated = {"predictions": trainer.predict(module, loader(module, shuffle=False)), "tested": tested}
+    return evaluated | {
         "weights": module.state_dict(),
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "step": trainer.global_step,
@@ -90,6 +120,11 @@ def fit(folder, processes, module, data, validation, num_stages, settings, callb
 
 def stop_early():
     return EarlyStopping("val_loss", patience=1, min_delta=10)
+
+
+def write_noise():
+    """None to speak of: processes draw their own."""
+    return DeviceNoise([WriteNoise(std=1e-30)])
 
 
 def save_the_best():
@@ -109,6 +144,10 @@ CASES |= {
     "accumulated": (3, digital(3, "sync", accumulate_grad_batches=2)),
     "validation within the epoch": (4, digital(4, "async", val_check_interval=1)),
     "stopped early": (3, digital(3, "async", max_epochs=6, callbacks=[stop_early])),
+    "resumed, sync": (3, resumed(3, "sync")),
+    "evaluated": (3, digital(3, "async", evaluate=True)),
+    "evaluated only": (2, digital(2, "async", evaluate=True, max_epochs=0)),
+    "with a noise callback": (3, digital(3, "sync", callbacks=[write_noise])),
     "best step saved": (3, digital(3, "async", callbacks=[save_the_best])),
     "few steps": (4, digital(4, "async", max_steps=4)),
     "dict batch, layers around": (3, digital(3, "async", DictBatch)),

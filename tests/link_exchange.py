@@ -1,0 +1,68 @@
+"""Two processes that send each other awkward messages. Run under torchrun by test_distributed.py."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from aimc_pl.distributed import Link, rank_of
+from aimc_pl.schedule import Operation
+
+NUMBERS = torch.arange(1_000_000, dtype=torch.float32)
+MESSAGES = [
+    (torch.ones(3),),
+    (torch.ones(3, requires_grad=True), None, 7, "text", (torch.zeros(2, 0), [torch.tensor(True)])),
+    (NUMBERS,),
+    (NUMBERS[:5],),
+    (NUMBERS.view(1000, 1000).T, NUMBERS.double()[::7], NUMBERS[:10].bfloat16(), NUMBERS[:9].long()),
+    tuple(torch.full((2, 3), float(i)) for i in range(200)),
+    None,
+    (NUMBERS.repeat(3),),
+    (),
+    (torch.tensor(5),),
+]
+"""Growing and shrinking, of many types, not contiguous, of many tensors (their header is long), of none."""
+
+
+def same(a, b):
+    if isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.requires_grad == b.requires_grad and torch.equal(a, b)
+    if isinstance(b, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    stage = rank_of(dist.get_rank(), 2)
+    for shares_memory in (True, False):
+        link = Link(stage, 2, torch.device("cpu"), lambda _, shares=shares_memory: shares, 60)
+        # More messages than are kept on their way, in both directions, some of them in inference mode.
+        for turn in range(4):
+            with torch.inference_mode(turn % 2 == 1):
+                for k, message in enumerate(MESSAGES):
+                    if stage == 0:
+                        link.send(Operation("F", 1, k), message)
+                        if k >= 2:
+                            assert same(link.receive(Operation("B", 0, k - 2)), MESSAGES[k - 2]), (
+                                shares_memory,
+                                turn,
+                                k,
+                            )
+                    else:
+                        assert same(link.receive(Operation("F", 1, k)), message), (shares_memory, turn, k)
+                        link.send(Operation("B", 0, k), message)
+                for k in range(len(MESSAGES) - 2, len(MESSAGES) if stage == 0 else 0):
+                    assert same(link.receive(Operation("B", 0, k)), MESSAGES[k]), (shares_memory, turn, k)
+        if stage == 1:
+            link.send(Operation("B", 0, 3), ())
+        else:
+            with pytest.raises(RuntimeError, match="has sent micro-batch 3"):
+                link.receive(Operation("B", 0, 4))
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
