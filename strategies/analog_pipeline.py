@@ -111,6 +111,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._ownership: Ownership | None = None
+        self._freed: list[tuple[nn.Parameter, torch.Size]] = []
 
     def _check_arguments(self) -> None:
         choices = {"gradient_scale": ("minibatch", "microbatch"), "loss_reduction": ("mean", "sum")}
@@ -153,7 +154,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             check_module(trainer, self.schedule)
         if self.is_multiprocess:
             self.share_start(self._module)
-        self._common, self._own = RandomStream("common"), RandomStream(f"rank {self.global_rank}")
+            self._common, self._own = RandomStream("common"), RandomStream(f"rank {self.global_rank}")
         self._convert()
         super().setup(trainer)
         self._prepare(trainer)
@@ -193,7 +194,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self.pipeline = None
         self._ownership = None
         self._inferring: nn.Module | None = None
-        self._freed: list[tuple[nn.Parameter, torch.Size]] = []
+        self._freed = []
         self._candidates = backbone_candidates(self._module, self.backbone)
         if not any(isinstance(callback, _InTime) for callback in trainer.callbacks):  # pyright: ignore[reportAttributeAccessIssue]
             trainer.callbacks.insert(0, _InTime())  # pyright: ignore[reportAttributeAccessIssue]
@@ -270,11 +271,12 @@ class AnalogPipelineStrategy(ProcessStrategy):
     def _free(self, parts: Sequence[nn.Module]) -> None:
         """Keep nothing of the other stages on the device, and while fitting none of their digital weights at all."""
         mine = {id(parameter) for parameter in self._parameters_here()}
+        fitting = self._module.trainer.state.fn == TrainerFn.FITTING
         for index, part in enumerate(parts):
             if index not in self._stages_here:
                 part.to("cpu")
                 for parameter in part.parameters():
-                    if self._module.trainer.training and not isinstance(parameter, AnalogContext):
+                    if fitting and not isinstance(parameter, AnalogContext):
                         self._freed.append((parameter, parameter.shape))
                         parameter.data = parameter.data.new_empty(0)
         for optimizer in self.optimizers:
@@ -286,7 +288,14 @@ class AnalogPipelineStrategy(ProcessStrategy):
         return [parameter for index in self._stages_here for parameter in self._ownership.parameters(index)]
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._freed = []
+        super().on_exception(exception)
+
+    @override
     def teardown(self) -> None:
+        if self._freed:
+            self.on_train_end()  # which a fit without steps does not come to
         self._abandon()
         super().teardown()
 
@@ -572,7 +581,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def on_train_end(self) -> None:
         """Every process ends with the whole trained module, as after any other strategy."""
-        if self.is_multiprocess:
+        if self.is_multiprocess and self._ownership is not None:
             state = self.lightning_module_state_dict()
             for parameter, shape in self._freed:
                 parameter.data = parameter.data.new_empty(shape)

@@ -145,9 +145,9 @@ class ProcessStrategy(ParallelStrategy):
     def share_start(self, module: "pl.LightningModule") -> None:
         """Start everywhere from rank 0's weights and random states, as a run in one process would."""
         _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
-        for value in [*module.parameters(), *module.buffers()]:
-            if not isinstance(value, AnalogContext) and value.device.type == "cpu":
-                dist.broadcast(value.detach(), 0)
+        values = [v.detach() for v in (*module.parameters(), *module.buffers()) if not isinstance(v, AnalogContext)]
+        for value, first in zip(values, self.broadcast(values), strict=True):
+            value.copy_(first)
         for metric in module.modules():
             if isinstance(metric, Metric):
                 metric.distributed_available_fn = _never

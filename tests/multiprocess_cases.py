@@ -9,7 +9,8 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from aihwkit.optim.context import AnalogContext
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -84,18 +85,25 @@ def train_plainly(folder, max_epochs):
     return module
 
 
+class Held(Callback):
+    """How many numbers the digital weights of this process have during the fit."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.numbers = sum(p.numel() for p in pl_module.parameters() if not isinstance(p, AnalogContext))
+
+
 def fit(
     folder, processes, module, data, validation, num_stages, settings, callbacks=(), fit=None, evaluate=False, **trainer
 ):
     """Train; returns what is to be compared."""
-    clock, staleness = ClockMonitor(), StalenessMonitor()
+    clock, staleness, held = ClockMonitor(), StalenessMonitor(), Held()
     trainer = L.Trainer(
         accelerator="cpu",
         **processes,
         strategy=AnalogPipelineStrategy(
             num_stages, num_microbatches=3, split_at=SPLITS[type(module)][num_stages], **settings
         ),
-        callbacks=[clock, staleness, ModelCheckpoint(folder, filename="last"), *(make() for make in callbacks)],
+        callbacks=[clock, staleness, held, ModelCheckpoint(folder, filename="last"), *(make() for make in callbacks)],
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -115,6 +123,7 @@ def fit(
         "cycles": (clock.cycles, clock.operations),
         "staleness": {stage: dict(counts) for stage, counts in staleness.counts.items()},
         "mismatches": staleness.mismatches,
+        "held": getattr(held, "numbers", 0),
     }
 
 
