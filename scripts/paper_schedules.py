@@ -1,0 +1,189 @@
+"""Figures 2 and 3 of the paper and the tables of its schedules, from the operations that the engine runs.
+
+Every number of the table is counted in a run of the pipeline, and stands beside its closed form. Ten seconds. Usage:
+
+    .venv/bin/python scripts/paper_schedules.py --csv docs/results/schedules.csv --folder docs/images
+"""
+
+import argparse
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tables import write_csv
+from torch import Tensor, nn
+
+from aimc_pl.diagram import draw_table, draw_text
+from aimc_pl.pipeline import Event, Observer, Pipeline
+from aimc_pl.schedule import Operation, Schedule
+from aimc_pl.stage import Stage
+
+FIGURE_2 = (Schedule("none", 4, 4), Schedule("sync", 4, 5), Schedule("async", 4, 4))
+KINDS = (("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full"))
+STAGES = (1, 2, 4, 8, 16)
+MICROBATCHES = (1, 4, 8, 32)
+
+
+class Counter(Observer):
+    """What happened, and when."""
+
+    def __init__(self) -> None:
+        self.clocks = 0
+        self.operations = 0
+        self.in_flight = 0
+        self.staleness = 0
+        self.events: list[tuple[str, Event]] = []
+
+    def on_clock(self, clock: int, operations: Sequence[Operation]) -> None:
+        """Count clocks and busy accelerators."""
+        self.clocks += 1
+        self.operations += len(operations)
+
+    def on_forward(self, event: Event) -> None:
+        """Note the most micro-batches that a stage holds."""
+        self.in_flight = max(self.in_flight, event.stage.num_in_flight)
+        self.events.append(("F", event))
+
+    def on_backward(self, event: Event) -> None:
+        """Note it."""
+        self.events.append(("B", event))
+
+    def on_update(self, event: Event) -> None:
+        """Note the largest staleness."""
+        self.staleness = max(self.staleness, event.staleness)
+
+
+class Sample:
+    """A micro-batch of one number."""
+
+    def enter(self) -> tuple[Tensor]:
+        """The number."""
+        return (torch.ones(1, requires_grad=True),)
+
+    def leave(self, outputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+        """Itself for a loss."""
+        return outputs[0].sum(), torch.ones(())
+
+    def entered(self, gradients: Any) -> None:
+        """Nothing comes before the pipeline."""
+
+
+class Scale(nn.Module):
+    """A stage of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """The number times the weight."""
+        return (x * self.weight,)
+
+
+def run(schedule: Schedule, num_microbatches: int) -> Counter:
+    """Run the pipeline from a fill to a drain, with stages of one weight."""
+    counter = Counter()
+    stages = [Stage(index, Scale(), delayed=schedule.is_async) for index in range(schedule.num_stages)]
+    pipeline = Pipeline(stages, schedule, lambda _: None, [counter])
+    pipeline.run([Sample() for _ in range(num_microbatches)])
+    pipeline.drain()
+    if not schedule.is_async:
+        pipeline.updated()
+    return counter
+
+
+def row(name: Any, duplex: Any, num_stages: int, num_microbatches: int) -> dict[str, Any]:
+    """One line of the table: closed forms and counts.
+
+    Raises:
+        RuntimeError: if they differ.
+    """
+    schedule = Schedule(name, num_stages, num_microbatches, duplex)
+    counter = run(schedule, num_microbatches)
+    cycles = counter.clocks * schedule.cycles_per_clock
+    closed = {
+        "cycles": schedule.num_cycles(),
+        "density": schedule.density(),
+        "speedup": schedule.speedup(),
+        "in_flight": schedule.in_flight(0),
+        "staleness": max(schedule.staleness(0, k) for k in range(num_microbatches)),
+    }
+    counted = {
+        "cycles": cycles,
+        "density": counter.operations / cycles / num_stages,
+        "speedup": counter.operations / cycles,
+        "in_flight": counter.in_flight,
+        "staleness": counter.staleness,
+    }
+    if any(abs(closed[key] - counted[key]) > 1e-12 for key in closed):
+        raise RuntimeError(f"{schedule}: the closed forms are {closed}, and {counted} was counted")
+    line = {"schedule": name, "duplex": duplex, "num_stages": num_stages, "num_microbatches": num_microbatches}
+    return line | {f"{key}_{kind}": v[key] for key in closed for kind, v in (("closed", closed), ("counted", counted))}
+
+
+def figure_2() -> Figure:
+    """The clock tables of the three schedules."""
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    for axes, schedule in zip(figure.subplots(len(FIGURE_2)), FIGURE_2, strict=True):
+        draw_table(axes, schedule, 16 if schedule.is_async else schedule.num_microbatches, 32)
+    return figure
+
+
+def figure_3(num_clocks: int = 24) -> Figure:
+    """Which input and which weight version every accelerator uses in each clock, in both duplex modes."""
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    for axes, duplex in zip(figure.subplots(2), ("half", "full"), strict=True):
+        _versions(axes, Schedule("async", 4, 1, duplex), num_clocks)
+    return figure
+
+
+def _versions(axes: Axes, schedule: Schedule, num_clocks: int) -> None:
+    per_cell = schedule.cycles_per_clock
+    for kind, event in run(schedule, num_clocks).events:
+        if event.clock < num_clocks:
+            offset = 0.25 if kind == "B" and per_cell == 2 else -0.25 if per_cell == 2 else 0.0
+            axes.text(
+                event.clock + 0.5,
+                event.stage.index + offset,
+                f"{'x' if kind == 'F' else 'δ'}{event.microbatch} w{event.version}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="tab:blue" if kind == "F" else "tab:red",
+            )
+    axes.set(
+        xlim=(0, num_clocks),
+        ylim=(-0.6, schedule.num_stages - 0.4),
+        xlabel="clock" if per_cell == 1 else "clock (two clock cycles each)",
+        yticks=range(schedule.num_stages),
+        yticklabels=[f"stage {stage}" for stage in range(schedule.num_stages)],
+    )
+    axes.set_xticks(range(num_clocks), minor=True)
+    axes.grid(which="minor", axis="x", alpha=0.3)
+    axes.set_title(
+        f"async, {schedule.duplex} duplex: input xₖ or error δₖ, and the weight version it meets", fontsize=10
+    )
+
+
+def main() -> None:
+    """Count, compare, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="of the pictures")
+    args = parser.parse_args()
+    rows = [row(name, duplex, m, b) for (name, duplex), m, b in product(KINDS, STAGES, MICROBATCHES)]
+    write_csv(args.csv, rows)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    figure_2().savefig(args.folder / "figure_2.png", dpi=110)
+    figure_3().savefig(args.folder / "figure_3.png", dpi=110)
+    for schedule in FIGURE_2:
+        print(draw_text(schedule, schedule.num_microbatches), end="\n\n")
+    print(f"{len(rows)} combinations: every count equals its closed form")
+
+
+if __name__ == "__main__":
+    main()
