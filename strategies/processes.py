@@ -50,6 +50,16 @@ class ProcessStrategy(ParallelStrategy):
 
     @property
     @override
+    def global_rank(self) -> int:
+        return super().global_rank if self.is_multiprocess else 0
+
+    @property
+    @override
+    def local_rank(self) -> int:
+        return super().local_rank if self.is_multiprocess else 0
+
+    @property
+    @override
     def root_device(self) -> torch.device:
         return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
 
