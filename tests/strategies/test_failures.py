@@ -79,6 +79,6 @@ def test_a_signal_to_all_ends_all(ends, tmp_path):
     processes = start(tmp_path, 20)
     for process in processes:
         process.send_signal(ends)
-    outputs(processes, within=30)
+    outputs(processes, within=60)
     assert all(process.returncode is not None for process in processes)
     assert_goes_on(tmp_path)
