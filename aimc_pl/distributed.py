@@ -19,6 +19,7 @@ from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import finalize
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,9 @@ class _Peer:
 
     def watch(self, process: int) -> None:
         """Know of the end of its process, which is on this machine."""
-        self._process.register(os.pidfd_open(process), select.POLLIN)
+        descriptor = os.pidfd_open(process)
+        finalize(self, os.close, descriptor)
+        self._process.register(descriptor, select.POLLIN)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for what happens in shared memory."""

@@ -210,20 +210,24 @@ MODULES = {
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_modules(case):
+def test_modules(case, monkeypatch):
     make, strategy, options, message = MODULES[case]
+    updates = []
+
+    def step(optimizer, *args, **kwargs):
+        # Copies, on which layers are measured, may be updated.
+        own = {id(parameter) for parameter in module.parameters()}
+        updates.extend(p for group in optimizer.param_groups for p in group["params"] if id(p) in own)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
     precision = options.get("precision", "64-true")
     module = make().to(torch.float64 if precision == "64-true" else torch.float32)
     data = loader(module, shuffle=False)
-    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     with pytest.raises(UsageError) as error:
         make_trainer(AnalogPipelineStrategy(**strategy), **options).fit(module, data)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    # Layers that have become analog have other names.
-    after = dict(module.named_parameters())
-    for name in before.keys() & after.keys():
-        assert torch.equal(after[name], before[name]), name
+    assert not updates
 
 
 @pytest.mark.parametrize(
