@@ -1,0 +1,164 @@
+"""Many copies of a small network at once, for studies: each copy with a device and a learning rate of its own.
+
+The copies go through one pipeline side by side and never meet, so that a sweep over devices, learning rates and seeds
+takes one run. Every number may be one for all copies, or one per copy as a tensor ``(copies, 1, 1)``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from aimc_pl.devices.mean_field.response import Number
+from aimc_pl.stage import Stage
+
+_OUT_NOISE = 0.06
+"""Of a product, relative to an input of 1; the same number, and the next ones, as in aihwkit's defaults."""
+
+_OUT_BOUND = 12.0
+_MORE_OUT_BITS = 2
+
+
+class Crossbars(nn.Module):
+    """One soft-bounds crossbar per copy: ``(copies, batch, in)`` to ``(copies, batch, out)``, without bias.
+
+    Args:
+        weight: the first weights ``(copies, out, in)``, in float32.
+        generator: of all its noise.
+        tau: τ, the dynamic range: weights stay in [−τ, τ].
+        step: Δw_min, the step at weight 0. The numbers of pulses up and down are then drawn, Poisson of means
+            α(S∓G)/(2Δw_min), where G = Σδᵀx and S = Σ|δ|ᵀ|x| over a batch of inputs x and errors δ. ``None``: the
+            expected motion dw = −αG − (α/τ)S⊙w, the paper's, without granularity.
+        cycle_to_cycle: standard deviation of a step, relative to it.
+        write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
+        io_bits: of the converters before the crossbar; those behind it have two more, a bound of 12 and noise of 0.06,
+            relative to inputs scaled to 1. ``None``: exact products.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        generator: Generator,
+        tau: Number = 1.0,
+        step: Number | None = None,
+        cycle_to_cycle: Number = 0.0,
+        write_noise: Number = 0.0,
+        io_bits: Number | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.tau = tau
+        self.step = step
+        self.cycle_to_cycle = cycle_to_cycle
+        self.write_noise = write_noise
+        self.io_bits = io_bits
+        self._generator = generator
+        self._programmed = weight.clone()
+        self._bound = torch.as_tensor(tau)
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        """Inputs and errors since the last update."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The products."""
+        return _Product.apply(x, self.weight, self)
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x @ weight`` as the converters let it through."""
+        if self.io_bits is None:
+            return x @ weight
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        y = _rounded(x / scale, 2.0, self.io_bits) @ weight
+        y += _OUT_NOISE * self._gaussian(y)
+        return _rounded(y.clamp_(-_OUT_BOUND, _OUT_BOUND), 2 * _OUT_BOUND, self.io_bits + _MORE_OUT_BITS) * scale
+
+    def update(self, learning_rate: Number) -> None:
+        """Pulse the crossbars with the inputs and errors since the last update."""
+        x, error = (torch.cat(values, 1) for values in zip(*self.pending, strict=True))
+        self.pending.clear()
+        net = error.mT @ x * -learning_rate
+        total = error.abs().mT @ x.abs() * learning_rate
+        weight = self.weight.data
+        if self.step is None:
+            weight += net - total / self.tau * weight
+            return
+        up, down = (
+            torch.poisson(((total + sign * net) / (2 * self.step)).clamp_min_(0), self._generator) for sign in (1, -1)
+        )
+        hidden, pulses = self._programmed, up + down
+        # n steps up take a share 1 − (1 − Δw_min/τ)ⁿ of the way to τ, and steps down of that to −τ.
+        share = 1 - (1 - self.step / self.tau) ** pulses
+        sizes = up * (1 - hidden / self.tau) ** 2 + down * (1 + hidden / self.tau) ** 2
+        spread = self.cycle_to_cycle * self.step * sizes.sqrt_()
+        hidden += (self.tau * (up - down) / pulses.clamp_min(1) - hidden) * share + spread * self._gaussian(hidden)
+        torch.maximum(torch.minimum(hidden, self._bound, out=hidden), -self._bound, out=hidden)
+        weight.copy_(hidden + self.write_noise * self.step * self._gaussian(hidden))
+
+    def note(self, x: Tensor, error: Tensor) -> None:
+        """Keep inputs and errors for the next update."""
+        self.pending.append((x.detach(), error))
+
+    def _gaussian(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self._generator)
+
+
+class _Product(torch.autograd.Function):
+    """Forward and backward with the weights of their own time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, crossbars: Crossbars) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.crossbars = crossbars
+        return crossbars.multiply(x, weight.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, error: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        ctx.crossbars.note(x, error)
+        return ctx.crossbars.multiply(error, ctx.crossbars.weight.detach()), None, None
+
+
+class EnsembleBatch:
+    """A micro-batch of the pipeline for all copies.
+
+    Args:
+        x: inputs ``(copies, batch, features)``; one copy serves for all if ``copies`` is 1.
+        loss: takes the outputs ``(copies, batch, out)`` and returns the copies' losses ``(copies,)``.
+    """
+
+    def __init__(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
+        self.x = x
+        self.loss = loss
+
+    def enter(self) -> tuple[Tensor]:
+        """See :class:`aimc_pl.pipeline.MicroBatch`."""
+        return (self.x,)
+
+    def leave(self, outputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+        """See :class:`aimc_pl.pipeline.MicroBatch`."""
+        return self.loss(outputs[0]).sum(), torch.ones(())
+
+    def entered(self, gradients: Any) -> None:
+        """Nothing comes before the pipeline."""
+
+
+class EnsembleStage(nn.Sequential):
+    """Layers as a module for :class:`aimc_pl.stage.Stage`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What leaves the last layer."""
+        return (super().forward(x),)
+
+
+def update_crossbars(stage: Stage, learning_rate: Number) -> None:
+    """Update every crossbar of a stage from what its backwards left."""
+    for module in stage.module.modules():
+        if isinstance(module, Crossbars):
+            module.update(learning_rate)
+
+
+def _rounded(values: Tensor, width: float, bits: Number) -> Tensor:
+    step = width / (2**bits - 2)
+    return torch.round(values / step) * step

@@ -1,0 +1,251 @@
+"""Figure 4 of the paper: a ResNet on CIFAR-10 without a pipeline, with a synchronous and with an asynchronous one.
+
+Soft-bounds devices and, beside them, digital layers. `none` and `sync` are the same arithmetic with any number of
+stages, so that one run stands for both; their clock cycles follow from the schedule. Runs that the CSV file holds are
+not repeated. Usage:
+
+    .venv/bin/python scripts/paper_accuracy.py --data data --csv docs/results/figure_4.csv \
+        --png docs/images/figure_4.png
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sweeps import Row, curves, select, sweep
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.data import CIFAR10, Digits
+from aimc_pl.data.images import Images, InMemoryImages
+from aimc_pl.devices import soft_bounds
+from aimc_pl.models import ResNet
+from aimc_pl.schedule import Schedule, ScheduleName
+from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.tasks import Classifier
+
+EPOCHS = 8
+BATCH_SIZE = 128
+NUM_MICROBATCHES = 4
+LEARNING_RATE = 0.5
+ANALOG = soft_bounds(tau=4.0, num_states=20000)
+DEVICE: Any = {"*": None, "group2*": ANALOG, "group3*": ANALOG}
+LAYERS = [f"group{group}.0.{layer}" for group in (1, 2, 3) for layer in ("conv1", "bn1", "conv2", "bn2")]
+SPLITS = {
+    2: ["group2.0.conv1"],
+    4: ["group1.0.conv1", "group2.0.conv1", "group3.0.conv1"],
+    8: [*LAYERS[::2], "pool"],
+    16: ["bn", *LAYERS, "pool", "fc"],
+}
+COLORS: dict[ScheduleName, str] = {"none": "C1", "sync": "C0", "async": "C2"}
+TARGET = 0.65
+"""Accuracy to reach for a speedup."""
+
+
+class DigitsInColour(Digits):
+    """Images of three equal channels, for the quick mode."""
+
+    def load(self) -> tuple[Images, Images]:
+        """See :meth:`InMemoryImages.load`."""
+        (train, labels), (test, test_labels) = super().load()
+        return (train.expand(-1, 3, -1, -1), labels), (test.expand(-1, 3, -1, -1), test_labels)
+
+
+class Curve(pl.Callback):
+    """Training loss, test accuracy and clock cycles of every epoch."""
+
+    def __init__(self, clock: ClockMonitor) -> None:
+        self.clock = clock
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note them."""
+        metrics = trainer.callback_metrics
+        self.rows.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "mini_batches": trainer.global_step,
+                "loss": float(metrics["train/loss_epoch"]),
+                "accuracy": float(metrics["val/accuracy"]),
+                "cycles": self.clock.cycles,
+            }
+        )
+
+
+def run(
+    kind: Literal["analog", "digital"],
+    schedule: ScheduleName,
+    num_stages: int,
+    seed: int,
+    epochs: int,
+    root: str | None = None,
+) -> list[dict[str, float]]:
+    """Train once; accuracy is that of the test images after each epoch.
+
+    Args:
+        kind: of the convolutions but the first.
+        schedule: of the pipeline.
+        num_stages: one of :data:`SPLITS`, or 1.
+        seed: of weights, devices, noise and the order of images.
+        epochs: length of the run, and of the learning rate's cosine.
+        root: the folder of CIFAR-10; handwritten digits without.
+    """
+    pl.seed_everything(seed, verbose=False)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "drop_last": True}
+    data: InMemoryImages = CIFAR10(root, **options) if root else DigitsInColour(**options)
+    data.setup("fit")
+    clock = ClockMonitor()
+    curve = Curve(clock)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        strategy=AnalogPipelineStrategy(
+            num_stages,
+            schedule,
+            NUM_MICROBATCHES,
+            device=DEVICE if kind == "analog" else None,
+            backbone="network",
+            split_at=SPLITS.get(num_stages),
+        ),
+        callbacks=[clock, curve],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    task = Classifier(
+        ResNet(8, width=16 if root else 4),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE),
+        lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
+    )
+    trainer.fit(task, data.train_dataloader(), data.test_dataloader())
+    return curve.rows
+
+
+def cases(num_seeds: int, epochs: int) -> list[dict[str, Any]]:
+    """Without delay, and asynchronously in 2 to 16 stages; digital controls without delay and in 8 stages."""
+    analog = [("analog", "sync", 4), *(("analog", "async", num_stages) for num_stages in SPLITS)]
+    digital = [("digital", "sync", 4), ("digital", "async", 8)]
+    return [
+        {"seed": seed, "kind": kind, "schedule": schedule, "num_stages": num_stages, "epochs": epochs}
+        for seed, (kind, schedule, num_stages) in product(range(num_seeds), analog + digital)
+    ]
+
+
+def accuracy(rows: Sequence[Row], kind: str, num_stages: int | None = None) -> np.ndarray:
+    """Of the test images, asynchronously in so many stages, or without delay ``(seeds, epochs)``."""
+    which = {"schedule": "async", "num_stages": num_stages} if num_stages else {"schedule": "sync"}
+    return curves(select(rows, kind=kind, **which), "accuracy")
+
+
+def cycles(rows: Sequence[Row], kind: str, schedule: ScheduleName, num_stages: int) -> np.ndarray:
+    """Clock cycles after every epoch, counted (`async`) or from the schedule of every mini-batch."""
+    if schedule == "async":
+        return curves(select(rows, kind=kind, schedule="async", num_stages=num_stages), "cycles")[0]
+    mini_batches = curves(select(rows, kind=kind, schedule="sync"), "mini_batches")[0]
+    return mini_batches * Schedule(schedule, num_stages, NUM_MICROBATCHES).num_cycles()
+
+
+def cycles_to(target: float, accuracies: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """The clock cycle in which each seed reaches an accuracy, between epochs by interpolation; infinite if none."""
+    reached = np.full(len(accuracies), np.inf)
+    for seed, values in enumerate(accuracies):
+        above = np.flatnonzero(values >= target)
+        if len(above):
+            last = above[0]
+            points = slice(max(last - 1, 0), last + 1)
+            reached[seed] = np.interp(target, values[points], after[points])
+    return reached
+
+
+def speedups(rows: Sequence[Row], kind: str, schedule: ScheduleName, num_stages: int) -> np.ndarray:
+    """How many times fewer clock cycles each seed needs to the target than the mean without a pipeline."""
+    prompt = accuracy(rows, kind)
+    alone = cycles_to(TARGET, prompt, cycles(rows, kind, "none", num_stages))
+    ours = accuracy(rows, kind, num_stages) if schedule == "async" else prompt
+    return alone.mean() / cycles_to(TARGET, ours, cycles(rows, kind, schedule, num_stages))
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print final accuracies and speedups."""
+    for kind in ("analog", "digital"):
+        prompt = accuracy(rows, kind)[:, -1]
+        print(f"{kind:<8} none, sync      accuracy {prompt.mean():.4f} ± {standard_error(prompt):.4f}")
+        for num_stages in sorted({int(row["num_stages"]) for row in select(rows, kind=kind, schedule="async")}):
+            last = accuracy(rows, kind, num_stages)[:, -1]
+            sync, ours = (speedups(rows, kind, schedule, num_stages) for schedule in ("sync", "async"))
+            print(
+                f"{kind:<8} async, M = {num_stages:<3} accuracy {last.mean():.4f} ± {standard_error(last):.4f}  "
+                f"cycles to {TARGET}: {ours.mean():.2f} ± {standard_error(ours):.2f} times fewer than none "
+                f"({ours.mean() / num_stages:.2f} M), sync {sync.mean():.2f}"
+            )
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
+    """Accuracy by epoch and by clock cycle, and speedup by number of stages."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    by_epoch, by_cycle, by_stages = figure.subplots(1, 3)
+    for kind, style in (("analog", "-"), ("digital", "--")):
+        prompt, ours = accuracy(rows, kind), accuracy(rows, kind, num_stages)
+        epochs = np.arange(1, prompt.shape[1] + 1)
+        band(by_epoch, epochs, prompt, f"{kind}, none and sync", color="C0", linestyle=style)
+        band(by_epoch, epochs, ours, f"{kind}, async", color="C2", linestyle=style)
+    by_epoch.set(xlabel="epoch", ylabel="test accuracy", title=f"{num_stages} stages")
+    for schedule, color in COLORS.items():
+        curve = accuracy(rows, "analog", num_stages if schedule == "async" else None)
+        band(by_cycle, cycles(rows, "analog", schedule, num_stages), curve, f"analog, {schedule}", color=color)
+    by_cycle.set(xscale="log", xlabel="clock cycle", ylabel="test accuracy", title=f"{num_stages} stages")
+    stages = list(SPLITS)
+    for schedule in ("sync", "async"):
+        color = COLORS[schedule]
+        values = [speedups(rows, "analog", schedule, m) for m in stages]
+        means, errors = [1.0, *map(np.mean, values)], [0.0, *map(standard_error, values)]
+        by_stages.errorbar([1, *stages], means, errors, marker="o", color=color, label=f"analog, {schedule}")
+    by_stages.plot([1, *stages], [1, *stages], "k:", label="number of stages")
+    by_stages.set(xlabel="stages", ylabel=f"times fewer clock cycles to {TARGET:.0%}", title="speedup over no pipeline")
+    for axes in (by_epoch, by_cycle, by_stages):
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def band(axes: Axes, x: np.ndarray, values: np.ndarray, label: str, **style: Any) -> None:
+    """The mean over the seeds and their range."""
+    axes.plot(x, values.mean(0), label=label, marker=".", **style)
+    axes.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.2)
+
+
+def main() -> None:
+    """Run what is missing, report and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", metavar="ROOT", help="folder of CIFAR-10, in torchvision's layout")
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
+    parser.add_argument("--quick", action="store_true", help="two epochs of a narrow network on handwritten digits")
+    args = parser.parse_args()
+    if not (args.data or args.quick):
+        parser.error("--data says where CIFAR-10 is")
+    epochs, root = (2, None) if args.quick else (EPOCHS, args.data)
+    rows = sweep(partial(run, root=root), cases(args.seeds, epochs), args.csv, args.jobs)
+    report(rows)
+    draw(rows).savefig(args.png, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

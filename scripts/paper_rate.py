@@ -1,0 +1,349 @@
+"""The convergence rate: squared gradient norm against updates, with and without a pipeline's delay.
+
+A linear network of eight layers, whose expected loss has a closed form, and an MLP on real digits, whose full gradient
+is summed over all images. Every update takes one sample, so that it is of rank one, and moves the weights by the
+paper's expected motion; the noise is that of the samples and their labels. Copies with other learning rates, dynamic
+ranges τ, label noises and seeds run side by side. Usage:
+
+    .venv/bin/python scripts/paper_rate.py --csv docs/results/rate.csv --png docs/images/rate.png
+"""
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise, product
+from math import inf, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sweeps import Row, curves, select, sweep
+from torch import Generator, Tensor, nn
+
+from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
+from aimc_pl.pipeline import Pipeline
+from aimc_pl.schedule import Schedule
+from aimc_pl.stage import Stage
+from aimc_pl.theory import asymptotic_error, estimate, fit_complexity, fit_exponent, stationary_error
+
+STAGES = {"linear": (1, 2, 4, 8), "mlp": (1, 4)}
+UPDATES = {"linear": 60_000, "mlp": 40_000}
+LEARNING_RATES = {"linear": [0.02 / 1.6**k for k in range(11)], "mlp": [0.1 / 1.6**k for k in range(11)]}
+RANGES = (2.0, 4.0, 8.0, inf)
+NOISES = (0.1, 0.3)
+EPSILONS = {"linear": np.geomspace(2, 0.1, 14), "mlp": np.geomspace(1, 0.02, 14)}
+EVERY = {"linear": 20, "mlp": 100}
+"""Updates from one full gradient to the next."""
+
+ABOVE_FLOOR = 2
+"""Errors are fitted down to this many floors."""
+
+
+class Problem(ABC):
+    """Something to learn by regression.
+
+    Attributes:
+        sizes: features between the layers.
+        activation: between the layers.
+        gain: of the first weights' standard deviation, and of their diagonal.
+    """
+
+    sizes: Sequence[int]
+    activation: type[nn.Module]
+    gain: tuple[float, float]
+
+    @abstractmethod
+    def sample(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Inputs ``(count, 1, in)`` and labels without noise."""
+
+    @abstractmethod
+    def loss(self, weights: Sequence[Tensor]) -> Tensor:
+        """The expected loss ``(copies,)``, without what label noise adds."""
+
+    def gradient(self, layers: Sequence[Crossbars]) -> list[Tensor]:
+        """The full gradient."""
+        weights = [layer.weight.detach().requires_grad_() for layer in layers]
+        return list(torch.autograd.grad(self.loss(weights).sum(), weights))
+
+
+class LinearNetwork(Problem):
+    """Eight linear layers learn a rotation R: of x with E[xxᵀ] = 1 the loss is ½‖W₈…W₁ − R‖²."""
+
+    def __init__(self) -> None:
+        self.sizes = [8] * 9
+        self.activation = nn.Identity
+        self.gain = (0.2, 0.6)
+        self.target = torch.linalg.qr(torch.randn(8, 8, generator=Generator().manual_seed(0)))[0]
+
+    def sample(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """See :class:`Problem`."""
+        x = torch.randn(count, 1, 8, generator=generator)
+        return x, x @ self.target.T
+
+    def loss(self, weights: Sequence[Tensor]) -> Tensor:
+        """See :class:`Problem`."""
+        chain = weights[0]
+        for weight in weights[1:]:
+            chain = weight @ chain
+        return (chain - self.target).square().sum((1, 2)) / 2
+
+
+class DigitsNetwork(Problem):
+    """Four layers with tanh learn the classes of 256 digits of 4x4 pixels by squares."""
+
+    def __init__(self) -> None:
+        self.sizes = [16, 16, 16, 16, 10]
+        self.activation = nn.Tanh
+        self.gain = (0.25, 0.0)
+        data: Any = load_digits()
+        images = F.avg_pool2d(torch.from_numpy(data.images[:256]).float(), 2).flatten(1)
+        self.x = (images - images.mean(0)) / images.std()
+        self.y = F.one_hot(torch.from_numpy(data.target[:256])).float()
+
+    def sample(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """See :class:`Problem`."""
+        chosen = torch.randint(len(self.x), (count, 1), generator=generator)
+        return self.x[chosen], self.y[chosen]
+
+    def loss(self, weights: Sequence[Tensor]) -> Tensor:
+        """See :class:`Problem`."""
+        h = self.x
+        for weight in weights[:-1]:
+            h = torch.tanh(h @ weight.mT)
+        return (h @ weights[-1].mT - self.y).square().sum(2).mean(1) / 2
+
+
+PROBLEMS = {"linear": LinearNetwork, "mlp": DigitsNetwork}
+
+
+class Copies:
+    """The copies of a problem's network, each with its learning rate, range, noise and seed."""
+
+    def __init__(self, problem: Problem, rates: Sequence[float], num_seeds: int) -> None:
+        self.problem = problem
+        self.num_seeds = num_seeds
+        self.settings = list(product(rates, RANGES, NOISES, range(num_seeds)))
+        self.rate, tau, self.noise = (
+            torch.tensor(column).view(-1, 1, 1) for column in list(zip(*self.settings, strict=True))[:3]
+        )
+        self.tau = tau
+        self.seed = torch.arange(num_seeds).repeat(len(self.settings) // num_seeds)
+        self.generator = Generator().manual_seed(0)
+        std, diagonal = problem.gain
+        self.layers = []
+        for size, out_size in pairwise(problem.sizes):
+            weight = std * torch.randn(num_seeds, out_size, size, generator=self.generator)
+            weight += diagonal * torch.eye(out_size, size)
+            self.layers.append(Crossbars(weight[self.seed], self.generator, tau))
+
+    def pipeline(self, num_stages: int) -> Pipeline:
+        """The layers in stages; without delay if there is one."""
+        modules = [nn.Sequential(layer, self.problem.activation()) for layer in self.layers[:-1]] + [self.layers[-1]]
+        each = len(modules) // num_stages
+        stages = [Stage(m, EnsembleStage(*modules[m * each : (m + 1) * each]), delayed=True) for m in range(num_stages)]
+        return Pipeline(stages, Schedule("async", num_stages), lambda stage: update_crossbars(stage, self.rate))
+
+    def batch(self, count: int = 1) -> EnsembleBatch:
+        """Samples with noisy labels; copies that differ in settings only get the same."""
+        x, y = self.problem.sample(self.num_seeds * count, self.generator)
+        noise = torch.randn(y.shape, generator=self.generator)
+        x, y, noise = (value.view(self.num_seeds, count, -1)[self.seed] for value in (x, y, noise))
+        labels = y + self.noise * noise
+        return EnsembleBatch(x, lambda output: (output - labels).square().sum((1, 2)) / 2)
+
+    def magnitude_and_variance(self, count: int = 1000) -> tuple[list[Tensor], Tensor]:
+        """E|g| of every layer, and the variance of g summed over all weights ``(copies,)``."""
+        batch = self.batch(count)
+        output = batch.x
+        for layer in self.layers[:-1]:
+            output = self.problem.activation()(layer(output))
+        batch.loss(self.layers[-1](output)).sum().backward()
+        magnitudes, second = [], torch.zeros(len(self.seed))
+        for layer in self.layers:
+            ((x, error),) = layer.pending
+            layer.pending.clear()
+            magnitudes.append(error.abs().mT @ x.abs() / count)
+            second += (error.square().sum(2) * x.square().sum(2)).mean(1)
+        gradients = self.problem.gradient(self.layers)
+        return magnitudes, second - squared_norm(gradients)
+
+
+def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Summed over the layers ``(copies,)``."""
+    return torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0)
+
+
+def run(problem: str, num_stages: int, num_updates: int, num_seeds: int) -> list[dict[str, Any]]:
+    """Train all copies; returns, for each setting but the learning rate, the updates to each ε with the best one.
+
+    The error is the squared gradient norm, averaged over the updates so far. One stage has no delay.
+    """
+    torch.set_flush_denormal(True)
+    rates, epsilons, every = LEARNING_RATES[problem], EPSILONS[problem], EVERY[problem]
+    copies = Copies(PROBLEMS[problem](), rates, num_seeds)
+    pipeline = copies.pipeline(num_stages)
+    total = torch.zeros(len(copies.seed), dtype=torch.float64)
+    late = torch.zeros(len(copies.seed), dtype=torch.float64)
+    reached = torch.full((len(copies.seed), len(epsilons)), inf, dtype=torch.float64)
+    for update in range(0, num_updates, every):
+        error = squared_norm(copies.problem.gradient(copies.layers))
+        total += error
+        late += error * (update >= num_updates * 3 // 4)
+        mean = total / (update // every + 1)
+        reached = torch.where((mean[:, None] <= torch.tensor(epsilons)) & reached.isinf(), update + every, reached)
+        pipeline.run([copies.batch() for _ in range(every)])
+    pipeline.drain()
+    late /= len(range(0, num_updates, every)) / 4
+    magnitudes, variance = copies.magnitude_and_variance()
+    weights = [layer.weight.detach() for layer in copies.layers]
+    each = [stationary_error(w, g, copies.tau) for w, g in zip(weights, magnitudes, strict=True)]
+    stationary = torch.stack(each).sum(0)
+    saturation = torch.stack([w.abs().amax((1, 2)) for w in weights]).amax(0) / copies.tau.flatten()
+
+    def by_rate(values: Tensor) -> Tensor:
+        return values.unflatten(0, (len(rates), -1))
+
+    fastest, which = by_rate(reached).min(0)
+    late_by_rate = by_rate(late)
+    smallest = torch.where(late_by_rate.isfinite(), late_by_rate, inf).argmin(0)
+    rows = []
+    for i, (_, tau, noise, seed) in enumerate(copies.settings[: len(smallest)]):
+        best = int(smallest[i])
+        copy = best * len(smallest) + i
+        floor = {
+            "floor": float(late[copy]),
+            "floor_stationary": float(stationary[copy]),
+            "floor_bound": asymptotic_error(float(variance[copy]), float(saturation[copy])),
+            "floor_learning_rate": rates[best],
+            "variance": float(variance[copy]),
+            "saturation": float(saturation[copy]),
+        }
+        for j, epsilon in enumerate(epsilons):
+            at_epsilon = {"epsilon": epsilon, "updates": float(fastest[i, j]), "learning_rate": rates[int(which[i, j])]}
+            rows.append({"tau": tau, "noise": noise, "seed": seed, **at_epsilon, **floor})
+    return rows
+
+
+def reach(
+    rows: Sequence[Row], problem: str, num_stages: int, tau: float, noise: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The errors ε that every seed reaches, well above the floor, and the updates it takes ``(seeds, points)``."""
+    mine = select(rows, problem=problem, num_stages=num_stages, tau=tau, noise=noise)
+    updates = curves(mine, "updates")
+    epsilon = np.array([float(row["epsilon"]) for row in mine])[: updates.shape[1]]
+    floor = max(float(row["floor"]) for row in mine) if np.isfinite(tau) else 0.0
+    good = np.isfinite(updates).all(0) & (epsilon > ABOVE_FLOOR * floor)
+    return epsilon[good], updates[:, good]
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print exponents with their intervals, and what delay adds to the updates."""
+    for problem, tau, noise in product(STAGES, RANGES, NOISES):
+        prompt_epsilon, prompt = reach(rows, problem, 1, tau, noise)
+        for num_stages in STAGES[problem]:
+            epsilon, updates = reach(rows, problem, num_stages, tau, noise)
+            if len(epsilon) < 3:
+                continue
+            exponent = estimate([fit_exponent(epsilon, each) for each in updates])
+            complexity = fit_complexity(epsilon, updates.mean(0))
+            same = np.isin(prompt_epsilon, epsilon)
+            more = updates[:, -1].mean() / prompt[:, same][:, -1].mean()
+            print(
+                f"{problem:<6} tau {tau:<4} noise {noise}  M = {num_stages}  exponent {exponent.value:.2f} "
+                f"[{exponent.low:.2f}, {exponent.high:.2f}]  {complexity.dominant:.0f}/e^2 + {complexity.extra:.0f}/e  "
+                f"updates to {epsilon[-1]:.2f} relative to no delay {more:.3f}"
+            )
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Error against updates, what delay adds, and the floor against τ."""
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
+    for axes, problem in zip(figure.subplots(2, 3), STAGES, strict=True):
+        draw_reach(axes[0], rows, problem)
+        draw_extra(axes[1], rows, problem)
+        draw_floor(axes[2], rows, problem)
+    return figure
+
+
+def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
+    """Mean squared gradient norm against updates, on two devices."""
+    for (tau, style), (color, num_stages) in product(((inf, "-"), (4.0, "--")), enumerate(STAGES[problem])):
+        epsilon, updates = reach(rows, problem, num_stages, tau, NOISES[-1])
+        label = f"M = {num_stages}" if tau == inf else None
+        axes.plot(updates.mean(0), epsilon, style, color=f"C{color}", label=label, marker=".")
+    updates = np.array(axes.get_xlim())
+    axes.plot(updates, 0.7 * max(EPSILONS[problem]) * (updates / updates[0]) ** -0.5, "k:", label="updates^(−1/2)")
+    axes.set(xscale="log", yscale="log", xlabel="updates", ylabel="mean squared gradient norm, best rate")
+    axes.set_title(f"{problem}: τ = ∞ (solid), τ = 4 (dashed)", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
+    """Updates with delay over those without."""
+    for color, num_stages in enumerate(STAGES[problem]):
+        ours, prompt = (dict(zip(*turned(rows, problem, m), strict=True)) for m in (num_stages, 1))
+        epsilon = [e for e in ours if e in prompt]
+        if not epsilon:
+            continue
+        ratios = np.array([ours[e] / prompt[e] for e in epsilon])
+        error = ratios.std(1, ddof=1) / sqrt(ratios.shape[1])
+        axes.errorbar(epsilon, ratios.mean(1), error, color=f"C{color}", label=f"M = {num_stages}", marker=".")
+    axes.set(xscale="log", xlabel="ε", ylabel="updates to ε over those without delay")
+    axes.invert_xaxis()
+    axes.set_title("τ = ∞, mean and standard error over the seeds", fontsize=10)
+
+
+def turned(rows: Sequence[Row], problem: str, num_stages: int) -> tuple[list[float], np.ndarray]:
+    """Errors and updates by error ``(points, seeds)``."""
+    epsilon, updates = reach(rows, problem, num_stages, inf, NOISES[-1])
+    return list(epsilon), updates.T
+
+
+def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
+    """What is left of the gradient, measured and by theory."""
+    largest = max(STAGES[problem])
+    finite = [tau for tau in RANGES if np.isfinite(tau)]
+    kinds = (("floor", "measured"), ("floor_stationary", "expected motion vanishes"), ("floor_bound", "bound"))
+    for (field, label), (num_stages, style) in product(kinds, ((1, "o-"), (largest, "s--"))):
+        mine = [select(rows, problem=problem, num_stages=num_stages, tau=tau, noise=NOISES[-1]) for tau in finite]
+        values = np.array([curves(of_tau, field)[:, 0] for of_tau in mine])
+        color = f"C{[kind[0] for kind in kinds].index(field)}"
+        axes.errorbar(
+            finite,
+            values.mean(1),
+            values.std(1, ddof=1) / sqrt(values.shape[1]),
+            fmt=style,
+            color=color,
+            label=f"{label}, M = {num_stages}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="τ", ylabel="squared gradient norm of the last quarter")
+    axes.legend(fontsize=7)
+
+
+def main() -> None:
+    """Run what is missing, report and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the updates")
+    args = parser.parse_args()
+    share = 20 if args.quick else 1
+    cases = [
+        {"problem": problem, "num_stages": m, "num_updates": UPDATES[problem] // share, "num_seeds": args.seeds}
+        for problem in STAGES
+        for m in STAGES[problem]
+    ]
+    rows = sweep(run, cases, args.csv, args.jobs)
+    report(rows)
+    draw(rows).savefig(args.png, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""What would settle it: updates to a target while the number of stages grows, and how devices move the answer.
+
+A deep and narrow residual network on real digits: 64 layers in 1 to 64 stages on devices of the paper's expected
+motion, and 16 layers in 1 to 16 stages on pulsed devices. The learning rate is the best of a grid for every number of
+stages, device and seed. Usage:
+
+    .venv/bin/python scripts/paper_stages.py --csv docs/results/stages.csv --png docs/images/stages.png
+    .venv/bin/python scripts/paper_stages.py --devices --csv docs/results/stages_devices.csv \
+        --png docs/images/stages_devices.png
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from itertools import product
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sweeps import Row, curves, select, sweep
+from torch import Generator, Tensor, nn
+
+from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
+from aimc_pl.pipeline import Pipeline
+from aimc_pl.schedule import Duplex, Schedule
+from aimc_pl.stage import Stage
+
+MICROBATCH_SIZE = 8
+WIDTH = 16
+LEARNING_RATES = tuple(0.64 / 2 ** (k / 2) for k in range(17))
+TARGETS = {"loss": (1.0, 0.5, 0.25, 0.1), "accuracy": (0.8, 0.9, 0.94)}
+EVERY = 10
+"""Updates from one evaluation to the next."""
+
+PIPELINES: tuple[tuple[int, Duplex], ...] = (
+    *((num_stages, "half") for num_stages in (1, 2, 4, 8, 16, 32, 64)),
+    *((num_stages, "full") for num_stages in (2, 4, 8, 16, 32, 64)),
+)
+RANGES = (4.0, 16.0, inf)
+
+DEVICE_STAGES = (1, 4, 16)
+BASE = {"tau": 2.0, "step": 2.0**-8, "cycle_to_cycle": 0.3, "write_noise": 0.0, "io_bits": None}
+"""1,024 steps in the range 2τ."""
+
+DEVICE_TARGETS = (0.8, 0.9)
+LABELS = {
+    "step": "Δw_min (range 4)",
+    "cycle_to_cycle": "cycle-to-cycle spread of a step",
+    "write_noise": "write noise, in Δw_min",
+    "io_bits": "bits of the input converters",
+}
+
+SWEEPS: dict[str, Sequence[Any]] = {
+    "step": [BASE["tau"] * 2 * 2.0**-k for k in range(3, 11)],
+    "cycle_to_cycle": [0.0, 0.5, 1.0, 2.0],
+    "write_noise": [0.0, 2.0, 5.0, 10.0],
+    "io_bits": [3.0, 4.0, 5.0, 7.0],
+}
+
+Device = Mapping[str, Any]
+
+
+class Residual(nn.Module):
+    """x + tanh(Wx)·scale."""
+
+    def __init__(self, crossbars: Crossbars, scale: float) -> None:
+        super().__init__()
+        self.crossbars = crossbars
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(copies, batch, width)`` to the same."""
+        return x + torch.tanh(self.crossbars(x)) * self.scale
+
+
+class Digits:
+    """Real digits of 4x4 pixels; every fifth is a test image."""
+
+    def __init__(self) -> None:
+        data: Any = load_digits()
+        images = F.avg_pool2d(torch.from_numpy(data.images).float(), 2).flatten(1)
+        x, y = (images - images.mean(0)) / images.std(), torch.from_numpy(data.target)
+        test = torch.arange(len(x)) % 5 == 0
+        self.x, self.y = x[~test], y[~test]
+        self.x_test, self.y_test = x[test], y[test]
+
+
+def all_targets() -> list[tuple[str, float]]:
+    """Metrics and values."""
+    return [(metric, value) for metric, values in TARGETS.items() for value in values]
+
+
+def build(depth: int, seed: Tensor, device: Device, generator: Generator) -> list[nn.Module]:
+    """The layers of all copies; those of the same seed start alike."""
+    modules: list[nn.Module] = []
+    for layer in range(depth):
+        out_size = 10 if layer == depth - 1 else WIDTH
+        weight = torch.randn(int(seed.max()) + 1, out_size, WIDTH, generator=generator) / WIDTH**0.5
+        crossbars = Crossbars(weight[seed], generator, **device)
+        modules.append(Residual(crossbars, depth**-0.5) if 0 < layer < depth - 1 else crossbars)
+    return modules
+
+
+def train(
+    depth: int,
+    num_stages: int,
+    duplex: Duplex,
+    devices: Sequence[Device],
+    rates: Sequence[float],
+    num_seeds: int,
+    num_updates: int,
+) -> list[dict[str, Any]]:
+    """Train a copy for every device, learning rate and seed, until one rate of each has reached all targets.
+
+    Args:
+        depth: layers.
+        num_stages: of the asynchronous pipeline; one has no delay.
+        duplex: of the pipeline.
+        devices: what the crossbars are made of.
+        rates: the grid of learning rates.
+        num_seeds: of weights and the order of samples.
+        num_updates: where to give up.
+
+    Returns:
+        For each device, seed and target the fewest updates, infinite if no rate gets there, and their rate.
+    """
+    torch.set_flush_denormal(True)
+    settings = list(product(range(len(devices)), rates, range(num_seeds)))
+    which, rate, seed = (torch.tensor(column) for column in zip(*settings, strict=True))
+    columns = {key: [device[key] for device in devices] for key in devices[0]}
+    device = {
+        key: None if None in column else torch.tensor(column)[which].view(-1, 1, 1) for key, column in columns.items()
+    }
+    generator = Generator().manual_seed(0)
+    modules = build(depth, seed, device, generator)
+    each = depth // num_stages
+    stages = [Stage(m, EnsembleStage(*modules[m * each : (m + 1) * each]), delayed=True) for m in range(num_stages)]
+    schedule = Schedule("async", num_stages, 1, duplex)
+    pipeline = Pipeline(stages, schedule, lambda stage: update_crossbars(stage, rate.view(-1, 1, 1)))
+    data, network = Digits(), nn.Sequential(*modules)
+    targets = all_targets()
+    reached = torch.full((len(devices), len(rates), num_seeds, len(targets)), inf)
+    for update in range(EVERY, num_updates + EVERY, EVERY):
+        pipeline.run([sample(data, seed, generator) for _ in range(EVERY)])
+        loss, accuracy = evaluate(network, data)
+        hits = [loss <= value if metric == "loss" else accuracy >= value for metric, value in targets]
+        reached = torch.where(torch.stack(hits, 1).view(reached.shape) & reached.isinf(), update, reached)
+        if reached.amin(1).isfinite().all():
+            break
+    fastest, best = reached.min(1)
+    return [
+        {
+            **devices[d],
+            "seed": s,
+            "metric": metric,
+            "target": value,
+            "updates": float(fastest[d, s, t]),
+            "learning_rate": rates[int(best[d, s, t])],
+        }
+        for d, s in product(range(len(devices)), range(num_seeds))
+        for t, (metric, value) in enumerate(targets)
+    ]
+
+
+def sample(data: Digits, seed: Tensor, generator: Generator) -> EnsembleBatch:
+    """A micro-batch of random training images, the same for copies of one seed."""
+    chosen = torch.randint(len(data.x), (int(seed.max()) + 1, MICROBATCH_SIZE), generator=generator)[seed]
+    labels = data.y[chosen]
+    return EnsembleBatch(data.x[chosen], lambda output: F.cross_entropy(output.mT, labels, reduction="none").mean(1))
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, data: Digits, count: int = 360) -> tuple[Tensor, Tensor]:
+    """Loss of some training images and accuracy of the test images ``(copies,)``."""
+    output = network(torch.cat([data.x[:count], data.x_test])[None])
+    labels = data.y[:count].expand(len(output), -1)
+    loss = F.cross_entropy(output[:, :count].mT, labels, reduction="none").mean(1)
+    return loss, (output[:, count:].argmax(2) == data.y_test).float().mean(1)
+
+
+def run_stages(num_stages: int, duplex: Duplex, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
+    """64 layers on devices of the paper's expected motion."""
+    devices = [{"tau": tau} for tau in RANGES]
+    return train(64, num_stages, duplex, devices, LEARNING_RATES, num_seeds, num_updates)
+
+
+def run_devices(sweep: str, num_stages: int, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
+    """16 layers on pulsed devices that differ in one property."""
+    devices = [BASE | {sweep: value} for value in SWEEPS[sweep]]
+    return train(16, num_stages, "half", devices, LEARNING_RATES[::2], num_seeds, num_updates)
+
+
+def updates_to(rows: Sequence[Row], metric: str, target: float, **where: Any) -> np.ndarray:
+    """The updates of every seed, infinite where no learning rate gets there."""
+    return curves(select(rows, metric=metric, target=target, **where), "updates")[:, 0]
+
+
+def relative(rows: Sequence[Row], metric: str, target: float, num_stages: int, **where: Any) -> np.ndarray:
+    """Updates of every seed over those of one stage; no number where neither gets there."""
+    alone = where | ({"duplex": "half"} if "duplex" in where else {})
+    with np.errstate(invalid="ignore"):
+        ours = updates_to(rows, metric, target, num_stages=num_stages, **where)
+        return ours / updates_to(rows, metric, target, num_stages=1, **alone)
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print the updates to every target without delay, and what each pipeline needs relative to them."""
+    for (metric, value), tau in product(all_targets(), RANGES):
+        alone = updates_to(rows, metric, value, num_stages=1, tau=tau)
+        line = " ".join(
+            f"{num_stages}{duplex[0]} {relative(rows, metric, value, num_stages, duplex=duplex, tau=tau).mean():.2f}"
+            for num_stages, duplex in PIPELINES[1:]
+        )
+        print(
+            f"{metric:<8} {value:<4} tau {tau:<4}  {alone.mean():.0f} updates with one stage; relative to that {line}"
+        )
+
+
+def report_devices(rows: Sequence[Row]) -> None:
+    """The same for devices."""
+    for (name, values), target in product(SWEEPS.items(), DEVICE_TARGETS):
+        for value in values:
+            where = {"sweep": name, name: value}
+            alone = updates_to(rows, "accuracy", target, num_stages=1, **where)
+            line = " ".join(
+                f"{m}: {relative(rows, 'accuracy', target, m, **where).mean():.2f}" for m in DEVICE_STAGES[1:]
+            )
+            print(f"{name:<14} {value:<8.4g} accuracy {target}  {alone.mean():.0f} updates; relative {line}")
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Relative updates against stages, what delay adds in updates, the best rate, and the cycles saved."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    grid = figure.subplots(2, len(RANGES))
+    for column, tau in enumerate(RANGES):
+        ratios, savings = grid[:, column]
+        stages = sorted({num_stages for num_stages, _ in PIPELINES})
+        for (color, target), duplex in product(enumerate(TARGETS["loss"]), ("half", "full")):
+            kinds = [(m, duplex if m > 1 else "half") for m in stages]
+            values = [relative(rows, "loss", target, m, duplex=d, tau=tau) for m, d in kinds]
+            means, errors = np.array([v.mean() for v in values]), [standard_error(v) for v in values]
+            style = {"color": f"C{color}", "linestyle": "-" if duplex == "half" else "--", "marker": "."}
+            label = f"loss {target}" if duplex == "half" else None
+            ratios.errorbar(stages, means, errors, label=label, **style)
+            savings.plot(stages, np.array(stages) / means, label=label, **style)
+        savings.plot(stages, stages, "k:", label="number of stages")
+        ratios.set(xscale="log", xlabel="stages", ylabel="updates over those of one stage")
+        savings.set(xscale="log", yscale="log", xlabel="stages", ylabel="clock cycles of no pipeline over ours")
+        ratios.set_title(f"τ = {tau:g}; half duplex (solid), full (dashed)", fontsize=10)
+        for axes in (ratios, savings):
+            axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+    return figure
+
+
+def draw_devices(rows: Sequence[Row]) -> Figure:
+    """Updates to an accuracy against each property of the device."""
+    figure = Figure(figsize=(16, 4.2), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
+        for color, num_stages in enumerate(DEVICE_STAGES):
+            for target, style in zip(DEVICE_TARGETS, ("-", "--"), strict=True):
+                where = {"sweep": name, "num_stages": num_stages}
+                updates = [updates_to(rows, "accuracy", target, **where | {name: value}) for value in values]
+                means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
+                label = f"{num_stages} stages, accuracy {target}"
+                axes.errorbar(values, means, errors, color=f"C{color}", linestyle=style, marker=".", label=label)
+        axes.set(yscale="log", ylim=(EVERY, 5000), xlabel=LABELS[name], ylabel="updates, best learning rate")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_xscale("log", base=2)
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; none where it is infinite."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if np.isfinite(values).all() else 0.0
+
+
+def main() -> None:
+    """Run what is missing, report and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--devices", action="store_true", help="vary the devices instead of the depth of the pipeline")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
+    parser.add_argument("--quick", action="store_true", help="give up after 50 updates")
+    args = parser.parse_args()
+    length = {"num_seeds": args.seeds, "num_updates": 50 if args.quick else 4000}
+    if args.devices:
+        cases = [{"sweep": name, "num_stages": m} | length for name, m in product(SWEEPS, DEVICE_STAGES)]
+        rows = sweep(run_devices, cases, args.csv, args.jobs)
+        report_devices(rows)
+        draw_devices(rows).savefig(args.png, dpi=110)
+    else:
+        cases = [{"num_stages": m, "duplex": duplex} | length for m, duplex in PIPELINES]
+        rows = sweep(run_stages, cases, args.csv, args.jobs)
+        report(rows)
+        draw(rows).savefig(args.png, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Runs the cases of a study side by side and keeps what each leaves in a CSV file, so that a stopped study goes on."""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+Case = Mapping[str, Any]
+Row = dict[str, str]
+
+
+def sweep(
+    run: Callable[..., Sequence[Mapping[str, Any]]], cases: Iterable[Case], path: Path, jobs: int | None = None
+) -> list[Row]:
+    """Run the cases that a CSV file lacks, each in a process with one thread, and append their rows as they end.
+
+    Args:
+        run: called with a case's items as keyword arguments; returns rows of equal keys.
+        cases: the study. All have the same keys, which become the first columns.
+        path: the CSV file. It goes on if it is there.
+        jobs: processes at a time; one for every core by default.
+
+    Returns:
+        The rows of all these cases, as text.
+    """
+    cases = list(cases)
+    keys = list(cases[0])
+    done = {_texts(row[key] for key in keys) for row in read(path)}
+    missing = [case for case in cases if _texts(case.values()) not in done]
+    # A heap that glibc does not hand back after every step, and cores that do not wait for each other.
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_TRIM_THRESHOLD_": "4000000000",
+        "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    }
+    jobs = jobs or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        runs = {pool.submit(run, **case): case for case in missing}
+        try:
+            for finished in track(as_completed(runs), "runs", len(runs), disable=not runs):
+                _append(path, [{**runs[finished], **row} for row in finished.result()])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    wanted = {_texts(case.values()) for case in cases}
+    return [row for row in read(path) if _texts(row[key] for key in keys) in wanted]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file, none if there is no file."""
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def select(rows: Iterable[Row], **values: Any) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row[key] == str(value) for key, value in values.items())]
+
+
+def curves(rows: Iterable[Row], field: str) -> np.ndarray:
+    """One column of runs of the same length, ``(seeds, points)``."""
+    by_seed: dict[str, list[float]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(float(row[field]))
+    return np.array([by_seed[seed] for seed in sorted(by_seed)])
+
+
+def _texts(values: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(map(str, values))
+
+
+def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,114 @@
+"""The bounds hold in simulations whose constants are known, and fits recover what made the data."""
+
+from math import inf
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+
+from aimc_pl import theory
+
+
+def simulate(tau, rate, staleness=0, updates=4000, copies=200, sigma=1.0, size=5, seed=0):
+    """Analog SGD on ½Σλ(w − b)², with gradients of ``staleness`` updates ago and noise of ±σ.
+
+    Returns the mean squared gradient norm, that of the last half, and what the bounds need.
+    """
+    rng = np.random.default_rng(seed)
+    curvature, target = np.linspace(0.2, 1.0, size), np.linspace(-0.6, 0.8, size)
+    history = [np.zeros((copies, size))]
+    errors, largest, moments = [], 0.0, []
+    for k in range(updates):
+        w, old = history[-1], history[max(0, k - staleness) - k - 1]
+        errors.append(np.square(curvature * (w - target)).sum(1).mean())
+        g = curvature * (old - target) + sigma * rng.choice([-1, 1], w.shape)
+        moments.append(np.square(g).sum(1).mean())
+        history = [*history[-staleness - 1 :], w - rate * g - rate / tau * np.abs(g) * w]
+        largest = max(largest, np.abs(history[-1]).max())
+    constants = {
+        "gap": float(0.5 * (curvature * target**2).sum()),
+        "smoothness": 1.0,
+        "variance": size * sigma**2,
+        "saturation": largest / tau,
+    }
+    return np.mean(errors), np.mean(errors[updates // 2 :]), constants, max(moments)
+
+
+@pytest.mark.parametrize("tau", [1.5, 4.0, inf])
+@pytest.mark.parametrize("updates", [50, 4000])
+def test_the_bound_holds_without_delay(tau, updates):
+    error, _, constants, _ = simulate(tau, 0.01, updates=updates)
+    bound = theory.error_bound(updates, 0.01, **constants)
+    assert error < bound
+    # a bound a hundred times as large would say nothing of these quadratics
+    assert bound < 100 * error
+
+
+@pytest.mark.parametrize("staleness", [1, 7, 30])
+def test_the_bound_holds_with_delay(staleness):
+    error, _, constants, moment = simulate(4.0, 0.01, staleness)
+    delay = theory.delay_error(staleness, 0.01, 1.0, moment, constants["saturation"])
+    assert error < theory.error_bound(4000, 0.01, **constants, delay_error=delay)
+    assert delay == pytest.approx((staleness * 0.01 * (1 + constants["saturation"])) ** 2 * moment)
+
+
+@pytest.mark.parametrize("tau", [1.5, 4.0])
+def test_the_error_that_stays_is_the_stationary_one(tau):
+    """With noise of ±σ above the gradient E|g| = σ, so that w* = λb/(λ + σ/τ) in closed form."""
+    _, late, constants, _ = simulate(tau, 0.002, updates=12_000)
+    curvature, target = np.linspace(0.2, 1.0, 5), np.linspace(-0.6, 0.8, 5)
+    w = torch.from_numpy(curvature * target / (curvature + 1 / tau))
+    closed = np.square(curvature * (w.numpy() - target)).sum()
+    stationary = float(theory.stationary_error(w[None], torch.ones(1, 5), tau))
+    assert stationary == pytest.approx(closed, rel=1e-6)
+    # the noise of small steps, αLσ²/2 at most, comes on top
+    assert closed < late < closed + 0.002 * constants["variance"]
+    assert stationary < theory.asymptotic_error(constants["variance"], constants["saturation"])
+
+
+def test_asymptotic_error_is_the_bound_for_many_small_updates():
+    constants = {"gap": 3.0, "smoothness": 2.0, "variance": 0.7, "saturation": 0.4}
+    limit = theory.error_bound(10**15, 1e-6, **constants)
+    assert theory.asymptotic_error(0.7, 0.4) == pytest.approx(limit, rel=1e-4)
+    assert theory.asymptotic_error(0.7, 0.0) == 0
+
+
+@pytest.mark.parametrize("saturation", [0.0, 0.5])
+def test_best_learning_rate_minimises_the_bound(saturation):
+    constants = {"gap": 3.0, "smoothness": 2.0, "variance": 0.7, "saturation": saturation}
+    largest = theory.largest_learning_rate(2.0, saturation)
+    for num_updates in (10, 10_000, 1_000_000):
+        best = minimize_scalar(
+            lambda rate, k=num_updates: theory.error_bound(k, rate, **constants), bounds=(0, largest), method="bounded"
+        )
+        rate = theory.best_learning_rate(num_updates, **constants)
+        assert theory.error_bound(num_updates, rate, **constants) <= best.fun * (1 + 1e-6)
+    # then the part above the floor falls with the square root of the updates
+    floor = theory.asymptotic_error(0.7, saturation)
+    excess = [
+        theory.error_bound(k, theory.best_learning_rate(k, **constants), **constants) - floor for k in (10**6, 10**8)
+    ]
+    assert excess[0] / excess[1] == pytest.approx(10)
+
+
+def test_too_large_a_learning_rate_is_refused():
+    with pytest.raises(ValueError, match=r"up to a learning rate of 0\.0833"):
+        theory.error_bound(10, 0.1, gap=1.0, smoothness=2.0, variance=1.0, saturation=0.5)
+
+
+@pytest.mark.parametrize(("dominant", "extra"), [(2.0, 5.0), (3.0, 0.0), (0.0, 7.0)])
+def test_fits_recover_what_made_the_data(dominant, extra):
+    epsilon = np.geomspace(1, 0.01, 9)
+    assert theory.fit_exponent(epsilon, 3 * epsilon**-1.7) == pytest.approx(1.7)
+    fitted = theory.fit_complexity(epsilon, dominant * epsilon**-2 + extra / epsilon)
+    assert fitted == pytest.approx((dominant, extra), abs=1e-6)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """2,000 intervals of 95 %: between 93.0 and 97.0 % cover, four standard errors (false alarm 6e-5)."""
+    rng = np.random.default_rng(0)
+    intervals = [theory.estimate(rng.normal(3.0, 2.0, 5)) for _ in range(2000)]
+    covered = np.mean([low < 3.0 < high for _, low, high in intervals])
+    assert 0.93 < covered < 0.97
+    assert theory.estimate([1.0, 2.0, 4.0]).value == pytest.approx(7 / 3)
