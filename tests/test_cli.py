@@ -42,7 +42,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_runs_two_steps(config, command, monkeypatch, capsys):
     """On the real digits; on noise where the data would have to be downloaded."""
-    for name in ("MNIST", "CIFAR10"):
+    for name in ("MNIST", "CIFAR10", "CIFAR100"):
         monkeypatch.setattr(torchvision.datasets, name, type(name, (Fake,), {}))
     command("fit", "--config", config, "--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false")
     printed = capsys.readouterr().out

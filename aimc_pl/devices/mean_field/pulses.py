@@ -11,14 +11,14 @@ import torch
 from aihwkit.simulator.parameters.training import UpdateParameters
 from torch import Generator, Tensor
 
-from aimc_pl.devices.mean_field.noise import gaussian, uniform
+from aimc_pl.devices.mean_field.noise import uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 EVEN = 0.2
 """Below this mean probability of a firing input a convolution takes it for the same at all its inputs."""
 
 _DRAWN = 64
-"""Trains of more slots are not drawn one by one; the number of pulses is Gaussian."""
+"""Trains of more slots are not drawn one by one, but their number of pulses."""
 
 _SLOTS = 2**24
 """Slots of pulse trains that are drawn at a time."""
@@ -168,10 +168,8 @@ def _fired(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
     probabilities = error.mul(trains.error_gain).clamp_(-1, 1)
     shape, device = error.shape, error.device
     if trains.longest > _DRAWN:
-        magnitude = probabilities.abs()
-        mean = magnitude * trains.lengths
-        std = (mean * (1 - magnitude)).sqrt_()
-        count = torch.addcmul(mean, std, gaussian(shape, generator, device)).clamp_(min=0).clamp_(max=trains.lengths)
+        lengths = torch.as_tensor(trains.lengths, dtype=error.dtype, device="cpu").expand(shape)
+        count = torch.binomial(lengths, probabilities.abs().cpu(), generator).to(device)
         return count.copysign_(probabilities)
     # floor(p + u) with u even in [0, 1) is the sign of p with probability |p|, else 0.
     fired = (uniform(shape, generator, device) + probabilities).floor_()
