@@ -32,11 +32,11 @@ from aimc_pl.stage import Stage
 from aimc_pl.theory import asymptotic_error, estimate, fit_complexity, fit_exponent, stationary_error
 
 STAGES = {"linear": (1, 2, 4, 8), "mlp": (1, 4)}
-UPDATES = {"linear": 60_000, "mlp": 40_000}
-LEARNING_RATES = {"linear": [0.02 / 1.6**k for k in range(11)], "mlp": [0.1 / 1.6**k for k in range(11)]}
-RANGES = (2.0, 4.0, 8.0, inf)
-NOISES = (0.1, 0.3)
-EPSILONS = {"linear": np.geomspace(2, 0.1, 14), "mlp": np.geomspace(1, 0.02, 14)}
+UPDATES = {"linear": 40_000, "mlp": 30_000}
+LEARNING_RATES = {"linear": [0.02 / 1.5**k for k in range(12)], "mlp": [0.1 / 1.5**k for k in range(12)]}
+RANGES = {"linear": (4.0, 8.0, 16.0, inf), "mlp": (4.0, 8.0, 16.0, inf)}
+NOISES = {"linear": (0.1, 0.5), "mlp": (0.3, 1.0)}
+EPSILONS = {"linear": np.geomspace(4, 0.04, 15), "mlp": np.geomspace(1, 0.02, 14)}
 EVERY = {"linear": 20, "mlp": 100}
 """Updates from one full gradient to the next."""
 
@@ -72,13 +72,14 @@ class Problem(ABC):
 
 
 class LinearNetwork(Problem):
-    """Eight linear layers learn a rotation R: of x with E[xxᵀ] = 1 the loss is ½‖W₈…W₁ − R‖²."""
+    """Eight linear layers learn a rotation R by less than 90°: of x with E[xxᵀ] = 1 the loss is ½‖W₈…W₁ − R‖²."""
 
     def __init__(self) -> None:
         self.sizes = [8] * 9
         self.activation = nn.Identity
-        self.gain = (0.2, 0.6)
-        self.target = torch.linalg.qr(torch.randn(8, 8, generator=Generator().manual_seed(0)))[0]
+        self.gain = (0.05, 1.0)
+        skew = torch.randn(8, 8, generator=Generator().manual_seed(0)) / 4
+        self.target = torch.matrix_exp(skew - skew.T)
 
     def sample(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """See :class:`Problem`."""
@@ -124,10 +125,10 @@ PROBLEMS = {"linear": LinearNetwork, "mlp": DigitsNetwork}
 class Copies:
     """The copies of a problem's network, each with its learning rate, range, noise and seed."""
 
-    def __init__(self, problem: Problem, rates: Sequence[float], num_seeds: int) -> None:
-        self.problem = problem
+    def __init__(self, name: str, num_seeds: int) -> None:
+        self.problem = problem = PROBLEMS[name]()
         self.num_seeds = num_seeds
-        self.settings = list(product(rates, RANGES, NOISES, range(num_seeds)))
+        self.settings = list(product(LEARNING_RATES[name], RANGES[name], NOISES[name], range(num_seeds)))
         self.rate, tau, self.noise = (
             torch.tensor(column).view(-1, 1, 1) for column in list(zip(*self.settings, strict=True))[:3]
         )
@@ -185,7 +186,7 @@ def run(problem: str, num_stages: int, num_updates: int, num_seeds: int) -> list
     """
     torch.set_flush_denormal(True)
     rates, epsilons, every = LEARNING_RATES[problem], EPSILONS[problem], EVERY[problem]
-    copies = Copies(PROBLEMS[problem](), rates, num_seeds)
+    copies = Copies(problem, num_seeds)
     pipeline = copies.pipeline(num_stages)
     total = torch.zeros(len(copies.seed), dtype=torch.float64)
     late = torch.zeros(len(copies.seed), dtype=torch.float64)
@@ -232,32 +233,39 @@ def run(problem: str, num_stages: int, num_updates: int, num_seeds: int) -> list
 def reach(
     rows: Sequence[Row], problem: str, num_stages: int, tau: float, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The errors ε that every seed reaches, well above the floor, and the updates it takes ``(seeds, points)``."""
+    """The errors ε above the floor that every seed reaches, and the updates it takes ``(seeds, points)``.
+
+    The floor is where the expected motion vanishes; ε far enough above it are returned.
+    """
     mine = select(rows, problem=problem, num_stages=num_stages, tau=tau, noise=noise)
     updates = curves(mine, "updates")
     epsilon = np.array([float(row["epsilon"]) for row in mine])[: updates.shape[1]]
-    floor = max(float(row["floor"]) for row in mine) if np.isfinite(tau) else 0.0
+    floor = float(np.mean([float(row["floor_stationary"]) for row in mine]))
     good = np.isfinite(updates).all(0) & (epsilon > ABOVE_FLOOR * floor)
-    return epsilon[good], updates[:, good]
+    return epsilon[good] - floor, updates[:, good]
 
 
 def report(rows: Sequence[Row]) -> None:
     """Print exponents with their intervals, and what delay adds to the updates."""
-    for problem, tau, noise in product(STAGES, RANGES, NOISES):
-        prompt_epsilon, prompt = reach(rows, problem, 1, tau, noise)
-        for num_stages in STAGES[problem]:
+    for problem, num_stages in ((name, m) for name in STAGES for m in STAGES[name]):
+        for tau, noise in product(RANGES[problem], NOISES[problem]):
             epsilon, updates = reach(rows, problem, num_stages, tau, noise)
             if len(epsilon) < 3:
                 continue
             exponent = estimate([fit_exponent(epsilon, each) for each in updates])
-            complexity = fit_complexity(epsilon, updates.mean(0))
-            same = np.isin(prompt_epsilon, epsilon)
-            more = updates[:, -1].mean() / prompt[:, same][:, -1].mean()
+            dominant, extra = fit_complexity(epsilon, updates.mean(0))
+            prompt = reach(rows, problem, 1, tau, noise)[1][:, : len(epsilon)]
+            more = updates[:, : prompt.shape[1]][:, -1] / prompt[:, -1]
             print(
                 f"{problem:<6} tau {tau:<4} noise {noise}  M = {num_stages}  exponent {exponent.value:.2f} "
-                f"[{exponent.low:.2f}, {exponent.high:.2f}]  {complexity.dominant:.0f}/e^2 + {complexity.extra:.0f}/e  "
-                f"updates to {epsilon[-1]:.2f} relative to no delay {more:.3f}"
+                f"[{exponent.low:.2f}, {exponent.high:.2f}]  {dominant:.0f}/e^2 + {extra:.0f}/e  "
+                f"to {epsilon[-1]:.3f} above the floor {more.mean():.3f} ± {standard_error(more):.3f} times the updates"
             )
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean."""
+    return float(values.std(ddof=1) / sqrt(len(values)))
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -271,57 +279,46 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
-    """Mean squared gradient norm against updates, on two devices."""
-    for (tau, style), (color, num_stages) in product(((inf, "-"), (4.0, "--")), enumerate(STAGES[problem])):
-        epsilon, updates = reach(rows, problem, num_stages, tau, NOISES[-1])
-        label = f"M = {num_stages}" if tau == inf else None
+    """Mean squared gradient norm above the floor against updates, on the best and on the worst device."""
+    worst, *_, best = RANGES[problem]
+    for (tau, style), (color, num_stages) in product(((best, "-"), (worst, "--")), enumerate(STAGES[problem])):
+        epsilon, updates = reach(rows, problem, num_stages, tau, NOISES[problem][-1])
+        label = f"M = {num_stages}" if tau == best else None
         axes.plot(updates.mean(0), epsilon, style, color=f"C{color}", label=label, marker=".")
-    updates = np.array(axes.get_xlim())
-    axes.plot(updates, 0.7 * max(EPSILONS[problem]) * (updates / updates[0]) ** -0.5, "k:", label="updates^(−1/2)")
-    axes.set(xscale="log", yscale="log", xlabel="updates", ylabel="mean squared gradient norm, best rate")
-    axes.set_title(f"{problem}: τ = ∞ (solid), τ = 4 (dashed)", fontsize=10)
+    largest = max(EPSILONS[problem])
+    updates = np.array([UPDATES[problem] / 1000, UPDATES[problem]])
+    axes.plot(updates, largest * (updates / updates[0]) ** -0.5, "k:", label="1/√updates")
+    axes.set(xscale="log", yscale="log", xlabel="updates, best learning rate", ylabel="mean squared gradient − floor")
+    axes.set_title(f"{problem}: τ = {best:g} (solid), τ = {worst:g} (dashed)", fontsize=10)
     axes.legend(fontsize=8)
 
 
 def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     """Updates with delay over those without."""
     for color, num_stages in enumerate(STAGES[problem]):
-        ours, prompt = (dict(zip(*turned(rows, problem, m), strict=True)) for m in (num_stages, 1))
-        epsilon = [e for e in ours if e in prompt]
-        if not epsilon:
-            continue
-        ratios = np.array([ours[e] / prompt[e] for e in epsilon])
-        error = ratios.std(1, ddof=1) / sqrt(ratios.shape[1])
-        axes.errorbar(epsilon, ratios.mean(1), error, color=f"C{color}", label=f"M = {num_stages}", marker=".")
+        (epsilon, ours), (_, prompt) = (reach(rows, problem, m, inf, NOISES[problem][-1]) for m in (num_stages, 1))
+        points = min(ours.shape[1], prompt.shape[1])
+        ratios = (ours[:, :points] / prompt[:, :points]).T
+        means, errors = [ratio.mean() for ratio in ratios], [standard_error(ratio) for ratio in ratios]
+        axes.errorbar(epsilon[:points], means, errors, color=f"C{color}", label=f"M = {num_stages}", marker=".")
     axes.set(xscale="log", xlabel="ε", ylabel="updates to ε over those without delay")
     axes.invert_xaxis()
     axes.set_title("τ = ∞, mean and standard error over the seeds", fontsize=10)
-
-
-def turned(rows: Sequence[Row], problem: str, num_stages: int) -> tuple[list[float], np.ndarray]:
-    """Errors and updates by error ``(points, seeds)``."""
-    epsilon, updates = reach(rows, problem, num_stages, inf, NOISES[-1])
-    return list(epsilon), updates.T
+    axes.legend(fontsize=8)
 
 
 def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
-    """What is left of the gradient, measured and by theory."""
-    largest = max(STAGES[problem])
-    finite = [tau for tau in RANGES if np.isfinite(tau)]
-    kinds = (("floor", "measured"), ("floor_stationary", "expected motion vanishes"), ("floor_bound", "bound"))
-    for (field, label), (num_stages, style) in product(kinds, ((1, "o-"), (largest, "s--"))):
-        mine = [select(rows, problem=problem, num_stages=num_stages, tau=tau, noise=NOISES[-1]) for tau in finite]
-        values = np.array([curves(of_tau, field)[:, 0] for of_tau in mine])
-        color = f"C{[kind[0] for kind in kinds].index(field)}"
-        axes.errorbar(
-            finite,
-            values.mean(1),
-            values.std(1, ddof=1) / sqrt(values.shape[1]),
-            fmt=style,
-            color=color,
-            label=f"{label}, M = {num_stages}",
-        )
-    axes.set(xscale="log", yscale="log", xlabel="τ", ylabel="squared gradient norm of the last quarter")
+    """What is left of the gradient, measured and by theory, without delay and with the longest."""
+    finite = [tau for tau in RANGES[problem] if np.isfinite(tau)]
+    kinds = {"floor": "measured", "floor_stationary": "expected motion vanishes", "floor_bound": "bound"}
+    for color, (field, label) in enumerate(kinds.items()):
+        for num_stages, style in ((1, "o-"), (max(STAGES[problem]), "s--")):
+            where = {"problem": problem, "num_stages": num_stages, "noise": NOISES[problem][-1]}
+            values = [curves(select(rows, tau=tau, **where), field)[:, 0] for tau in finite]
+            means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
+            axes.errorbar(finite, means, errors, fmt=style, color=f"C{color}", label=f"{label}, M = {num_stages}")
+    axes.set(xscale="log", yscale="log", xlabel="τ", ylabel="squared gradient norm in the last quarter")
+    axes.set_title("what asymmetry leaves", fontsize=10)
     axes.legend(fontsize=7)
 
 
@@ -330,7 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--png", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the updates")
     args = parser.parse_args()

@@ -269,7 +269,7 @@ def draw_devices(rows: Sequence[Row]) -> Figure:
                 means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
                 label = f"{num_stages} stages, accuracy {target}"
                 axes.errorbar(values, means, errors, color=f"C{color}", linestyle=style, marker=".", label=label)
-        axes.set(yscale="log", ylim=(EVERY, 5000), xlabel=LABELS[name], ylabel="updates, best learning rate")
+        axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name], ylabel="updates, best learning rate")
         axes.grid(alpha=0.3)
     figure.axes[0].set_xscale("log", base=2)
     figure.axes[0].legend(fontsize=7)
@@ -287,11 +287,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--png", type=Path, required=True)
     parser.add_argument("--devices", action="store_true", help="vary the devices instead of the depth of the pipeline")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
     parser.add_argument("--quick", action="store_true", help="give up after 50 updates")
     args = parser.parse_args()
-    length = {"num_seeds": args.seeds, "num_updates": 50 if args.quick else 4000}
+    length = {"num_seeds": args.seeds, "num_updates": 50 if args.quick else 2500}
     if args.devices:
         cases = [{"sweep": name, "num_stages": m} | length for name, m in product(SWEEPS, DEVICE_STAGES)]
         rows = sweep(run_devices, cases, args.csv, args.jobs)

@@ -1,0 +1,40 @@
+"""The study that docs/STUDY.md walks through runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from lightning_modules import make_trainer
+
+from aimc_pl.data import Digits
+from aimc_pl.models import MLP
+from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.tasks import Classifier
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "STUDY.md").read_text(), re.DOTALL)
+
+
+def test_the_study_runs(tmp_path):
+    program = "".join(blocks()[:2]).replace("EPOCHS = 20", "EPOCHS = 1").replace("RANGES = (0.5,", "RANGES = (")
+    (tmp_path / "range_study.py").write_text(program.replace("range(3)", "range(2)"))
+    script = [sys.executable, "range_study.py"]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, env={"PYTHONPATH": str(ROOT / "scripts")})
+    assert len((tmp_path / "range_study.csv").read_text().splitlines()) == 1 + 2 * 4 * 2
+    assert (tmp_path / "range_study.png").exists()
+
+
+def test_the_observer_counts():
+    names = {}
+    exec(blocks()[2], names)
+    strategy = AnalogPipelineStrategy(2, "async", 4, backbone="network", split_at=["3"])
+    strategy.observers.append(lateness := names["Lateness"]())
+    make_trainer(strategy, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(
+        Classifier(MLP([64, 8, 10])), Digits()
+    )
+    # one stage is late by one update, but for the first after the fill
+    assert lateness.total == 3 * 4 - 1
