@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from aimc_pl.microbatch import split_batch
+from aimc_pl.models import ResNet
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.tasks import Classifier
 
 
 def fit(make_module, strategy, optimizer="momentum", data=None, **kwargs):
@@ -253,3 +255,33 @@ def first_stage(seen, current, x):
         return (d0 * x).sum(0), d1.T @ scaled, d1.sum(0), d2.T @ h1, d2.sum(0)
 
     return h1 + z2 * cumulative, gradients
+
+
+@pytest.mark.parametrize(("schedule", "num_stages"), [("none", 4), ("sync", 4), ("sync", 8)])
+def test_none_and_sync_draw_the_same_noise_in_any_number_of_stages(schedule, num_stages):
+    """Bit for bit the weights of one stage, on pulsed devices: one run stands for all of these."""
+    splits = [
+        "group1.0.conv1",
+        "group1.0.conv2",
+        "group2.0.conv1",
+        "group2.0.conv2",
+        "group3.0.conv1",
+        "group3.0.conv2",
+    ]
+    splits = {1: [], 4: splits[::2], 8: [*splits, "pool"]}
+
+    def trained(schedule, num_stages):
+        L.seed_everything(3)
+        strategy = AnalogPipelineStrategy(
+            num_stages, schedule, 4, device="soft_bounds", backbone="network", split_at=splits[num_stages]
+        )
+        module = Classifier(ResNet(8, width=4))
+        data = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 10)
+        make_trainer(strategy, precision="32-true", max_epochs=1).fit(module, DataLoader(data, 8))
+        layers = [layer for layer in module.modules() if hasattr(layer, "analog_module")]
+        digital = [value for name, value in module.named_parameters() if "analog_ctx" not in name]
+        assert (len(layers), len(digital)) == (8, 15)
+        return [*(layer.get_weights()[0] for layer in layers), *digital, *module.buffers()]
+
+    plain, ours = trained("none", 1), trained(schedule, num_stages)
+    assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
