@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sweeps import Row, curves, select, sweep
+from sweeps import Row, curves, select, standard_error, sweep
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from aimc_pl.callbacks import ClockMonitor
@@ -188,11 +188,6 @@ def report(rows: Sequence[Row]) -> None:
                 f"cycles to {TARGET}: {ours.mean():.2f} ± {standard_error(ours):.2f} times fewer than none "
                 f"({ours.mean() / num_stages:.2f} M), sync {sync.mean():.2f}"
             )
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:

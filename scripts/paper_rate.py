@@ -12,7 +12,7 @@ import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise, product
-from math import inf, sqrt
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sweeps import Row, curves, select, sweep
+from sweeps import Row, curves, select, standard_error, sweep
 from torch import Generator, Tensor, nn
 
 from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
@@ -261,11 +261,6 @@ def report(rows: Sequence[Row]) -> None:
                 f"[{exponent.low:.2f}, {exponent.high:.2f}]  {dominant:.0f}/e^2 + {extra:.0f}/e  "
                 f"to {epsilon[-1]:.3f} above the floor {more.mean():.3f} ± {standard_error(more):.3f} times the updates"
             )
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean."""
-    return float(values.std(ddof=1) / sqrt(len(values)))
 
 
 def draw(rows: Sequence[Row]) -> Figure:

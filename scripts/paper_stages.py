@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sweeps import Row, curves, select, sweep
+from sweeps import Row, curves, select, standard_error, sweep
 from torch import Generator, Tensor, nn
 
 from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
@@ -274,11 +274,6 @@ def draw_devices(rows: Sequence[Row]) -> Figure:
     figure.axes[0].set_xscale("log", base=2)
     figure.axes[0].legend(fontsize=7)
     return figure
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean; none where it is infinite."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if np.isfinite(values).all() else 0.0
 
 
 def main() -> None:

@@ -70,6 +70,13 @@ def curves(rows: Iterable[Row], field: str) -> np.ndarray:
     return np.array([by_seed[seed] for seed in sorted(by_seed)])
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of independent runs ``(seeds,)``; no number for a single run or infinite values."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float("nan")
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
 def _texts(values: Iterable[Any]) -> tuple[str, ...]:
     return tuple(map(str, values))
 
