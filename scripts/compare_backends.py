@@ -1,14 +1,14 @@
 """Learning curves on the mean-field tile beside aihwkit's tiles: digits, and LeNet on MNIST, in 1, 4 and 8 stages.
 
-Under the asynchronous schedule the first layer's updates are 0, 3 and 7 versions late. A run is appended to the
-CSV file as it ends, and those that are there already are not repeated. About 30 minutes on two cores. Usage:
+Under the asynchronous schedule the first layer's updates are 0, 3 and 7 versions late. Runs that the CSV file holds are
+not repeated. About 30 minutes on two cores. Usage:
 
     .venv/bin/python scripts/compare_backends.py --csv docs/results/compare_backends.csv \
         --png docs/images/compare_backends.png --mnist data
 """
 
 import argparse
-import csv
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rich.progress import track
+from sweeps import Row, curves, select, standard_error, sweep
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -29,19 +29,24 @@ from aimc_pl.tasks import Classifier
 
 BACKENDS: tuple[Any, ...] = ("aihwkit", "mean_field")
 DELAYS = (0, 3, 7)
-FIELDS = ("problem", "backend", "delay", "seed", "epoch", "loss", "accuracy")
 
 
 class Curve(pl.Callback):
     """The mean training loss and the validation accuracy of every epoch."""
 
     def __init__(self) -> None:
-        self.points: list[tuple[float, float]] = []
+        self.rows: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take both from what has been logged."""
         metrics = trainer.callback_metrics
-        self.points.append((float(metrics["train/loss_epoch"]), float(metrics["val/accuracy"])))
+        self.rows.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "loss": float(metrics["train/loss_epoch"]),
+                "accuracy": float(metrics["val/accuracy"]),
+            }
+        )
 
 
 def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any], dict[str, Any]]:
@@ -60,7 +65,7 @@ def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str
     return LeNet5(), MNIST(root, batch_size=32), pipeline, length
 
 
-def train(network: nn.Module, data: Any, pipeline: dict[str, Any], length: dict[str, Any]) -> list[tuple[float, float]]:
+def train(network: nn.Module, data: Any, pipeline: dict[str, Any], length: dict[str, Any]) -> list[dict[str, float]]:
     """Train once through an asynchronous pipeline; returns loss and accuracy by epoch."""
     curve = Curve()
     trainer = pl.Trainer(
@@ -79,16 +84,16 @@ def train(network: nn.Module, data: Any, pipeline: dict[str, Any], length: dict[
         lr_scheduler=lambda optimizer: LinearLR(optimizer, 1.0, 0.1, total_iters=length["max_epochs"] - 1),
     )
     trainer.fit(task, data)
-    return curve.points
+    return curve.rows
 
 
-def run(problem: str, backend: str, delay: int, seed: int, root: str) -> list[tuple[float, float]]:
+def run(problem: str, backend: str, delay: int, seed: int, root: str) -> list[dict[str, float]]:
     """One run of the comparison."""
     pl.seed_everything(seed, verbose=False)
     return train(*(digits(backend, delay) if problem == "digits" else mnist(backend, delay, root)))
 
 
-def draw(rows: list[dict[str, str]]) -> Figure:
+def draw(rows: list[Row]) -> Figure:
     """Training loss by epoch, mean and standard deviation over the seeds, both backends over each other."""
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     figure = Figure(figsize=(4 * len(DELAYS), 3.2 * len(problems)), layout="constrained")
@@ -96,7 +101,7 @@ def draw(rows: list[dict[str, str]]) -> Figure:
     for (i, problem), (j, delay) in product(enumerate(problems), enumerate(DELAYS)):
         axes = grid[i, j]
         for backend in BACKENDS:
-            losses = curves(rows, problem, backend, delay, "loss")
+            losses = curves(select(rows, problem=problem, backend=backend, delay=delay), "loss")
             epochs, mean, std = np.arange(1, losses.shape[1] + 1), losses.mean(0), losses.std(0)
             axes.plot(epochs, mean, label=backend, linestyle="-" if backend == "aihwkit" else "--")
             axes.fill_between(epochs, mean - std, mean + std, alpha=0.25)
@@ -104,13 +109,6 @@ def draw(rows: list[dict[str, str]]) -> Figure:
         axes.set_yscale("log")
         axes.legend()
     return figure
-
-
-def curves(rows: list[dict[str, str]], problem: str, backend: str, delay: int, field: str) -> np.ndarray:
-    """One quantity ``(seeds, epochs)``."""
-    mine = [r for r in rows if (r["problem"], r["backend"], r["delay"]) == (problem, backend, str(delay))]
-    seeds = sorted({int(row["seed"]) for row in mine})
-    return np.array([[float(row[field]) for row in mine if int(row["seed"]) == seed] for seed in seeds])
 
 
 def main() -> None:
@@ -121,21 +119,18 @@ def main() -> None:
     parser.add_argument("--mnist", metavar="ROOT", help="folder of MNIST, in torchvision's layout; digits only without")
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    if not args.csv.exists():
-        args.csv.write_text(",".join(FIELDS) + "\n")
-    done = {tuple(row[name] for name in FIELDS[:4]) for row in csv.DictReader(args.csv.open())}
     problems = ["digits", "mnist"] if args.mnist else ["digits"]
-    for case in track([*product(problems, BACKENDS, DELAYS, range(args.seeds))]):
-        if tuple(map(str, case)) not in done:
-            points = run(*case, root=args.mnist)
-            with args.csv.open("a", newline="") as file:
-                csv.writer(file).writerows([*case, epoch, *point] for epoch, point in enumerate(points, 1))
-    rows = list(csv.DictReader(args.csv.open()))
+    cases = [
+        {"problem": problem, "backend": backend, "delay": delay, "seed": seed}
+        for problem, backend, delay, seed in product(problems, BACKENDS, DELAYS, range(args.seeds))
+    ]
+    rows = sweep(partial(run, root=args.mnist), cases, args.csv)
     draw(rows).savefig(args.png, dpi=120)
     for problem, delay in product(problems, DELAYS):
-        last = {backend: curves(rows, problem, backend, delay, "accuracy")[:, -1] for backend in BACKENDS}
-        of_each = (f"{name} {a.mean():.4f} ± {a.std(ddof=1) / len(a) ** 0.5:.4f}" for name, a in last.items())
+        of_each = []
+        for backend in BACKENDS:
+            last = curves(select(rows, problem=problem, backend=backend, delay=delay), "accuracy")[:, -1]
+            of_each.append(f"{backend} {last.mean():.4f} ± {standard_error(last):.4f}")
         print(f"{problem:<7} delay {delay}  {'   '.join(of_each)}")
 
 

@@ -1,20 +1,20 @@
 """Test accuracy on digits under the three schedules, several seeds, into a CSV file.
 
-Four stages on soft-bounds devices, as configs/digits_*.yaml. Six minutes on two cores. Usage:
+Four stages on soft-bounds devices, as configs/digits_*.yaml. Six minutes on two cores; runs that the CSV file holds
+are not repeated. Usage:
 
     .venv/bin/python scripts/digits_accuracy.py --csv docs/results/digits_accuracy.csv
 """
 
 import argparse
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import lightning as L
 import torch
-from rich.progress import track
-from tables import write_csv
+from sweeps import curves, select, sweep
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import Digits
@@ -26,7 +26,7 @@ from aimc_pl.tasks import Classifier
 SCHEDULES: tuple[Any, ...] = ("none", "sync", "async")
 
 
-def run(schedule: Any, seed: int, epochs: int) -> dict[str, Any]:
+def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
     """Train once; returns test accuracy, clock cycles and speedup over no pipeline."""
     L.seed_everything(seed, verbose=False)
     clock = ClockMonitor()
@@ -45,7 +45,7 @@ def run(schedule: Any, seed: int, epochs: int) -> dict[str, Any]:
     task, data = Classifier(MLP([64, 64, 48, 32, 10], torch.nn.Tanh)), Digits(batch_size=32)
     trainer.fit(task, data)
     accuracy = trainer.test(task, data, verbose=False)[0]["test/accuracy"]
-    return {"schedule": schedule, "seed": seed, "accuracy": accuracy, "cycles": clock.cycles, "speedup": clock.speedup}
+    return [{"accuracy": accuracy, "cycles": clock.cycles, "speedup": clock.speedup}]
 
 
 def main() -> None:
@@ -55,12 +55,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--csv", type=Path, required=True)
     args = parser.parse_args()
-    rows = [run(schedule, seed, args.epochs) for schedule, seed in track([*product(SCHEDULES, range(args.seeds))])]
-    write_csv(args.csv, rows)
+    cases = [{"schedule": schedule, "seed": seed} for schedule, seed in product(SCHEDULES, range(args.seeds))]
+    rows = sweep(partial(run, epochs=args.epochs), cases, args.csv)
     for schedule in SCHEDULES:
-        mine = [row for row in rows if row["schedule"] == schedule]
-        accuracy, cycles = mean(row["accuracy"] for row in mine), mean(row["cycles"] for row in mine)
-        print(f"{schedule:<6} accuracy {accuracy:.4f}  cycles {cycles:.0f}  speedup {mine[0]['speedup']:.2f}")
+        accuracy, cycles, speedup = (
+            curves(select(rows, schedule=schedule), field).mean() for field in ("accuracy", "cycles", "speedup")
+        )
+        print(f"{schedule:<6} accuracy {accuracy:.4f}  cycles {cycles:.0f}  speedup {speedup:.2f}")
 
 
 if __name__ == "__main__":
