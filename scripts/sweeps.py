@@ -1,6 +1,7 @@
 """Runs the cases of a study side by side and keeps what each leaves in a CSV file, so that a stopped study goes on."""
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,7 +41,7 @@ def sweep(
         "MALLOC_MMAP_THRESHOLD_": "4000000000",
     }
     jobs = jobs or len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _quiet) as pool:
         runs = {pool.submit(run, **case): case for case in missing}
         try:
             for finished in track(as_completed(runs), "runs", len(runs), disable=not runs):
@@ -75,6 +76,11 @@ def standard_error(values: np.ndarray) -> float:
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan")
     return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def _quiet() -> None:
+    # What Lightning tells of every trainer would break the progress bar; warnings still come.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def _texts(values: Iterable[Any]) -> tuple[str, ...]:
