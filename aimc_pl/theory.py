@@ -6,7 +6,6 @@ sample met. Let α be the learning rate, τ the dynamic range, f a loss with an 
 this form; its body was not at hand, so the constants here are of the proof in ``docs/THEORY.md``.
 """
 
-from collections.abc import Sequence
 from math import sqrt
 from typing import NamedTuple
 
@@ -128,13 +127,14 @@ class Estimate(NamedTuple):
     high: float
 
 
-def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+def estimate(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     """Mean of independent runs with Student's interval.
 
     Args:
-        values: one of each run, at least two.
+        values: ``(runs,)``, at least two.
         confidence: of the interval.
     """
+    values = np.asarray(values)
     mean = float(np.mean(values))
     error = np.std(values, ddof=1) / sqrt(len(values))
     width = float(student.ppf((1 + confidence) / 2, len(values) - 1) * error)

@@ -29,7 +29,7 @@ from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_cro
 from aimc_pl.pipeline import Pipeline
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
-from aimc_pl.theory import asymptotic_error, estimate, fit_complexity, fit_exponent, stationary_error
+from aimc_pl.theory import Estimate, asymptotic_error, estimate, fit_complexity, fit_exponent, stationary_error
 
 STAGES = {"linear": (1, 2, 4, 8), "mlp": (1, 4)}
 UPDATES = {"linear": 40_000, "mlp": 30_000}
@@ -42,6 +42,10 @@ EVERY = {"linear": 20, "mlp": 100}
 
 ABOVE_FLOOR = 2
 """Errors are fitted down to this many floors."""
+
+
+SMALLEST = 6
+"""Exponents are fitted to this many of the smallest errors."""
 
 
 class Problem(ABC):
@@ -246,21 +250,29 @@ def reach(
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print exponents with their intervals, and what delay adds to the updates."""
+    """Print exponents and both terms' coefficients, relative to no delay seed by seed, with 95 % intervals."""
     for problem, num_stages in ((name, m) for name in STAGES for m in STAGES[name]):
         for tau, noise in product(RANGES[problem], NOISES[problem]):
             epsilon, updates = reach(rows, problem, num_stages, tau, noise)
             if len(epsilon) < 3:
                 continue
-            exponent = estimate([fit_exponent(epsilon, each) for each in updates])
-            dominant, extra = fit_complexity(epsilon, updates.mean(0))
-            prompt = reach(rows, problem, 1, tau, noise)[1][:, : len(epsilon)]
-            more = updates[:, : prompt.shape[1]][:, -1] / prompt[:, -1]
-            print(
-                f"{problem:<6} tau {tau:<4} noise {noise}  M = {num_stages}  exponent {exponent.value:.2f} "
-                f"[{exponent.low:.2f}, {exponent.high:.2f}]  {dominant:.0f}/e^2 + {extra:.0f}/e  "
-                f"to {epsilon[-1]:.3f} above the floor {more.mean():.3f} ± {standard_error(more):.3f} times the updates"
+            exponent = estimate([fit_exponent(epsilon[-SMALLEST:], each[-SMALLEST:]) for each in updates])
+            prompt_epsilon, prompt = reach(rows, problem, 1, tau, noise)
+            fits, prompt_fits = (
+                np.array([fit_complexity(e, each) for each in u])
+                for e, u in ((epsilon, updates), (prompt_epsilon, prompt))
             )
+            dominant, extra = estimate(fits[:, 0] / prompt_fits[:, 0]), estimate(fits[:, 1] - prompt_fits[:, 1])
+            print(
+                f"{problem:<6} tau {tau:<4} noise {noise}  M = {num_stages}  exponent {shown(exponent)}  "
+                f"{fits[:, 0].mean():.0f}/e^2 + {fits[:, 1].mean():.0f}/e: "
+                f"{shown(dominant)} times and {shown(extra, 0)} more than without delay"
+            )
+
+
+def shown(value: Estimate, digits: int = 2) -> str:
+    """A number with half the width of its 95 % interval."""
+    return f"{value.value:.{digits}f} ± {value.high - value.value:.{digits}f}"
 
 
 def draw(rows: Sequence[Row]) -> Figure:
