@@ -36,6 +36,9 @@ UPDATES = {"linear": 40_000, "mlp": 30_000}
 LEARNING_RATES = {"linear": [0.02 / 1.5**k for k in range(12)], "mlp": [0.1 / 1.5**k for k in range(12)]}
 RANGES = {"linear": (4.0, 8.0, 16.0, inf), "mlp": (4.0, 8.0, 16.0, inf)}
 NOISES = {"linear": (0.1, 0.5), "mlp": (0.3, 1.0)}
+SHOWN = {"linear": 0.5, "mlp": 0.3}
+"""The noise in the pictures."""
+
 EPSILONS = {"linear": np.geomspace(4, 0.04, 15), "mlp": np.geomspace(1, 0.02, 14)}
 EVERY = {"linear": 20, "mlp": 100}
 """Updates from one full gradient to the next."""
@@ -289,12 +292,11 @@ def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     """Mean squared gradient norm above the floor against updates, on the best and on the worst device."""
     worst, *_, best = RANGES[problem]
     for (tau, style), (color, num_stages) in product(((best, "-"), (worst, "--")), enumerate(STAGES[problem])):
-        epsilon, updates = reach(rows, problem, num_stages, tau, NOISES[problem][-1])
+        epsilon, updates = reach(rows, problem, num_stages, tau, SHOWN[problem])
         label = f"M = {num_stages}" if tau == best else None
         axes.plot(updates.mean(0), epsilon, style, color=f"C{color}", label=label, marker=".")
-    largest = max(EPSILONS[problem])
-    updates = np.array([UPDATES[problem] / 1000, UPDATES[problem]])
-    axes.plot(updates, largest * (updates / updates[0]) ** -0.5, "k:", label="1/√updates")
+    updates = np.geomspace(UPDATES[problem] / 50, UPDATES[problem], 2)
+    axes.plot(updates, max(EPSILONS[problem]) * (updates / updates[0]) ** -0.5, "k:", label="1/√updates")
     axes.set(xscale="log", yscale="log", xlabel="updates, best learning rate", ylabel="mean squared gradient − floor")
     axes.set_title(f"{problem}: τ = {best:g} (solid), τ = {worst:g} (dashed)", fontsize=10)
     axes.legend(fontsize=8)
@@ -303,7 +305,7 @@ def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
 def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     """Updates with delay over those without."""
     for color, num_stages in enumerate(STAGES[problem]):
-        (epsilon, ours), (_, prompt) = (reach(rows, problem, m, inf, NOISES[problem][-1]) for m in (num_stages, 1))
+        (epsilon, ours), (_, prompt) = (reach(rows, problem, m, inf, SHOWN[problem]) for m in (num_stages, 1))
         points = min(ours.shape[1], prompt.shape[1])
         ratios = (ours[:, :points] / prompt[:, :points]).T
         means, errors = [ratio.mean() for ratio in ratios], [standard_error(ratio) for ratio in ratios]
@@ -320,7 +322,7 @@ def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     kinds = {"floor": "measured", "floor_stationary": "expected motion vanishes", "floor_bound": "bound"}
     for color, (field, label) in enumerate(kinds.items()):
         for num_stages, style in ((1, "o-"), (max(STAGES[problem]), "s--")):
-            where = {"problem": problem, "num_stages": num_stages, "noise": NOISES[problem][-1]}
+            where = {"problem": problem, "num_stages": num_stages, "noise": SHOWN[problem]}
             values = [curves(select(rows, tau=tau, **where), field)[:, 0] for tau in finite]
             means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
             axes.errorbar(finite, means, errors, fmt=style, color=f"C{color}", label=f"{label}, M = {num_stages}")

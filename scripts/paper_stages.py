@@ -31,9 +31,9 @@ from aimc_pl.stage import Stage
 
 MICROBATCH_SIZE = 8
 WIDTH = 16
-LEARNING_RATES = tuple(0.64 / 2 ** (k / 2) for k in range(17))
+LEARNING_RATES = tuple(1.28 / 2 ** (k / 2) for k in range(13))
 TARGETS = {"loss": (1.0, 0.5, 0.25, 0.1), "accuracy": (0.8, 0.9, 0.94)}
-EVERY = 10
+EVERY = 20
 """Updates from one evaluation to the next."""
 
 PIPELINES: tuple[tuple[int, Duplex], ...] = (
@@ -174,7 +174,7 @@ def sample(data: Digits, seed: Tensor, generator: Generator) -> EnsembleBatch:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, data: Digits, count: int = 360) -> tuple[Tensor, Tensor]:
+def evaluate(network: nn.Module, data: Digits, count: int = 240) -> tuple[Tensor, Tensor]:
     """Loss of some training images and accuracy of the test images ``(copies,)``."""
     output = network(torch.cat([data.x[:count], data.x_test])[None])
     labels = data.y[:count].expand(len(output), -1)
@@ -284,9 +284,9 @@ def main() -> None:
     parser.add_argument("--devices", action="store_true", help="vary the devices instead of the depth of the pipeline")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
-    parser.add_argument("--quick", action="store_true", help="give up after 50 updates")
+    parser.add_argument("--quick", action="store_true", help="give up after 60 updates")
     args = parser.parse_args()
-    length = {"num_seeds": args.seeds, "num_updates": 50 if args.quick else 2500}
+    length = {"num_seeds": args.seeds, "num_updates": 60 if args.quick else 2000}
     if args.devices:
         cases = [{"sweep": name, "num_stages": m} | length for name, m in product(SWEEPS, DEVICE_STAGES)]
         rows = sweep(run_devices, cases, args.csv, args.jobs)
