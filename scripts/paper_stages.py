@@ -28,11 +28,12 @@ from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_cro
 from aimc_pl.pipeline import Pipeline
 from aimc_pl.schedule import Duplex, Schedule
 from aimc_pl.stage import Stage
+from aimc_pl.theory import estimate
 
 MICROBATCH_SIZE = 8
 WIDTH = 16
 LEARNING_RATES = tuple(1.28 / 2 ** (k / 2) for k in range(13))
-TARGETS = {"loss": (1.0, 0.5, 0.25, 0.1), "accuracy": (0.8, 0.9, 0.94)}
+TARGETS = {"loss": (0.5, 0.25, 0.1), "accuracy": (0.8, 0.9, 0.94)}
 EVERY = 20
 """Updates from one evaluation to the next."""
 
@@ -201,23 +202,44 @@ def updates_to(rows: Sequence[Row], metric: str, target: float, **where: Any) ->
 
 def relative(rows: Sequence[Row], metric: str, target: float, num_stages: int, **where: Any) -> np.ndarray:
     """Updates of every seed over those of one stage; no number where neither gets there."""
-    alone = where | ({"duplex": "half"} if "duplex" in where else {})
     with np.errstate(invalid="ignore"):
         ours = updates_to(rows, metric, target, num_stages=num_stages, **where)
-        return ours / updates_to(rows, metric, target, num_stages=1, **alone)
+        return ours / updates_to(rows, metric, target, num_stages=1, **without_duplex(where))
+
+
+def saved(rows: Sequence[Row], metric: str, target: float, num_stages: int, duplex: Duplex, **where: Any) -> np.ndarray:
+    """Clock cycles of no pipeline over those of ours, of every seed, with fills; no number where we do not get there."""
+    schedules = Schedule("none", num_stages), Schedule("async", num_stages, 1, duplex)
+    ours = updates_to(rows, metric, target, num_stages=num_stages, duplex=duplex, **where)
+    alone = updates_to(rows, metric, target, num_stages=1, **where)
+    pairs = np.stack([alone, ours], 1)
+    return np.array(
+        [
+            schedules[0].num_cycles(int(a)) / schedules[1].num_cycles(int(b)) if np.isfinite(b) else np.nan
+            for a, b in pairs
+        ]
+    )
+
+
+def without_duplex(where: dict[str, Any]) -> dict[str, Any]:
+    """One stage was run once, as half duplex."""
+    return {key: value for key, value in where.items() if key != "duplex"}
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the updates to every target without delay, and what each pipeline needs relative to them."""
-    for (metric, value), tau in product(all_targets(), RANGES):
-        alone = updates_to(rows, metric, value, num_stages=1, tau=tau)
-        line = " ".join(
-            f"{num_stages}{duplex[0]} {relative(rows, metric, value, num_stages, duplex=duplex, tau=tau).mean():.2f}"
-            for num_stages, duplex in PIPELINES[1:]
-        )
-        print(
-            f"{metric:<8} {value:<4} tau {tau:<4}  {alone.mean():.0f} updates with one stage; relative to that {line}"
-        )
+    """Print the updates to every target without delay, those of pipelines relative to them, and what staleness costs."""
+    for (metric, target), tau in product(all_targets(), RANGES):
+        alone = updates_to(rows, metric, target, num_stages=1, tau=tau)
+        relatives = [
+            f"{m}{duplex[0]} {relative(rows, metric, target, m, duplex=duplex, tau=tau).mean():.2f}"
+            for m, duplex in PIPELINES[1:]
+        ]
+        print(f"{metric:<8} {target:<4} tau {tau:<4}  {alone.mean():.0f} updates with one stage; {' '.join(relatives)}")
+        staleness = [Schedule("async", m, 1, duplex).max_staleness(0) for m, duplex in PIPELINES]
+        updates = [updates_to(rows, metric, target, num_stages=m, duplex=duplex, tau=tau) for m, duplex in PIPELINES]
+        if np.isfinite(updates).all():
+            cost = estimate(np.polyfit(staleness, np.array(updates), 1)[0])
+            print(f"    {cost.value:.2f} [{cost.low:.2f}, {cost.high:.2f}] more for each update of staleness")
 
 
 def report_devices(rows: Sequence[Row]) -> None:
@@ -233,21 +255,20 @@ def report_devices(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Relative updates against stages, what delay adds in updates, the best rate, and the cycles saved."""
+    """Updates relative to one stage, and the clock cycles saved."""
     figure = Figure(figsize=(15, 8), layout="constrained")
     grid = figure.subplots(2, len(RANGES))
     for column, tau in enumerate(RANGES):
         ratios, savings = grid[:, column]
-        stages = sorted({num_stages for num_stages, _ in PIPELINES})
         for (color, target), duplex in product(enumerate(TARGETS["loss"]), ("half", "full")):
-            kinds = [(m, duplex if m > 1 else "half") for m in stages]
-            values = [relative(rows, "loss", target, m, duplex=d, tau=tau) for m, d in kinds]
-            means, errors = np.array([v.mean() for v in values]), [standard_error(v) for v in values]
-            style = {"color": f"C{color}", "linestyle": "-" if duplex == "half" else "--", "marker": "."}
+            stages = [m for m, d in PIPELINES if d == duplex]
             label = f"loss {target}" if duplex == "half" else None
-            ratios.errorbar(stages, means, errors, label=label, **style)
-            savings.plot(stages, np.array(stages) / means, label=label, **style)
-        savings.plot(stages, stages, "k:", label="number of stages")
+            for axes, quantity in ((ratios, relative), (savings, saved)):
+                values = [quantity(rows, "loss", target, m, duplex=duplex, tau=tau) for m in stages]
+                means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
+                style = {"color": f"C{color}", "linestyle": "-" if duplex == "half" else "--", "marker": "."}
+                axes.errorbar(stages, means, errors, label=label, **style)
+        savings.plot((1, 64), (1, 64), "k:", label="number of stages")
         ratios.set(xscale="log", xlabel="stages", ylabel="updates over those of one stage")
         savings.set(xscale="log", yscale="log", xlabel="stages", ylabel="clock cycles of no pipeline over ours")
         ratios.set_title(f"τ = {tau:g}; half duplex (solid), full (dashed)", fontsize=10)
