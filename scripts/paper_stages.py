@@ -208,7 +208,7 @@ def relative(rows: Sequence[Row], metric: str, target: float, num_stages: int, *
 
 
 def saved(rows: Sequence[Row], metric: str, target: float, num_stages: int, duplex: Duplex, **where: Any) -> np.ndarray:
-    """Clock cycles of no pipeline over those of ours, of every seed, with fills; no number where we do not get there."""
+    """Clock cycles of no pipeline over ours of every seed, with fills; no number where we do not get there."""
     schedules = Schedule("none", num_stages), Schedule("async", num_stages, 1, duplex)
     ours = updates_to(rows, metric, target, num_stages=num_stages, duplex=duplex, **where)
     alone = updates_to(rows, metric, target, num_stages=1, **where)
@@ -227,7 +227,7 @@ def without_duplex(where: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the updates to every target without delay, those of pipelines relative to them, and what staleness costs."""
+    """Print the updates of one stage to every target, those of more relative to it, and what staleness costs."""
     for (metric, target), tau in product(all_targets(), RANGES):
         alone = updates_to(rows, metric, target, num_stages=1, tau=tau)
         relatives = [
