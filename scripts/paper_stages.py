@@ -47,7 +47,7 @@ DEVICE_STAGES = (1, 4, 16)
 BASE = {"tau": 2.0, "step": 2.0**-8, "cycle_to_cycle": 0.3, "write_noise": 0.0, "io_bits": None}
 """1,024 steps in the range 2τ."""
 
-DEVICE_TARGETS = (0.8, 0.9)
+DEVICE_TARGETS = (("accuracy", 0.8), ("loss", 0.5))
 LABELS = {
     "step": "Δw_min (range 4)",
     "cycle_to_cycle": "cycle-to-cycle spread of a step",
@@ -244,14 +244,13 @@ def report(rows: Sequence[Row]) -> None:
 
 def report_devices(rows: Sequence[Row]) -> None:
     """The same for devices."""
-    for (name, values), target in product(SWEEPS.items(), DEVICE_TARGETS):
+    for (name, values), (metric, target) in product(SWEEPS.items(), DEVICE_TARGETS):
         for value in values:
             where = {"sweep": name, name: value}
-            alone = updates_to(rows, "accuracy", target, num_stages=1, **where)
-            line = " ".join(
-                f"{m}: {relative(rows, 'accuracy', target, m, **where).mean():.2f}" for m in DEVICE_STAGES[1:]
-            )
-            print(f"{name:<14} {value:<8.4g} accuracy {target}  {alone.mean():.0f} updates; relative {line}")
+            alone = updates_to(rows, metric, target, num_stages=1, **where)
+            ratios = ((m, relative(rows, metric, target, m, **where)) for m in DEVICE_STAGES[1:])
+            line = ", ".join(f"{m} stages {r.mean():.2f} ± {standard_error(r):.2f} times" for m, r in ratios)
+            print(f"{name:<14} {value:<8.4g} {metric} {target}  {alone.mean():.0f} updates with one stage, {line}")
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -284,11 +283,11 @@ def draw_devices(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(16, 4.2), layout="constrained")
     for axes, (name, values) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
         for color, num_stages in enumerate(DEVICE_STAGES):
-            for target, style in zip(DEVICE_TARGETS, ("-", "--"), strict=True):
+            for (metric, target), style in zip(DEVICE_TARGETS, ("-", "--"), strict=True):
                 where = {"sweep": name, "num_stages": num_stages}
-                updates = [updates_to(rows, "accuracy", target, **where | {name: value}) for value in values]
+                updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
                 means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
-                label = f"{num_stages} stages, accuracy {target}"
+                label = f"{num_stages} stages, {metric} {target}"
                 axes.errorbar(values, means, errors, color=f"C{color}", linestyle=style, marker=".", label=label)
         axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name], ylabel="updates, best learning rate")
         axes.grid(alpha=0.3)
