@@ -49,7 +49,7 @@ BASE = {"tau": 2.0, "step": 2.0**-8, "cycle_to_cycle": 0.3, "write_noise": 0.0, 
 
 DEVICE_TARGETS = (("accuracy", 0.8), ("loss", 0.5))
 LABELS = {
-    "step": "Δw_min (range 4)",
+    "step": "Δw_min, in units of the range",
     "cycle_to_cycle": "cycle-to-cycle spread of a step",
     "write_noise": "write noise, in Δw_min",
     "io_bits": "bits of the input converters",
@@ -288,10 +288,13 @@ def draw_devices(rows: Sequence[Row]) -> Figure:
                 updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
                 means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
                 label = f"{num_stages} stages, {metric} {target}"
-                axes.errorbar(values, means, errors, color=f"C{color}", linestyle=style, marker=".", label=label)
+                axes.errorbar(
+                    range(len(values)), means, errors, color=f"C{color}", linestyle=style, marker=".", label=label
+                )
         axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name], ylabel="updates, best learning rate")
+        texts = [f"1/{2 * BASE['tau'] / value:.0f}" if name == "step" else f"{value:g}" for value in values]
+        axes.set_xticks(range(len(values)), texts)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_xscale("log", base=2)
     figure.axes[0].legend(fontsize=7)
     return figure
 
