@@ -35,6 +35,9 @@ class Crossbars(nn.Module):
         write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
         io_bits: of the converters before the crossbar; those behind it have two more, a bound of 12 and noise of 0.06,
             relative to inputs scaled to 1. ``None``: exact products.
+
+    Raises:
+        ValueError: if τ is not positive, or a step would cross the range.
     """
 
     def __init__(
@@ -48,7 +51,12 @@ class Crossbars(nn.Module):
         io_bits: Number | None = None,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self._bound = torch.as_tensor(tau)
+        if not (self._bound > 0).all():
+            raise ValueError(f"tau must be positive, got {tau}")
+        if step is not None and not ((torch.as_tensor(step) > 0) & (torch.as_tensor(step) < self._bound)).all():
+            raise ValueError(f"step must lie between 0 and tau={tau}, got {step}")
+        self.weight = nn.Parameter(weight.clone())
         self.tau = tau
         self.step = step
         self.cycle_to_cycle = cycle_to_cycle
@@ -56,7 +64,6 @@ class Crossbars(nn.Module):
         self.io_bits = io_bits
         self._generator = generator
         self._programmed = weight.clone()
-        self._bound = torch.as_tensor(tau)
         self.pending: list[tuple[Tensor, Tensor]] = []
         """Inputs and errors since the last update."""
 
@@ -92,7 +99,7 @@ class Crossbars(nn.Module):
         sizes = up * (1 - hidden / self.tau) ** 2 + down * (1 + hidden / self.tau) ** 2
         spread = self.cycle_to_cycle * self.step * sizes.sqrt_()
         hidden += (self.tau * (up - down) / pulses.clamp_min(1) - hidden) * share + spread * self._gaussian(hidden)
-        torch.maximum(torch.minimum(hidden, self._bound, out=hidden), -self._bound, out=hidden)
+        hidden.clamp_(-self._bound, self._bound)
         weight.copy_(hidden + self.write_noise * self.step * self._gaussian(hidden))
 
     def note(self, x: Tensor, error: Tensor) -> None:

@@ -22,8 +22,11 @@ def largest_learning_rate(smoothness: float, saturation: float) -> float:
     Args:
         smoothness: L.
         saturation: q, below 1.
+
+    Raises:
+        ValueError: for another saturation.
     """
-    return (1 - saturation) / (2 * smoothness * (1 + saturation))
+    return _fill(saturation) / (2 * smoothness * (1 + saturation) ** 2)
 
 
 def asymptotic_error(variance: float, saturation: float) -> float:
@@ -32,8 +35,11 @@ def asymptotic_error(variance: float, saturation: float) -> float:
     Args:
         variance: σ².
         saturation: q, below 1.
+
+    Raises:
+        ValueError: for another saturation.
     """
-    return 2 * variance * saturation**2 / (1 - saturation**2)
+    return 2 * variance * saturation**2 / _fill(saturation)
 
 
 def error_bound(
@@ -60,12 +66,12 @@ def error_bound(
         delay_error: e², what :func:`delay_error` bounds; ``None`` for no delay.
 
     Raises:
-        ValueError: if the learning rate is above :func:`largest_learning_rate`.
+        ValueError: if the learning rate is above :func:`largest_learning_rate`, or the saturation not below 1.
     """
     largest = largest_learning_rate(smoothness, saturation)
     if learning_rate > largest:
         raise ValueError(f"the bound holds up to a learning rate of {largest:.3g}, got {learning_rate:.3g}")
-    fill = 1 - saturation**2
+    fill = _fill(saturation)
     error = (
         4 * gap / (learning_rate * num_updates * fill)
         + 2 * variance * learning_rate * smoothness * (1 + saturation) / (1 - saturation)
@@ -117,6 +123,12 @@ def stationary_error(weight: Tensor, magnitude: Tensor, tau: float | Tensor) -> 
         One number per leading index.
     """
     return (weight * magnitude / tau).square().sum((-2, -1))
+
+
+def _fill(saturation: float) -> float:
+    if not 0 <= saturation < 1:
+        raise ValueError(f"the weights must stay within the range: saturation must be in [0, 1), got {saturation:.3g}")
+    return 1 - saturation**2
 
 
 class Estimate(NamedTuple):

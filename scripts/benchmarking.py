@@ -5,6 +5,9 @@ import sys
 import time
 from pathlib import Path
 
+STEADY_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
+"""For the environment of a new process: a heap that glibc never gives back."""
+
 
 def other_load(seconds: float = 2.0) -> float:
     """The share of the machine that is busy while this process sleeps."""
@@ -24,6 +27,5 @@ def keep_freed_memory() -> None:
 
     Otherwise it returns and takes back pages by chance, on both sides, which costs up to a third of a step.
     """
-    settings = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
-    if not settings.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
+    if not STEADY_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | STEADY_MEMORY)

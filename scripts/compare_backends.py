@@ -7,17 +7,15 @@ not repeated. About 30 minutes on two cores. Usage:
         --png docs/images/compare_backends.png --mnist data
 """
 
-import argparse
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sweeps import Row, curves, select, standard_error, sweep
+from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -113,18 +111,16 @@ def draw(rows: list[Row]) -> Figure:
 
 def main() -> None:
     """Run what is missing, draw, and print the final accuracies."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--png", type=Path, required=True)
+    parser = study_parser(__doc__, seeds=5)
+    parser.add_argument("--png", type=writable, required=True, help="of the picture")
     parser.add_argument("--mnist", metavar="ROOT", help="folder of MNIST, in torchvision's layout; digits only without")
-    parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     problems = ["digits", "mnist"] if args.mnist else ["digits"]
     cases = [
         {"problem": problem, "backend": backend, "delay": delay, "seed": seed}
         for problem, backend, delay, seed in product(problems, BACKENDS, DELAYS, range(args.seeds))
     ]
-    rows = sweep(partial(run, root=args.mnist), cases, args.csv)
+    rows = sweep(partial(run, root=args.mnist), cases, args.csv, args.jobs)
     draw(rows).savefig(args.png, dpi=120)
     for problem, delay in product(problems, DELAYS):
         of_each = []

@@ -6,15 +6,12 @@ are not repeated. Usage:
     .venv/bin/python scripts/digits_accuracy.py --csv docs/results/digits_accuracy.csv
 """
 
-import argparse
-from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from sweeps import curves, select, sweep
+from sweeps import curves, select, study_parser, sweep
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import Digits
@@ -24,6 +21,7 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.tasks import Classifier
 
 SCHEDULES: tuple[Any, ...] = ("none", "sync", "async")
+EPOCHS = 20
 
 
 def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
@@ -50,13 +48,12 @@ def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print the means and write every run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--csv", type=Path, required=True)
-    args = parser.parse_args()
-    cases = [{"schedule": schedule, "seed": seed} for schedule, seed in product(SCHEDULES, range(args.seeds))]
-    rows = sweep(partial(run, epochs=args.epochs), cases, args.csv)
+    args = study_parser(__doc__, seeds=10).parse_args()
+    cases = [
+        {"schedule": schedule, "seed": seed, "epochs": EPOCHS}
+        for schedule, seed in product(SCHEDULES, range(args.seeds))
+    ]
+    rows = sweep(run, cases, args.csv, args.jobs)
     for schedule in SCHEDULES:
         accuracy, cycles, speedup = (
             curves(select(rows, schedule=schedule), field).mean() for field in ("accuracy", "cycles", "speedup")

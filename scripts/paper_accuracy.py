@@ -8,11 +8,9 @@ not repeated. Usage:
         --png docs/images/figure_4.png
 """
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sweeps import Row, curves, select, standard_error, sweep
+from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from aimc_pl.callbacks import ClockMonitor
@@ -91,7 +89,7 @@ def run(
     """Train once; accuracy is that of the test images after each epoch.
 
     Args:
-        kind: of the convolutions but the first.
+        kind: of the convolutions of the second and third group.
         schedule: of the pipeline.
         num_stages: one of :data:`SPLITS`, or 1.
         seed: of weights, devices, noise and the order of images.
@@ -132,12 +130,17 @@ def run(
 
 
 def cases(num_seeds: int, epochs: int) -> list[dict[str, Any]]:
-    """Without delay, and asynchronously in 2 to 16 stages; digital controls without delay and in 8 stages."""
+    """Without delay, and asynchronously in 2 to 16 stages; digital controls without delay and in 8 stages.
+
+    Without delay and in 8 stages also for twice the epochs, to tell what staleness costs once from what it always does.
+    """
     analog = [("analog", "sync", 4), *(("analog", "async", num_stages) for num_stages in SPLITS)]
     digital = [("digital", "sync", 4), ("digital", "async", 8)]
+    lengths = {epochs: analog + digital, 2 * epochs: [("analog", "sync", 4), ("analog", "async", 8)]}
     return [
-        {"seed": seed, "kind": kind, "schedule": schedule, "num_stages": num_stages, "epochs": epochs}
-        for seed, (kind, schedule, num_stages) in product(range(num_seeds), analog + digital)
+        {"seed": seed, "kind": kind, "schedule": schedule, "num_stages": num_stages, "epochs": length}
+        for length, settings in lengths.items()
+        for seed, (kind, schedule, num_stages) in product(range(num_seeds), settings)
     ]
 
 
@@ -168,16 +171,20 @@ def cycles_to(target: float, accuracies: np.ndarray, after: np.ndarray) -> np.nd
 
 
 def speedups(rows: Sequence[Row], kind: str, schedule: ScheduleName, num_stages: int) -> np.ndarray:
-    """How many times fewer clock cycles each seed needs to the target than the mean without a pipeline."""
+    """How many times fewer clock cycles each seed needs to the target than the mean without a pipeline.
+
+    No number for a seed that does not get there.
+    """
     prompt = accuracy(rows, kind)
     alone = cycles_to(TARGET, prompt, cycles(rows, kind, "none", num_stages))
     ours = accuracy(rows, kind, num_stages) if schedule == "async" else prompt
-    return alone.mean() / cycles_to(TARGET, ours, cycles(rows, kind, schedule, num_stages))
+    needed = cycles_to(TARGET, ours, cycles(rows, kind, schedule, num_stages))
+    return np.where(np.isfinite(needed), alone.mean() / needed, np.nan)
 
 
 def report(rows: Sequence[Row]) -> None:
     """Print final accuracies and speedups."""
-    for kind in ("analog", "digital"):
+    for kind in sorted({row["kind"] for row in rows}):
         prompt = accuracy(rows, kind)[:, -1]
         print(f"{kind:<8} none, sync      accuracy {prompt.mean():.4f} ± {standard_error(prompt):.4f}")
         for num_stages in sorted({int(row["num_stages"]) for row in select(rows, kind=kind, schedule="async")}):
@@ -208,9 +215,9 @@ def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
     for schedule in ("sync", "async"):
         color = COLORS[schedule]
         values = [speedups(rows, "analog", schedule, m) for m in stages]
-        means, errors = [1.0, *map(np.mean, values)], [0.0, *map(standard_error, values)]
-        by_stages.errorbar([1, *stages], means, errors, marker="o", color=color, label=f"analog, {schedule}")
-    by_stages.plot([1, *stages], [1, *stages], "k:", label="number of stages")
+        means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
+        by_stages.errorbar(stages, means, errors, marker="o", color=color, label=f"analog, {schedule}")
+    by_stages.plot([1, *stages], [1, *stages], "k:", label="number of stages, from one accelerator on")
     by_stages.set(xlabel="stages", ylabel=f"times fewer clock cycles to {TARGET:.0%}", title="speedup over no pipeline")
     for axes in (by_epoch, by_cycle, by_stages):
         axes.legend(fontsize=8)
@@ -226,20 +233,19 @@ def band(axes: Axes, x: np.ndarray, values: np.ndarray, label: str, **style: Any
 
 def main() -> None:
     """Run what is missing, report and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, seeds=3)
+    parser.add_argument("--png", type=writable, required=True, help="of the picture")
     parser.add_argument("--data", metavar="ROOT", help="folder of CIFAR-10, in torchvision's layout")
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--png", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
     parser.add_argument("--quick", action="store_true", help="two epochs of a narrow network on handwritten digits")
     args = parser.parse_args()
     if not (args.data or args.quick):
         parser.error("--data says where CIFAR-10 is")
     epochs, root = (2, None) if args.quick else (EPOCHS, args.data)
     rows = sweep(partial(run, root=root), cases(args.seeds, epochs), args.csv, args.jobs)
-    report(rows)
-    draw(rows).savefig(args.png, dpi=110)
+    for length in (epochs, 2 * epochs):
+        print(f"{length} epochs")
+        report(select(rows, epochs=length))
+    draw(select(rows, epochs=epochs)).savefig(args.png, dpi=110)
 
 
 if __name__ == "__main__":

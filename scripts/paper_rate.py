@@ -8,12 +8,10 @@ ranges τ, label noises and seeds run side by side. Usage:
     .venv/bin/python scripts/paper_rate.py --csv docs/results/rate.csv --png docs/images/rate.png
 """
 
-import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise, product
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sweeps import Row, curves, select, standard_error, sweep
+from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import Generator, Tensor, nn
 
 from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
@@ -333,11 +331,8 @@ def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
 
 def main() -> None:
     """Run what is missing, report and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--png", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
+    parser = study_parser(__doc__, seeds=4)
+    parser.add_argument("--png", type=writable, required=True, help="of the picture")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the updates")
     args = parser.parse_args()
     share = 20 if args.quick else 1

@@ -9,11 +9,9 @@ stages, device and seed. Usage:
         --png docs/images/stages_devices.png
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from itertools import product
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sweeps import Row, curves, select, standard_error, sweep
+from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import Generator, Tensor, nn
 
 from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
@@ -200,41 +198,41 @@ def updates_to(rows: Sequence[Row], metric: str, target: float, **where: Any) ->
     return curves(select(rows, metric=metric, target=target, **where), "updates")[:, 0]
 
 
+def alone(rows: Sequence[Row], metric: str, target: float, **where: Any) -> np.ndarray:
+    """The updates of one stage, which has no duplex."""
+    return updates_to(rows, metric, target, num_stages=1, **{k: v for k, v in where.items() if k != "duplex"})
+
+
 def relative(rows: Sequence[Row], metric: str, target: float, num_stages: int, **where: Any) -> np.ndarray:
     """Updates of every seed over those of one stage; no number where neither gets there."""
     with np.errstate(invalid="ignore"):
         ours = updates_to(rows, metric, target, num_stages=num_stages, **where)
-        return ours / updates_to(rows, metric, target, num_stages=1, **without_duplex(where))
+        return ours / alone(rows, metric, target, **where)
 
 
 def saved(rows: Sequence[Row], metric: str, target: float, num_stages: int, duplex: Duplex, **where: Any) -> np.ndarray:
     """Clock cycles of no pipeline over ours of every seed, with fills; no number where we do not get there."""
     schedules = Schedule("none", num_stages), Schedule("async", num_stages, 1, duplex)
-    ours = updates_to(rows, metric, target, num_stages=num_stages, duplex=duplex, **where)
-    alone = updates_to(rows, metric, target, num_stages=1, **where)
-    pairs = np.stack([alone, ours], 1)
-    return np.array(
-        [
-            schedules[0].num_cycles(int(a)) / schedules[1].num_cycles(int(b)) if np.isfinite(b) else np.nan
-            for a, b in pairs
-        ]
+    updates = (
+        alone(rows, metric, target, **where),
+        updates_to(rows, metric, target, num_stages=num_stages, duplex=duplex, **where),
     )
-
-
-def without_duplex(where: dict[str, Any]) -> dict[str, Any]:
-    """One stage was run once, as half duplex."""
-    return {key: value for key, value in where.items() if key != "duplex"}
+    none, ours = (
+        np.array([schedule.num_cycles(int(k)) if np.isfinite(k) else np.nan for k in each])
+        for schedule, each in zip(schedules, updates, strict=True)
+    )
+    return none / ours
 
 
 def report(rows: Sequence[Row]) -> None:
     """Print the updates of one stage to every target, those of more relative to it, and what staleness costs."""
     for (metric, target), tau in product(all_targets(), RANGES):
-        alone = updates_to(rows, metric, target, num_stages=1, tau=tau)
+        one = alone(rows, metric, target, tau=tau)
         relatives = [
             f"{m}{duplex[0]} {relative(rows, metric, target, m, duplex=duplex, tau=tau).mean():.2f}"
             for m, duplex in PIPELINES[1:]
         ]
-        print(f"{metric:<8} {target:<4} tau {tau:<4}  {alone.mean():.0f} updates with one stage; {' '.join(relatives)}")
+        print(f"{metric:<8} {target:<4} tau {tau:<4}  {one.mean():.0f} updates with one stage; {' '.join(relatives)}")
         staleness = [Schedule("async", m, 1, duplex).max_staleness(0) for m, duplex in PIPELINES]
         updates = [updates_to(rows, metric, target, num_stages=m, duplex=duplex, tau=tau) for m, duplex in PIPELINES]
         if np.isfinite(updates).all():
@@ -247,10 +245,10 @@ def report_devices(rows: Sequence[Row]) -> None:
     for (name, values), (metric, target) in product(SWEEPS.items(), DEVICE_TARGETS):
         for value in values:
             where = {"sweep": name, name: value}
-            alone = updates_to(rows, metric, target, num_stages=1, **where)
+            one = alone(rows, metric, target, **where)
             ratios = ((m, relative(rows, metric, target, m, **where)) for m in DEVICE_STAGES[1:])
             line = ", ".join(f"{m} stages {r.mean():.2f} ± {standard_error(r):.2f} times" for m, r in ratios)
-            print(f"{name:<14} {value:<8.4g} {metric} {target}  {alone.mean():.0f} updates with one stage, {line}")
+            print(f"{name:<14} {value:<8.4g} {metric} {target}  {one.mean():.0f} updates with one stage, {line}")
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -301,12 +299,9 @@ def draw_devices(rows: Sequence[Row]) -> Figure:
 
 def main() -> None:
     """Run what is missing, report and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--png", type=Path, required=True)
+    parser = study_parser(__doc__, seeds=3)
+    parser.add_argument("--png", type=writable, required=True, help="of the picture")
     parser.add_argument("--devices", action="store_true", help="vary the devices instead of the depth of the pipeline")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, help="runs at a time; one on each core by default")
     parser.add_argument("--quick", action="store_true", help="give up after 60 updates")
     args = parser.parse_args()
     length = {"num_seeds": args.seeds, "num_updates": 60 if args.quick else 2000}

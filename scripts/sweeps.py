@@ -1,5 +1,6 @@
 """Runs the cases of a study side by side and keeps what each leaves in a CSV file, so that a stopped study goes on."""
 
+import argparse
 import csv
 import logging
 import os
@@ -10,10 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarking import STEADY_MEMORY
 from rich.progress import track
 
 Case = Mapping[str, Any]
 Row = dict[str, str]
+
+
+def study_parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
+    """The arguments of every study: its file, seeds and processes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=writable, required=True, help="of the runs; a study goes on where it was")
+    parser.add_argument("--seeds", type=_at_least_one, default=seeds, help="runs of each setting")
+    parser.add_argument("--jobs", type=_at_least_one, help="runs at a time; one on each core by default")
+    return parser
+
+
+def writable(text: str) -> Path:
+    """An argument's file, in a folder that is made if it is not there."""
+    path = Path(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def sweep(
@@ -29,17 +47,18 @@ def sweep(
 
     Returns:
         The rows of all these cases, as text.
+
+    Raises:
+        ValueError: if the file holds another study.
     """
     cases = list(cases)
     keys = list(cases[0])
-    done = {_texts(row[key] for key in keys) for row in read(path)}
+    rows = read(path)
+    if rows and not set(keys) <= set(rows[0]):
+        raise ValueError(f"{path} is of another study: it has no column {', '.join(sorted(set(keys) - set(rows[0])))}")
+    done = {_texts(row[key] for key in keys) for row in rows}
     missing = [case for case in cases if _texts(case.values()) not in done]
-    # A heap that glibc does not hand back after every step, and cores that do not wait for each other.
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_TRIM_THRESHOLD_": "4000000000",
-        "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    }
+    os.environ |= {"OMP_NUM_THREADS": "1"} | STEADY_MEMORY
     jobs = jobs or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(jobs, get_context("spawn"), _quiet) as pool:
         runs = {pool.submit(run, **case): case for case in missing}
@@ -78,6 +97,12 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5)
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def _quiet() -> None:
     # What Lightning tells of every trainer would break the progress bar; warnings still come.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -88,7 +113,6 @@ def _texts(values: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

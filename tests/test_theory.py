@@ -97,6 +97,18 @@ def test_too_large_a_learning_rate_is_refused():
         theory.error_bound(10, 0.1, gap=1.0, smoothness=2.0, variance=1.0, saturation=0.5)
 
 
+@pytest.mark.parametrize("saturation", [1.0, 1.5, -0.1])
+def test_weights_beyond_the_range_are_refused(saturation):
+    constants = {"gap": 1.0, "smoothness": 2.0, "variance": 1.0, "saturation": saturation}
+    for bound in (
+        lambda: theory.asymptotic_error(1.0, saturation),
+        lambda: theory.error_bound(10, 0.001, **constants),
+        lambda: theory.best_learning_rate(10, **constants),
+    ):
+        with pytest.raises(ValueError, match="saturation must be in"):
+            bound()
+
+
 @pytest.mark.parametrize(("dominant", "extra"), [(2.0, 5.0), (3.0, 0.0), (0.0, 7.0)])
 def test_fits_recover_what_made_the_data(dominant, extra):
     epsilon = np.geomspace(1, 0.01, 9)

@@ -36,7 +36,7 @@ CASES = [{"x": x, "seed": seed} for x in (1, 2, 3) for seed in (0, 1)]
 
 def test_a_stopped_sweep_keeps_what_ended_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "new" / "out.csv"
+    path = tmp_path / "out.csv"
     with pytest.raises(RuntimeError, match="no power"):
         sweeps.sweep(square, CASES, path, jobs=1)
     kept = sweeps.read(path)

@@ -1,0 +1,83 @@
+"""What the studies of the paper make of their rows, on rows whose answer is known."""
+
+import numpy as np
+import paper_accuracy
+import paper_rate
+import paper_stages
+import pytest
+import sweeps
+
+
+def as_text(rows):
+    return [{key: str(value) for key, value in row.items()} for row in rows]
+
+
+def test_speedup_is_the_ratio_of_cycles_to_the_target():
+    """Accuracies rise evenly, so that the crossing lies between epochs in closed form."""
+    curves = {("sync", 4): (0.2, 0.4, 0.6, 0.8), ("async", 4): (0.1, 0.3, 0.5, 0.7), ("async", 8): (0.1, 0.2, 0.3, 0.4)}
+    rows = as_text(
+        {"seed": seed, "kind": "analog", "schedule": schedule, "num_stages": num_stages, "accuracy": accuracy}
+        | {"mini_batches": 10 * (epoch + 1), "cycles": 85 * (epoch + 1)}
+        for (schedule, num_stages), values in curves.items()
+        for seed in (0, 1)
+        for epoch, accuracy in enumerate(values)
+    )
+    target = paper_accuracy.TARGET
+    alone = 10 * (1 + (target - 0.2) / 0.2) * 2 * 4 * 4  # mini-batches of 2MB cycles
+    assert paper_accuracy.speedups(rows, "analog", "none", 4) == pytest.approx([1, 1])
+    assert paper_accuracy.speedups(rows, "analog", "sync", 4) == pytest.approx([4 * 4 / 7] * 2)
+    assert paper_accuracy.speedups(rows, "analog", "async", 4) == pytest.approx(
+        [alone / (85 * (1 + (target - 0.1) / 0.2))] * 2
+    )
+    assert np.isnan(paper_accuracy.speedups(rows, "analog", "async", 8)).all()
+
+
+def test_updates_and_cycles_relative_to_one_stage():
+    updates = {(1, "half"): (100, 200), (8, "half"): (150, 200), (8, "full"): (200, np.inf)}
+    rows = as_text(
+        {"num_stages": m, "duplex": duplex, "tau": 4.0, "seed": s, "metric": "loss", "target": 0.5, "updates": u}
+        for (m, duplex), values in updates.items()
+        for s, u in enumerate(values)
+    )
+    relative, saved = (
+        {duplex: function(rows, "loss", 0.5, 8, duplex=duplex, tau=4.0) for duplex in ("half", "full")}
+        for function in (paper_stages.relative, paper_stages.saved)
+    )
+    np.testing.assert_allclose(relative["half"], [1.5, 1.0])
+    np.testing.assert_allclose(relative["full"], [2.0, np.inf])
+    # without a pipeline 2·8·K, with one 2(K + 7) or 2(K + 14)
+    np.testing.assert_allclose(saved["half"], [1600 / 314, 3200 / 414])
+    np.testing.assert_allclose(saved["full"], [1600 / 428, np.nan])
+
+
+def test_errors_count_above_the_floor_where_every_seed_gets_there():
+    epsilons, floor = (1.0, 0.5, 0.25, 0.1), 0.1
+    updates = {0: (10, 20, 40, 90), 1: (11, 21, np.inf, np.inf)}
+    rows = as_text(
+        {"problem": "mlp", "num_stages": 4, "tau": 8.0, "noise": 0.3, "seed": seed, "epsilon": epsilon, "updates": u}
+        | {"floor_stationary": floor}
+        for seed, values in updates.items()
+        for epsilon, u in zip(epsilons, values, strict=True)
+    )
+    epsilon, reached = paper_rate.reach(rows, "mlp", 4, 8.0, 0.3)
+    np.testing.assert_allclose(epsilon, [0.9, 0.4])
+    np.testing.assert_array_equal(reached, [[10, 20], [11, 21]])
+
+
+def test_arguments_are_checked_before_work_starts(tmp_path, capsys):
+    parser = sweeps.study_parser("a study", seeds=3)
+    files = ["--csv", str(tmp_path / "new" / "a.csv")]
+    assert parser.parse_args(files).seeds == 3
+    assert (tmp_path / "new").is_dir()
+    for wrong in (["--seeds", "0"], ["--jobs", "-1"], ["--seeds", "two"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*files, *wrong])
+        assert f"must be a whole number of at least 1, got '{wrong[1]}'" in capsys.readouterr().err
+
+
+def test_another_studys_file_is_refused(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,seed\n1,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv is of another study: it has no column x"):
+        sweeps.sweep(print, [{"x": 1, "seed": 0}], path)
+    assert path.read_text() == "a,seed\n1,2\n"
