@@ -111,7 +111,7 @@ def draw(rows: list[Row]) -> Figure:
 
 def main() -> None:
     """Run what is missing, draw, and print the final accuracies."""
-    parser = study_parser(__doc__, seeds=5)
+    parser = study_parser(__doc__, seeds=10)
     parser.add_argument("--png", type=writable, required=True, help="of the picture")
     parser.add_argument("--mnist", metavar="ROOT", help="folder of MNIST, in torchvision's layout; digits only without")
     args = parser.parse_args()
