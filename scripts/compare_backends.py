@@ -110,7 +110,7 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def main() -> None:
-    """Run what is missing, draw, and print the final accuracies."""
+    """Run what is missing, draw, and print final accuracies and losses."""
     parser = study_parser(__doc__, seeds=10)
     parser.add_argument("--png", type=writable, required=True, help="of the picture")
     parser.add_argument("--mnist", metavar="ROOT", help="folder of MNIST, in torchvision's layout; digits only without")
@@ -125,8 +125,10 @@ def main() -> None:
     for problem, delay in product(problems, DELAYS):
         of_each = []
         for backend in BACKENDS:
-            last = curves(select(rows, problem=problem, backend=backend, delay=delay), "accuracy")[:, -1]
-            of_each.append(f"{backend} {last.mean():.4f} ± {standard_error(last):.4f}")
+            of_backend = select(rows, problem=problem, backend=backend, delay=delay)
+            for metric in ("accuracy", "loss"):
+                last = curves(of_backend, metric)[:, -1]
+                of_each.append(f"{backend} {metric} {last.mean():.3f} ± {standard_error(last):.3f}")
         print(f"{problem:<7} delay {delay}  {'   '.join(of_each)}")
 
 

@@ -144,10 +144,10 @@ def cases(num_seeds: int, epochs: int) -> list[dict[str, Any]]:
     ]
 
 
-def accuracy(rows: Sequence[Row], kind: str, num_stages: int | None = None) -> np.ndarray:
-    """Of the test images, asynchronously in so many stages, or without delay ``(seeds, epochs)``."""
+def learning(rows: Sequence[Row], kind: str, num_stages: int | None = None, metric: str = "accuracy") -> np.ndarray:
+    """Test accuracy or training loss, asynchronously in so many stages or without delay ``(seeds, epochs)``."""
     which = {"schedule": "async", "num_stages": num_stages} if num_stages else {"schedule": "sync"}
-    return curves(select(rows, kind=kind, **which), "accuracy")
+    return curves(select(rows, kind=kind, **which), metric)
 
 
 def cycles(rows: Sequence[Row], kind: str, schedule: ScheduleName, num_stages: int) -> np.ndarray:
@@ -172,21 +172,27 @@ def cycles_to(target: float, accuracies: np.ndarray, after: np.ndarray) -> np.nd
 
 def speedups(rows: Sequence[Row], target: float, kind: str, schedule: ScheduleName, num_stages: int) -> np.ndarray:
     """How many times fewer clock cycles each seed needs to the target than without a pipeline; no number if never."""
-    prompt = accuracy(rows, kind)
+    prompt = learning(rows, kind)
     alone = cycles_to(target, prompt, cycles(rows, kind, "none", num_stages))
-    ours = accuracy(rows, kind, num_stages) if schedule == "async" else prompt
+    ours = learning(rows, kind, num_stages) if schedule == "async" else prompt
     needed = cycles_to(target, ours, cycles(rows, kind, schedule, num_stages))
     return np.divide(alone, needed, out=np.full_like(needed, np.nan), where=np.isfinite(needed))
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print final accuracies and speedups."""
+    """Print final accuracies, how far each seed is behind itself without delay, and speedups."""
     for kind in sorted({row["kind"] for row in rows}):
-        prompt = accuracy(rows, kind)[:, -1]
+        prompt = learning(rows, kind)[:, -1]
         print(f"{kind:<8} none, sync      accuracy {prompt.mean():.4f} ± {standard_error(prompt):.4f}")
         for num_stages in sorted({int(row["num_stages"]) for row in select(rows, kind=kind, schedule="async")}):
-            last = accuracy(rows, kind, num_stages)[:, -1]
+            last = learning(rows, kind, num_stages)[:, -1]
             print(f"{kind:<8} async, M = {num_stages:<3} accuracy {last.mean():.4f} ± {standard_error(last):.4f}")
+            for metric, sign in (("accuracy", 1), ("loss", -1)):
+                prompt_end, own_end = (learning(rows, kind, m, metric)[:, -1] for m in (None, num_stages))
+                behind = sign * (prompt_end - own_end)
+                print(
+                    f"    {metric} behind sync: {behind.mean():.4f} ± {standard_error(behind):.4f}, {behind.round(4)}"
+                )
             for target in TARGETS:
                 sync, ours = (speedups(rows, target, kind, schedule, num_stages) for schedule in ("sync", "async"))
                 print(
@@ -200,13 +206,13 @@ def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     by_epoch, by_cycle, by_stages = figure.subplots(1, 3)
     for kind, style in (("analog", "-"), ("digital", "--")):
-        prompt, ours = accuracy(rows, kind), accuracy(rows, kind, num_stages)
+        prompt, ours = learning(rows, kind), learning(rows, kind, num_stages)
         epochs = np.arange(1, prompt.shape[1] + 1)
         band(by_epoch, epochs, prompt, f"{kind}, none and sync", color="C0", linestyle=style)
         band(by_epoch, epochs, ours, f"{kind}, async", color="C2", linestyle=style)
     by_epoch.set(xlabel="epoch", ylabel="test accuracy", title=f"{num_stages} stages")
     for schedule, color in COLORS.items():
-        curve = accuracy(rows, "analog", num_stages if schedule == "async" else None)
+        curve = learning(rows, "analog", num_stages if schedule == "async" else None)
         band(by_cycle, cycles(rows, "analog", schedule, num_stages), curve, f"analog, {schedule}", color=color)
     by_cycle.set(xscale="log", xlabel="clock cycle", ylabel="test accuracy", title=f"{num_stages} stages")
     stages = list(SPLITS)
