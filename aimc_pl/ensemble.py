@@ -4,7 +4,8 @@ The copies go through one pipeline side by side and never meet, so that a sweep 
 takes one run. Every number may be one for all copies, or one per copy as a tensor ``(copies, 1, 1)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from aimc_pl.devices.mean_field.response import Number
+from aimc_pl.flight import Flight, StagedStep
+from aimc_pl.pipeline import Pipeline
+from aimc_pl.schedule import Duplex, Schedule
 from aimc_pl.stage import Stage
 
 _OUT_NOISE = 0.06
@@ -127,43 +131,51 @@ class _Product(torch.autograd.Function):
         return ctx.crossbars.multiply(error, ctx.crossbars.weight.detach()), None, None
 
 
-class EnsembleBatch:
-    """A micro-batch of the pipeline for all copies.
+class EnsemblePipeline:
+    """An asynchronous pipeline that all copies pass through side by side.
 
     Args:
-        x: inputs ``(copies, batch, features)``; one copy serves for all if ``copies`` is 1.
-        loss: takes the outputs ``(copies, batch, out)`` and returns the copies' losses ``(copies,)``.
+        modules: the network in order, with :class:`Crossbars` inside; their number is a multiple of ``num_stages``.
+        num_stages: M.
+        learning_rate: of the crossbars.
+        duplex: see :class:`aimc_pl.schedule.Schedule`.
     """
 
-    def __init__(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
-        self.x = x
-        self.loss = loss
+    def __init__(
+        self, modules: Sequence[nn.Module], num_stages: int, learning_rate: Number, duplex: Duplex = "half"
+    ) -> None:
+        self._network = nn.Sequential(*modules)
+        self._learning_rate = learning_rate
+        each = len(modules) // num_stages
+        stages = [Stage(m, modules=modules[m * each : (m + 1) * each]) for m in range(num_stages)]
+        boundaries = [str(m * each) for m in range(1, num_stages)]
+        # Crossbars set nothing while they run.
+        self._step = StagedStep(self._network, boundaries, stages, delayed=True, overlaps=False)
+        self._pipeline = Pipeline(stages, Schedule("async", num_stages, 1, duplex), self._update)
 
-    def enter(self) -> tuple[Tensor]:
-        """See :class:`aimc_pl.pipeline.MicroBatch`."""
-        return (self.x,)
+    def run(self, batches: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
+        """Micro-batches for all copies.
 
-    def leave(self, outputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
-        """See :class:`aimc_pl.pipeline.MicroBatch`."""
-        return self.loss(outputs[0]).sum(), torch.ones(())
+        Args:
+            batches: of each, the inputs ``(copies, batch, features)`` (one copy serves for all if ``copies`` is 1) and
+                the loss: it takes the outputs ``(copies, batch, out)`` and returns the copies' losses ``(copies,)``.
+        """
+        with self._step.running():
+            self._pipeline.run([Flight(self._step, partial(self._loss, *batch)) for batch in batches])
 
-    def entered(self, gradients: Any) -> None:
-        """Nothing comes before the pipeline."""
+    def drain(self) -> None:
+        """Finish the micro-batches in flight, with their updates."""
+        with self._step.running():
+            self._pipeline.drain()
 
+    def _loss(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        return loss(self._network(x)).sum()
 
-class EnsembleStage(nn.Sequential):
-    """Layers as a module for :class:`aimc_pl.stage.Stage`."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What leaves the last layer."""
-        return (super().forward(x),)
-
-
-def update_crossbars(stage: Stage, learning_rate: Number) -> None:
-    """Update every crossbar of a stage from what its backwards left."""
-    for module in stage.module.modules():
-        if isinstance(module, Crossbars):
-            module.update(learning_rate)
+    def _update(self, stage: Stage) -> None:
+        for module in stage.modules:
+            for part in module.modules():
+                if isinstance(part, Crossbars):
+                    part.update(self._learning_rate)
 
 
 def _rounded(values: Tensor, width: float, bits: Number) -> Tensor:

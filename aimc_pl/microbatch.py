@@ -1,11 +1,18 @@
-"""A mini-batch of nested tensors to micro-batches."""
+"""A mini-batch of any structure to micro-batches."""
 
-from collections.abc import Mapping
+import gc
+import sys
+from collections import UserDict
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
+from dataclasses import fields, is_dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from aimc_pl.errors import UsageError
 
@@ -13,51 +20,194 @@ from aimc_pl.errors import UsageError
 def batch_size(batch: Any) -> int:
     """The number of samples: the first dimension of the batch's tensors.
 
+    Packed sequences count as their sequences, a PyTorch Geometric ``Batch`` as its graphs. Tensors in lists within the
+    batch count only where there are no others, since such a list may hold a tensor of any size per sample.
+
     Raises:
         UsageError: if there is no tensor with a first dimension, or if they disagree.
     """
-    sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
+    sizes = _sizes(batch, into_lists=False) or _sizes(batch)
+    if not sizes:
+        _rows(batch, slice(0), size=-1)  # says which type is not understood, if one is the reason
     if len(sizes) != 1:
-        raise UsageError(
-            f"A mini-batch is split along the first dimension of its tensors; here these are of size {sorted(sizes)}. "
-            "Let every tensor of the batch have one row per sample (or no dimension at all)."
-        )
+        raise _disagreement(sizes)
     return sizes.pop()
 
 
 def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
     """Split along dim 0 into micro-batches as ``torch.tensor_split`` does, none of them empty.
 
-    Tensors and lists with one element per sample are split; other values go to every micro-batch.
+    At any depth of the batch,
+
+    - tensors and NumPy arrays are split by rows, packed sequences by sequences, a PyTorch Geometric ``Batch`` by its
+      graphs;
+    - tuples, lists, mappings and dataclasses are split by what they hold, and keep their type; dataclasses are not
+      initialised anew, so that a number that was computed from the whole batch stays;
+    - a list or tuple within the batch with one element per sample is split by elements, unless it holds tensors that
+      have a row per sample themselves;
+    - tensors without a dimension and values without tensors go to every micro-batch.
 
     Args:
-        batch: nested tuples, lists, named tuples and mappings of tensors, each of shape ``(samples, …)``.
+        batch: what the data loader yields.
         num_microbatches: at most this many micro-batches, fewer if there are fewer samples.
 
     Returns:
         Micro-batches of the batch's structure.
 
     Raises:
-        UsageError: as :func:`batch_size`.
+        UsageError: as :func:`batch_size`, and for a value that holds tensors in a way that is not understood.
     """
     size = batch_size(batch)
     bounds = [len(part) for part in torch.arange(size).tensor_split(min(num_microbatches, size))]
     parts, start = [], 0
     for length in bounds:
-        parts.append(_rows(batch, slice(start, start + length), size))
+        parts.append(_rows(batch, slice(start, start + length), size, is_batch=True))
         start += length
     return parts
 
 
-def _rows(value: Any, rows: slice, size: int) -> Any:
+def _sizes(value: Any, into_lists: bool = True) -> set[int]:
+    """The numbers of samples that the tensors say."""
+    if (samples := _samples(value)) is not None:
+        return {samples[0]}
+    children = _children(value).values()
+    return set().union(*(_sizes(child, into_lists) for child in children if into_lists or not _is_list(child)))
+
+
+def _rows(value: Any, rows: slice, size: int, is_batch: bool = False) -> Any:
+    """The rows of a value in a batch of so many samples."""
+    if (samples := _samples(value)) is not None:
+        count, take = samples
+        if count != size:
+            raise _disagreement({count, size})
+        return take(rows)
+    if not is_batch and _has_element_per_sample(value, size):
+        return value[rows]
+    children = _children(value)
+    _refuse_tensors(value, besides=children)
+    parts = {key: _rows(child, rows, size) for key, child in children.items()}
+    if all(parts[key] is child for key, child in children.items()):
+        return value  # a constant
+    return _with_children(value, parts)
+
+
+def _samples(value: Any) -> tuple[int, Callable[[slice], Any]] | None:
+    """The number of samples and the function that takes some of them; ``None`` for a container or a constant."""
+    if isinstance(value, PackedSequence):
+        return int(value.batch_sizes[0]), lambda rows: _packed_rows(value, rows)
     if isinstance(value, Tensor):
-        return value[rows] if value.dim() else value
-    if isinstance(value, Mapping):
-        return type(value)({key: _rows(item, rows, size) for key, item in value.items()})  # pyright: ignore[reportCallIssue]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_rows(item, rows, size) for item in value))
+        return (value.size(0), lambda rows: _tensor_rows(value, rows)) if value.dim() else None
+    # not imported here: a batch of graphs comes from a program that has imported it
+    geometric = sys.modules.get("torch_geometric.data")
+    if geometric is not None and isinstance(value, geometric.Batch):
+        return value.num_graphs, lambda rows: _graph_rows(value, rows)
+    if geometric is not None and isinstance(value, geometric.Data | geometric.HeteroData):
+        return 1, lambda rows: value
+    return None
+
+
+def _tensor_rows(tensor: Tensor, rows: slice) -> Tensor:
+    per_channel = tensor.is_quantized and tensor.qscheme() != torch.per_tensor_affine
+    if tensor.layout is not torch.strided or tensor.is_nested or per_channel:
+        kind = "nested" if tensor.is_nested else "quantized" if per_channel else str(tensor.layout)
+        raise _refusal(f"{_name(tensor)} ({kind})")
+    # With a version counter of its own, so that autograd tells changes of one micro-batch from those of another.
+    return tensor[rows] if tensor.requires_grad else tensor.data[rows].data
+
+
+def _packed_rows(packed: PackedSequence, rows: slice) -> PackedSequence:
+    # padding puts the sequences back in the order that they were packed in, that of the batch's other tensors
+    padded, lengths = pad_packed_sequence(packed, batch_first=True)
+    in_order = packed.sorted_indices is None
+    return pack_padded_sequence(padded[rows], lengths[rows], batch_first=True, enforce_sorted=in_order)
+
+
+def _graph_rows(graphs: Any, rows: slice) -> Any:
+    names = set(graphs.keys())
+    follow = [name for name in names if {f"{name}_batch", f"{name}_ptr"} <= names]
+    try:
+        part = sys.modules["torch_geometric.data"].Batch.from_data_list(graphs[rows], follow_batch=follow)
+    except RuntimeError as error:
+        raise _refusal(f"{_name(graphs)} ({error})") from error
+    if lost := names - set(part.keys()):
+        raise _refusal(f"{_name(graphs)} whose {sorted(lost)} no single graph has")
+    return part
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and not hasattr(value, "_fields")
+
+
+def _has_element_per_sample(value: Any, size: int) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.shape[:1] == (size,)
+    if not _is_list(value) or len(value) != size:
+        return False
+    sizes = _sizes(value)
+    return not sizes or (sizes != {size} and len({type(element) for element in value}) == 1)
+
+
+def _children(value: Any) -> dict[Any, Any]:
+    """What a container holds, by index, key or attribute; nothing for any other value."""
     if isinstance(value, list | tuple):
-        if len(value) == size and not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
-            return value[rows]
-        return type(value)(_rows(item, rows, size) for item in value)
-    return value
+        return dict(enumerate(value))
+    if _has_attributes(value):
+        names = [field.name for field in fields(value)] if is_dataclass(value) else []
+        return {name: getattr(value, name) for name in names if hasattr(value, name)} | getattr(value, "__dict__", {})
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _with_children(value: Any, children: dict[Any, Any]) -> Any:
+    """A container like the value that holds something else."""
+    if isinstance(value, list | tuple):
+        return getattr(type(value), "_make", type(value))(children.values())
+    if _has_attributes(value):
+        other = object.__new__(type(value))
+        for name, child in children.items():
+            object.__setattr__(other, name, child)  # of a frozen dataclass too
+        return other
+    if not isinstance(value, MutableMapping):
+        return type(value)(children)
+    other = copy(value)  # with a defaultdict's factory, for example
+    for key, child in children.items():
+        other[key] = child
+    return other
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether a container holds what it holds in attributes: a dataclass, or a UserDict such as BatchEncoding."""
+    if isinstance(value, Mapping):
+        return isinstance(value, UserDict)
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _refuse_tensors(value: Any, besides: dict[Any, Any]) -> None:
+    """Refuse a value that refers to tensors, at any depth, besides in its known children."""
+    seen = {id(child) for child in besides.values()}
+    to_see = [value]
+    while to_see:
+        item = to_see.pop()
+        if id(item) in seen or isinstance(item, type | ModuleType | FunctionType):
+            continue
+        if isinstance(item, Tensor) and item.dim():
+            raise _refusal(f"{_name(value)} with tensors")
+        seen.add(id(item))
+        to_see += gc.get_referents(item)
+
+
+def _refusal(what: str) -> UsageError:
+    return UsageError(
+        f"The batch holds a {what}, and how to split it is not known: pass split_batch=, a function "
+        "(batch, num_microbatches) -> micro-batches, to the strategy, or define split_batch on the LightningModule."
+    )
+
+
+def _disagreement(sizes: set[int]) -> UsageError:
+    return UsageError(
+        f"A mini-batch is split along the first dimension of its tensors; here these are of size {sorted(sizes)}. "
+        "Let every tensor of the batch have one row per sample (or no dimension at all)."
+    )
+
+
+def _name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

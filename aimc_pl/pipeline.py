@@ -1,71 +1,31 @@
 """Runs a schedule over the stages, clock by clock, and tells observers every operation.
 
-All stages may live in one process, or each in its own: every process walks the whole table of the schedule, does the
-operations of its stages, and hands what they send to a transport.
+All stages may live in one process, or each in its own: every process walks the whole table of the schedule and does the
+operations of its stages. What a forward and a backward are is the micro-batch's business.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor, nn
+from typing import Protocol
 
 from aimc_pl.schedule import Operation, Schedule
 from aimc_pl.stage import Stage
 
 
 class MicroBatch(Protocol):
-    """What the pipeline needs of a micro-batch: its way in, its loss, and its way back.
+    """What the pipeline needs of a micro-batch."""
 
-    With a stage per process, only the first stage's process enters, and only the last one's leaves.
-    """
-
-    def enter(self) -> tuple[Any, ...]:
-        """The values that enter stage 0; called in the clock of its first forward."""
+    def forward(self, stage: int) -> None:
+        """Run the forward of a stage; of every stage of this process once, in order."""
         ...
 
-    def leave(self, outputs: Any) -> tuple[Tensor, Tensor]:
-        """The loss for the last stage's outputs and the gradient to start its backward with (the loss's weight)."""
+    def backward(self, stage: int) -> None:
+        """Run the backward of a stage, which adds to its parameters' gradients."""
         ...
 
-    def entered(self, gradients: tuple[Any, ...]) -> None:
-        """Take the gradients with respect to what :meth:`enter` returned; called after its last backward."""
+    def abort(self) -> None:
+        """It goes no further."""
         ...
-
-
-class Transport(Protocol):
-    """Carries activations to the next stage and errors to the one before."""
-
-    def send(self, operation: Operation, values: Any) -> None:
-        """Hand over nested tuples of tensors for an operation of a neighbouring stage."""
-        ...
-
-    def receive(self, operation: Operation) -> Any:
-        """What has been sent for the operation."""
-        ...
-
-    def clear(self) -> None:
-        """Forget what has not been received."""
-        ...
-
-
-class Memory(Transport):
-    """Between stages of the same process."""
-
-    def __init__(self) -> None:
-        self._sent: dict[Operation, Any] = {}
-
-    def send(self, operation: Operation, values: Any) -> None:
-        """See :class:`Transport`."""
-        self._sent[operation] = values
-
-    def receive(self, operation: Operation) -> Any:
-        """See :class:`Transport`."""
-        return self._sent.pop(operation)
-
-    def clear(self) -> None:
-        """See :class:`Transport`."""
-        self._sent.clear()
 
 
 @dataclass(frozen=True)
@@ -118,7 +78,6 @@ class Pipeline:
             (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
             then calls :meth:`updated`).
         observers: told of every operation of these stages.
-        transport: to the stages of other processes.
     """
 
     def __init__(
@@ -127,19 +86,14 @@ class Pipeline:
         schedule: Schedule,
         update: Callable[[Stage], None],
         observers: Iterable[Observer] = (),
-        transport: Transport | None = None,
     ) -> None:
-        if transport is None and len(stages) != schedule.num_stages:
-            raise ValueError(f"the schedule is for {schedule.num_stages} stages, got {len(stages)}")
         self.stages = stages
         self.schedule = schedule
         self.observers = list(observers)
         self.clock = 0
         self.num_entered = 0
-        self._num_inferred = 0
         self._update = update
         self._own = {stage.index: stage for stage in stages}
-        self._transport = transport or Memory()
         self._contributions: dict[int, tuple[int, int]] = {}
         self._start_fill()
 
@@ -170,27 +124,6 @@ class Pipeline:
             self._run_until(self.schedule.num_clocks(self._num_since_fill))
             self._start_fill()
 
-    def infer(self, modules: Sequence[nn.Module], enter: Callable[[], tuple[Any, ...] | None]) -> Any:
-        """Pass values forward only, while nothing is in flight.
-
-        Args:
-            modules: in the place of the stages' own.
-            enter: the values that enter stage 0; ``None`` passes through all stages.
-
-        Returns:
-            What leaves the last stage, ``None`` in the processes of other stages.
-        """
-        outputs = None
-        for stage, module in zip(self.stages, modules, strict=True):
-            due = Operation("F", stage.index, self._num_inferred)
-            values = enter() if stage.index == 0 else self._transport.receive(due)
-            outputs = None if values is None else module(*values)
-            if stage.index < self.schedule.num_stages - 1:
-                self._transport.send(due._replace(stage=stage.index + 1), outputs)
-                outputs = None
-        self._num_inferred += 1
-        return outputs
-
     def updated(self) -> None:
         """Count an update of every stage (the caller's, after a mini-batch) and tell the observers."""
         for stage in self.stages:
@@ -201,7 +134,8 @@ class Pipeline:
         for stage in self.stages:
             stage.clear()
         self._contributions.clear()
-        self._transport.clear()
+        for microbatch in self._microbatches.values():
+            microbatch.abort()
         self._start_fill()
 
     def _start_fill(self) -> None:
@@ -209,7 +143,6 @@ class Pipeline:
         self._num_since_fill = 0
         self._clock_since_fill = 0
         self._microbatches: dict[int, MicroBatch] = {}
-        self._losses: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _enter(self, microbatch: MicroBatch) -> None:
         self._microbatches[self._num_since_fill] = microbatch
@@ -235,28 +168,16 @@ class Pipeline:
     def _forward(self, operation: Operation) -> None:
         _, index, k = operation
         stage = self._own[index]
-        values = self._microbatches[k].enter() if index == 0 else self._transport.receive(operation)
-        outputs = stage.forward(k, values)
-        if index == self.schedule.num_stages - 1:
-            self._losses[k] = self._microbatches[k].leave(outputs)
-        else:
-            self._transport.send(Operation("F", index + 1, k), outputs)
+        stage.take(k)
+        self._microbatches[k].forward(index)
         for observer in self.observers:
             observer.on_forward(self._event(stage, k, stage.version))
 
     def _backward(self, operation: Operation) -> None:
         _, index, k = operation
         stage = self._own[index]
-        seen = stage.seen_version(k)
-        if index == self.schedule.num_stages - 1:
-            loss, weight = self._losses.pop(k)
-            gradients = stage.backward(k, weight, loss)
-        else:
-            gradients = stage.backward(k, self._transport.receive(operation))
-        if index > 0:
-            self._transport.send(Operation("B", index - 1, k), gradients)
-        else:
-            self._microbatches[k].entered(gradients)
+        self._microbatches[k].backward(index)
+        seen = stage.release(k)
         if index == min(self._own):
             del self._microbatches[k]
         self._contributions[index] = k, min(seen, self._contributions.get(index, (k, seen))[1])

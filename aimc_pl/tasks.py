@@ -1,5 +1,6 @@
 """LightningModules."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -59,8 +61,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with the scheduler if there is one."""
-        optimizer = self.optimizer(self.parameters())
-        return optimizer if self.lr_scheduler is None else ([optimizer], [self.lr_scheduler(optimizer)])
+        return _configured(self.optimizer(self.parameters()), self.lr_scheduler)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> Tensor:
         images, labels = batch
@@ -70,3 +71,62 @@ class Classifier(pl.LightningModule):
         self.log(f"{stage}/loss", loss, on_step=stage == "train", on_epoch=True)
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
         return loss
+
+
+class LanguageModel(pl.LightningModule):
+    """Prediction of the next token with cross-entropy.
+
+    Logs ``train/loss`` (nats per token), ``train/bits`` (bits per token: per character, where a token is one) and the
+    same for ``val`` and ``test``.
+
+    Args:
+        network: tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``.
+        optimizer: takes the parameters; AdamW with learning rate 1e-3 by default.
+        lr_scheduler: takes the optimizer; stepped every epoch.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits."""
+        return self.network(tokens)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy of tokens and the tokens that follow them, both ``(batch, length)``."""
+        return self._evaluate(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Log loss and bits."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Log loss and bits."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The most likely token after each token."""
+        return self(batch[0]).argmax(2)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with the scheduler if there is one."""
+        return _configured(self.optimizer(self.parameters()), self.lr_scheduler)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        tokens, following = batch
+        loss = F.cross_entropy(self(tokens).flatten(0, 1), following.flatten())
+        self.log(f"{stage}/loss", loss, on_step=stage == "train", on_epoch=True)
+        self.log(f"{stage}/bits", loss / math.log(2), on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+
+def _configured(optimizer: Optimizer, scheduler: LRSchedulerCallable | None) -> Any:
+    return optimizer if scheduler is None else ([optimizer], [scheduler(optimizer)])

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from aimc_pl.callbacks.attach import attach
-from aimc_pl.microbatch import batch_size
 from aimc_pl.pipeline import Observer
 from aimc_pl.schedule import Operation
 
@@ -50,7 +49,8 @@ class ClockMonitor(Callback, Observer):
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._schedule = attach(self, trainer).schedule
+        self._strategy = attach(self, trainer)
+        self._schedule = self._strategy.schedule
 
     @override
     def on_clock(self, clock: int, operations: Sequence[Operation]) -> None:
@@ -61,7 +61,7 @@ class ClockMonitor(Callback, Observer):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        self.samples += batch_size(batch)
+        self.samples += self._strategy.batch_size(batch)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -84,7 +84,7 @@ class DeviceNoise(Callback, Observer):
     def on_start(self, stages: Sequence[Stage]) -> None:
         self._targets: dict[int, dict[str, nn.Module]] = {}
         for stage in stages:
-            on_stage = set(stage.module.modules()) if self.stages is None or stage.index in self.stages else set()
+            on_stage = set(stage.modules) if self.stages is None or stage.index in self.stages else set()
             self._targets[stage.index] = {name: layer for name, layer in self._named.items() if layer in on_stage}
         if not any(self._strategy.gather(any(self._targets.values()))):
             raise UsageError(f"DeviceNoise(stages={self.stages}, layers={list(self.layers)}) matches no layer")

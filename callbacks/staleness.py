@@ -10,18 +10,13 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 
 from aimc_pl.callbacks.attach import attach, merged
-from aimc_pl.devices import reset_pending_updates
 from aimc_pl.devices.weights import read_gradients, read_weights
 from aimc_pl.errors import UsageError
-from aimc_pl.microbatch import split_batch
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import Stage
-from aimc_pl.strategies.planning import replicate
 
 
 class StalenessMonitor(Callback, Observer):
@@ -35,9 +30,9 @@ class StalenessMonitor(Callback, Observer):
     Args:
         cosine: compare the gradient that a stage holds after a backward (under the schedules that update once per
             mini-batch, the sum over its micro-batches so far) with the gradient of the same micro-batch if all stages
-            had their current weights. That is computed on a copy of the module and costs a forward and a backward of
-            the whole network per stage and micro-batch of a logged step. Dropout and noise draw anew in the copy.
-            Not for one stage per process.
+            had their current weights. That costs a forward and a backward of the whole network, which leave no trace,
+            per stage and micro-batch of a logged step. Dropout and noise draw anew in it. Not for one stage per
+            process.
 
     Attributes:
         counts: per stage, how often each staleness was measured.
@@ -63,7 +58,7 @@ class StalenessMonitor(Callback, Observer):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._module = pl_module
-        self._seen: dict[tuple[int, int], Tensor] = {}
+        self._seen: dict[tuple[int, int], tuple[list[nn.Parameter], Tensor]] = {}
         self._samples: dict[int, tuple[Any, ...]] = {}
         self._recent: dict[str, list[float]] = defaultdict(list)
 
@@ -77,21 +72,22 @@ class StalenessMonitor(Callback, Observer):
     ) -> None:
         # Micro-batches that enter at a logged step are followed through the pipeline.
         if trainer._logger_connector.should_update_logs:
-            parts = split_batch(batch, self._schedule.num_microbatches)
+            parts = self._strategy.split_batch(batch)
             entered = self._strategy.pipeline.num_entered if self._strategy.pipeline else 0
             self._samples |= {entered + k: (part, batch_idx) for k, part in enumerate(parts)}
 
     @override
     def on_forward(self, event: Event) -> None:
-        if event.microbatch in self._samples:
-            self._seen[event.stage.index, event.microbatch] = read_weights(event.stage.parameters)
+        if event.microbatch in self._samples and event.stage.parameters:
+            parameters = [*event.stage.parameters]
+            self._seen[event.stage.index, event.microbatch] = parameters, read_weights(parameters)
 
     @override
     def on_backward(self, event: Event) -> None:
-        seen = self._seen.pop((event.stage.index, event.microbatch), None)
+        parameters, seen = self._seen.pop((event.stage.index, event.microbatch), ([], None))
         if seen is None:
             return
-        drift = (read_weights(event.stage.parameters) - seen).norm() / seen.norm()
+        drift = (read_weights(parameters) - seen).norm() / seen.norm()
         self._recent[f"drift_stage_{event.stage.index}"].append(drift.item())
         if self.cosine:
             self._recent[f"cosine_stage_{event.stage.index}"].append(self._cosine(event))
@@ -141,15 +137,7 @@ class StalenessMonitor(Callback, Observer):
         return {stage: counts for stage, counts in self.counts.items() if stage in self._here}
 
     def _cosine(self, event: Event) -> float:
-        replica = replicate(self._module)
-        replica.zero_grad()
-        reset_pending_updates(replica)
-        part, batch_idx = self._samples[event.microbatch]
-        with isolate_rng(), self._module.trainer.precision_plugin.train_step_context():
-            takes_index = is_param_in_hook_signature(replica.training_step, "batch_idx", min_args=2)
-            output: Any = replica.training_step(part, batch_idx) if takes_index else replica.training_step(part)
-        (output if isinstance(output, Tensor) else output["loss"]).backward()
-        copies = dict(zip(self._module.parameters(), replica.parameters(), strict=True))
         stale = read_gradients(self._module, event.stage.parameters)
-        current = read_gradients(replica, [copies[parameter] for parameter in event.stage.parameters])
+        part, batch_idx = self._samples[event.microbatch]
+        current = self._strategy.gradients(part, batch_idx, event.stage.parameters)
         return F.cosine_similarity(stale, current, 0).item()

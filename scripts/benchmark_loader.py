@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarking import conditions
 from tables import write_csv
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=60)
     args = parser.parse_args()
+    print(conditions(torch.get_num_threads()))
     torch.manual_seed(0)
     images = torch.randint(0, 255, (args.batches * BATCH, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (len(images),))

@@ -1,9 +1,14 @@
 """Two processes with a stage each against one process with both, and against torch's own pipeline schedules.
 
-Every process computes on one thread, and both sides update equally often. They take turns in one run; the medians of
-the turns are compared. Seven minutes on two cores. Usage:
+Every process computes on one thread. All sides run the same stages and take turns in one run, of which the medians are
+compared; the speedup is that over one process that updates as often. Usage:
 
     .venv/bin/python scripts/benchmark_processes.py --csv docs/results/benchmark_processes.csv
+
+Columns: ``own_ms`` is what the longest stage takes by itself, forward, backward and update, in an undivided run
+without any pipeline. ``efficiency`` is that over what two processes take; under ``sync``, over the part of the cycles
+in which the plan has a stage work. ``elsewhere_percent`` is what a process does besides, of its time, sending and
+waiting not counted: it passes through the code of other stages, and names what it makes.
 """
 
 import argparse
@@ -12,8 +17,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,26 +27,39 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from aihwkit.optim import AnalogSGD
-from benchmarking import keep_freed_memory, other_load
+from benchmarking import conditions, keep_freed_memory
 from tables import write_csv
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, SplitPoint, pipeline
 from torch.nn import functional as F
 
+from aimc_pl import boundaries
+from aimc_pl.boundaries import Calls
 from aimc_pl.devices import convert_to_analog, soft_bounds_reference
 from aimc_pl.distributed import Link, rank_of
-from aimc_pl.models import ResNet
-from aimc_pl.partition import partition
+from aimc_pl.flight import Flight, StagedStep
+from aimc_pl.ghosts import Ghosts
+from aimc_pl.models import GPT, ResNet
+from aimc_pl.passage import StageProcess
 from aimc_pl.pipeline import Pipeline
-from aimc_pl.schedule import Operation, Schedule, ScheduleName
+from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.stage import Stage
+from aimc_pl.strategies.ownership import Ownership
+from aimc_pl.trial import Trials
 
 NUM_STAGES, NUM_MICROBATCHES = 2, 8
+SCHEDULES: tuple[ScheduleName, ...] = ("async", "sync")
+CPU = torch.device("cpu")
 
 
 def mlp() -> nn.Module:
     """Eight layers of 1,024."""
     return nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.ReLU())))
+
+
+def gpt() -> nn.Module:
+    """Twelve layers, 256 wide."""
+    return GPT(vocab_size=256, num_layers=12, width=256, num_heads=8, context=128)
 
 
 def analog_resnet(depth: int) -> nn.Module:
@@ -53,83 +72,123 @@ def analog_resnet(depth: int) -> nn.Module:
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Sequence[str], int]] = {
     "MLP 8x1024, micro-batch 64": (mlp, (64, 1024), ["8"], 8),
     "ResNet-32, micro-batch 32": (lambda: ResNet(32), (32, 3, 32, 32), [], 3),
+    "GPT 12x256, micro-batch 4x128": (gpt, (4, 128), ["blocks.6"], 1),
     "ResNet-8 on aihwkit, micro-batch 8": (lambda: analog_resnet(8), (8, 3, 32, 32), [], 2),
     "ResNet-20 on aihwkit, micro-batch 8": (lambda: analog_resnet(20), (8, 3, 32, 32), [], 1),
 }
-"""Network, one micro-batch, where to split (measured if it is not said), mini-batches of a turn."""
-
-
-class TimedLink(Link):
-    """Knows how long its process has waited, in seconds."""
-
-    waited = 0.0
-
-    def receive(self, operation: Operation) -> Any:
-        """Wait for what a neighbour has sent."""
-        start = time.perf_counter()
-        values = super().receive(operation)
-        self.waited += time.perf_counter() - start
-        return values
+"""Network, one micro-batch, where the second stage begins (measured if it is not said), mini-batches of a turn."""
 
 
 class MicroBatch:
-    """The same samples again and again."""
+    """The same samples again and again.
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
+    Args:
+        shape: of images and features; of tokens, if it is that of a sequence per sample.
+    """
 
-    def enter(self) -> tuple[Tensor]:
-        """The samples."""
-        return (self.x,)
+    def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
+        is_text = isinstance(network, GPT)
+        self.x = torch.randint(256, shape) if is_text else torch.randn(shape)
+        self.y = torch.randint(256, shape) if is_text else torch.randint(10, shape[:1])
 
-    def leave(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Their loss and its weight."""
-        loss = F.cross_entropy(outputs, self.y)
-        return loss, torch.full_like(loss, 1 / NUM_MICROBATCHES)
-
-    def entered(self, gradients: Any) -> None:
-        """Nothing comes before the pipeline."""
+    def step(self, network: nn.Module) -> Callable[[], Tensor]:
+        """A training step."""
+        return lambda: loss_of(network(self.x), self.y)
 
 
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
+def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy over samples, or over tokens."""
+    return F.cross_entropy(outputs.flatten(0, -2), y.flatten())
+
+
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """A step that also pulses tiles."""
-    return AnalogSGD(module.parameters(), lr=0.01)
+    return AnalogSGD([*parameters], lr=0.01)
 
 
-def ours(
-    name: ScheduleName, parts: Sequence[nn.Module], micro: MicroBatch, alone: bool
-) -> tuple[Callable[[], None], TimedLink | None]:
-    """One mini-batch through our pipeline, in this process alone or in all; and the link between them."""
-    schedule = Schedule(name, NUM_STAGES, NUM_MICROBATCHES)
-    rank = rank_of(dist.get_rank(), NUM_STAGES)
-    stages = [Stage(i, parts[i], delayed=schedule.is_async) for i in (range(NUM_STAGES) if alone else [rank])]
-    optimizers = {stage.index: sgd(stage.module) for stage in stages}
+def find_boundaries(network: nn.Module, micro: MicroBatch) -> list[str]:
+    """Where the second stage should begin, as the first process measures it."""
+    trials = Trials(network, [micro.step(network)], (micro.x, micro.y))
+    calls = Calls()
+    trials.undivided(calls.recorded(network))
+    found: list[Any] = [boundaries.find(trials, calls, NUM_STAGES, may_share=False, repeats=3)[0]]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def staged(network: nn.Module, split_at: Sequence[str], micro: MicroBatch, delayed: bool = True) -> StagedStep:
+    """The step in stages, with what each of them holds."""
+    stages = [Stage(index) for index in range(NUM_STAGES)]
+    step = StagedStep(network, split_at, stages, delayed=delayed, may_share=False)
+    Trials(network, [micro.step(network)], (micro.x, micro.y)).record(step)
+    return step
+
+
+def updates(stages: Sequence[Stage]) -> Callable[[Stage], None]:
+    """Updates a stage and clears its gradients."""
+    optimizers = {stage.index: sgd(stage.parameters) for stage in stages}
 
     def update(stage: Stage) -> None:
         optimizers[stage.index].step()
         optimizers[stage.index].zero_grad()
 
-    link = None if alone else TimedLink(rank, NUM_STAGES, torch.device("cpu"), lambda _: True, 60)
-    pipeline = Pipeline(stages, schedule, update, transport=link)
+    return update
+
+
+def one_process(
+    name: ScheduleName, network: nn.Module, split_at: Sequence[str], micro: MicroBatch
+) -> Callable[[], None]:
+    """One mini-batch through both stages in this process."""
+    step = staged(network, split_at, micro, delayed=name == "async")
+    update, function = updates(step.stages), micro.step(network)
+    pipeline = Pipeline(step.stages, Schedule(name, NUM_STAGES, NUM_MICROBATCHES), update)
 
     def run() -> None:
-        pipeline.run([micro] * NUM_MICROBATCHES)
-        if not schedule.is_async:
-            for stage in stages:
-                update(stage)
-            pipeline.updated()
+        with step.running():
+            pipeline.run([Flight(step, function, 1 / NUM_MICROBATCHES) for _ in range(NUM_MICROBATCHES)])
+        finish(pipeline, update)
 
-    return run, link
+    return run
 
 
-def torchs(kind: Any, parts: Sequence[nn.Module], micro: MicroBatch) -> Callable[[], None]:
+def two_processes(
+    name: ScheduleName, network: nn.Module, split_at: Sequence[str], micro: MicroBatch
+) -> Callable[[], None]:
+    """One mini-batch through this process's stage."""
+    step = staged(network, split_at, micro)
+    rank = rank_of(dist.get_rank(), NUM_STAGES)
+    own = step.stages[rank]
+    ghosts = Ghosts(network, split_at, rank, Ownership(network, step.stages).owners)
+    link = Link(rank, NUM_STAGES, CPU, lambda _: True, 60)
+    process = StageProcess(ghosts, link, own, NUM_STAGES, delayed=name == "async")
+    update, function, inputs = updates([own]), micro.step(network), (micro.x, micro.y)
+    pipeline = Pipeline([own], Schedule(name, NUM_STAGES, NUM_MICROBATCHES), update)
+    ghosts.free()
+
+    def run() -> None:
+        pipeline.run(
+            [process.microbatch(function, 1 / NUM_MICROBATCHES, inputs) for _ in range(NUM_MICROBATCHES)],
+        )
+        finish(pipeline, update)
+
+    return run
+
+
+def finish(pipeline: Pipeline, update: Callable[[Stage], None]) -> None:
+    """The update of a mini-batch, if that is not done."""
+    if not pipeline.schedule.is_async:
+        for stage in pipeline.stages:
+            update(stage)
+        pipeline.updated()
+
+
+def torchs(kind: Any, network: nn.Module, split_at: Sequence[str], micro: MicroBatch) -> Callable[[], None]:
     """One mini-batch through a schedule of torch.distributed.pipelining."""
     rank = dist.get_rank()
-    part = parts[rank]
-    schedule = kind(
-        PipelineStage(part, rank, NUM_STAGES, torch.device("cpu")), NUM_MICROBATCHES, loss_fn=F.cross_entropy
-    )
-    optimizer = sgd(part)
+    pipe = pipeline(network, (micro.x,), split_spec=dict.fromkeys(split_at, SplitPoint.BEGINNING))
+    stage = pipe.build_stage(rank, CPU)
+    schedule = kind(stage, NUM_MICROBATCHES, loss_fn=loss_of)
+    optimizer = sgd(stage.submod.parameters())
     x, y = (torch.cat([value] * NUM_MICROBATCHES) for value in (micro.x, micro.y))
 
     def run() -> None:
@@ -143,6 +202,103 @@ def torchs(kind: Any, parts: Sequence[nn.Module], micro: MicroBatch) -> Callable
     return run
 
 
+def plain_pass(network: nn.Module, split_at: Sequence[str], micro: MicroBatch) -> Callable[[], list[float]]:
+    """A micro-batch forward and backward, without anything of ours; returns the seconds of each stage.
+
+    It is noted when a stage's first module is called, and when the backward has come to that module's input.
+    """
+    function, times = micro.step(network), list[float]()
+
+    def note(*_: Any) -> None:
+        times.append(time.thread_time())
+
+    def begin(module: nn.Module, args: Any) -> None:
+        note()
+        args[0].register_hook(note)
+
+    def run() -> list[float]:
+        times.clear()
+        handles = [network.get_submodule(name).register_forward_pre_hook(begin) for name in split_at]
+        note()
+        loss = function()
+        note()
+        loss.backward()
+        note()
+        for handle in handles:
+            handle.remove()
+        taken = [end - start for start, end in pairwise(times)]
+        return [taken[stage] + taken[-1 - stage] for stage in range(NUM_STAGES)]
+
+    return run
+
+
+def ghosts_pass(network: nn.Module, step: StagedStep, micro: MicroBatch) -> Callable[[], list[float]]:
+    """The same as the processes of the stages do it, one after the other and without sending anything."""
+    owners = Ownership(network, step.stages).owners
+    processes = [Ghosts(network, step.boundaries, index, owners) for index in range(NUM_STAGES)]
+    function, inputs = micro.step(network), (micro.x, micro.y)
+
+    def run() -> list[float]:
+        flights, message, seconds = [], None, [0.0] * NUM_STAGES
+        for index, process in enumerate(processes):
+            start = time.thread_time()
+            flight = process.forward(function, message, 0, inputs)
+            seconds[index] += time.thread_time() - start
+            message = _as_received(flight.outgoing)
+            flights.append(flight)
+        weight = torch.ones_like(flights[-1].result)
+        for index in reversed(range(NUM_STAGES)):
+            start = time.thread_time()
+            back = processes[index].backward(flights[index], message, None if message else weight)
+            seconds[index] += time.thread_time() - start
+            message = _as_received(back)
+        return seconds
+
+    return run
+
+
+def _as_received(message: Any) -> Any:
+    """The tensors of a message belong to the process that gets it."""
+    if message is None:
+        return None
+    texts, keys, tensors = message
+    return texts, keys, tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors)
+
+
+class Alone:
+    """One stage after the other in this process, each measured by itself, in seconds of the processor.
+
+    Args:
+        run: a micro-batch forward and backward; returns the seconds of each stage.
+        stages: to update.
+        per_update: micro-batches from one update to the next.
+    """
+
+    def __init__(self, run: Callable[[], list[float]], stages: Sequence[Stage], per_update: int) -> None:
+        self._run = run
+        self._stages = stages
+        self._per_update = per_update
+        self._update = updates(stages)
+        self._turns: list[list[float]] = []
+
+    def turn(self, microbatches: int) -> None:
+        """Measure."""
+        total = [0.0] * NUM_STAGES
+        for number in range(1, microbatches + 1):
+            seconds = self._run()
+            for stage in self._stages if number % self._per_update == 0 else ():
+                start = time.thread_time()
+                self._update(stage)
+                seconds[stage.index] += time.thread_time() - start
+            total = [a + b for a, b in zip(total, seconds, strict=True)]
+        self._turns.append([1e3 * taken / microbatches for taken in total])
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """Per micro-batch, of every stage: the median of the turns after the first."""
+        return [median(of_stage) for of_stage in zip(*self._turns[1:], strict=True)]
+
+
 def turn(run: Callable[[], None], mini_batches: int, everyone: bool) -> float:
     """Milliseconds per micro-batch."""
     dist.barrier()
@@ -154,61 +310,99 @@ def turn(run: Callable[[], None], mini_batches: int, everyone: bool) -> float:
     return 1e3 * (time.perf_counter() - start) / mini_batches / NUM_MICROBATCHES
 
 
-def measure(csv: Path, turns: int) -> None:
+def sides_of(
+    network: nn.Module, split_at: Sequence[str], micro: MicroBatch
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """What to compare, each with a copy of the network; and why the others cannot be."""
+    sides: dict[str, Callable[[], None]] = {}
+    missing: dict[str, str] = {}
+    for name in SCHEDULES:
+        sides[f"one process, {name}"] = one_process(name, copy.deepcopy(network), split_at, micro)
+        sides[f"two processes, {name}"] = two_processes(name, copy.deepcopy(network), split_at, micro)
+    for kind in (ScheduleGPipe, Schedule1F1B):
+        try:
+            sides[f"torch {kind.__name__}"] = torchs(kind, copy.deepcopy(network), split_at, micro)
+        except Exception as error:
+            missing[f"torch {kind.__name__}"] = f"torch cannot trace it: {type(error).__name__}"
+    return sides, missing
+
+
+def measure_case(case: str, turns: int, divisor: int = 1) -> list[dict[str, Any]]:
+    """One network, in every process; a row per side."""
+    make, shape, given, mini_batches = CASES[case]
+    mini_batches = max(mini_batches // divisor, 1)
+    torch.manual_seed(0)
+    network = make()
+    micro = MicroBatch(network, shape)
+    split_at = given or find_boundaries(network, micro)
+    sides, missing = sides_of(network, split_at, micro)
+    step = staged(network, split_at, micro)
+    passes = plain_pass(network, split_at, micro), ghosts_pass(network, step, micro)
+    alone: dict[ScheduleName, list[Alone]] = {
+        name: [Alone(run, step.stages, 1 if name == "async" else NUM_MICROBATCHES) for run in passes]
+        for name in SCHEDULES
+    }
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(turns + 1):
+        for side, run in sides.items():
+            took = turn(run, mini_batches, everyone=not side.startswith("one"))
+            if number:
+                times[side].append(took)
+        for one in chain(*alone.values()) if dist.get_rank() == 0 else ():
+            one.turn(mini_batches * NUM_MICROBATCHES)
+    if dist.get_rank():
+        return []
+    rows = [row(case, side, times, alone, split_at) for side in sides]
+    return rows + [dict.fromkeys(rows[0], "") | {"case": case, "side": side, "note": missing[side]} for side in missing]
+
+
+def row(
+    case: str,
+    side: str,
+    times: dict[str, list[float]],
+    alone: dict[ScheduleName, list[Alone]],
+    split_at: Sequence[str],
+) -> dict[str, Any]:
+    """What was measured of one side."""
+    name: ScheduleName = "async" if side.endswith("async") else "sync"
+    schedule = Schedule(name, NUM_STAGES, NUM_MICROBATCHES)
+    took = median(times[side])
+    plain, ghosts = (one.milliseconds for one in alone[name])
+    # An asynchronous pipeline stays full from one turn to the next.
+    idle = 1 if schedule.is_async else schedule.num_cycles() / (2 * NUM_MICROBATCHES)
+    found = {
+        "case": case,
+        "side": side,
+        "ms_per_microbatch": round(took, 2),
+        "fastest": round(min(times[side]), 2),
+        "slowest": round(max(times[side]), 2),
+        "speedup": round(median(times[f"one process, {name}"]) / took, 3),
+        "own_ms": "",
+        "efficiency": "",
+        "elsewhere_percent": "",
+        "split_at": " ".join(split_at),
+        "note": "",
+    }
+    if side.startswith("two"):
+        elsewhere = max(100 * (1 - own / whole) for own, whole in zip(plain, ghosts, strict=True))
+        found |= {
+            "own_ms": round(max(plain), 2),
+            "efficiency": round(idle * max(plain) / took, 3),
+            "elsewhere_percent": round(elsewhere, 1),
+        }
+    return found
+
+
+def measure(csv: Path, turns: int, only: str, quick: bool) -> None:
     """In every process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     rows: list[dict[str, Any]] = []
-    for case, (make, shape, split_at, mini_batches) in CASES.items():
-        torch.manual_seed(0)
-        network = make()
-        x, y = torch.randn(shape), torch.randint(10, shape[:1])
-        chosen: list[Any] = [split_at or partition(copy.deepcopy(network), NUM_STAGES, (x,)).split_at]
-        dist.broadcast_object_list(chosen)
-        micro = MicroBatch(x, y)
-
-        def parts(network: nn.Module = network, chosen: Sequence[str] = chosen[0], x: Tensor = x) -> Any:
-            return partition(copy.deepcopy(network), NUM_STAGES, (x,), split_at=chosen).stages
-
-        sides: dict[str, Callable[[], None]] = {}
-        links: dict[str, TimedLink] = {}
-        for name in ("async", "sync"):
-            sides[f"one process, {name}"], _ = ours(name, parts(), micro, alone=True)
-            sides[f"two processes, {name}"], link = ours(name, parts(), micro, alone=False)
-            links |= {f"two processes, {name}": link} if link else {}
-        if "aihwkit" not in case:
-            # torch infers shapes by a backward, which would leave pulses behind in tiles.
-            for kind in (ScheduleGPipe, Schedule1F1B):
-                sides[f"torch {kind.__name__}"] = torchs(kind, parts(), micro)
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        busy: dict[str, list[float]] = {side: [] for side in sides}
-        for number in range(turns + 1):
-            for side, run in sides.items():
-                before = links[side].waited if side in links else 0.0
-                took = turn(run, mini_batches, everyone=not side.startswith("one"))
-                if number:
-                    waited = links[side].waited - before if side in links else 0.0
-                    times[side].append(took)
-                    busy[side].append(took - 1e3 * waited / mini_batches / NUM_MICROBATCHES)
-        for side, values in times.items():
-            name = "async" if side.endswith("async") else "sync"
-            busiest = [0.0] * NUM_STAGES
-            dist.all_gather_object(busiest, median(busy[side]))
-            speedup = median(times[f"one process, {name}"]) / median(values)
-            rows.append(
-                {
-                    "case": case,
-                    "side": side,
-                    "ms_per_microbatch": round(median(values), 2),
-                    "fastest": round(min(values), 2),
-                    "slowest": round(max(values), 2),
-                    "speedup": round(speedup, 3),
-                    "busiest_process_ms": round(max(busiest), 2) if side in links else "",
-                    "split_at": " ".join(chosen[0]),
-                }
-            )
-            if dist.get_rank() == 0:
-                print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    for case in [*CASES][:1] if quick else [case for case in CASES if only in case]:
+        found = measure_case(case, 1, divisor=8) if quick else measure_case(case, turns)
+        rows += found
+        for values in found:
+            print("  ".join(f"{key} {value}" for key, value in values.items() if value != ""), flush=True)
     if dist.get_rank() == 0:
         write_csv(csv, rows)
     dist.barrier()
@@ -220,11 +414,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="one short turn of the first network")
+    parser.add_argument("--only", default="", help="networks whose names contain this")
     args = parser.parse_args()
     if "RANK" in os.environ:
-        measure(args.csv, args.turns)
+        measure(args.csv, args.turns, args.only, args.quick)
         return
-    print(f"torch {torch.__version__}, one thread per process, other load {other_load():.0%}", flush=True)
+    print(conditions(threads=1), flush=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_STAGES}"]
     subprocess.run([*launch, *sys.argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from aihwkit.optim import AnalogSGD
-from benchmarking import keep_freed_memory, other_load
+from benchmarking import conditions, keep_freed_memory
 from rich.progress import track
 from tables import write_csv
 from torch import nn
@@ -82,8 +82,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.1)
     args = parser.parse_args()
     on_cpu = args.device == "cpu"
-    load, threads = other_load(), torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} threads, {args.device}, other load {load:.0%}, milliseconds per step")
+    print(f"{conditions(torch.get_num_threads())}, {args.device}, milliseconds per step")
     rows: list[dict[str, Any]] = []
     for (name, (make, shape)), perfect_io in track(
         [(case, perfect) for case in (CASES if on_cpu else GPU_CASES).items() for perfect in (False, True)]

@@ -51,14 +51,16 @@ def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any], di
     """A network of four linear layers, its data, its pipeline and its length."""
     splits = {0: [], 3: ["3", "5", "7"], 7: ["2", "3", "4", "5", "6", "7", "8"]}
     network = nn.Sequential(*MLP([64, 64, 48, 32, 10], nn.Tanh), nn.LogSoftmax(1))
-    pipeline = {"split_at": splits[delay], "device": soft_bounds(tau=4.0, backend=backend)}
+    split_at = [f"network.{name}" for name in splits[delay]]
+    pipeline = {"split_at": split_at, "device": soft_bounds(tau=4.0, backend=backend)}
     return network, Digits(batch_size=32), pipeline, {"max_epochs": 20}
 
 
 def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str, Any], dict[str, Any]]:
     """LeNet-5, its data, its pipeline and its length."""
     splits = {0: [], 3: ["3", "7", "9"], 7: ["1", "3", "4", "7", "8", "9", "11"]}
-    pipeline = {"split_at": splits[delay], "device": soft_bounds_reference(tau=0.8, backend=backend)}
+    split_at = [f"network.{name}" for name in splits[delay]]
+    pipeline = {"split_at": split_at, "device": soft_bounds_reference(tau=0.8, backend=backend)}
     length = {"max_epochs": 8, "limit_train_batches": 125, "limit_val_batches": 60}
     return LeNet5(), MNIST(root, batch_size=32), pipeline, length
 
@@ -69,7 +71,7 @@ def train(network: nn.Module, data: Any, pipeline: dict[str, Any], length: dict[
     trainer = pl.Trainer(
         **length,
         accelerator="cpu",
-        strategy=AnalogPipelineStrategy(len(pipeline["split_at"]) + 1, "async", 4, backbone="network", **pipeline),
+        strategy=AnalogPipelineStrategy(len(pipeline["split_at"]) + 1, "async", 4, **pipeline),
         callbacks=[curve],
         logger=False,
         enable_checkpointing=False,

@@ -32,7 +32,11 @@ def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
         max_epochs=epochs,
         accelerator="cpu",
         strategy=AnalogPipelineStrategy(
-            4, schedule, 4, device=soft_bounds(tau=4.0, num_states=1200), backbone="network", split_at=["3", "5", "7"]
+            4,
+            schedule,
+            4,
+            device=soft_bounds(tau=4.0, num_states=1200),
+            split_at=["network.3", "network.5", "network.7"],
         ),
         callbacks=[clock],
         logger=False,

@@ -35,13 +35,13 @@ BATCH_SIZE = 128
 NUM_MICROBATCHES = 4
 LEARNING_RATE = 0.5
 ANALOG = soft_bounds(tau=4.0, num_states=20000)
-DEVICE: Any = {"*": None, "group2*": ANALOG, "group3*": ANALOG}
-LAYERS = [f"group{group}.0.{layer}" for group in (1, 2, 3) for layer in ("conv1", "bn1", "conv2", "bn2")]
+DEVICE: Any = {"*": None, "network.group2*": ANALOG, "network.group3*": ANALOG}
+LAYERS = [f"network.group{group}.0.{layer}" for group in (1, 2, 3) for layer in ("conv1", "bn1", "conv2", "bn2")]
 SPLITS = {
-    2: ["group2.0.conv1"],
-    4: ["group1.0.conv1", "group2.0.conv1", "group3.0.conv1"],
-    8: [*LAYERS[::2], "pool"],
-    16: ["bn", *LAYERS, "pool", "fc"],
+    2: ["network.group2.0.conv1"],
+    4: ["network.group1.0.conv1", "network.group2.0.conv1", "network.group3.0.conv1"],
+    8: [*LAYERS[::2], "network.pool"],
+    16: ["network.bn", *LAYERS, "network.pool", "network.fc"],
 }
 COLORS: dict[ScheduleName, str] = {"none": "C1", "sync": "C0", "async": "C2"}
 TARGETS = (0.5, 0.6)
@@ -110,7 +110,6 @@ def run(
             schedule,
             NUM_MICROBATCHES,
             device=DEVICE if kind == "analog" else None,
-            backbone="network",
             split_at=SPLITS.get(num_stages),
         ),
         callbacks=[clock, curve],

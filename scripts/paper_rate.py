@@ -9,7 +9,7 @@ ranges τ, label noises and seeds run side by side. Usage:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from math import inf
 from typing import Any
@@ -23,10 +23,7 @@ from sklearn.datasets import load_digits
 from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import Generator, Tensor, nn
 
-from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
-from aimc_pl.pipeline import Pipeline
-from aimc_pl.schedule import Schedule
-from aimc_pl.stage import Stage
+from aimc_pl.ensemble import Crossbars, EnsemblePipeline
 from aimc_pl.theory import Estimate, asymptotic_error, estimate, fit_complexity, fit_exponent, stationary_error
 
 STAGES = {"linear": (1, 2, 4, 8), "mlp": (1, 4)}
@@ -147,28 +144,25 @@ class Copies:
             weight += diagonal * torch.eye(out_size, size)
             self.layers.append(Crossbars(weight[self.seed], self.generator, tau))
 
-    def pipeline(self, num_stages: int) -> Pipeline:
+    def pipeline(self, num_stages: int) -> EnsemblePipeline:
         """The layers in stages; without delay if there is one."""
         modules = [nn.Sequential(layer, self.problem.activation()) for layer in self.layers[:-1]] + [self.layers[-1]]
-        each = len(modules) // num_stages
-        stages = [Stage(m, EnsembleStage(*modules[m * each : (m + 1) * each]), delayed=True) for m in range(num_stages)]
-        return Pipeline(stages, Schedule("async", num_stages), lambda stage: update_crossbars(stage, self.rate))
+        return EnsemblePipeline(modules, num_stages, self.rate)
 
-    def batch(self, count: int = 1) -> EnsembleBatch:
+    def batch(self, count: int = 1) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Samples with noisy labels; copies that differ in settings only get the same."""
         x, y = self.problem.sample(self.num_seeds * count, self.generator)
         noise = torch.randn(y.shape, generator=self.generator)
         x, y, noise = (value.view(self.num_seeds, count, -1)[self.seed] for value in (x, y, noise))
         labels = y + self.noise * noise
-        return EnsembleBatch(x, lambda output: (output - labels).square().sum((1, 2)) / 2)
+        return x, lambda output: (output - labels).square().sum((1, 2)) / 2
 
     def magnitude_and_variance(self, count: int = 1000) -> tuple[list[Tensor], Tensor]:
         """E|g| of every layer, and the variance of g summed over all weights ``(copies,)``."""
-        batch = self.batch(count)
-        output = batch.x
+        output, loss = self.batch(count)
         for layer in self.layers[:-1]:
             output = self.problem.activation()(layer(output))
-        batch.loss(self.layers[-1](output)).sum().backward()
+        loss(self.layers[-1](output)).sum().backward()
         magnitudes, second = [], torch.zeros(len(self.seed))
         for layer in self.layers:
             ((x, error),) = layer.pending

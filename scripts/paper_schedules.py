@@ -18,6 +18,7 @@ from tables import write_csv
 from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table, draw_text
+from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.pipeline import Event, Observer, Pipeline
 from aimc_pl.schedule import Operation, Schedule
 from aimc_pl.stage import Stage
@@ -57,21 +58,6 @@ class Counter(Observer):
         self.staleness = max(self.staleness, event.staleness)
 
 
-class Sample:
-    """A micro-batch of one number."""
-
-    def enter(self) -> tuple[Tensor]:
-        """The number."""
-        return (torch.ones(1, requires_grad=True),)
-
-    def leave(self, outputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
-        """Itself for a loss."""
-        return outputs[0].sum(), torch.ones(())
-
-    def entered(self, gradients: Any) -> None:
-        """Nothing comes before the pipeline."""
-
-
 class Scale(nn.Module):
     """A stage of one weight."""
 
@@ -79,18 +65,21 @@ class Scale(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
-    def forward(self, x: Tensor) -> tuple[Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         """The number times the weight."""
-        return (x * self.weight,)
+        return x * self.weight
 
 
 def run(schedule: Schedule, num_microbatches: int) -> Counter:
     """Run the pipeline from a fill to a drain, with stages of one weight."""
     counter = Counter()
-    stages = [Stage(index, Scale(), delayed=schedule.is_async) for index in range(schedule.num_stages)]
+    network = nn.Sequential(*(Scale() for _ in range(schedule.num_stages)))
+    stages = [Stage(index) for index in range(schedule.num_stages)]
+    step = StagedStep(network, [str(m) for m in range(1, schedule.num_stages)], stages, delayed=schedule.is_async)
     pipeline = Pipeline(stages, schedule, lambda _: None, [counter])
-    pipeline.run([Sample() for _ in range(num_microbatches)])
-    pipeline.drain()
+    with step.running():
+        pipeline.run([Flight(step, lambda: network(torch.ones(1)).sum()) for _ in range(num_microbatches)])
+        pipeline.drain()
     if not schedule.is_async:
         pipeline.updated()
     return counter

@@ -9,7 +9,7 @@ stages, device and seed. Usage:
         --png docs/images/stages_devices.png
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from math import inf
 from typing import Any
@@ -22,10 +22,8 @@ from sklearn.datasets import load_digits
 from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import Generator, Tensor, nn
 
-from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
-from aimc_pl.pipeline import Pipeline
+from aimc_pl.ensemble import Crossbars, EnsemblePipeline
 from aimc_pl.schedule import Duplex, Schedule
-from aimc_pl.stage import Stage
 from aimc_pl.theory import estimate
 
 MICROBATCH_SIZE = 8
@@ -136,10 +134,7 @@ def train(
     }
     generator = Generator().manual_seed(0)
     modules = build(depth, seed, device, generator)
-    each = depth // num_stages
-    stages = [Stage(m, EnsembleStage(*modules[m * each : (m + 1) * each]), delayed=True) for m in range(num_stages)]
-    schedule = Schedule("async", num_stages, 1, duplex)
-    pipeline = Pipeline(stages, schedule, lambda stage: update_crossbars(stage, rate.view(-1, 1, 1)))
+    pipeline = EnsemblePipeline(modules, num_stages, rate.view(-1, 1, 1), duplex)
     data, network = Digits(), nn.Sequential(*modules)
     targets = all_targets()
     reached = torch.full((len(devices), len(rates), num_seeds, len(targets)), inf)
@@ -165,11 +160,11 @@ def train(
     ]
 
 
-def sample(data: Digits, seed: Tensor, generator: Generator) -> EnsembleBatch:
+def sample(data: Digits, seed: Tensor, generator: Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """A micro-batch of random training images, the same for copies of one seed."""
     chosen = torch.randint(len(data.x), (int(seed.max()) + 1, MICROBATCH_SIZE), generator=generator)[seed]
     labels = data.y[chosen]
-    return EnsembleBatch(data.x[chosen], lambda output: F.cross_entropy(output.mT, labels, reduction="none").mean(1))
+    return data.x[chosen], lambda output: F.cross_entropy(output.mT, labels, reduction="none").mean(1)
 
 
 @torch.no_grad()

@@ -32,9 +32,7 @@ def train(minutes: float) -> None:
     images = DataLoader(
         TensorDataset(torch.randn(3200, 3, 32, 32), torch.randint(10, (3200,))), batch_size=16, shuffle=True
     )
-    strategy = AnalogPipelineStrategy(
-        2, "async", 4, device="soft_bounds_reference", backbone="network", split_at=["group2"]
-    )
+    strategy = AnalogPipelineStrategy(2, "async", 4, device="soft_bounds_reference", split_at=["network.group2"])
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,

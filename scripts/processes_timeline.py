@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table
 from aimc_pl.distributed import Link, rank_of
+from aimc_pl.ghosts import Ghosts
+from aimc_pl.passage import StageProcess
 from aimc_pl.pipeline import Pipeline
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
@@ -65,27 +68,13 @@ class SleepingStage(nn.Module):
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
         self.seconds = seconds
         self.times: list[tuple[str, float, float]] = []
 
-    def forward(self, x: Tensor) -> tuple[Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         """Sleep."""
-        return (_Sleep.apply(x, self.seconds, self.times),)  # pyright: ignore[reportReturnType]
-
-
-class MicroBatch:
-    """A few numbers."""
-
-    def enter(self) -> tuple[Tensor]:
-        """Numbers that want a gradient."""
-        return (torch.ones(256, requires_grad=True),)
-
-    def leave(self, outputs: tuple[Tensor]) -> tuple[Tensor, Tensor]:
-        """Their sum."""
-        return outputs[0].sum(), torch.ones(())
-
-    def entered(self, gradients: Any) -> None:
-        """Nothing comes before the pipeline."""
+        return _Sleep.apply(x * self.weight, self.seconds, self.times)  # pyright: ignore[reportReturnType]
 
 
 def record(folder: Path, seconds: float) -> None:
@@ -93,20 +82,26 @@ def record(folder: Path, seconds: float) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     num_stages = dist.get_world_size()
     stage = rank_of(dist.get_rank(), num_stages)
-    rows = []
+    rows, x = [], torch.ones(256)
     for name, duplex in CASES:
         schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
-        module = SleepingStage(seconds)
+        layers = [SleepingStage(seconds) for _ in range(num_stages)]
+        network = nn.Sequential(*layers)
+        owners = {f"{m}.weight": m for m in range(num_stages)}
+        ghosts = Ghosts(network, [*map(str, range(1, num_stages))], stage, owners)
         link = Link(stage, num_stages, torch.device("cpu"), lambda _: True, 60)
-        pipeline = Pipeline([Stage(stage, module)], schedule, lambda _: None, transport=link)
+        own = Stage(stage, layers[stage].parameters())
+        process = StageProcess(ghosts, link, own, num_stages, delayed=schedule.is_async)
+        pipeline = Pipeline([own], schedule, lambda _: None)
+        step = partial(lambda network: network(x).sum(), network)
         dist.barrier()
         for _ in range(MINI_BATCHES):
-            pipeline.run([MicroBatch() for _ in range(NUM_MICROBATCHES)])
+            pipeline.run([process.microbatch(step, 1.0, x) for _ in range(NUM_MICROBATCHES)])
             if not schedule.is_async:
                 pipeline.updated()
         pipeline.drain()
         counts = {"F": 0, "B": 0}
-        for kind, start, end in module.times:
+        for kind, start, end in layers[stage].times:
             rows.append((name, duplex, num_stages, stage, kind, counts[kind], start, end))
             counts[kind] += 1
     with (folder / f"{num_stages}-{stage}.csv").open("w", newline="") as file:

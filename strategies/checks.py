@@ -1,5 +1,8 @@
 """What cannot work in a pipeline, said before training starts."""
 
+import sys
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 import torch
 from aihwkit.simulator.rpu_base import cuda
@@ -10,13 +13,17 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.loss import _Loss
 
 from aimc_pl.devices import analog_layers
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule
+from aimc_pl.strategies.settings import Settings
+from aimc_pl.strategies.training_step import TrainingStep
+
+_TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
 
 
 def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
@@ -69,18 +76,84 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
         raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
 
 
-def warn_about_microbatches(module: nn.Module, schedule: Schedule, loss_reduction: str) -> None:
-    """Warn of what splitting the mini-batch changes, where it can be seen."""
-    if schedule.num_microbatches == 1:
+def check_microbatches(
+    module: nn.Module,
+    losses: Sequence[Tensor] | None,
+    steps: Sequence[TrainingStep],
+    settings: Settings,
+    splits_by_sample: bool,
+) -> None:
+    """Tell what splitting the mini-batch changes: measured where that is possible, else where it can be seen.
+
+    Args:
+        module: that is trained.
+        losses: of the micro-batches, and of the mini-batch as a whole; ``None`` if they cannot be compared.
+        steps: training_step on the micro-batches.
+        settings: of the strategy.
+        splits_by_sample: whether the first dimension is split, as nobody has said otherwise.
+
+    Raises:
+        UsageError: if the batch has probably been split along time.
+    """
+    if losses is None:
+        _warn_of_what_is_seen(module, settings)
         return
+    weights = [1.0 if settings.loss_reduction == "sum" else step.share for step in steps]
+    split, whole = sum(w * loss.double() for w, loss in zip(weights, losses[:-1], strict=True)), losses[-1].double()
+    if torch.allclose(torch.as_tensor(split), whole, rtol=1e-7 if losses[-1].dtype == torch.float64 else 1e-3):
+        return
+    change = f"splitting the mini-batch changes its loss from {whole.item():.6g} to {float(split):.6g}"
+    for name, part in module.named_modules():
+        if isinstance(part, _TIME_FIRST) and not part.batch_first and splits_by_sample:
+            raise UsageError(
+                f"{change}, and {name!r} takes time first (batch_first=False): if the samples are not along the first "
+                "dimension of the batch, give the strategy split_batch=, a function (batch, num_microbatches) -> "
+                "micro-batches; it may also be a method of the LightningModule"
+            )
+    rank_zero_warn(
+        f"{change}, because training_step does not treat samples one by one: BatchNorm's statistics, a mean over "
+        "unmasked tokens or by class weights, or a loss over pairs of samples can be the reason. For means over "
+        "something else than samples use microbatch_weight, for sums loss_reduction='sum', or num_microbatches=1"
+    )
+
+
+def _warn_of_what_is_seen(module: nn.Module, settings: Settings) -> None:
     if any(isinstance(m, _BatchNorm) and m.training and m.track_running_stats for m in module.modules()):
         rank_zero_warn(
-            f"BatchNorm computes its statistics per micro-batch, a {schedule.num_microbatches}th of the mini-batch: "
-            "results differ from a run on whole mini-batches"
+            "BatchNorm computes its statistics per micro-batch (the mini-batch is split into "
+            f"{settings.schedule.num_microbatches}): results differ from a run on whole mini-batches"
         )
     for name, loss in module.named_modules():
-        if isinstance(loss, _Loss) and loss.reduction != loss_reduction:
+        if isinstance(loss, _Loss) and loss.reduction != settings.loss_reduction:
             rank_zero_warn(
-                f"{name} reduces by {loss.reduction!r} and the strategy's loss_reduction is {loss_reduction!r}: "
-                "if it is the training loss, its gradient is scaled wrongly; set loss_reduction"
+                f"{name} reduces by {loss.reduction!r} and the strategy's loss_reduction is "
+                f"{settings.loss_reduction!r}: if it is the training loss, its gradient is scaled wrongly; set "
+                "loss_reduction"
             )
+
+
+def warn_about_other_package() -> None:
+    """Warn where modules and trainers are those of the package ``pytorch_lightning``, which are other classes."""
+    if "pytorch_lightning" in sys.modules:
+        rank_zero_warn(
+            "pytorch_lightning is imported, and this strategy is for the package lightning: write "
+            "'import lightning.pytorch as pl' in the place of 'import pytorch_lightning as pl'"
+        )
+
+
+def check_split(module: nn.Module, split_at: Sequence[str] | None) -> None:
+    """Refuse names of stages' first modules that no submodule has.
+
+    Raises:
+        UsageError: naming the first, and the one that was probably meant.
+    """
+    known = [name for name, _ in module.named_modules() if name]
+    for name in split_at or ():
+        if name in known:
+            continue
+        meant = [other for other in known if other.endswith(f".{name}")]
+        hint = f": names are relative to it, so that this one is {meant[0]!r}" if len(meant) == 1 else ""
+        raise UsageError(
+            f"split_at names {name!r}, which is no submodule of {type(module).__name__}{hint}"
+            f"{'' if hint else '; it has ' + ', '.join(known[:20])}"
+        )

@@ -1,11 +1,18 @@
 """What a training_step logs micro-batch by micro-batch, logged once per mini-batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from aimc_pl.strategies.training_step import TrainingStep
+
+_LOG = signature(pl.LightningModule.log)
 
 
 class Logbook:
@@ -49,3 +56,37 @@ def _reduce(values: list[Any], sizes: list[int], reduce_fx: str | Callable[[Tens
         )
     reduction = {"sum": torch.sum, "min": torch.min, "max": torch.max}.get(reduce_fx, reduce_fx)  # pyright: ignore[reportArgumentType, reportCallIssue]
     return reduction(stacked)
+
+
+@contextmanager
+def logging_to(module: "pl.LightningModule", record: Callable[..., None]) -> Iterator[None]:
+    """Hand what training_step logs to ``record``: the step, and the arguments of ``log`` by name."""
+    log = module.log
+
+    def log_in_step(*args: Any, **kwargs: Any) -> None:
+        step = TrainingStep.current()
+        if step is None:
+            log(*args, **kwargs)
+        else:
+            arguments = _LOG.bind(module, *args, **kwargs).arguments
+            record(step, **{name: value for name, value in arguments.items() if name != "self"})
+
+    with replaced(module, "log", log_in_step):
+        yield
+
+
+def discard(*args: Any, **kwargs: Any) -> None:
+    """Log nothing."""
+
+
+@contextmanager
+def replaced(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """Another attribute on the instance, for a while."""
+    own = vars(instance).get(name)
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        delattr(instance, name)
+        if own is not None:
+            setattr(instance, name, own)

@@ -1,4 +1,4 @@
-"""Which process holds which part of a module's state, and how the parts become one again."""
+"""Which stage holds which part of a module's state, and how the parts of several processes become one again."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,28 +6,31 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from aimc_pl.stage import Stage
+
 
 class Ownership:
     """The stage of every parameter, buffer and analog tile of a module.
 
     Args:
         module: whole.
-        parts: the modules of the stages, which share their layers with it.
-        others: parameters outside of them that a stage updates; what else is outside belongs to the last stage.
+        stages: all of them; what none of them has been seen to use belongs to the stage of the module around it, or
+            to the last stage.
     """
 
-    def __init__(self, module: nn.Module, parts: Sequence[nn.Module], others: Sequence[Sequence[nn.Parameter]]) -> None:
-        stage_of = {id(layer): index for index, part in enumerate(parts) for layer in part.modules()}
-        self._of_parameter = {
-            id(parameter): index
-            for index, (part, further) in enumerate(zip(parts, others, strict=True))
-            for parameter in [*part.parameters(), *further]
+    def __init__(self, module: nn.Module, stages: Sequence[Stage]) -> None:
+        of_module = {id(part): stage.index for stage in stages for part in stage.modules}
+        of_parameter = {id(parameter): stage.index for stage in stages for parameter in stage.parameters}
+        self._of_name = {name: of_module[id(part)] for name, part in module.named_modules() if id(part) in of_module}
+        self._of_name |= {
+            name: of_parameter[id(parameter)]
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if id(parameter) in of_parameter
         }
-        self._of_name = {name: stage_of[id(layer)] for name, layer in module.named_modules() if id(layer) in stage_of}
-        named = {name: id(parameter) for name, parameter in module.named_parameters()}
-        self._of_name |= {name: self._of_parameter[key] for name, key in named.items() if key in self._of_parameter}
-        self._last = len(parts) - 1
-        self._parameters = list(module.parameters())
+        self._last = len(stages) - 1
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.owners = {name: self.stage(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+        """The stage of each parameter, by name."""
 
     def stage(self, key: str) -> int:
         """The stage that holds an entry of the module's state dict."""
@@ -37,9 +40,9 @@ class Ownership:
             key = key.rpartition(".")[0]
         return self._last
 
-    def parameters(self, stage: int) -> list[nn.Parameter]:
-        """What a stage updates."""
-        return [parameter for parameter in self._parameters if self._of_parameter.get(id(parameter)) == stage]
+    def stage_of(self, parameter: nn.Parameter) -> int:
+        """The stage that updates a parameter."""
+        return self.owners[self._names[id(parameter)]]
 
     def merge_state(self, state: dict[str, Any], own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """A module's state dict, every entry from the process that holds it."""
@@ -51,10 +54,6 @@ class Ownership:
         """An optimizer's state dict, every parameter's state from the process that updates it."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = optimizer.state_dict()
-        mine = {
-            index: values
-            for index, values in state["state"].items()
-            if self._of_parameter.get(id(parameters[index]), self._last) == own
-        }
+        mine = {index: values for index, values in state["state"].items() if self.stage_of(parameters[index]) == own}
         merged: Mapping[int, Any] = {index: value for part in gather(mine) for index, value in part.items()}
         return state | {"state": {index: merged[index] for index in sorted(merged)}}

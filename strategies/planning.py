@@ -1,101 +1,149 @@
-"""From the first call of the backbone to the stages: which submodule, where to split it, who else trains with it."""
+"""Settles, at the first mini-batch, where the stages of training_step begin and what each of them holds."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from aimc_pl.devices import detach_pending_updates
-from aimc_pl.errors import UsageError
-from aimc_pl.partition import partition
-
-
-def get_backbone(module: "pl.LightningModule", name: str | None) -> nn.Module:
-    """The submodule of that name, the module itself for ``None`` and ``""``.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    try:
-        return module.get_submodule(name or "")
-    except AttributeError:
-        children = ", ".join(child for child, _ in module.named_children()) or "none"
-        raise UsageError(
-            f"backbone={name!r} is no submodule of {type(module).__name__}; its submodules are: {children}"
-        ) from None
+from aimc_pl import boundaries
+from aimc_pl.boundaries import Calls
+from aimc_pl.devices.tiles import are_seeded
+from aimc_pl.flight import StagedStep
+from aimc_pl.stage import Stage
+from aimc_pl.strategies.checks import check_microbatches
+from aimc_pl.strategies.settings import Settings
+from aimc_pl.strategies.training_step import TrainingStep
+from aimc_pl.trial import Trials, verify
 
 
-def backbone_candidates(module: "pl.LightningModule", name: str | None) -> dict[str, nn.Module]:
-    """The submodules whose call, the outermost first, enters the pipeline.
+def settle(
+    module: "pl.LightningModule",
+    steps: Sequence[TrainingStep],
+    whole: TrainingStep,
+    other: TrainingStep,
+    settings: Settings,
+    split_at: Sequence[str] | None,
+    *,
+    splits_by_sample: bool,
+    apart: bool,
+    agree: Callable[[Any], Any],
+) -> StagedStep | None:
+    """Divide training_step into stages; leaves no trace in the module, its metrics and the random states.
 
-    The named one, or else all that hold at least half of the parameters.
-    """
-    if name is not None:
-        return {name: get_backbone(module, name)}
-    total = sum(parameter.numel() for parameter in module.parameters())
-    return {
-        name: candidate
-        for name, candidate in module.named_modules()
-        if 2 * sum(parameter.numel() for parameter in candidate.parameters()) >= total
-    }
+    Args:
+        module: all that training_step calls.
+        steps: training_step on the micro-batches of the first mini-batch.
+        whole: training_step on that mini-batch.
+        other: training_step on a part of it.
+        settings: of the strategy.
+        split_at: names of the modules with which stages 1 … M−1 begin; ``None`` to measure.
+        splits_by_sample: whether mini-batches are split along the first dimension, as nobody has said otherwise.
+        apart: whether the stages live in processes of their own.
+        agree: gives all processes what the first one measured.
 
-
-def measured_split(
-    module: "pl.LightningModule", backbone: str, num_stages: int, args: Sequence[Any], kwargs: dict[str, Any]
-) -> list[str]:
-    """Where to split the backbone for stages of equal cost, measured on a copy; random states stay as they are.
+    Returns:
+        ``None`` if all micro-batches skip learning, so that nothing can be told yet.
 
     Raises:
-        PartitionError: if it cannot be split.
+        UsageError: if the step cannot be divided so, or does not give the same in stages.
     """
-    with isolate_rng():
-        return partition(replicate(module).get_submodule(backbone), num_stages, args, kwargs).split_at
+    schedule = settings.schedule
+    for first in range(len(steps)):
+        functions = [*steps[first:], *steps[:first]]
+        # One micro-batch alone would not show what overlapping ones share.
+        functions += [other] if len(steps) == 1 and schedule.is_async else []
+        trials = Trials(module, functions, [step.inputs for step in (*functions, whole)])
+        calls = Calls()
+        reference = trials.undivided(calls.recorded(module))
+        if reference is not None:
+            break
+    else:
+        return None
+    may_share = not (schedule.is_async or apart)
+    split_at, found = _divide(trials, calls, schedule.num_stages, split_at, may_share, agree)
+    step = StagedStep(
+        module,
+        split_at,
+        [Stage(index) for index in range(schedule.num_stages)],
+        delayed=schedule.is_async,
+        weight_stashing=settings.weight_stashing,
+        may_share=may_share,
+        overlaps=schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1),
+    )
+    if trials.casts:
+        step.follow_casts()
+    trials.record(step)
+    boundaries.check_stages(step.stages, split_at)
+    if settings.verify and schedule.num_stages > 1 and are_seeded(module):
+        trials.check_memory(step, reference)
+        verify(trials, step, reference)
+    if schedule.num_microbatches > 1:
+        comparable = settings.verify and not trials.draws and are_seeded(module)
+        check_microbatches(
+            module, trials.losses([*steps, whole]) if comparable else None, steps, settings, splits_by_sample
+        )
+    rank_zero_info(f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: split_at={split_at}{found}")
+    return step
 
 
-def other_parameters(
-    module: "pl.LightningModule", stages: Sequence[nn.Module], inputs: Sequence[Any]
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The module's parameters outside the stages: those that the backbone's inputs came through, and the others."""
-    inside = {id(parameter) for stage in stages for parameter in stage.parameters()}
-    before = parameters_behind(inputs)
-    others = [parameter for parameter in module.parameters() if id(parameter) not in inside]
-    return [p for p in others if id(p) in before], [p for p in others if id(p) not in before]
+def settle_evaluation(
+    module: "pl.LightningModule",
+    function: Callable[[], Any],
+    inputs: Any,
+    num_stages: int,
+    split_at: Sequence[str] | None,
+    agree: Callable[[Any], Any],
+) -> StagedStep:
+    """Divide a step of validation, test or predict into stages; leaves no trace.
 
+    Args:
+        module: all that the step calls.
+        function: the step on the first batch.
+        inputs: that batch.
+        num_stages: M.
+        split_at: names of the modules with which stages 1 … M−1 begin; ``None`` to measure.
+        agree: gives all processes what the first one measured.
 
-def parameters_behind(values: Sequence[Any]) -> set[int]:
-    """The ids of the leaf tensors that autograd would reach from ``values``."""
-    pending = [value.grad_fn for value in values if isinstance(value, Tensor) and value.grad_fn is not None]
-    seen, leaves = set(pending), set()
-    while pending:
-        node = pending.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves.add(id(leaf))
-        following = {function for function, _ in node.next_functions if function is not None} - seen
-        seen |= following
-        pending.extend(following)
-    return leaves
-
-
-def replicate(module: "pl.LightningModule") -> "pl.LightningModule":
-    """A copy of the module to try things on: it logs nothing, and runs outside the pipeline.
-
-    It shares the trainer, and callables (a partial that makes the optimizer, say) as deepcopy shares functions.
+    Raises:
+        UsageError: if the step cannot be divided so.
     """
-    detach_pending_updates(module)
-    attributes = [value for submodule in module.modules() for value in vars(submodule).values()]
-    shared = [module.trainer, *(v for v in attributes if callable(v) and not isinstance(v, nn.Module))]
-    replica = copy.deepcopy(module, {id(value): value for value in shared})
-    for submodule in replica.modules():
-        # what the strategy puts in the backbone's place while the pipeline runs
-        vars(submodule).pop("forward", None)
-    replica.trainer = module.trainer
-    replica.log = _discard  # pyright: ignore[reportAttributeAccessIssue]
-    return replica
+
+    def without_loss() -> None:
+        function()
+
+    trials = Trials(module, [without_loss], inputs)
+    calls = Calls(with_gradients=False)
+    with calls.recorded(module), trials.fresh():
+        function()
+    split_at, found = _divide(trials, calls, num_stages, split_at, False, agree)
+    stages = [Stage(index) for index in range(num_stages)]
+    step = StagedStep(module, split_at, stages, may_share=False, overlaps=False, with_gradients=False)
+    trials.record(step)
+    rank_zero_info(f"Pipeline of {num_stages} stages: split_at={split_at}{found}")
+    return step
 
 
-def _discard(*args: Any, **kwargs: Any) -> None:
-    pass
+def _divide(
+    trials: Trials,
+    calls: Calls,
+    num_stages: int,
+    split_at: Sequence[str] | None,
+    may_share: bool,
+    agree: Callable[[Any], Any],
+) -> tuple[list[str], str]:
+    """Where the stages begin, and what is to be said about it."""
+    if split_at is not None or num_stages == 1:
+        boundaries.check(calls, split_at or ())
+        return list(split_at or ()), ""
+    rank_zero_info("Measuring the layers that the step calls, on the first micro-batch, to divide it evenly")
+    found, shares = agree(
+        boundaries.find(trials, calls, num_stages, may_share=may_share, repeats=min(len(trials.functions), 3))
+    )
+    percent = ", ".join(f"{100 * share:.0f}" for share in shares)
+    if max(shares) > 0.6:
+        rank_zero_warn(
+            f"one stage takes {100 * max(shares):.0f} % of the time (stages of {percent} %): the network has too few "
+            f"layers of equal cost for {num_stages} stages. Use fewer stages, or name modules with split_at"
+        )
+    return found, f" (stages of {percent} %)"

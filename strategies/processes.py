@@ -1,15 +1,11 @@
 """Where the processes of a pipeline come from, and what they tell each other besides activations and errors."""
 
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, override
-from zlib import crc32
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from aihwkit.optim.context import AnalogContext
@@ -17,7 +13,6 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
@@ -25,6 +20,7 @@ from torchmetrics import Metric
 
 from aimc_pl.distributed import lost
 from aimc_pl.errors import PeerError, UsageError
+from aimc_pl.strategies.private_lightning import update_callback_metrics
 
 
 class ProcessStrategy(ParallelStrategy):
@@ -41,7 +37,7 @@ class ProcessStrategy(ParallelStrategy):
         super().__init__()
         self.num_nodes = 1
         self.timeout = timeout
-        self._num_stages = num_stages
+        self.num_stages = num_stages
 
     @property
     def is_multiprocess(self) -> bool:
@@ -72,11 +68,11 @@ class ProcessStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         devices = len(self.parallel_devices or [None])
-        if self.num_nodes * devices not in (1, self._num_stages):
-            nodes = f" (or devices × num_nodes = {self._num_stages})" if self._num_stages > 1 else ""
+        if self.num_nodes * devices not in (1, self.num_stages):
+            nodes = f" (or devices × num_nodes = {self.num_stages})" if self.num_stages > 1 else ""
             raise UsageError(
-                f"{self.num_nodes * devices} processes do not fit num_stages={self._num_stages}: set "
-                f"Trainer(devices={self._num_stages}){nodes} for one stage per process, or Trainer(devices=1) for all "
+                f"{self.num_nodes * devices} processes do not fit num_stages={self.num_stages}: set "
+                f"Trainer(devices={self.num_stages}){nodes} for one stage per process, or Trainer(devices=1) for all "
                 "stages in one"
             )
         if self.is_multiprocess:
@@ -111,13 +107,16 @@ class ProcessStrategy(ParallelStrategy):
             # One of them may hang.
             self._launcher.kill(9)
 
+    def drain(self) -> None:
+        """Finish what is under way; there is nothing here."""
+
     # ------------------------------------------------- between the processes
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
         if not self.is_multiprocess:
             return [value]
-        others = range(1, self._num_stages)
+        others = range(1, self.num_stages)
         if self.is_global_zero:
             values = [value, *(self._exchange(dist.recv_object_list, None, rank) for rank in others)]
             for rank in others:
@@ -131,7 +130,7 @@ class ProcessStrategy(ParallelStrategy):
         try:
             function(objects, rank, device=torch.device("cpu"))
         except RuntimeError as error:
-            raise lost(rank, self._num_stages, self.timeout) from error
+            raise lost(rank, self.num_stages, self.timeout) from error
         return objects[0]
 
     @override
@@ -169,7 +168,7 @@ class ProcessStrategy(ParallelStrategy):
         if self.is_multiprocess:
             metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
             known = self.broadcast(metrics)
-            trainer._logger_connector._callback_metrics.update(known)
+            update_callback_metrics(trainer, known)
 
     def clip_by_total_norm(self, parameters: list[Tensor], max_norm: float) -> None:
         """Clip the gradients of all stages by the norm of all of them together."""
@@ -182,26 +181,3 @@ class ProcessStrategy(ParallelStrategy):
 def _never() -> bool:
     """For torchmetrics: whether there are other processes to gather from."""
     return False
-
-
-class RandomStream:
-    """Random numbers (torch, numpy, random) of its own, which start from the current state and a name."""
-
-    def __init__(self, name: str) -> None:
-        seed = crc32(name.encode() + torch.get_rng_state().numpy().tobytes())
-        with isolate_rng():
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            self._states = _collect_rng_states()
-
-    @contextmanager
-    def drawn(self) -> Iterator[None]:
-        """Draw from it."""
-        others = _collect_rng_states()
-        _set_rng_states(self._states)
-        try:
-            yield
-        finally:
-            self._states = _collect_rng_states()
-            _set_rng_states(others)

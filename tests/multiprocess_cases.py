@@ -30,7 +30,7 @@ STAGES = (2, 3, 4)
 SPLITS = {
     Attributes: {2: ["l3"], 3: ["l2", "norm"], 4: ["l2", "l3", "l4"]},
     ConvNet: {2: ["features.4"], 3: ["features.2", "features.4"], 4: ["features.2", "features.4", "head"]},
-    DictBatch: {3: ["1", "3"]},
+    DictBatch: {3: ["backbone.1", "backbone.3"]},
 }
 
 
@@ -86,10 +86,11 @@ def train_plainly(folder, max_epochs):
 
 
 class Held(Callback):
-    """How many numbers the digital weights of this process have during the fit."""
+    """How many numbers the digital weights of this process take in memory during the fit."""
 
     def on_train_batch_end(self, trainer, pl_module, *args):
-        self.numbers = sum(p.numel() for p in pl_module.parameters() if not isinstance(p, AnalogContext))
+        digital = [p for p in pl_module.parameters() if not isinstance(p, AnalogContext)]
+        self.numbers = sum(p.untyped_storage().nbytes() // p.element_size() for p in digital)
 
 
 def fit(

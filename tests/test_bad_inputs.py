@@ -2,12 +2,11 @@
 
 import sys
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning_modules import MLP, Attributes, loader, make_trainer
-from torch import nn
+from lightning.pytorch.strategies import Strategy
+from lightning_modules import MLP, loader, make_trainer
 from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import DeviceNoise, WriteNoise
@@ -16,6 +15,7 @@ from aimc_pl.devices import constant_step, get_device, soft_bounds, tiki_taka
 from aimc_pl.errors import UsageError
 from aimc_pl.models import ResNet
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies.training import Training
 
 STRATEGY = "--trainer.strategy.init_args."
 
@@ -28,14 +28,29 @@ COMMANDS = {
     "unknown gradient scale": ([STRATEGY + "gradient_scale=none"], "gradient_scale"),
     "unknown loss reduction": ([STRATEGY + "loss_reduction=max"], "loss_reduction"),
     "split and stages disagree": ([STRATEGY + "num_stages=3"], "num_stages=3 needs 2 names in split_at, got 3"),
-    "split at an unknown layer": ([STRATEGY + 'split_at=["3","5","x"]'], "names 'x', which the network does not call"),
-    "split out of order": ([STRATEGY + 'split_at=["5","3","7"]'], "out of order"),
-    "split at the first layer": ([STRATEGY + 'split_at=["0","3","5"]'], "leaves a stage empty"),
+    "split at an unknown layer": (
+        [STRATEGY + 'split_at=["network.3","network.5","x"]'],
+        "split_at names 'x', which is no submodule of Classifier; it has network,",
+    ),
+    "split by names of the network": ([STRATEGY + 'split_at=["3","5","7"]'], "so that this one is 'network.3'"),
+    "split at a layer that is not called": (
+        [STRATEGY + 'split_at=["network.3","network.5","test_accuracy"]'],
+        "split_at names 'test_accuracy', which training_step does not call",
+    ),
+    "split out of order": ([STRATEGY + 'split_at=["network.5","network.3","network.7"]'], "out of order"),
+    "split at the first layer": (
+        [STRATEGY + 'split_at=["network.0","network.3","network.5"]'],
+        "leaves stage 0 empty",
+    ),
     "more stages than layers": (
         [STRATEGY + "num_stages=5", STRATEGY + "split_at=null"],
-        "5 stages need at least 5 layers that can be split apart, and MLP has 4",
+        "5 stages need at least 5 layers that can be split apart, and training_step calls 4. Lower num_stages",
     ),
-    "unknown backbone": ([STRATEGY + "backbone=body"], "backbone='body' is no submodule of Classifier"),
+    "an argument of the past": ([STRATEGY + "backbone=body"], "backbone"),
+    "weights of a sum": (
+        [STRATEGY + "loss_reduction=sum", STRATEGY + "microbatch_weight=builtins.len"],
+        "microbatch_weight is for losses that are means",
+    ),
     "unknown device": ([STRATEGY + "device=memristor"], "unknown device 'memristor': choose one of ideal"),
     "device without range": ([STRATEGY + "device.init_args.tau=-1"], "a positive range"),
     "stashing on tiles": ([STRATEGY + "weight_stashing=true"], "a crossbar cannot keep a second set of weights"),
@@ -67,7 +82,8 @@ COMMANDS = {
     ),
     "unknown backend": (
         ["--trainer.strategy.init_args.device.init_args.backend=exact"],
-        "'backend' matches no layer: the layers are 1, 3, 5, 7 (if it was meant as an argument of a device",
+        "'backend' matches no layer: the layers are network.1, network.3, network.5, network.7 (if it was meant as an "
+        "argument of a device",
     ),
     "a pipeline's callback without pipeline": (
         ["--trainer.strategy=auto"],
@@ -81,7 +97,8 @@ def test_command_line(case, monkeypatch):
     """Exit code 1, one line on standard error, and no update before it."""
     arguments, message = COMMANDS[case]
     updates = []
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda *args, **kwargs: updates.append(1))
+    monkeypatch.setattr(Training, "_update", lambda *args: updates.append(1))
+    monkeypatch.setattr(Strategy, "optimizer_step", lambda *args, **kwargs: updates.append(1))
     monkeypatch.setattr(sys, "argv", ["aimc-pl"])
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config=digits_async.yaml", "--trainer.enable_progress_bar=false", *arguments])
@@ -123,18 +140,6 @@ class Twice(MLP):
         return (self.net(batch[0]) + self.net(-batch[0])).sum()
 
 
-class NoBackbone(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def training_step(self, batch):
-        return self.c(self.b(self.a(batch[0]))).sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
 class Penalty(MLP):
     def training_step(self, batch):
         return self.net(batch[0]).sum() + sum(p.square().sum() for p in self.parameters())
@@ -145,14 +150,9 @@ class ReturnsLogits(MLP):
         return self.net(batch[0])
 
 
-class ReturnsNothing(MLP):
+class Frozen(MLP):
     def training_step(self, batch):
-        self.net(batch[0])
-
-
-class ControlFlow(Attributes):
-    def forward(self, x):
-        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+        return self.net(batch[0]).detach().sum()
 
 
 class Tied(MLP):
@@ -161,21 +161,30 @@ class Tied(MLP):
         self.net[4].weight = self.net[2].weight
 
 
-ASYNC = {"num_stages": 3, "schedule": "async", "num_microbatches": 4}
+ASYNC = {"num_stages": 3, "schedule": "async", "num_microbatches": 3}
+AT_4_AND_8 = ASYNC | {"split_at": ["net.4", "net.8"]}
 MODULES = {
     "manual optimization": (Manual, ASYNC, {}, "manual optimization"),
     "several optimizers": (TwoOptimizers, ASYNC, {}, "configure_optimizers returns several"),
     "line search under async": (LineSearch, ASYNC, {}, "LBFGS evaluates the loss itself"),
     "own backward": (OwnBackward, ASYNC, {}, "OwnBackward.backward is overridden"),
     "dataloader_iter": (TakesAnIterator, ASYNC, {}, "cannot be split into micro-batches"),
-    "backbone called twice": (Twice, ASYNC, {}, "calls the backbone twice"),
-    "no backbone": (NoBackbone, ASYNC, {}, "does not call the backbone"),
-    "backbone not called": (Attributes, ASYNC | {"backbone": "norm"}, {}, "3 stages need at least 3 layers"),
-    "penalty under async": (Penalty, ASYNC, {}, "the loss reads parameters of stage 0 directly"),
+    "network called twice under async": (Twice, AT_4_AND_8, {}, "is used by stages 0 and 2, which update"),
+    "network called twice, measured": (
+        Twice,
+        ASYNC,
+        {},
+        "layers that share a parameter count as one, here net.0.weight",
+    ),
+    "penalty under async": (Penalty, AT_4_AND_8, {}, "is used by stages 0 and 2, which update"),
     "no scalar loss": (ReturnsLogits, ASYNC, {}, "must return the loss"),
-    "no loss": (ReturnsNothing, ASYNC, {}, "must return the loss"),
-    "control flow": (ControlFlow, ASYNC, {}, "if x.sum() > 0"),
-    "tied layers on two stages": (Tied, ASYNC | {"split_at": ["2", "4"]}, {}, "Tied parameters must stay on one stage"),
+    "loss without gradient": (Frozen, ASYNC, {}, "depends on no parameter that requires grad"),
+    "tied layers on two stages": (
+        Tied,
+        ASYNC | {"split_at": ["net.2", "net.4"]},
+        {},
+        "'net.2.weight' is used by stages 1 and 2",
+    ),
     "tied layers on two crossbars": (Tied, ASYNC | {"device": "ideal"}, {"precision": "32-true"}, "share their weight"),
     "scheduled accumulation": (
         MLP,

@@ -9,10 +9,7 @@ from aihwkit.nn import AnalogLinear
 from torch import Generator, nn
 
 from aimc_pl.devices import soft_bounds
-from aimc_pl.ensemble import Crossbars, EnsembleBatch, EnsembleStage, update_crossbars
-from aimc_pl.pipeline import Pipeline
-from aimc_pl.schedule import Schedule
-from aimc_pl.stage import Stage
+from aimc_pl.ensemble import Crossbars, EnsemblePipeline
 
 
 def random(*shape, seed=0):
@@ -30,12 +27,9 @@ def test_every_copy_follows_the_papers_recursion_with_delayed_signals(num_stages
     layers = [Crossbars(weight.clone(), Generator(), ranges.view(-1, 1, 1)) for weight in first]
     modules = [nn.Sequential(layer, nn.Tanh()) for layer in layers]
     each = 4 // num_stages
-    stages = [Stage(m, EnsembleStage(*modules[m * each : (m + 1) * each]), delayed=True) for m in range(num_stages)]
-    pipeline = Pipeline(
-        stages, Schedule("async", num_stages, 1, duplex), lambda stage: update_crossbars(stage, rates.view(-1, 1, 1))
-    )
+    pipeline = EnsemblePipeline(modules, num_stages, rates.view(-1, 1, 1), duplex)
     for inputs, labels in zip(x, y, strict=True):
-        pipeline.run([EnsembleBatch(inputs, lambda out, y=labels: (out - y).square().sum((1, 2)) / 2)])
+        pipeline.run([(inputs, lambda out, y=labels: (out - y).square().sum((1, 2)) / 2)])
     pipeline.drain()
 
     for copy in range(3):

@@ -1,5 +1,7 @@
 """The one-process runner against a numpy recomputation, whole-batch autograd and the closed forms."""
 
+import gc
+import weakref
 from collections import Counter
 from itertools import pairwise
 
@@ -8,12 +10,13 @@ import pytest
 import torch
 from aihwkit.optim import AnalogSGD
 from reference import delayed_updates
+from staged import make_step
 from torch import nn
 
 from aimc_pl.devices import convert_to_analog
 from aimc_pl.devices.weights import read_gradients
+from aimc_pl.flight import Flight
 from aimc_pl.microbatch import split_batch
-from aimc_pl.partition import partition
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
@@ -22,21 +25,20 @@ LAYERS = 8
 LEARNING_RATE = 1.0
 
 
-class Sample:
-    """A micro-batch with a squared error."""
+def to_parts(batch, num_microbatches):
+    """Micro-batches with their weights in the mini-batch."""
+    return [(*part, len(part[0]) / len(batch[0])) for part in split_batch(batch, num_microbatches)]
 
-    def __init__(self, x, target, weight):
-        self.x, self.target, self.weight = x, target, weight
 
-    def enter(self):
-        return (self.x,)
+def squared_error(network, x, target):
+    return lambda: nn.functional.mse_loss(network(x), target)
 
-    def leave(self, outputs):
-        loss = nn.functional.mse_loss(outputs, self.target)
-        return loss, torch.full_like(loss, self.weight)
 
-    def entered(self, gradients):
-        assert gradients == (None,)
+def to_flights(step, batch, num_microbatches):
+    return [
+        Flight(step, squared_error(step.network, x, target), weight)
+        for x, target, weight in to_parts(batch, num_microbatches)
+    ]
 
 
 class Recorder(Observer):
@@ -73,10 +75,6 @@ def make_batches(num_batches, size=11, dtype=torch.float64):
     ]
 
 
-def to_samples(batch, num_microbatches):
-    return [Sample(*part, len(part[0]) / len(batch[0])) for part in split_batch(batch, num_microbatches)]
-
-
 def split_evenly(num_stages):
     """The names of the layers with which stages 1 … M−1 begin, layers spread evenly."""
     owners = owners_of(num_stages)
@@ -87,28 +85,28 @@ def owners_of(num_stages):
     return [stage for stage, part in enumerate(np.array_split(np.arange(LAYERS), num_stages)) for _ in part]
 
 
-def make_stages(network, num_stages, example, **kwargs):
-    parts = partition(network, num_stages, (example,), split_at=split_evenly(num_stages))
-    return [Stage(index, part, **kwargs) for index, part in enumerate(parts.stages)]
+def make_even_step(network, num_stages, batch, **kwargs):
+    return make_step(network, split_evenly(num_stages), squared_error(network, *batch), **kwargs)
 
 
 def train_async(network, num_stages, num_microbatches, duplex, batches, drain_after, observers=(), **kwargs):
     """Train with one SGD per stage; returns the numbers of micro-batches before which the pipeline drained."""
-    stages = make_stages(network, num_stages, batches[0][0], delayed=True, **kwargs)
-    optimizers = [AnalogSGD(stage.parameters, lr=LEARNING_RATE) for stage in stages]
+    step = make_even_step(network, num_stages, batches[0], delayed=True, may_share=False, **kwargs)
+    optimizers = [AnalogSGD(stage.parameters, lr=LEARNING_RATE) for stage in step.stages]
 
     def update(stage):
         optimizers[stage.index].step()
         optimizers[stage.index].zero_grad()
 
-    pipeline = Pipeline(stages, Schedule("async", num_stages, num_microbatches, duplex), update, observers)
+    pipeline = Pipeline(step.stages, Schedule("async", num_stages, num_microbatches, duplex), update, observers)
     drains = []
-    for index, batch in enumerate(batches):
-        pipeline.run(to_samples(batch, num_microbatches))
-        if index in drain_after:
-            pipeline.drain()
-            drains.append(pipeline.num_entered)
-    pipeline.drain()
+    with step.running():
+        for index, batch in enumerate(batches):
+            pipeline.run(to_flights(step, batch, num_microbatches))
+            if index in drain_after:
+                pipeline.drain()
+                drains.append(pipeline.num_entered)
+        pipeline.drain()
     return drains
 
 
@@ -121,9 +119,9 @@ def numpy_parameters(network):
 
 def recompute(parameters, num_stages, num_microbatches, duplex, batches, drains, **kwargs):
     microbatches = [
-        (sample.x.double().numpy(), sample.target.double().numpy(), sample.weight)
+        (x.double().numpy(), target.double().numpy(), weight)
         for batch in batches
-        for sample in to_samples(batch, num_microbatches)
+        for x, target, weight in to_parts(batch, num_microbatches)
     ]
     delays = [(num_stages - 1 - stage) * (2 if duplex == "full" else 1) for stage in range(num_stages)]
     return delayed_updates(*parameters, owners_of(num_stages), microbatches, delays, LEARNING_RATE, drains, **kwargs)
@@ -202,8 +200,10 @@ def test_gradients_equal_those_of_the_whole_batch(name, num_stages, num_microbat
     network = make_network()
     schedule = Schedule(name, num_stages, num_microbatches)
     recorder = Recorder()
-    pipeline = Pipeline(make_stages(network, num_stages, x), schedule, pytest.fail, [recorder])
-    pipeline.run(to_samples((x, target), num_microbatches))
+    step = make_even_step(network, num_stages, (x, target))
+    pipeline = Pipeline(step.stages, schedule, pytest.fail, [recorder])
+    with step.running():
+        pipeline.run(to_flights(step, (x, target), num_microbatches))
     pipeline.updated()
     assert pipeline.is_empty
     assert pipeline.clock == 2 * (
@@ -226,15 +226,101 @@ def test_stages_hold_no_more_than_the_closed_form(name, duplex):
         def on_forward(self, event):
             most[event.stage.index] = max(most[event.stage.index], event.stage.num_in_flight)
 
-    stages = make_stages(make_network(), 4, batches[0][0])
-    pipeline = Pipeline(stages, schedule, lambda stage: None, [Holding()])
-    for batch in batches:
-        pipeline.run(to_samples(batch, 6))
-        if name != "async":
-            pipeline.updated()
-    pipeline.drain()
+    step = make_even_step(make_network(), 4, batches[0])
+    pipeline = Pipeline(step.stages, schedule, lambda stage: None, [Holding()])
+    with step.running():
+        for batch in batches:
+            pipeline.run(to_flights(step, batch, 6))
+            if name != "async":
+                pipeline.updated()
+        pipeline.drain()
     total = 18 if name == "async" else 6
     assert most == {m: schedule.in_flight(m, total) for m in range(4)}
+
+
+ALIVE = Counter()
+"""By stage, what the nodes of :class:`Held` hold."""
+
+
+class Activation:
+    def __init__(self, stage):
+        self.stage = stage
+        ALIVE[stage] += 1
+
+    def __del__(self):
+        ALIVE[self.stage] -= 1
+
+
+class Held(torch.autograd.Function):
+    """Identity whose node holds on to an object of its own."""
+
+    @staticmethod
+    def forward(ctx, x, stage):
+        ctx.activation = Activation(stage)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize(
+    ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+)
+def test_graphs_alive_are_the_closed_form(name, duplex):
+    """What autograd holds of a stage is what the micro-batches in flight need, and nothing once they have landed."""
+    schedule = Schedule(name, 4, 6, duplex)
+    network, most = make_network(), Counter()
+    for stage, layer in enumerate([0, 4, 8, 12]):
+        network[layer].register_forward_hook(lambda module, args, out, stage=stage: Held.apply(out, stage))
+
+    class Watching(Observer):
+        def on_forward(self, event):
+            for stage in range(4):
+                most[stage] = max(most[stage], ALIVE[stage])
+
+    batches = make_batches(3)
+    step = make_even_step(network, 4, batches[0], delayed=name == "async", may_share=name != "async")
+    gc.collect()
+    gc.disable()
+    try:
+        assert not ALIVE.total()
+        pipeline = Pipeline(step.stages, schedule, lambda stage: None, [Watching()])
+        with step.running():
+            for batch in batches:
+                pipeline.run(to_flights(step, batch, 6))
+                if name != "async":
+                    pipeline.updated()
+            pipeline.drain()
+        assert most == {m: schedule.in_flight(m, 18 if name == "async" else 6) for m in range(4)}
+        assert not ALIVE.total()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("duplex", ["half", "full"])
+def test_micro_batches_are_forgotten_when_they_have_landed(duplex):
+    """A pipeline that never drains holds those in flight, with their samples, and no others."""
+    schedule = Schedule("async", 3, 2, duplex)
+    batches = make_batches(6)
+    step = make_even_step(make_network(), 3, batches[0], delayed=True, may_share=False)
+    pipeline = Pipeline(step.stages, schedule, lambda stage: None)
+    alive = []
+    gc.collect()
+    gc.disable()
+    try:
+        with step.running():
+            for batch in batches:
+                flights = to_flights(step, batch, 2)
+                alive += map(weakref.ref, flights)
+                pipeline.run(flights)
+                del flights
+                held = [index for index, flight in enumerate(alive) if flight() is not None]
+                assert held == list(range(len(alive)))[-step.stages[0].num_in_flight :]
+        # One short of the most: the next one could enter.
+        assert step.stages[0].num_in_flight == schedule.in_flight(0, 12) - 1
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("num_microbatches", [2, 11])
@@ -245,8 +331,10 @@ def test_gradients_on_floating_point_tiles_equal_those_of_the_whole_batch(num_mi
     nn.functional.mse_loss(reference(x), target).backward()
     network = make_network(torch.float32)
     convert_to_analog(network, "ideal")
-    pipeline = Pipeline(make_stages(network, 4, x), Schedule("sync", 4, num_microbatches), pytest.fail)
-    pipeline.run(to_samples((x, target), num_microbatches))
+    step = make_even_step(network, 4, (x, target))
+    pipeline = Pipeline(step.stages, Schedule("sync", 4, num_microbatches), pytest.fail)
+    with step.running():
+        pipeline.run(to_flights(step, (x, target), num_microbatches))
     for layer, theirs in zip(network, reference, strict=True):
         if isinstance(theirs, nn.Linear):
             ours = read_gradients(layer, layer.parameters())
@@ -255,16 +343,81 @@ def test_gradients_on_floating_point_tiles_equal_those_of_the_whole_batch(num_mi
 
 
 def test_abandon_forgets_what_is_in_flight():
-    batches = make_batches(1)
-    stages = make_stages(make_network(), 4, batches[0][0], delayed=True)
-    pipeline = Pipeline(stages, Schedule("async", 4, 2), lambda stage: None)
-    pipeline.run(to_samples(batches[0], 2))
-    assert not pipeline.is_empty
-    pipeline.abandon()
-    assert pipeline.is_empty
-    assert [stage.num_in_flight for stage in stages] == [0] * 4
+    batches = make_batches(2)
+    step = make_even_step(make_network(), 4, batches[0], delayed=True, may_share=False)
+    pipeline = Pipeline(step.stages, Schedule("async", 4, 2), lambda stage: None)
+    ended = []
+
+    def endless():
+        try:
+            return squared_error(step.network, *batches[0])()
+        finally:
+            ended.append(True)
+
+    with step.running():
+        pipeline.run([Flight(step, endless), Flight(step, endless)])
+        assert not pipeline.is_empty
+        assert ended == [True]  # the first one's forward, by itself
+        pipeline.abandon()
+        assert pipeline.is_empty
+        assert ended == [True, True]
+        assert [stage.num_in_flight for stage in step.stages] == [0] * 4
+        # The next fill starts anew: nothing of the old one is waited for.
+        pipeline.run(to_flights(step, batches[1], 2))
+        pipeline.drain()
+    assert [stage.version for stage in step.stages] == [2] * 4
 
 
-def test_stages_must_fit_the_schedule():
-    with pytest.raises(ValueError, match="schedule is for 3 stages, got 1"):
-        Pipeline([Stage(0, nn.Linear(1, 1))], Schedule("sync", 3), lambda stage: None)
+@pytest.mark.parametrize("skipped", [{0}, {1, 2}, {5}, set(range(6))])
+def test_skipped_micro_batches_learn_nothing_and_keep_their_clocks(skipped):
+    """A step that returns no loss leaves no gradient, and the others go on as if it had one."""
+    batches = make_batches(6)
+    network, start = make_network(), make_network()
+
+    class Learnt(Observer):
+        def on_update(self, event):
+            gradients = [parameter.grad for parameter in event.stage.parameters]
+            seen.append((event.stage.index, event.microbatch, all(g is not None for g in gradients)))
+            for parameter in event.stage.parameters:
+                parameter.grad = None
+
+    seen = []
+    step = make_even_step(network, 3, batches[0], delayed=True, may_share=False)
+    pipeline = Pipeline(step.stages, Schedule("async", 3, 1), lambda stage: None, [Learnt()])
+    with step.running():
+        for k, batch in enumerate(batches):
+            loss = squared_error(network, *batch)
+            pipeline.run([Flight(step, (lambda: None) if k in skipped else loss)])
+        pipeline.drain()
+    assert sorted(seen) == [(stage, k, k not in skipped) for stage in range(3) for k in range(6)]
+    for ours, theirs in zip(network.parameters(), start.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_process_runs_its_own_stages_of_the_table():
+    """Of every stage exactly its operations, in the table's order, with the versions of the whole pipeline."""
+
+    class Counting:
+        def __init__(self, k):
+            self.k = k
+
+        def forward(self, stage):
+            done.append(("F", stage, self.k))
+
+        def backward(self, stage):
+            done.append(("B", stage, self.k))
+
+        def abort(self):
+            pytest.fail("nothing is aborted")
+
+    schedule = Schedule("async", 3, 2)
+    every = [operation for clock in range(schedule.num_clocks(6)) for operation in schedule.operations(clock, 6)]
+    for index in range(3):
+        done, stage = [], Stage(index)
+        pipeline = Pipeline([stage], schedule, lambda stage: None)
+        for first in range(0, 6, 2):
+            pipeline.run([Counting(first), Counting(first + 1)])
+        pipeline.drain()
+        assert done == [operation for operation in every if operation.stage == index]
+        assert stage.version == 6
+        assert stage.num_in_flight == 0

@@ -1,10 +1,13 @@
-"""The study that docs/STUDY.md walks through runs as it stands there."""
+"""What the pages of docs/ show as programs runs as it stands there."""
 
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import lightning as L
+import pytest
 from lightning_modules import make_trainer
 
 from aimc_pl.data import Digits
@@ -15,8 +18,8 @@ from aimc_pl.tasks import Classifier
 ROOT = Path(__file__).parents[1]
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "STUDY.md").read_text(), re.DOTALL)
+def blocks(page="STUDY.md"):
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
 def test_the_study_runs(tmp_path):
@@ -31,10 +34,20 @@ def test_the_study_runs(tmp_path):
 def test_the_observer_counts():
     names = {}
     exec(blocks()[2], names)
-    strategy = AnalogPipelineStrategy(2, "async", 4, backbone="network", split_at=["3"])
+    strategy = AnalogPipelineStrategy(2, "async", 4, split_at=["network.3"])
     strategy.observers.append(lateness := names["Lateness"]())
     make_trainer(strategy, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(
         Classifier(MLP([64, 8, 10])), Digits()
     )
     # one stage is late by one update, but for the first after the fill
     assert lateness.total == 3 * 4 - 1
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_the_modules_of_the_training_step_page_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(L, "Trainer", partial(L.Trainer, logger=False, enable_progress_bar=False))
+    names = {}
+    for block in blocks("TRAINING_STEP.md"):
+        exec(block, names)
+        assert names["strategy"].pipeline.num_entered == 4 * 4

@@ -1,13 +1,14 @@
 """Digital layers to analog ones, and optimizers that know how to update them."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from types import new_class
-from typing import Any
+from typing import Any, TypeGuard
 
-from aihwkit.nn import conversion
 from aihwkit.nn.modules.base import AnalogLayerBase
 from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
 from aihwkit.optim.context import AnalogContext
@@ -16,13 +17,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
+from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
 from aimc_pl.errors import UsageError
 
 Device = str | AnalogDevice | RPUConfigBase
 DeviceSpec = str | AnalogDevice | Mapping[str | int, Device | None] | RPUConfigBase | None
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MATRICES = (
+    *(nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase),
+    *(*_CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_FEW = 3
+"""How many names are spelt out where a pattern could stand for them."""
 
 
 def get_device(device: Device) -> RPUConfigBase:
@@ -42,7 +50,8 @@ def get_device(device: Device) -> RPUConfigBase:
 def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> list[str]:
     """Replace the network's Linear and Conv layers in place by aihwkit's, with the same weights.
 
-    Layers that are analog already stay as they are.
+    Layers that are analog already stay as they are, and so do those that cannot be: subclasses with a computation of
+    their own, grouped convolutions, weights that other code reads. :func:`describe_layers` names them.
 
     Args:
         network: names of its parameters stay; each layer gets tiles of its own.
@@ -54,46 +63,36 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
         The names of the layers that have been converted.
 
     Raises:
-        UsageError: for an unknown device, a key that matches no layer, a network without layers, tied weights.
+        UsageError: for an unknown device, a key that matches no layer or is the name of one that cannot be analog, a
+            network without layers, two layers with one weight.
     """
-    stages = _stages_of_layers(network, split_at or ())
-    if not stages:
-        raise UsageError(f"device= has nothing to convert: {type(network).__name__} has no Linear or Conv layer")
     choices = device if isinstance(device, Mapping) else {"*": device}
     if any(isinstance(key, int) for key in choices) and split_at is None:
         raise UsageError("a device per stage needs split_at, the names of the modules with which the stages begin")
-    chosen: dict[str, Device | None] = {}
-    for key, value in choices.items():
-        matches = [n for n, stage in stages.items() if stage == key or fnmatchcase(n, str(key))]
-        if not matches:
-            raise UsageError(
-                f"device key {key!r} matches no layer: the layers are {', '.join(stages)} (if it was meant as an "
-                "argument of a device, see aimc-pl devices for the values it takes)"
-            )
-        chosen.update(dict.fromkeys(matches, value))
-    analog = {
-        name: get_device(value)
-        for name, value in chosen.items()
-        if value is not None and type(network.get_submodule(name)) in _LAYERS
-    }
+    chosen = _choose(network, choices, _stages_of_layers(network, split_at or ()))
+    analog = {name: (value, get_device(value)) for name, value in chosen.items() if value is not None}
     _check_untied(network, analog)
-    for name, rpu_config in analog.items():
-        parent, _, child = name.rpartition(".")
-        if getattr(network.get_submodule(name), "groups", 1) != 1:
-            raise UsageError(
-                f"layer {name!r} is a grouped convolution, for which aihwkit has no tiles: keep it digital"
-            )
-        layer = conversion.convert_to_analog(network.get_submodule(name), rpu_config, ensure_analog_root=False)
-        _compute_on_images(layer)
-        # Tiles compute in float32, also where autocast makes a digital layer before them send less.
-        layer.register_forward_pre_hook(_to_float32)
-        setattr(network.get_submodule(parent), child, layer)
+    for name, (value, rpu_config) in analog.items():
+        _convert(network, name, rpu_config, value if isinstance(value, str) else _name_of(rpu_config))
+    _avoid_nested_tensors(network)
     return list(analog)
+
+
+def describe_layers(network: nn.Module) -> str:
+    """One line on the analog layers and what they are made of, and on those that stayed digital and why."""
+    counts = Counter(
+        getattr(layer, "device_name", None) or _name_of(next(layer.analog_tiles()).rpu_config)
+        for layer in analog_layers(network)
+    )
+    parts = [f"{device}: {count} layer{'s' if count > 1 else ''} analog" for device, count in counts.items()]
+    obstacles = _obstacles(network)
+    reasons = {name: obstacles.get(name, "no device") for name in _digital_layers(network)}
+    return "; ".join([*parts, f"digital: {_listed(reasons)}"] if reasons else parts)
 
 
 def analog_layers(module: nn.Module) -> list[AnalogLayerBase]:
     """The analog layers of a module, without the containers that aihwkit makes analog too."""
-    return [m for m in module.modules() if isinstance(m, AnalogLayerBase) and not m.IS_CONTAINER]
+    return [m for m in module.modules() if _is_analog(m)]
 
 
 def reset_pending_updates(module: nn.Module) -> None:
@@ -105,24 +104,18 @@ def reset_pending_updates(module: nn.Module) -> None:
 
 @contextmanager
 def own_pending_errors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Around a backward: what it leaves with the tiles is a copy of the errors.
+    """Around a backward: what it leaves with the tiles is a copy of the errors, and with frozen tiles nothing.
 
     With micro-batches of one sample autograd makes the same tensor the gradient of a digital bias, to which the next
-    micro-batch adds in place.
+    micro-batch adds in place. Optimizers of aihwkit update tiles that require no grad like others.
     """
     contexts = [parameter for parameter in parameters if isinstance(parameter, AnalogContext)]
     pending = [len(context.analog_grad_output) for context in contexts]
     yield
     for context, first in zip(contexts, pending, strict=True):
+        if not context.requires_grad:
+            context.reset()
         context.analog_grad_output[first:] = [error.clone() for error in context.analog_grad_output[first:]]
-
-
-def detach_pending_updates(module: nn.Module) -> None:
-    """Cut what tiles hold for their next update from its graph, so that the module can be deep-copied."""
-    for parameter in module.parameters():
-        if isinstance(parameter, AnalogContext):
-            parameter.analog_input = [x.detach() for x in parameter.analog_input]
-            parameter.analog_grad_output = [error.detach() for error in parameter.analog_grad_output]
 
 
 def make_analog_aware(optimizer: Optimizer) -> None:
@@ -132,6 +125,9 @@ def make_analog_aware(optimizer: Optimizer) -> None:
     stays the same object for the schedulers that hold it. Without analog parameters it is left as it is.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if isinstance(parameter, AnalogWeight):
+            raise UsageError("the optimizer has been given layer.weight of an analog layer: give it parameters()")
     if isinstance(optimizer, AnalogOptimizerMixin) or not any(isinstance(p, AnalogContext) for p in parameters):
         return
     digital: Any = type(optimizer)
@@ -144,6 +140,45 @@ def make_analog_aware(optimizer: Optimizer) -> None:
 
         step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
         optimizer.step = step
+
+
+def _choose(
+    network: nn.Module, choices: Mapping[Any, Device | None], stages: Mapping[str, int]
+) -> dict[str, Device | None]:
+    """The device chosen for each layer that can become analog."""
+    obstacles = _obstacles(network)
+    able = [name for name in stages if name not in obstacles]
+    if not able:
+        unable = f" but {_listed(obstacles)}" if obstacles else ""
+        raise UsageError(
+            f"device= has nothing to convert: {type(network).__name__} has no Linear or Conv layer{unable}"
+        )
+    chosen: dict[str, Device | None] = {}
+    for key, value in choices.items():
+        if key in obstacles and value is not None:
+            raise UsageError(f"layer {key!r} cannot be analog ({obstacles[str(key)]}): keep it digital")
+        matches = [n for n, stage in stages.items() if stage == key or fnmatchcase(n, str(key))]
+        if not matches:
+            raise UsageError(
+                f"device key {key!r} matches no layer: the layers are {', '.join(able)} (if it was meant as an "
+                "argument of a device, see aimc-pl devices for the values it takes)"
+            )
+        chosen.update(dict.fromkeys(matches, value))
+    digital = _digital_layers(network)
+    return {name: value for name, value in chosen.items() if name in digital and name not in obstacles}
+
+
+def _convert(network: nn.Module, name: str, rpu_config: RPUConfigBase, device_name: str) -> None:
+    digital = network.get_submodule(name)
+    layer = to_analog(digital, rpu_config, name)
+    layer.device_name = device_name
+    _compute_on_images(layer)
+    # Tiles compute in float32, also where autocast makes a digital layer before them send less. That there is a hook
+    # also keeps nn.TransformerEncoderLayer from its fast path, which reads weights and calls no layer.
+    layer.register_forward_pre_hook(_to_float32)
+    for path, module in list(network.named_modules(remove_duplicate=False)):
+        if module is digital:
+            network.set_submodule(path, layer)
 
 
 def _compute_on_images(layer: Any) -> None:
@@ -160,13 +195,80 @@ def _to_float32(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     return tuple(value.float() for value in inputs)
 
 
+def _avoid_nested_tensors(network: nn.Module) -> None:
+    """Keep padding as it is in the encoders with analog layers: nested tensors need the fast path in each layer."""
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoder) and analog_layers(module):
+            module.use_nested_tensor = False
+
+
+def _name_of(rpu_config: Any) -> str:
+    return type(getattr(rpu_config, "device", rpu_config)).__name__
+
+
+def _is_analog(module: nn.Module) -> TypeGuard[AnalogLayerBase]:
+    return isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER
+
+
 def _stages_of_layers(network: nn.Module, split_at: Sequence[str]) -> dict[str, int]:
     stage, stages = 0, {}
     for name, module in network.named_modules():
         stage += name in split_at
-        if type(module) in _LAYERS or (isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER):
+        if name and (isinstance(module, _MATRICES) or is_transposed_linear(module) or _is_analog(module)):
             stages[name] = stage
     return stages
+
+
+def _digital_layers(network: nn.Module) -> dict[str, Any]:
+    layers = {name: network.get_submodule(name) for name in _stages_of_layers(network, ())}
+    return {name: layer for name, layer in layers.items() if not isinstance(layer, AnalogLayerBase)}
+
+
+def _obstacles(network: nn.Module) -> dict[str, str]:
+    """The layers that cannot be analog, and why."""
+    digital = _digital_layers(network)
+    parents = {name: network.get_submodule(name.rpartition(".")[0]) for name in digital}
+    reasons = {name: _obstacle(layer, parents[name]) for name, layer in digital.items()}
+    found = {name: reason for name, reason in reasons.items() if reason is not None}
+    able = {name: layer for name, layer in digital.items() if name not in found}
+    # What shares its weight with a layer that stays digital stays with it.
+    for owner, module in network.named_modules():
+        parameters = {id(parameter) for parameter in module.parameters(recurse=False)} if owner not in able else ()
+        for name, layer in able.items():
+            if id(layer.weight) in parameters:
+                found[name] = f"shares its weight with {owner or type(network).__name__}"
+    return found
+
+
+def _obstacle(layer: Any, parent: nn.Module) -> str | None:
+    if isinstance(parent, nn.MultiheadAttention):
+        return "MultiheadAttention reads its weight"
+    if type(layer) not in (nn.Linear, *_CONVOLUTIONS) and not is_transposed_linear(layer):
+        kind = type(layer)
+        return kind.__name__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__qualname__}"
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        return "its weight is computed from others"
+    if not layer.weight.requires_grad:
+        return "frozen"
+    if not isinstance(layer, _CONVOLUTIONS):
+        return None
+    if layer.groups != 1:
+        return "grouped convolution"
+    padding = layer.padding if isinstance(layer.padding, str) else layer.padding_mode
+    if padding != "zeros":
+        return f"padding {padding!r}"
+    return "dilated convolution" if not isinstance(layer, nn.Conv2d) and set(layer.dilation) != {1} else None
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    """Names with reasons; many names with one reason by their patterns."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, reason in reasons.items():
+        alike.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)
+    return ", ".join(
+        f"{', '.join(names)} ({reason})" if len(names) <= _FEW else f"{pattern} ({len(names)} layers: {reason})"
+        for (pattern, reason), names in alike.items()
+    )
 
 
 def _check_untied(network: nn.Module, names: Mapping[str, Any]) -> None:

@@ -30,7 +30,12 @@ def read_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def read_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The gradients of some of a module's parameters in one vector.
+    """The gradients of some of a module's parameters in one vector, as :func:`gradients_of` gives them."""
+    return torch.cat([gradient.detach().flatten().float() for gradient in gradients_of(module, parameters)])
+
+
+def gradients_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients of some of a module's parameters.
 
     Zeros where there is none; for a tile's context δᵀx of its pending pairs.
     """
@@ -40,13 +45,12 @@ def read_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Ten
         if isinstance(layer, AnalogLayerBase) and not layer.IS_CONTAINER
         for tile in layer.analog_tiles()
     }
-    gradients = [
+    return [
         _pending_gradient(layers[id(parameter)], parameter)
         if isinstance(parameter, AnalogContext)
         else (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         for parameter in parameters
     ]
-    return torch.cat([gradient.detach().flatten().float() for gradient in gradients])
 
 
 def _values(parameter: nn.Parameter) -> Tensor:

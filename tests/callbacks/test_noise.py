@@ -170,7 +170,7 @@ def test_read_noise_in_both_products():
     module = Probe().double()
     error, x = torch.randn(300).double(), torch.randn(1, 400).double()
     start = weights(module)
-    strategy = AnalogPipelineStrategy(1, "async", 1, backbone="net")
+    strategy = AnalogPipelineStrategy(1, "async", 1)
     noise = DeviceNoise([ReadNoise(0.05)], layers=["net.1"])
     fit(noise, strategy, module, DataLoader([x], batch_size=None), max_epochs=1)
     assert all(torch.equal(weight, start[name]) for name, weight in weights(module).items())

@@ -261,20 +261,18 @@ def first_stage(seen, current, x):
 def test_none_and_sync_draw_the_same_noise_in_any_number_of_stages(schedule, num_stages):
     """Bit for bit the weights of one stage, on pulsed devices: one run stands for all of these."""
     splits = [
-        "group1.0.conv1",
-        "group1.0.conv2",
-        "group2.0.conv1",
-        "group2.0.conv2",
-        "group3.0.conv1",
-        "group3.0.conv2",
+        "network.group1.0.conv1",
+        "network.group1.0.conv2",
+        "network.group2.0.conv1",
+        "network.group2.0.conv2",
+        "network.group3.0.conv1",
+        "network.group3.0.conv2",
     ]
-    splits = {1: [], 4: splits[::2], 8: [*splits, "pool"]}
+    splits = {1: [], 4: splits[::2], 8: [*splits, "network.pool"]}
 
     def trained(schedule, num_stages):
         L.seed_everything(3)
-        strategy = AnalogPipelineStrategy(
-            num_stages, schedule, 4, device="soft_bounds", backbone="network", split_at=splits[num_stages]
-        )
+        strategy = AnalogPipelineStrategy(num_stages, schedule, 4, device="soft_bounds", split_at=splits[num_stages])
         module = Classifier(ResNet(8, width=4))
         data = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 10)
         make_trainer(strategy, precision="32-true", max_epochs=1).fit(module, DataLoader(data, 8))

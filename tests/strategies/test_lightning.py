@@ -106,7 +106,10 @@ def test_training_step_runs_once_per_microbatch():
             return super().training_step(batch)
 
     fit(seeded(Counts), AnalogPipelineStrategy(3, "async", 3), max_epochs=1)
-    assert [(i, n) for i, n, _ in calls] == [(0, 3), (0, 3), (0, 2), (1, 3), (1, 3), (1, 2), (2, 1), (2, 1), (2, 1)]
+    expected = [(0, 3), (0, 3), (0, 2), (1, 3), (1, 3), (1, 2), (2, 1), (2, 1), (2, 1)]
+    trials, run = calls[:-9], calls[-9:]
+    assert [(i, n) for i, n, _ in run] == expected
+    assert {i for i, _, _ in trials} == {0}
 
 
 def test_outputs_of_a_minibatch_reach_the_callbacks():
@@ -259,8 +262,18 @@ def test_bf16_mixed():
     fit(plain, train=data, precision="bf16-mixed")
     fit(ours, AnalogPipelineStrategy(4, "sync", 4), train=data, precision="bf16-mixed")
     assert_equal(weights(ours), weights(plain), rtol=0.05, atol=2e-3)
-    fit(stale, AnalogPipelineStrategy(4, "async", 4, split_at=["2", "4", "6"]), train=data, precision="bf16-mixed")
-    fit(exact, AnalogPipelineStrategy(4, "async", 4, split_at=["2", "4", "6"]), train=data, precision="32-true")
+    fit(
+        stale,
+        AnalogPipelineStrategy(4, "async", 4, split_at=["net.2", "net.4", "net.6"]),
+        train=data,
+        precision="bf16-mixed",
+    )
+    fit(
+        exact,
+        AnalogPipelineStrategy(4, "async", 4, split_at=["net.2", "net.4", "net.6"]),
+        train=data,
+        precision="32-true",
+    )
     assert_equal(weights(stale), weights(exact), rtol=0.05, atol=5e-3)
 
 
@@ -345,7 +358,7 @@ def test_resume_keeps_the_measured_split(tmp_path):
     second = AnalogPipelineStrategy(2, "async", 2)
     fit(seeded(Attributes), second, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
     stage = second.pipeline.stages[1]
-    assert {name.split(".")[0] for name, _ in stage.module.named_parameters()} == {"l3", "norm", "l4"}
+    assert stage.modules == [second.lightning_module.l3, second.lightning_module.norm, second.lightning_module.l4]
 
 
 # ------------------------------------------------------------- analog networks
@@ -363,7 +376,7 @@ def test_analog_resume_goes_on_updating_the_tiles(schedule, device, tmp_path):
     for module in (whole, first, second):
         module.optimizer = "momentum"
         module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=0.1)
-    make = lambda: AnalogPipelineStrategy(3, schedule, 4, device=device, backbone="net", split_at=["4", "6"])  # noqa: E731
+    make = lambda: AnalogPipelineStrategy(3, schedule, 4, device=device, split_at=["net.4", "net.6"])  # noqa: E731
     torch.manual_seed(0)
     fit(whole, make(), max_epochs=4, **options)
     torch.manual_seed(0)
@@ -406,7 +419,7 @@ def test_device_per_layer_and_per_stage():
     module = seeded(MLP).float()
     data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
     strategy = AnalogPipelineStrategy(
-        3, "sync", 2, backbone="net", split_at=["2", "6"], device={"*": "soft_bounds", 1: "ecram", "8": None}
+        3, "sync", 2, split_at=["net.2", "net.6"], device={"*": "soft_bounds", 1: "ecram", "net.8": None}
     )
     fit(module, strategy, train=data, precision="32-true", max_epochs=1)
     kinds = [type(layer.analog_module.rpu_config.device).__name__ for layer in analog_layers(module)]
@@ -459,15 +472,19 @@ def test_measuring_the_split_leaves_data_order_and_random_states_alone():
             return super().training_step(batch)
 
     states = []
-    for strategy in (AnalogPipelineStrategy(3, "none", 4, split_at=["2", "4"]), AnalogPipelineStrategy(3, "none", 4)):
+    for strategy in (
+        AnalogPipelineStrategy(3, "none", 4, split_at=["net.2", "net.4"]),
+        AnalogPipelineStrategy(3, "none", 4),
+    ):
         orders.append([])
         states.append([])
         module = seeded(Watches)
         generator = torch.Generator().manual_seed(3)
         train = DataLoader(loader(module).dataset, batch_size=8, shuffle=True, generator=generator)
         fit(module, strategy, train=train, max_epochs=1)
-    assert orders[0] == orders[1]
-    assert states[0] == states[1]
+    # in the end each of 19 samples and 11 micro-batches, after trials of the first
+    assert orders[0][-19:] == orders[1][-19:]
+    assert states[0][-11:] == states[1][-11:]
 
 
 def test_an_error_in_training_step_leaves_nothing_behind():

@@ -1,0 +1,231 @@
+"""What code leaves on modules while it runs: plain attributes, and what lists, dicts and sets there hold."""
+
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+_OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
+_FLAGS = "requires_grad of parameters"
+"""Stands among a module's attributes for what its parameters require."""
+
+_MISSING = object()
+_MANY = 256
+
+Place = tuple[int, str]
+"""The number of a module (some modules compare in ways of their own) and an attribute's name."""
+
+Snapshot = list[dict[str, Any]]
+"""The frozen values of all attributes, by module."""
+
+
+class Attributes:
+    """The attributes of all modules of a network, to be read and written as a whole.
+
+    Hooks do not count. Buffers and parameters do when they are bound anew or frozen, not when they are changed in
+    place. A container with more than 256 elements (a vocabulary, say) counts as changed where their number has.
+
+    Args:
+        network: whose attributes.
+        deep: whether to look into large containers too.
+    """
+
+    def __init__(self, network: nn.Module, *, deep: bool = False) -> None:
+        self._names, self._modules = zip(*network.named_modules(), strict=True)
+        self._most = sys.maxsize if deep else _MANY
+
+    def read(self) -> Snapshot:
+        """The attributes of this moment."""
+        most = self._most
+        return [{name: _freeze(value, most) for name, value in _values(module).items()} for module in self._modules]
+
+    def changes(self, before: Snapshot) -> dict[Place, Any]:
+        """The frozen values of what has been set, filled or deleted since ``before``."""
+        changed: dict[Place, Any] = {}
+        for number, (module, values) in enumerate(zip(self._modules, before, strict=True)):
+            now = _values(module)
+            for name, frozen in values.items():
+                value = now.pop(name, _MISSING)
+                if value is not frozen and not _is_unchanged(frozen, value):
+                    changed[number, name] = _freeze(value, self._most)
+            for name, value in now.items():
+                changed[number, name] = _freeze(value, self._most)
+        return changed
+
+    @staticmethod
+    def select(snapshot: Snapshot, places: Iterable[Place]) -> dict[Place, Any]:
+        """The frozen values of some attributes."""
+        return {(number, name): snapshot[number].get(name, _MISSING) for number, name in places}
+
+    def current(self, places: Iterable[Place]) -> dict[Place, Any]:
+        """The frozen values that some attributes have now."""
+        return {(number, name): _freeze(self._value(number, name), self._most) for number, name in places}
+
+    def write(self, values: dict[Place, Any]) -> None:
+        """Set attributes (and fill containers) to frozen values."""
+        # Flags last: they are those of the parameters that are bound by then.
+        for (number, name), frozen in sorted(values.items(), key=lambda item: item[0][1] == _FLAGS):
+            module = self._modules[number]
+            if name == _FLAGS:
+                _set_flags(module, frozen)
+            elif frozen is _MISSING:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = _thaw(frozen)
+
+    def name(self, place: Place) -> str:
+        """How the user writes the attribute, ``"net.hidden"``."""
+        number, name = place
+        return ".".join(part for part in (self._names[number], name.lstrip("_")) if part)
+
+    def _value(self, number: int, name: str) -> Any:
+        module = self._modules[number]
+        return _flags(module) if name == _FLAGS else vars(module).get(name, _MISSING)
+
+
+class Contents:
+    """What containers and plain objects hold, however deep, to be put back.
+
+    Args:
+        value: a mini-batch, for example.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._frozen = [_freeze(held, sys.maxsize) for held in (value, *_attributes_of_objects(value))]
+
+    def tensors(self) -> list[Tensor | np.ndarray[Any, Any]]:
+        """The tensors and arrays among them."""
+        return _arrays_in(self._frozen)
+
+    def put_back(self) -> None:
+        """Fill all containers as they were."""
+        for frozen in self._frozen:
+            _thaw(frozen)
+
+
+def arrays_in(snapshot: Snapshot) -> list[Tensor | np.ndarray[Any, Any]]:
+    """The tensors and NumPy arrays among the attributes, those in containers included."""
+    return _arrays_in([value for values in snapshot for value in values.values()])
+
+
+def is_alike(a: Any, b: Any) -> bool:
+    """Whether two frozen values are of the same kind and size."""
+    if type(a) is _Container and type(b) is _Container:
+        return len(a.contents) == len(b.contents) and all(map(is_alike, a.contents, b.contents))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape
+    return type(a) is type(b) and (not isinstance(a, bool | int | float | str) or a == b)
+
+
+class _Container(NamedTuple):
+    """A list, dict, set, deque or tuple, and what it holds."""
+
+    value: Any
+    contents: list[Any]
+
+
+class _Large(NamedTuple):
+    """A container that is not looked into."""
+
+    value: Any
+    length: int
+
+
+def _values(module: nn.Module) -> dict[str, Any]:
+    values = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+    if module._parameters:
+        values[_FLAGS] = _flags(module)
+    return values
+
+
+def _flags(module: nn.Module) -> str:
+    # Interned, as unchanged values are recognised by their identity.
+    return sys.intern("".join("1" if p.requires_grad else "0" for p in module._parameters.values() if p is not None))
+
+
+def _set_flags(module: nn.Module, flags: str) -> None:
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    for parameter, flag in zip(parameters, flags, strict=True):
+        if parameter.requires_grad != (flag == "1"):
+            parameter.requires_grad_(flag == "1")
+
+
+def _contents(value: Any) -> list[Any] | None:
+    if isinstance(value, dict):
+        return [item for pair in value.items() for item in pair]
+    return [*value] if isinstance(value, list | set | deque | tuple) else None
+
+
+def _freeze(value: Any, most: int, around: tuple[int, ...] = ()) -> Any:
+    # Most attributes are plain; a test of the exact type is fastest.
+    if type(value) in _PLAIN or not isinstance(value, _CONTAINERS) or id(value) in around:
+        return value
+    if len(value) > most:
+        return _Large(value, len(value))
+    contents = _contents(value)
+    assert contents is not None
+    return _Container(value, [_freeze(item, most, (*around, id(value))) for item in contents])
+
+
+def _is_unchanged(frozen: Any, value: Any) -> bool:
+    if type(frozen) is _Large:
+        return frozen.value is value and frozen.length == len(value)
+    if type(frozen) is not _Container:
+        return frozen is value
+    if frozen.value is not value:
+        return False
+    contents = _contents(value)
+    assert contents is not None
+    return len(contents) == len(frozen.contents) and all(map(_is_unchanged, frozen.contents, contents))
+
+
+def _thaw(frozen: Any) -> Any:
+    if type(frozen) is _Large:
+        return frozen.value
+    if type(frozen) is not _Container:
+        return frozen
+    value, contents = frozen.value, [_thaw(item) for item in frozen.contents]
+    if isinstance(value, dict):
+        # Key by key: a Counter's update adds, and dict's own would leave an OrderedDict in its old order.
+        value.clear()
+        for key, item in zip(contents[::2], contents[1::2], strict=True):
+            value[key] = item
+    elif isinstance(value, set):
+        value.clear()
+        value.update(contents)
+    elif not isinstance(value, tuple):
+        value.clear()
+        value.extend(contents)
+    return value
+
+
+def _arrays_in(frozen: Iterable[Any]) -> list[Tensor | np.ndarray[Any, Any]]:
+    todo, found = [*frozen], []
+    while todo:
+        value = todo.pop()
+        if type(value) is _Container:
+            todo.extend(value.contents)
+        elif isinstance(value, Tensor | np.ndarray):
+            found.append(value)
+    return found
+
+
+def _attributes_of_objects(value: Any) -> Iterator[dict[str, Any]]:
+    """The attribute dicts of plain objects (dataclasses, say) among what a value holds."""
+    todo, seen = [value], set()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, type | nn.Module):
+            continue
+        seen.add(id(value))
+        todo.extend(_contents(value) or ())
+        if hasattr(value, "__dict__") and not isinstance(value, Tensor):
+            yield vars(value)
+            todo.extend(vars(value).values())
+
+
+_PLAIN = (bool, int, float, str, type(None))
+_CONTAINERS = (dict, list, set, deque, tuple)

@@ -1,0 +1,207 @@
+"""Where the stages of a training step begin: modules that open them, found by measuring or named by the user."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import accumulate, pairwise
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from aimc_pl.devices.tiles import time_update
+from aimc_pl.errors import UsageError
+from aimc_pl.flight import Flight, StagedStep
+from aimc_pl.private_torch import is_checkpointing
+from aimc_pl.stage import Stage
+from aimc_pl.trial import Trials
+
+
+class BoundaryError(UsageError):
+    """The step cannot be split as asked; the message says why and what to do."""
+
+
+class Calls:
+    """The modules that a step calls, in the order of their first calls.
+
+    Args:
+        with_gradients: whether calls without gradients do not count.
+
+    Attributes:
+        names: of modules that could open a stage.
+        others: of those that are called without gradients, or where a checkpoint repeats the forward.
+    """
+
+    def __init__(self, *, with_gradients: bool = True) -> None:
+        self.names: list[str] = []
+        self.others: list[str] = []
+        self._with_gradients = with_gradients
+
+    @contextmanager
+    def recorded(self, network: nn.Module) -> Iterator[None]:
+        """While the step runs, from the start."""
+        names = {id(module): name for name, module in network.named_modules() if name}
+        seen: set[int] = set()
+
+        def note(module: nn.Module, args: object) -> None:
+            if id(module) not in names or id(module) in seen:
+                return
+            if self._with_gradients and (is_checkpointing() or not torch.is_grad_enabled()):
+                self.others.append(names[id(module)])
+                return
+            seen.add(id(module))
+            self.names.append(names[id(module)])
+
+        handle = register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def check(calls: Calls, split_at: Sequence[str]) -> None:
+    """Refuse names that open no stage, or not in this order.
+
+    Raises:
+        BoundaryError: naming the first that does not.
+    """
+    for name in split_at:
+        if name not in calls.names and name in calls.others:
+            raise BoundaryError(
+                f"split_at names {name!r}, which training_step calls without gradients (in no_grad) or inside a "
+                "checkpointed region: begin the stage before or after it, or with the region"
+            )
+        if name not in calls.names:
+            raise BoundaryError(
+                f"split_at names {name!r}, which training_step does not call; it calls "
+                f"{_shortened(calls.names)}. (A module inside a compiled function cannot begin a stage: name the one "
+                "around it)"
+            )
+    positions = [calls.names.index(name) for name in split_at]
+    if any(later <= earlier for earlier, later in pairwise(positions)):
+        raise BoundaryError(
+            f"split_at={list(split_at)} is out of order: name modules in the order in which training_step calls them, "
+            f"which is {_shortened([name for name in calls.names if name in split_at])}"
+        )
+
+
+def _shortened(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check_stages(stages: Sequence[Stage], split_at: Sequence[str]) -> None:
+    """Refuse stages that do nothing.
+
+    Raises:
+        BoundaryError: naming the first that is empty.
+    """
+    for stage in stages:
+        if not stage.parameters and all([*module.children()] for module in stage.modules):
+            raise BoundaryError(
+                f"split_at={list(split_at)} leaves stage {stage.index} empty: it uses no parameter and calls no layer. "
+                "Name modules with layers before, between and after them"
+            )
+
+
+def find(
+    trials: Trials, calls: Calls, num_stages: int, *, may_share: bool, repeats: int = 1
+) -> tuple[list[str], list[float]]:
+    """Divide the step so that the most expensive stage is as cheap as can be.
+
+    Args:
+        trials: of the step, on at least one micro-batch.
+        calls: of an undivided run.
+        num_stages: M.
+        may_share: whether a parameter may be used by two stages.
+        repeats: runs to measure; of each cost the least counts.
+
+    Returns:
+        The names of the modules with which stages 1 … M−1 begin, and the stages' shares of the time that forward,
+        backward and the tiles' update take.
+
+    Raises:
+        BoundaryError: if there are fewer places to split at than asked for.
+    """
+    parts = [Stage(index) for index in range(len(calls.names) + 1)]
+    step = StagedStep(trials.network, calls.names, parts, overlaps=False)
+    costs = [float("inf")] * len(parts)
+    uses: list[set[int]] = [set() for _ in parts]
+    for _ in range(repeats):
+        with trials.fresh(), step.running(), step.recording():
+            flight = Flight(step, trials.functions[0])
+            costs = [min(pair) for pair in zip(costs, _measure(flight, parts), strict=True)]
+            for used, leaves in zip(uses, flight.leaves, strict=True):
+                used.update(map(id, leaves))
+    for used, part in zip(uses, parts, strict=True):
+        used.update(id(parameter) for module in part.modules for parameter in module.parameters(recurse=False))
+    cuts = _allowed(uses, calls.names, may_share)
+    if len(cuts) < num_stages - 1:
+        raise BoundaryError(
+            f"{num_stages} stages need at least {num_stages} layers that can be split apart, and training_step calls "
+            f"{len(cuts) + 1 if any(uses) else 0}{_shared(trials.network, uses, may_share)}. Lower num_stages"
+        )
+    units = [sum(costs[a:b]) for a, b in pairwise([0, *cuts, len(parts)])]
+    # In tenths of the largest: what differs by less is equal, so that noise seldom moves a boundary.
+    chosen = balance([max(round(10 * unit / max(units)), 0.1) for unit in units], num_stages)
+    ends = [cuts[unit - 1] for unit in chosen]
+    shares = [sum(costs[a:b]) / sum(costs) for a, b in pairwise([0, *ends, len(parts)])]
+    return [calls.names[end - 1] for end in ends], shares
+
+
+def _shared(network: nn.Module, uses: Sequence[set[int]], may_share: bool) -> str:
+    """Which parameter holds layers together."""
+    if may_share:
+        return ""
+    counts = Counter(parameter for used in uses for parameter in used)
+    names = [name for name, parameter in network.named_parameters() if counts[id(parameter)] > 1]
+    return f" (layers that share a parameter count as one, here {_shortened(names, 3)})" if names else ""
+
+
+def _measure(flight: Flight, parts: Sequence[Stage]) -> list[float]:
+    """Seconds of forward, backward and the tiles' update of each part."""
+
+    def timed(operation: Callable[[int], object], index: int) -> float:
+        start = time.perf_counter()
+        operation(index)
+        return time.perf_counter() - start
+
+    seconds = [timed(flight.forward, part.index) for part in parts]
+    if flight.loss is not None:
+        for part in reversed(parts):
+            seconds[part.index] += timed(flight.backward, part.index)
+            seconds[part.index] += sum(time_update(module) for module in part.modules)
+    return seconds
+
+
+def _allowed(uses: Sequence[set[int]], names: Sequence[str], may_share: bool) -> list[int]:
+    """The parts with which a stage may begin: one between two parts with parameters, the outermost module there."""
+    with_parameters = [part for part, used in enumerate(uses) if used]
+    cuts = []
+    for before, after in pairwise(with_parameters):
+        cut = min(range(after, before, -1), key=lambda part: names[part - 1].count("."))
+        if may_share or not set().union(*uses[:cut]) & set().union(*uses[cut:]):
+            cuts.append(cut)
+    return cuts
+
+
+def balance(costs: Sequence[float], num_stages: int) -> list[int]:
+    """Where to cut a row of units so that the most expensive of ``num_stages`` consecutive groups is cheapest.
+
+    Returns:
+        The indices of the units with which groups 1 … M−1 begin.
+    """
+    sums = [0.0, *accumulate(costs)]
+
+    @cache
+    def best(start: int, groups: int) -> tuple[float, tuple[int, ...]]:
+        if groups == 1:
+            return sums[-1] - sums[start], ()
+        options = []
+        for end in range(start + 1, len(costs) - groups + 2):
+            rest, cuts = best(end, groups - 1)
+            options.append((max(sums[end] - sums[start], rest), (end, *cuts)))
+        return min(options)
+
+    return list(best(0, num_stages)[1])

@@ -1,0 +1,172 @@
+"""aihwkit's layers, which tell of their weights as digital layers do, and let nothing compute with them."""
+
+from collections.abc import Callable
+from math import nan
+from typing import Any
+
+import aihwkit.nn
+import torch
+from aihwkit.nn import conversion
+from aihwkit.nn.modules.base import AnalogLayerBase
+from aihwkit.simulator.parameters.base import RPUConfigBase
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from aimc_pl.errors import UsageError
+
+_SHAPE = {"shape", "size", "ndim", "dim", "ndimension", "numel", "nelement", "__len__"}
+_TYPE = {"dtype", "layout", "element_size", "device", "get_device", "requires_grad", "grad", "grad_fn", "__hash__"}
+_COPY = {"detach", "clone", "cpu", "numpy", "tolist", "__array__", "__deepcopy__", "__reduce_ex__"}
+_PRINT = {"__repr__", "__format__", "is_contiguous", "stride"}
+_COMPARE = {"__eq__", "__ne__", "eq", "ne", "equal", "isclose", "allclose"}
+
+
+class AnalogWeight(Tensor):
+    """The weight or bias of an analog layer, to look at: its values are read when someone copies or compares them.
+
+    Whatever computes with it or writes to it would bypass the tile and is refused, also without gradients: validation
+    would be digital.
+    """
+
+    _owner: "ReadableLayer"
+    _read: Callable[[], Tensor]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what is harmless, of what torch offers for tensors."""
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name in _COPY | _PRINT | _COMPARE:
+            return func(*map(_values, args), **{key: _values(value) for key, value in (kwargs or {}).items()})
+        if _asks_for_metadata(name) or (name in ("to", "type_as") and not isinstance(args[0], AnalogWeight)):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        layer = next(x._owner.name for x in tree_leaves((args, kwargs)) if isinstance(x, AnalogWeight))
+        if name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
+            raise _no_writing(layer)
+        raise UsageError(
+            f"{name}() computes with the weight of analog layer {layer!r} instead of calling it: keep it digital with "
+            f"device={{..., {layer!r}: None}}, or all like it with a pattern (layer.weight.detach() is a copy)"
+        )
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Itself, so that writing to it is refused too."""
+        return self
+
+
+class ReadableLayer(AnalogLayerBase):
+    """Mixin for an analog layer: ``weight`` and ``bias`` answer in the digital layer's shape.
+
+    Neither is a parameter; a digital bias is, and is the one of the tile.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    analog_module: Any
+
+    weight: Any = property(lambda self: self._view(self._layout, 0, self.out_features, self.in_features))
+    bias: Any = property(lambda self: self._bias())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise _no_writing(self.name)
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Program what the digital layer would start with."""
+        layer: Any = self
+        digital = layer.to_digital(layer)
+        digital.reset_parameters()
+        self.set_weights(digital.weight, digital.bias)
+
+    def _bias(self) -> Tensor | None:
+        if getattr(self.analog_module, "analog_bias", False):
+            return self._view(lambda bias: bias, 1, self.out_features)
+        return self.analog_module.bias
+
+    def _layout(self, matrix: Tensor) -> Tensor:
+        """The tile's matrix ``(out, in)`` as the digital layer has it."""
+        return matrix
+
+    def _view(self, layout: Callable[[Tensor], Tensor], part: int, *shape: int) -> AnalogWeight:
+        layer: Any = self
+        context = next(layer.analog_tiles()).analog_ctx
+        # No memory of its own, and not a number to whoever gets past the guard.
+        values = torch.full((), nan, dtype=context.dtype, device=context.device).expand(shape)
+        view = layout(values).as_subclass(AnalogWeight)
+        view._owner = self
+        view._read = lambda: layout(layer.get_weights()[part]).to(context.device)
+        return view
+
+
+class AnalogLinear(ReadableLayer, aihwkit.nn.AnalogLinear):
+    """Linear."""
+
+
+class AnalogLinearTransposed(AnalogLinear):
+    """Linear, whose digital layer has the weight ``(in, out)``, as those of GPT-2 in transformers."""
+
+    def _layout(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+
+class _ReadableConv(ReadableLayer):
+    in_channels: int
+    kernel_size: tuple[int, ...]
+
+    def _layout(self, matrix: Tensor) -> Tensor:
+        return matrix.view(-1, self.in_channels, *self.kernel_size)
+
+
+class AnalogConv1d(_ReadableConv, aihwkit.nn.AnalogConv1d):
+    """Convolution of series."""
+
+
+class AnalogConv2d(_ReadableConv, aihwkit.nn.AnalogConv2d):
+    """Convolution of images."""
+
+
+class AnalogConv3d(_ReadableConv, aihwkit.nn.AnalogConv3d):
+    """Convolution of volumes."""
+
+
+_READABLE = {
+    base: cls for cls in (AnalogLinear, AnalogConv1d, AnalogConv2d, AnalogConv3d) for base in cls.__bases__[1:]
+}
+# aihwkit's convert_to_digital goes by exact types and would leave these analog.
+conversion._DEFAULT_DIGITAL_CONVERSION_SET.update([*_READABLE.values(), AnalogLinearTransposed])
+
+
+def is_transposed_linear(layer: nn.Module) -> bool:
+    """Whether it is the Linear that transformers calls Conv1D, which has its weight transposed."""
+    return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def to_analog(layer: Any, rpu_config: RPUConfigBase, name: str) -> Any:
+    """The analog layer with a digital layer's weights; messages call it by its name."""
+    transposed = is_transposed_linear(layer)
+    analog: Any = conversion.convert_to_analog(
+        _transposed(layer) if transposed else layer, rpu_config, ensure_analog_root=False
+    )
+    analog.__class__ = AnalogLinearTransposed if transposed else _READABLE[type(analog)]
+    analog.name = name
+    return analog.train(layer.training)
+
+
+def _transposed(layer: Any) -> nn.Linear:
+    linear = nn.Linear(*layer.weight.shape, bias=layer.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.detach().T), layer.bias
+    return linear
+
+
+def _no_writing(layer: str) -> UsageError:
+    return UsageError(f"analog layer {layer!r} has its weight on a tile, to be written with layer.set_weights")
+
+
+def _asks_for_metadata(name: str) -> bool:
+    return name in _SHAPE | _TYPE or name.startswith(("is_", "new_")) or name.endswith("_like")
+
+
+def _values(value: Any) -> Any:
+    return value._read() if isinstance(value, AnalogWeight) else value

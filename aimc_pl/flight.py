@@ -1,0 +1,401 @@
+"""A training step as it is written, run stage by stage in one process.
+
+A *boundary* is a module of the network that opens a stage when the step calls it. The step of a micro-batch runs in a
+greenlet; where it comes to the next boundary it waits, until the schedule lets the next stage begin.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from aimc_pl.attributes import Attributes, Place, Snapshot
+from aimc_pl.devices.conversion import own_pending_errors
+from aimc_pl.errors import UsageError
+from aimc_pl.graph import CutGraph
+from aimc_pl.private_torch import is_checkpointing, is_in_functorch
+from aimc_pl.random_states import RandomStates
+from aimc_pl.saved import SavedParameters, current_weights, versions_of
+from aimc_pl.stage import Stage
+from aimc_pl.suspension import SuspendableCall
+
+
+class StagedStep:
+    """What the micro-batches of a training have in common: the network, its stages, and where these begin.
+
+    A parameter belongs to the stage that is seen to use it first, and so does a module that is called.
+
+    Args:
+        network: all modules that the step calls.
+        boundaries: names of the modules with which stages 1 … M−1 begin.
+        stages: the M stages.
+        delayed: whether weights may change between a micro-batch's forward and its backward. The backward then uses
+            the weights of its own time, as a crossbar does, for digital parameters and analog tiles alike. (What the
+            forward computes from parameters, by a parametrization say, stays as it was.)
+        weight_stashing: keep the forward's weights for the backward instead (PipeDream's digital baseline).
+        may_share: whether several stages may use a parameter.
+        overlaps: whether a micro-batch may begin before the one before it has ended. Attributes that a step sets on
+            modules are then kept apart.
+        with_gradients: whether calls without gradients begin no stage.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        boundaries: Sequence[str],
+        stages: Sequence[Stage],
+        *,
+        delayed: bool = False,
+        weight_stashing: bool = False,
+        may_share: bool = True,
+        overlaps: bool = True,
+        with_gradients: bool = True,
+    ) -> None:
+        self.network = network
+        self.boundaries = boundaries
+        self.stages = stages
+        self.delayed = delayed
+        self.may_share = may_share
+        self.with_gradients = with_gradients
+        self.attributes = Attributes(network) if overlaps else None
+        self.random: RandomStates | None = None
+        """Random states to keep apart, where the step sets them."""
+        self.parameters = [*network.parameters()]
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.anchor = torch.zeros((), requires_grad=True, device=device)
+        self.saved = SavedParameters(self.parameters, stash=True) if weight_stashing else None
+        """What autograd saves of parameters, where references to them would not do."""
+        self.waiting: list[Flight] = []
+        """The micro-batches that have begun and not ended."""
+        self.carried: set[Place] = set()
+        """Attributes that have been set between mini-batches, and by no step."""
+        self._writers: dict[Place, set[int]] = {}
+        self._is_settled = False
+        self._arrivals = [_arrival(index + 1) for index in range(len(boundaries))]
+        self._owners: dict[int, Stage] = {}
+        self._called_without_gradients: list[tuple[Stage, nn.Module]] = []
+        self._left: Snapshot | None = None
+        for stage in stages:
+            self._owners |= {id(parameter): stage for parameter in stage.parameters}
+
+    def follow_casts(self) -> None:
+        """Let a delayed backward use the current weights also where autocast has copied them."""
+        if self.delayed and self.saved is None:
+            self.saved = SavedParameters(self.parameters, stash=False)
+
+    def keep_random_states(self, states: RandomStates) -> None:
+        """Give every micro-batch random states of its own."""
+        if self.attributes is not None:
+            self.random = states
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While micro-batches are under way: one mini-batch, or a drain."""
+        self._carry()
+        handles = [
+            self.network.get_submodule(name).register_forward_pre_hook(hook, prepend=True)
+            for name, hook in zip(self.boundaries, self._arrivals, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if self.attributes is not None and self._is_settled:
+                self._left = self.attributes.read()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note on which stage modules are called."""
+        members = set(map(id, self.network.modules()))
+        known = {id(module) for stage in self.stages for module in stage.modules}
+
+        def note(module: nn.Module, args: Any) -> None:
+            flight = SuspendableCall.current()
+            if not isinstance(flight, Flight) or id(module) in known or id(module) not in members:
+                return
+            stage = self.stages[flight.stage_of(module)]
+            if self.with_gradients and not torch.is_grad_enabled():
+                self._called_without_gradients.append((stage, module))
+                return
+            known.add(id(module))
+            stage.modules.append(module)
+
+        handle = register_module_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def saving(self, stage: int) -> AbstractContextManager[Any]:
+        """Entered around the forward of a stage."""
+        return nullcontext() if self.saved is None else self.saved.hooks(self.stages[stage].version)
+
+    def own(self, leaves: Sequence[Sequence[Tensor]]) -> None:
+        """Give the leaf tensors that a micro-batch's stages have used to these stages.
+
+        Raises:
+            UsageError: if they are of several stages and may not.
+        """
+        shared: list[tuple[int, int, Tensor]] = []
+        for stage, used in zip(self.stages, leaves, strict=True):
+            for leaf in used:
+                owner = self._owners.get(id(leaf))
+                if owner is None and isinstance(leaf, nn.Parameter):
+                    self._owners[id(leaf)] = stage
+                    stage.parameters.append(leaf)
+                elif owner is not None and owner is not stage:
+                    shared.append((owner.index, stage.index, leaf))
+        if shared and not self.may_share:
+            first, second, parameter = min(shared, key=lambda use: use[:2])
+            raise _shared_parameter(self.network, parameter, first, second)
+
+    def settle(self) -> None:
+        """After a whole step: parameters that the graph does not show belong to the stage that calls their module.
+
+        Raises:
+            UsageError: if that is one stage, and another one is seen to use them.
+        """
+        order = {id(parameter): place for place, parameter in enumerate(self.parameters)}
+        called = [(stage, module) for stage in self.stages for module in stage.modules]
+        for stage, module in called + self._called_without_gradients:
+            for parameter in module.parameters(recurse=False):
+                owner = self._owners.setdefault(id(parameter), stage)
+                if id(parameter) in order and not any(parameter is known for known in owner.parameters):
+                    owner.parameters.append(parameter)
+        if not self.may_share:
+            openers = {id(self.network.get_submodule(name)) for name in self.boundaries}
+            # Modules around a boundary may use their parameters before it and after it.
+            for stage, module in [(s, m) for s, m in called if openers.isdisjoint(map(id, [*m.modules()][1:]))]:
+                for parameter in module.parameters(recurse=False):
+                    if parameter.requires_grad and (owner := self._owners[id(parameter)]) is not stage:
+                        raise _shared_parameter(self.network, parameter, stage.index, owner.index)
+        for stage in self.stages:
+            stage.parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
+        self._is_settled = True
+
+    def note_writes(self, stage: int, places: Iterable[Place]) -> None:
+        """Know in which stages attributes are set.
+
+        Raises:
+            UsageError: if one is set in a new stage, which the micro-batches under way could not know.
+        """
+        for place in places:
+            self.carried.discard(place)
+            writers = self._writers.setdefault(place, set())
+            if stage not in writers and self._is_settled and writers:
+                assert self.attributes is not None
+                raise UsageError(
+                    f"the step sets {self.attributes.name(place)!r} in stage {stage}, and has so far set it "
+                    f"in stage {min(writers)}: micro-batches that overlap cannot share it. Set it within one stage, "
+                    "or use num_microbatches=1 with schedule='sync'"
+                )
+            writers.add(stage)
+
+    def set_in(self, stage: int) -> list[Place]:
+        """The attributes that a stage sets, at times."""
+        return [place for place, writers in self._writers.items() if stage in writers]
+
+    @property
+    def private(self) -> list[Place]:
+        """Attributes that several stages set: a micro-batch that follows must not see them halfway."""
+        return [place for place, writers in self._writers.items() if len(writers) > 1]
+
+    def _carry(self) -> None:
+        """Let micro-batches that wait keep what has been set anew (by a hook, say) since the last mini-batch."""
+        if self.attributes is None or self._left is None:
+            return
+        changed = [place for place in self.attributes.changes(self._left) if place not in self._writers]
+        self.carried.update(changed)
+        for flight in self.waiting:
+            flight.keep(self.attributes.select(self._left, changed))
+
+
+class Flight:
+    """A micro-batch on its way through the stages (see :class:`aimc_pl.pipeline.MicroBatch`).
+
+    Args:
+        step: what micro-batches have in common.
+        function: computes the loss, a tensor of one element; ``None`` to learn nothing from this micro-batch.
+        weight: what the loss counts in the gradient.
+    """
+
+    def __init__(self, step: StagedStep, function: Callable[[], Tensor | None], weight: float = 1.0) -> None:
+        self.loss: Tensor | None = None
+        self.leaves: list[list[Tensor]] = [[] for _ in step.stages]
+        """The leaf tensors that each stage has used, once the last forward is over."""
+        self.stage = -1
+        self._step = step
+        self._weight = weight
+        self._call = SuspendableCall(function, owner=self)
+        self._graph = CutGraph(step.anchor)
+        self._versions: list[list[int]] = []
+        self._attributes: dict[Place, Any] = {}
+        self._random_states: list[Any] | None = None
+
+    def forward(self, stage: int) -> None:
+        """Run the step to where the next stage begins; from the last stage, to its end."""
+        step, self.stage = self._step, stage
+        self._graph.begin_stage()
+        if stage == 0 or self._call.is_suspended:
+            with step.saving(stage), self._own_attributes(), self._own_random_states(), _explained(stage):
+                result = self._call.resume() if stage else self._call.start()
+            if not self._call.is_suspended:
+                self.loss = result
+        self._graph.end_stage()
+        if step.delayed:
+            self._versions.append(versions_of(step.parameters))
+        if stage == len(step.stages) - 1:
+            self._close()
+
+    def backward(self, stage: int) -> None:
+        """Backpropagate through a stage, adding to the parameters' gradients (and to the tiles' pending pairs)."""
+        step = self._step
+        weights = current_weights(step.parameters, self._versions[stage]) if step.delayed else nullcontext()
+        with weights, own_pending_errors(step.stages[stage].parameters), _explained(stage):
+            self._graph.backward(stage)
+
+    def abort(self) -> None:
+        """End the step where it waits."""
+        self._call.abort()
+        if self in self._step.waiting:
+            self._step.waiting.remove(self)
+
+    def keep(self, values: dict[Place, Any]) -> None:
+        """Attributes that this micro-batch goes on with, if it has not set them itself."""
+        self._attributes = values | self._attributes
+
+    def arrive(self, index: int) -> None:
+        """The step calls the module with which a stage begins: wait for the schedule."""
+        if self.stage >= index or (self._step.with_gradients and not torch.is_grad_enabled()):
+            return
+        name = self._step.boundaries[index - 1]
+        if torch.is_inference_mode_enabled():
+            raise UsageError(
+                f"{name!r} is called in inference_mode, where no stage can begin: use no_grad, or name another module "
+                "in split_at"
+            )
+        if is_checkpointing():
+            raise UsageError(f"{name!r} lies inside a checkpointed region: begin the stage where the region begins")
+        if is_in_functorch():
+            raise UsageError(
+                f"{name!r} is called inside a transform of torch.func (vmap, grad), where no stage can begin: name a "
+                "module around it in split_at"
+            )
+        while self.stage < index:
+            self._call.suspend()
+
+    def stage_of(self, module: nn.Module) -> int:
+        """The stage that a call of the module begins in."""
+        if self._step.with_gradients and not torch.is_grad_enabled():
+            return self.stage
+        boundaries = self._step.boundaries[self.stage :]
+        for index, name in enumerate(boundaries, self.stage + 1):
+            if self._step.network.get_submodule(name) is module:
+                return index
+        return self.stage
+
+    def _close(self) -> None:
+        loss = self.loss
+        if loss is None:
+            return
+        check_loss(loss)
+        self.leaves = self._graph.close(loss, torch.full_like(loss, self._weight))
+        self._step.own(self.leaves)
+        self.loss = loss.detach()
+
+    @contextmanager
+    def _own_attributes(self) -> Iterator[None]:
+        """While the step runs, modules have the attributes that it has set on them."""
+        step, attributes = self._step, self._step.attributes
+        if attributes is None:
+            yield
+            return
+        if self.stage == 0:
+            step.waiting.append(self)
+            self._attributes = attributes.current(step.carried)
+        outside = attributes.current(self._attributes)
+        attributes.write(self._attributes)
+        before = attributes.read()
+        yield
+        changed = attributes.changes(before)
+        step.note_writes(self.stage, changed)
+        # Also what it could have set here and has not: others may set it before this micro-batch goes on.
+        self._attributes |= attributes.current(step.set_in(self.stage)) | changed
+        private = [place for place in step.private if place in self._attributes]
+        # What the next micro-batch finds: what this one has left in this stage, unless other stages set it too.
+        left = {place: value for place, value in outside.items() if place not in changed}
+        if self._call.is_suspended:
+            left |= attributes.select(before, [place for place in private if place not in outside])
+            left |= {place: outside[place] for place in private if place in outside}
+        else:
+            left |= {place: self._attributes[place] for place in private}
+            self._attributes = {}
+            step.waiting.remove(self)
+        attributes.write(left)
+
+    @contextmanager
+    def _own_random_states(self) -> Iterator[None]:
+        """Where the step sets random states, those of other micro-batches stay as they are."""
+        random = self._step.random
+        if random is None:
+            yield
+            return
+        outside = random.read()
+        if self._random_states is not None:
+            random.write(self._random_states)
+        yield
+        self._random_states = random.read()
+        if self.stage:
+            random.write(outside)
+
+
+@contextmanager
+def _explained(stage: int) -> Iterator[None]:
+    """Say what it means when a tensor that autograd needs has changed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise UsageError(
+            f"stage {stage} cannot differentiate, as a tensor that a forward used was changed in place since then: a "
+            "buffer by another micro-batch, or, where the step itself calls torch.autograd.grad over several stages "
+            "under schedule='async', weights. Use the out-of-place operation, one stage for it, or schedule='sync'. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_loss(loss: Tensor) -> None:
+    """Refuse a loss that nothing can be learnt from.
+
+    Raises:
+        UsageError: saying so.
+    """
+    if not loss.requires_grad:
+        raise UsageError(
+            "the loss that training_step returned depends on no parameter that requires grad; to skip a batch, return "
+            "None"
+        )
+
+
+def _shared_parameter(network: nn.Module, parameter: Tensor, first: int, second: int) -> UsageError:
+    """What to raise where two stages that update apart use a parameter."""
+    name = next((name for name, p in network.named_parameters() if p is parameter), "a leaf tensor")
+    return UsageError(
+        f"parameter {name!r} is used by stages {first} and {second}, which update their weights at different times or "
+        "in different processes: keep both uses on one stage with split_at, or use schedule='sync' and devices=1"
+    )
+
+
+def _arrival(index: int) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any) -> None:
+        flight = SuspendableCall.current()
+        if isinstance(flight, Flight):
+            flight.arrive(index)
+
+    # A compiled function is left for it.
+    return torch.compiler.disable(hook)  # pyright: ignore[reportReturnType], it is what it takes

@@ -1,0 +1,6 @@
+"""One stage of a step in a process of its own, the other stages as ghosts: shapes and types without values."""
+
+from aimc_pl.ghosts.process import Flight, Ghosts, Message
+from aimc_pl.ghosts.values import Ghost, Unknown
+
+__all__ = ["Flight", "Ghost", "Ghosts", "Message", "Unknown"]

@@ -1,0 +1,246 @@
+"""The forward and the backward of one stage of a step, where every stage has a process of its own."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aimc_pl.ghosts.learning import Learned
+from aimc_pl.ghosts.parts import Part, glue_of, parts_of, replaced
+from aimc_pl.ghosts.run import Done, Message, Run
+from aimc_pl.ghosts.state import Setting
+from aimc_pl.ghosts.values import ForeignParameter, Key, OpaqueError, give_class, is_ghost, running, signature
+
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class Flight:
+    """A micro-batch between its forward and its backward.
+
+    Attributes:
+        result: what the step has returned; ``None`` in all but the last stage.
+        outgoing: what to send to the next stage; ``None`` in the last.
+    """
+
+    result: Any
+    outgoing: Message | None
+    kept: dict[Key, Tensor] = field(repr=False)
+    gradients: dict[Key, Tensor] = field(repr=False)
+
+
+class Ghosts:
+    """Runs one stage of a step in a process of its own.
+
+    A stage is the stretch of the step between two calls of modules. Every process runs the whole step on the same
+    batch. What belongs to other stages is not computed there: its values are ghosts, of which shape and type are
+    known. Where this stage computes with a ghost, the value that was received takes its place. Names of values are
+    equal in all processes: the number of the event that made them, an event being a module that is run as a whole or
+    a torch function of the code around such modules. Whether all processes have seen the same events is checked.
+
+    What comes of the batch alone is computed everywhere and never sent. Random numbers of torch are drawn by the
+    stage that asks for them and sent; ``random`` and ``numpy.random`` draw alike in the code that all processes run.
+
+    Args:
+        module: runs the step, and holds all parameters.
+        boundaries: names of the modules whose calls begin stages 1 … M−1.
+        stage: of this process.
+        owners: the stage of each parameter, by name.
+        device: where this stage computes.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        boundaries: Sequence[str],
+        stage: int,
+        owners: Mapping[str, int],
+        device: torch.device = _CPU,
+    ) -> None:
+        self._module = module
+        self._stage = stage
+        parameters = list(module.named_parameters(remove_duplicate=False))
+        self._names = {id(parameter): name for name, parameter in reversed(parameters)}
+        self._owners = {id(parameter): owners[name] for name, parameter in parameters if name in owners}
+        self._parts = parts_of(module, boundaries, owners)
+        self._wrappers = [partial(_called, part) for part in self._parts]
+        self._apply = classmethod(_applied)
+        self._generator = np.random.MT19937(0)
+        glue = glue_of(module, self._parts)
+        own = (inner for part in self._parts if part.owner in (stage, None) for inner in part.module.modules())
+        self._setting = Setting(
+            boundaries=boundaries,
+            own=stage,
+            owners=self._owners,
+            names=self._names,
+            module=module,
+            glue=glue,
+            watched=[*glue, *own],
+            example=torch.empty(0, device=device),
+            generators=_generators(device),
+            learned=Learned(stage),
+        )
+
+    def free(self) -> None:
+        """Give up the memory of other stages' parameters. They stay the same objects; those of tiles are left alone."""
+        for parameter in self._module.parameters():
+            stage = self._owners.get(id(parameter))
+            if stage is None or stage == self._stage or type(parameter) is not nn.Parameter:
+                continue
+            # One element that stands for all: shape, type and device stay.
+            parameter.data = parameter.new_zeros(()).expand(parameter.shape)
+            parameter.grad = None
+            foreign = give_class(parameter, ForeignParameter)
+            foreign.stage, foreign.label = stage, self._names[id(parameter)]
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Give other stages' parameters memory again.
+
+        Args:
+            state: values by name. A parameter that is not in there becomes zero.
+        """
+        for parameter in self._module.parameters():
+            if isinstance(parameter, ForeignParameter):
+                label = parameter.label
+                give_class(parameter, nn.Parameter)
+                parameter.data = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                if label in state:
+                    parameter.data.copy_(state[label])
+        for buffer in self._module.buffers():
+            if is_ghost(buffer):
+                give_class(buffer, Tensor)
+
+    def forward(self, function: Callable[[], Any], message: Message | None, seed: int, inputs: Any = None) -> Flight:
+        """Run the step as far as this stage needs it.
+
+        Args:
+            function: the whole step.
+            message: from the stage before; ``None`` in the first stage. Its tensors are this stage's own from now on.
+            seed: of this micro-batch's random numbers, the same in all processes. The generators go on afterwards as
+                if nothing had been drawn.
+            inputs: what decides, apart from ``module``, which way the step takes: which step it is, and the batch.
+                Shapes, types and constants of it are looked at.
+
+        Raises:
+            UsageError: if the step does what stages in different processes cannot.
+        """
+        return self._fly(function, message, seed, inputs, differentiates=True)
+
+    def infer(self, function: Callable[[], Any], message: Message | None, seed: int, inputs: Any = None) -> Flight:
+        """The same without gradients."""
+        # Tensors of inference mode do not tell whether they have been changed in place.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._fly(function, message, seed, inputs, differentiates=False)
+
+    def _fly(
+        self, function: Callable[[], Any], message: Message | None, seed: int, inputs: Any, differentiates: bool
+    ) -> Flight:
+        run = Run(self._setting, message, seed, _signature(inputs), differentiates)
+        result: Any = None
+        with self._own_random_numbers(), self._intercepted(run):
+            run.start()
+            try:
+                with run:
+                    result = function()
+                run.finish()
+            except Done:
+                pass
+            except Exception as error:
+                run.fail(error)
+                raise
+            finally:
+                run.close()
+        return Flight(result if run.outgoing is None else None, run.outgoing, run.kept, run.arrivals.gradients)
+
+    def backward(self, flight: Flight, gradients: Message | None, loss_weight: Tensor | None) -> Message | None:
+        """Backpropagate, adding to the gradients of this stage's parameters.
+
+        Args:
+            flight: of a forward. It is used up.
+            gradients: from the stage after; ``None`` in the last.
+            loss_weight: the gradient with respect to the loss: the result, or its ``"loss"``; of the last stage.
+
+        Returns:
+            What to send to the stage before; ``None`` in the first.
+        """
+        roots: list[Tensor] = []
+        weights: list[Tensor] = []
+        sums: dict[Key, Tensor] = {}
+        _, keys, tensors = gradients or ((), (), ())
+        for key, gradient in zip(keys, tensors, strict=True):
+            if key[0] == self._stage:
+                roots.append(flight.kept[key])
+                weights.append(gradient)
+            else:
+                sums[key] = gradient
+        if loss_weight is not None:
+            loss = flight.result["loss"] if isinstance(flight.result, Mapping) else flight.result
+            if loss.requires_grad:
+                roots.append(loss)
+                weights.append(loss_weight)
+        flight.kept = {}
+        flight.result = None
+        if roots:
+            torch.autograd.backward(roots, weights)
+        for key, gradient in flight.gradients.items():
+            sums[key] = sums[key] + gradient if key in sums else gradient
+        return None if self._stage == 0 else ((), tuple(sums), tuple(sums.values()))
+
+    @contextmanager
+    def _intercepted(self, run: Run) -> Iterator[None]:
+        running.append(run)
+        torch.autograd.Function.apply = self._apply  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            with replaced(self._parts, self._wrappers):
+                yield
+        finally:
+            torch.autograd.Function.apply = _plain_apply
+            running.pop()
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        python, numpy = random.getstate(), np.random.get_bit_generator()
+        states = [generator.get_state() for generator in self._setting.generators]
+        # Exchanged as a whole: to copy its state takes longer than a small layer.
+        np.random.set_bit_generator(self._generator)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_bit_generator(numpy)
+            for generator, state in zip(self._setting.generators, states, strict=True):
+                generator.set_state(state)
+
+
+def _called(part: Part, *args: Any, **kwargs: Any) -> Any:
+    run: Any = running[-1]
+    return run.called(part, args, kwargs)
+
+
+_plain_apply = torch.autograd.Function.__dict__["apply"]
+
+
+def _applied(function: type, *args: Any, **kwargs: Any) -> Any:
+    run: Any = running[-1]
+    return run.applied(_plain_apply.__get__(None, function), args, kwargs)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    if device.type != "cuda":
+        return [torch.default_generator]
+    torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
+def _signature(inputs: Any) -> Any:
+    try:
+        return signature(inputs)
+    except OpaqueError:
+        return type(inputs)

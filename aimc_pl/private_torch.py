@@ -1,0 +1,89 @@
+"""What we need of torch that has no public name, each with a test that notices when it goes."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+SavedTensorHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
+LEAF = 2**64 - 1
+"""The sequence number of nodes that accumulate gradients in leaf tensors."""
+
+
+def next_sequence_number() -> int:
+    """The number that the next node of this thread's autograd graphs will have. Nodes are numbered as they are made."""
+    return _autograd._get_sequence_nr()
+
+
+def sequence_number(node: Node) -> int:
+    """When a node was made; :data:`LEAF` for nodes of leaf tensors. The backward runs ready nodes from the newest."""
+    return node._sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def zeros_at(edge: GradientEdge) -> Tensor:
+    """A gradient of zeros that fits an edge."""
+    there = edge.node._input_metadata[edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
+    return torch.zeros((), dtype=there.dtype, device=there.device).expand(tuple(there.shape))
+
+
+def set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """Set what autograd compares to notice that a saved tensor has been changed in place."""
+    _autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
+
+
+def pop_saved_tensor_hooks(keep: int = 0) -> list[SavedTensorHooks]:
+    """Leave the innermost saved-tensor hooks, all but ``keep`` of them; the innermost comes first."""
+    taken = []
+    while (hooks := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        taken.append(hooks)
+        _autograd._pop_saved_tensors_default_hooks()
+    split = len(taken) - keep
+    push_saved_tensor_hooks(taken[split:])
+    return taken[:split]
+
+
+def push_saved_tensor_hooks(hooks: Iterable[SavedTensorHooks]) -> None:
+    """Enter what :func:`pop_saved_tensor_hooks` has left."""
+    for pack, unpack in reversed([*hooks]):
+        _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def count_saved_tensor_hooks() -> int:
+    """How many saved-tensor hooks are entered."""
+    hooks = pop_saved_tensor_hooks()
+    push_saved_tensor_hooks(hooks)
+    return len(hooks)
+
+
+def is_checkpointing() -> bool:
+    """Whether we are in a forward that :func:`torch.utils.checkpoint.checkpoint` will repeat in the backward."""
+    hooks = pop_saved_tensor_hooks()
+    push_saved_tensor_hooks(hooks)
+    return any(pack.__qualname__.startswith("_checkpoint_hook") for pack, _ in hooks if hasattr(pack, "__qualname__"))
+
+
+def is_in_functorch() -> bool:
+    """Whether we are in a function that a transform of ``torch.func`` (vmap, grad) runs."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def count_function_modes() -> int:
+    """How many torch function modes are entered."""
+    return len(_get_current_function_mode_stack())
+
+
+def pop_function_modes(keep: int) -> list[TorchFunctionMode]:
+    """Leave the innermost torch function modes, all but ``keep`` of them; the innermost comes first."""
+    return [_pop_mode() for _ in range(count_function_modes() - keep)]
+
+
+def push_function_modes(modes: Iterable[TorchFunctionMode]) -> None:
+    """Enter what :func:`pop_function_modes` has left."""
+    for mode in reversed([*modes]):
+        _push_mode(mode)

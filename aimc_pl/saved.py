@@ -1,0 +1,134 @@
+"""What a backward sees of weights that have changed since its forward."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from aimc_pl.private_torch import set_versions
+
+
+@contextmanager
+def current_weights(parameters: Sequence[nn.Parameter], versions: Sequence[int]) -> Iterator[None]:
+    """Around a backward: it uses the weights as they are now.
+
+    autograd keeps references to the weights themselves, and refuses a backward when these have changed in place. So
+    their versions are set to what they were, for the time of the backward.
+
+    Args:
+        parameters: that may have changed.
+        versions: what :func:`versions_of` gave right after the forward.
+    """
+    now = versions_of(parameters)
+    set_versions(parameters, versions)
+    try:
+        yield
+    finally:
+        set_versions(parameters, now)
+
+
+def versions_of(parameters: Sequence[nn.Parameter]) -> list[int]:
+    """How often each parameter has been changed in place."""
+    return [parameter._version for parameter in parameters]
+
+
+@dataclass
+class _Reference:
+    """A saved view of a parameter (or of its autocast copy), to be taken anew from ``source`` in the backward.
+
+    Its offset is counted from where the parameter begins.
+    """
+
+    source: Tensor
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+class SavedParameters:
+    """Decides what autograd saves of parameters, where a reference to them would not do.
+
+    Saves a reference also where autocast has made a copy, so that the backward uses the current weights; or, with
+    ``stash``, a copy of the forward's weights.
+
+    Args:
+        parameters: they may be updated in place between a forward and its backward.
+        stash: whether to keep the forward's weights (PipeDream's digital baseline).
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, stash: bool) -> None:
+        self._parameters = {id(parameter): parameter for parameter in parameters}
+        self._stash = stash
+        self._copies: dict[int, tuple[int, Tensor]] = {}
+
+    def hooks(self, version: int) -> AbstractContextManager[Any]:
+        """A context for a forward with weights of that version."""
+        return saved_tensors_hooks(partial(self._pack, version), self._unpack)
+
+    def _pack(self, version: int, tensor: Tensor) -> _Reference | tuple[Tensor, int]:
+        base = tensor if tensor._base is None else tensor._base
+        parameter = self._parameter_behind(base)
+        if parameter is None:
+            # Detached: a saved output that kept its own graph alive would never be freed.
+            return tensor.detach(), tensor._version
+        source = self._copy(parameter, version) if self._stash else parameter.detach()
+        offset = tensor.storage_offset() - base.storage_offset()
+        return _Reference(source, tensor.dtype, tensor.size(), tensor.stride(), offset)
+
+    def _unpack(self, saved: _Reference | tuple[Tensor, int]) -> Tensor:
+        if isinstance(saved, _Reference):
+            source = saved.source.to(saved.dtype)
+            return source.as_strided(saved.size, saved.stride, source.storage_offset() + saved.offset)
+        tensor, version = saved
+        if tensor._version != version:
+            # autograd's own check, which tensors saved through hooks do not get
+            raise RuntimeError(
+                f"A tensor of shape {tuple(tensor.shape)} that the backward needs was modified by an inplace operation "
+                "of the forward. Use the out-of-place operation."
+            )
+        return tensor
+
+    def _parameter_behind(self, base: Tensor) -> nn.Parameter | None:
+        if id(base) in self._parameters:
+            return self._parameters[id(base)]
+        cast = base.grad_fn
+        if cast is not None and _is_cast(cast):
+            leaf = getattr(cast.next_functions[0][0], "variable", None)
+            return self._parameters.get(id(leaf))
+        return None
+
+    def _copy(self, parameter: nn.Parameter, version: int) -> Tensor:
+        copied, copy = self._copies.get(id(parameter), (None, parameter))
+        if copied != version:
+            # As it lies in memory: what autograd saves may be a view.
+            copy = torch.empty_strided(
+                parameter.size(), parameter.stride(), dtype=parameter.dtype, device=parameter.device
+            )
+            copy.copy_(parameter.detach())
+            self._copies[id(parameter)] = version, copy
+        return copy
+
+
+def casts_parameters(loss: Tensor) -> bool:
+    """Whether a loss depends on parameters through copies of another type, as autocast makes them."""
+    todo = [loss.grad_fn]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        following = {function for function, _ in node.next_functions if function is not None} if node else set()
+        if node is not None and _is_cast(node) and any(hasattr(function, "variable") for function in following):
+            return True
+        todo.extend(following - seen)
+        seen |= following
+    return False
+
+
+def _is_cast(node: Any) -> bool:
+    # By its type: a custom function may call something else a name.
+    return type(node).__name__ == "ToCopyBackward0"

@@ -1,0 +1,285 @@
+"""Runs of a training step that leave no trace: to look at it, to measure it, to verify that stages change nothing."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimc_pl.attributes import is_alike
+from aimc_pl.devices.weights import gradients_of, read_gradients
+from aimc_pl.errors import UsageError
+from aimc_pl.flight import Flight, StagedStep, check_loss
+from aimc_pl.private_torch import set_versions
+from aimc_pl.random_states import RandomStates, seeding_noticed
+from aimc_pl.saved import casts_parameters, versions_of
+from aimc_pl.traces import Traces
+
+Function = Callable[[], Tensor | None]
+"""Runs the step on a micro-batch and returns its loss, or ``None`` to learn nothing."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_COARSE = 0.02
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What runs of a step on some micro-batches have computed.
+
+    Attributes:
+        losses: of each; ``None`` where it skips learning.
+        gradients: of all parameters that require grad, summed over the micro-batches.
+    """
+
+    losses: list[Tensor | None]
+    gradients: list[Tensor]
+
+
+class Trials:
+    """Runs a step on micro-batches, each time from the same weights, attributes and random states.
+
+    Args:
+        network: all modules that the step calls.
+        functions: the step on the first micro-batches.
+        inputs: what these are given.
+    """
+
+    def __init__(self, network: nn.Module, functions: Sequence[Function], inputs: Any = None) -> None:
+        self.network = network
+        self.functions = functions
+        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self._random = RandomStates(network)
+        self._states = self._random.read()
+        self._traces = Traces(network, inputs)
+        self.draws = False
+        """Whether a step has been seen to draw random numbers."""
+        self.casts = False
+        """Whether a step has been seen to convert parameters to another type, as autocast does."""
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Around each run: it starts anew, and leaves nothing."""
+        self._traces.clear_gradients()
+        try:
+            yield
+        finally:
+            self.draws = self.draws or self._random.have_moved(self._states)
+            self._traces.undo()
+            self._random.write(self._states)
+
+    def undivided(self, watched: AbstractContextManager[Any] | None = None) -> Outcome | None:
+        """The first two micro-batches as they are, each anew, forward and backward.
+
+        Args:
+            watched: entered around the forward of the first.
+
+        Returns:
+            ``None`` if the first one skips learning.
+        """
+        losses: list[Tensor | None] = []
+        gradients: list[Tensor] = []
+        for function in self.functions[:2]:
+            with self.fresh():
+                with watched or nullcontext():
+                    loss = function()
+                watched = None
+                if loss is None and not losses:
+                    return None
+                if loss is not None:
+                    check_loss(loss)
+                    self.casts = self.casts or casts_parameters(loss)
+                    gradients = self._accumulate(loss, gradients)
+                losses.append(None if loss is None else loss.detach().clone())
+        return Outcome(losses, gradients)
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The gradients of some parameters for the first micro-batch, undivided, in one vector."""
+        with self.fresh():
+            loss = self.functions[0]()
+            if loss is not None:
+                loss.backward()
+            return read_gradients(self.network, parameters)
+
+    def record(self, step: StagedStep) -> None:
+        """Run the first micro-batch forward in stages, to see what each of them uses, calls and sets.
+
+        Twice: only where something has been left does a step change what it starts anew.
+        """
+        with self.fresh(), seeding_noticed(lambda: step.keep_random_states(self._random)):
+            self._forward(step, self.functions[0])
+            self._traces.undo_inputs()
+            self._forward(step, self.functions[0])
+        step.settle()
+
+    def staged(self, step: StagedStep) -> Outcome:
+        """The first micro-batch in stages, the second one overlapping with it as in a pipeline.
+
+        Each draws its own random numbers, those of :meth:`undivided`.
+        """
+        num_stages = len(step.stages)
+        with self.fresh(), step.running():
+            flights = [Flight(step, function) for function in self.functions[:2]]
+            states = [self._states for _ in flights]
+
+            def drawing(k: int, operation: Callable[[int], None], stage: int) -> None:
+                self._random.write(states[k])
+                operation(stage)
+                states[k] = self._random.read()
+                if step.delayed:
+                    # As an update would; what compares versions is to find out now.
+                    set_versions(step.parameters, [version + 1 for version in versions_of(step.parameters)])
+
+            # Clock by clock: the second follows the first one stage behind.
+            for clock in range(num_stages + len(flights) - 1):
+                for k, flight in reversed([*enumerate(flights)]):
+                    if 0 <= clock - k < num_stages:
+                        drawing(k, flight.forward, clock - k)
+            for k, flight in enumerate(flights):
+                for stage in reversed(range(num_stages)):
+                    drawing(k, flight.backward, stage)
+            return Outcome([flight.loss for flight in flights], self._gradients())
+
+    def check_memory(self, step: StagedStep, reference: Outcome) -> None:
+        """Refuse a step whose result depends on what the step before it has left.
+
+        Raises:
+            UsageError: naming what the step reads.
+        """
+        expected = reference.losses[0]
+        with self.fresh():
+            for parameter, gradient in zip(self._parameters, reference.gradients, strict=True):
+                if not hasattr(parameter, "analog_tile"):
+                    parameter.grad = gradient.clone()
+            if not is_close(self._loss_again(), expected):
+                raise UsageError(
+                    "training_step reads gradients of parameters, and those of earlier steps are not there: with the "
+                    "pipeline, the backward belongs to the step. Use a hook (on_before_optimizer_step) instead"
+                )
+        if step.attributes is None:
+            return
+        before = self.functions[:2][-1]
+        with self.fresh():
+            self._forward(step, before)
+            left = self._traces.changed()
+            if not left:
+                return
+            values = step.attributes.current(step.private)
+            if is_close(self._loss_again(), expected):
+                self._check_growth(step, values)
+                return
+        names = []
+        for change in left:
+            with self.fresh():
+                self._forward(step, before)
+                for other in self._traces.changed():
+                    if other != change:
+                        self._traces.undo_one(other)
+                if not is_close(self._loss_again(), expected):
+                    names.append(self._traces.describe(change))
+        raise UsageError(
+            f"training_step reads what the step before it has left in {', '.join(names) or 'its module'}, "
+            "and micro-batches overlap in a pipeline: set it anew in every step, or use num_microbatches=1 with "
+            "schedule='sync'"
+        )
+
+    def losses(self, functions: Sequence[Function]) -> list[Tensor] | None:
+        """The losses of several batches, each from the same state; ``None`` if one has none."""
+        found: list[Tensor] = []
+        for function in functions:
+            with self.fresh():
+                loss = function()
+            if loss is None:
+                return None
+            found.append(loss.detach())
+        return found
+
+    def _forward(self, step: StagedStep, function: Function) -> None:
+        with step.running(), step.recording():
+            flight = Flight(step, function)
+            for stage in range(len(step.stages)):
+                flight.forward(stage)
+
+    def _loss_again(self) -> Tensor | None:
+        self._random.write(self._states)
+        self._traces.undo_inputs()
+        loss = self.functions[0]()
+        return None if loss is None else loss.detach()
+
+    def _check_growth(self, step: StagedStep, values: dict[Any, Any]) -> None:
+        """Refuse what several stages add to in every step: micro-batches would add to each other's."""
+        assert step.attributes is not None
+        for place, value in step.attributes.current(values).items():
+            if not is_alike(values[place], value):
+                raise UsageError(
+                    f"training_step adds to {step.attributes.name(place)!r} in several stages without "
+                    "starting it anew: set it anew in every step, or use num_microbatches=1 with schedule='sync'"
+                )
+
+    def _accumulate(self, loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+        """The gradients after a further backward."""
+        digital = [not hasattr(parameter, "analog_tile") for parameter in self._parameters]
+        for parameter, is_digital, gradient in zip(self._parameters, digital, gradients or digital, strict=True):
+            if is_digital and isinstance(gradient, Tensor):
+                parameter.grad = gradient.clone()
+        loss.backward()
+        own = self._gradients()
+        if not gradients:
+            return own
+        return [a if is_digital else a + b for a, b, is_digital in zip(own, gradients, digital, strict=True)]
+
+    def _gradients(self) -> list[Tensor]:
+        return [gradient.detach().clone() for gradient in gradients_of(self.network, self._parameters)]
+
+
+def verify(trials: Trials, step: StagedStep, reference: Outcome) -> None:
+    """Compare the runs of two micro-batches in stages, side by side, with undivided ones.
+
+    Raises:
+        UsageError: if losses or gradients differ.
+    """
+    difference = _difference(trials.network, trials.staged(step), reference)
+    if difference is None:
+        return
+    again = trials.undivided()
+    if again is None or _difference(trials.network, again, reference) is not None:
+        warnings.warn(
+            "training_step does not give the same twice from the same random states, so that its stages cannot be "
+            "verified",
+            stacklevel=2,
+        )
+        return
+    raise UsageError(
+        f"training_step gives {difference} when it runs in stages beside another micro-batch: something that it reads "
+        "or changes is shared between micro-batches. Keep it within one module, choose other stages with split_at, or "
+        "skip this check with verify=False"
+    )
+
+
+def _difference(network: nn.Module, ours: Outcome, theirs: Outcome) -> str | None:
+    for a, b in zip(ours.losses, theirs.losses, strict=True):
+        if not is_close(a, b):
+            return f"a loss of {_shown(a)} in the place of {_shown(b)}"
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    scale = max((float(gradient.norm()) for gradient in theirs.gradients), default=0.0)
+    for name, a, b in zip(names, ours.gradients, theirs.gradients, strict=True):
+        tolerance = _TOLERANCE.get(a.dtype, _COARSE) if not torch.is_autocast_enabled("cpu") else _COARSE
+        if not float((a - b).norm()) <= tolerance * (float(b.norm()) + 1e-3 * scale):
+            return f"another gradient of {name!r}"
+    return None
+
+
+def is_close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two losses agree but for rounding."""
+    if a is None or b is None:
+        return a is b
+    tolerance = _TOLERANCE.get(a.dtype, _COARSE)
+    return bool(
+        torch.isclose(a.detach().double(), b.detach().double(), rtol=tolerance, atol=1e-12, equal_nan=True).all()
+    )
+
+
+def _shown(loss: Tensor | None) -> str:
+    return "None" if loss is None else f"{loss.item():.6g}"

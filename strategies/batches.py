@@ -1,0 +1,98 @@
+"""A mini-batch as runs of training_step on its micro-batches."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from aimc_pl.errors import UsageError
+from aimc_pl.microbatch import batch_size, split_batch
+from aimc_pl.strategies.settings import Settings
+from aimc_pl.strategies.training_step import TrainingStep
+
+
+class Batches:
+    """Splits mini-batches, as the user has said or along the samples.
+
+    Args:
+        module: may have a method ``split_batch(batch, num_microbatches)``.
+        settings: of the strategy.
+    """
+
+    def __init__(self, module: "pl.LightningModule", settings: Settings) -> None:
+        self._module = module
+        self._settings = settings
+        self._custom = settings.split_batch or getattr(module, "split_batch", None)
+
+    @property
+    def splits_by_sample(self) -> bool:
+        """Whether nobody has said how to split."""
+        return self._custom is None
+
+    def split(self, batch: Any) -> list[Any]:
+        """The micro-batches of a mini-batch."""
+        return self._split(batch, self._settings.schedule.num_microbatches)
+
+    def _split(self, batch: Any, number: int) -> list[Any]:
+        if self._custom is None:
+            return split_batch(batch, number)
+        parts = self._custom(batch, number)
+        if not isinstance(parts, Sequence) or not 1 <= len(parts) <= number:
+            found = f"{len(parts)} of them" if isinstance(parts, Sequence) else type(parts).__name__
+            raise UsageError(f"split_batch must return a list of 1 to {number} micro-batches, got {found}")
+        return [*parts]
+
+    def size(self, batch: Any) -> int:
+        """The samples of a batch; where only the user knows how to split it, its numbers, which are as proportional."""
+        if self._custom is None:
+            return batch_size(batch)
+        return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)) or 1
+
+    def steps(
+        self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
+    ) -> list[TrainingStep]:
+        """training_step on every micro-batch, with what its loss counts.
+
+        Args:
+            batch: the mini-batch.
+            args: further arguments of training_step.
+            context: entered while training_step runs.
+        """
+        settings = self._settings
+        parts = self.split(batch)
+        sizes = [self.size(part) for part in parts]
+        weigh = settings.microbatch_weight
+        counts = sizes if weigh is None else [self._weight(weigh(part)) for part in parts]
+        steps = []
+        for part, size, count in zip(parts, sizes, counts, strict=True):
+            share = count / max(sum(counts), 1e-30)
+            weight = share if settings.loss_reduction == "mean" else 1.0
+            if settings.gradient_scale == "microbatch":
+                weight = 1.0 if settings.loss_reduction == "mean" else sum(sizes) / size
+            weight /= self._module.trainer.accumulate_grad_batches
+            function = partial(self._module.training_step, part, *args)
+            steps.append(TrainingStep(function, part, size, share, weight, context))
+        return steps
+
+    def whole(
+        self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
+    ) -> TrainingStep:
+        """training_step on a batch as it is; the arguments are those of :meth:`steps`."""
+        return TrainingStep(partial(self._module.training_step, batch, *args), batch, 1, 1.0, 1.0, context)
+
+    def half(
+        self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
+    ) -> TrainingStep:
+        """training_step on the second half of a batch (all of it, if it has one sample)."""
+        return self.whole(self._split(batch, 2)[-1], args, context)
+
+    @staticmethod
+    def _weight(value: Any) -> float:
+        weight = float(value)
+        if not 0 <= weight < float("inf"):
+            raise UsageError(f"microbatch_weight must return a number of at least 0, got {weight:g}")
+        return weight

@@ -1,0 +1,48 @@
+"""Drains the pipeline, where training_step could not foresee it, before anyone looks at weights or metrics."""
+
+from typing import Any, override
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from aimc_pl.strategies.private_lightning import saves_by_metric
+from aimc_pl.strategies.processes import ProcessStrategy
+
+
+class InTime(Callback):
+    """Drains the pipeline, and shares metrics with the other processes, before other callbacks are called.
+
+    Args:
+        strategy: the trainer's.
+    """
+
+    def __init__(self, strategy: ProcessStrategy) -> None:
+        self._strategy = strategy
+
+    @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if saves_by_metric(trainer, trainer.global_step):
+            self._strategy.share_metrics(trainer)
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.drain()
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.share_metrics(trainer)
+
+    @override
+    def on_test_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.share_metrics(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.drain()
+        self._strategy.share_metrics(trainer)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.drain()

@@ -1,0 +1,212 @@
+"""The training of a fit: mini-batches through the pipeline, gradients to Lightning or to the stages' updates."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from aihwkit.optim.context import AnalogContext
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from aimc_pl.devices import reset_pending_updates
+from aimc_pl.errors import UsageError
+from aimc_pl.pipeline import Observer, Pipeline
+from aimc_pl.stage import Stage
+from aimc_pl.strategies.batches import Batches
+from aimc_pl.strategies.logbook import Logbook, discard, logging_to
+from aimc_pl.strategies.placement import Placement
+from aimc_pl.strategies.planning import settle
+from aimc_pl.strategies.private_lightning import (
+    last_batch_before_look,
+    logging_in,
+    prepare_step,
+    without_loggers,
+)
+from aimc_pl.strategies.settings import Settings
+from aimc_pl.strategies.training_step import TrainingStep, merge_outputs
+from aimc_pl.trial import Trials
+
+
+class Training:
+    """Runs mini-batches through the pipeline, which is built when the first one comes.
+
+    Args:
+        module: to train.
+        settings: of the strategy.
+        placement: where the stages run.
+        observers: told of every operation.
+        split_at: overrides that of the settings.
+    """
+
+    def __init__(
+        self,
+        module: "pl.LightningModule",
+        settings: Settings,
+        placement: Placement,
+        observers: Sequence[Observer],
+        split_at: Sequence[str] | None,
+    ) -> None:
+        self.pipeline: Pipeline | None = None
+        self.batches = Batches(module, settings)
+        self.split_at = split_at
+        self._module = module
+        self._settings = settings
+        self._placement = placement
+        self._observers = observers
+        self._logbook = Logbook()
+        self._steps: list[TrainingStep] = []
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        reset_pending_updates(module)
+
+    def run(self, batch: Any, args: tuple[Any, ...]) -> Any:
+        """One mini-batch; returns what the micro-batches returned that have gone through all stages since the last."""
+        steps = self.batches.steps(batch, args, self._precision.train_step_context)
+        if self._placement.holds_last:
+            self._steps += steps
+        with self._gradients_kept_apart():
+            if self.pipeline is None:
+                self.pipeline = self._begin(steps, batch, args)
+            with self._running():
+                if self.pipeline is None:
+                    for step in steps:
+                        step()
+                else:
+                    self.pipeline.run([self._placement.microbatch(step) for step in steps])
+                    if last_batch_before_look(self._trainer):
+                        self.pipeline.drain()
+        finished = self._take_finished()
+        self._write_log()
+        output = merge_outputs(finished, self._settings.loss_reduction)
+        return self._placement.result(output, self._settings.schedule.is_async)
+
+    def add_gradients(self) -> None:
+        """Put the gradients of the last mini-batch where Lightning expects them."""
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._gradients = []
+
+    def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The gradients of some parameters for a micro-batch, if all stages had their present weights."""
+        takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
+        args = (batch_idx,) if takes_index else ()
+        step = self.batches.whole(microbatch, args, self._precision.train_step_context)
+        with logging_to(self._module, discard):
+            return Trials(self._module, [step]).gradients(parameters)
+
+    def drain(self) -> None:
+        """Finish the micro-batches in flight, with their updates."""
+        if self.pipeline is None or self.pipeline.is_empty:
+            return
+        with self._running():
+            self.pipeline.drain()
+        self._take_finished()
+        if self._trainer.training:
+            with logging_in(self._module, "training_step"):
+                self._write_log()
+        self._logbook = Logbook()
+
+    def abandon(self) -> None:
+        """After an error: nothing in flight goes on, and nothing half done is applied later."""
+        self._steps = []
+        self._logbook = Logbook()
+        if self.pipeline is not None:
+            self.pipeline.abandon()
+            reset_pending_updates(self._module)
+
+    @property
+    def _trainer(self) -> "pl.Trainer":
+        return self._module.trainer
+
+    @property
+    def _precision(self) -> Any:
+        return self._trainer.precision_plugin
+
+    def _begin(self, steps: Sequence[TrainingStep], batch: Any, args: tuple[Any, ...]) -> Pipeline | None:
+        schedule = self._settings.schedule
+        if len(steps) < schedule.num_microbatches:
+            raise UsageError(
+                f"a mini-batch of {self.batches.size(batch)} samples cannot be split into num_microbatches="
+                f"{schedule.num_microbatches} micro-batches: lower it, or raise the batch size"
+            )
+        with logging_to(self._module, discard), without_loggers(self._trainer):
+            step = settle(
+                self._module,
+                steps,
+                self.batches.whole(batch, args, self._precision.train_step_context),
+                self.batches.half(batch, args, self._precision.train_step_context),
+                self._settings,
+                self.split_at,
+                splits_by_sample=self.batches.splits_by_sample,
+                apart=self._placement.is_apart,
+                agree=self._placement.agree,
+            )
+        if step is None:
+            return None
+        self.split_at = [*step.boundaries]
+        stages = self._placement.place(step, self._trainer.optimizers)
+        for observer in self._observers:
+            observer.on_start(stages)
+        return Pipeline(stages, schedule, self._update, self._observers)
+
+    def _update(self, stage: Stage) -> None:
+        """Lightning's order for one stage: the hooks and the clipping, the step, zero_grad."""
+        trainer, module = self._trainer, self._module
+        optimizer: Optimizer = trainer.optimizers[0]
+        mine = {id(parameter) for parameter in stage.parameters}
+        groups = [(group, group["params"]) for group in optimizer.param_groups]
+        # The gradients that other stages have computed in this clock are for their own updates.
+        others = [(p, p.grad) for p in module.parameters() if p.grad is not None and id(p) not in mine]
+        try:
+            for parameter, _ in others:
+                parameter.grad = None
+            for group, parameters in groups:
+                group["params"] = [parameter for parameter in parameters if id(parameter) in mine]
+            prepare_step(trainer, optimizer)
+            optimizer.step()
+            module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
+        finally:
+            for group, parameters in groups:
+                group["params"] = parameters
+            for parameter, gradient in others:
+                parameter.grad = gradient
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Inside training_step, boundaries open stages and logged values enter the logbook."""
+        with (
+            self._placement.running(),
+            logging_to(self._module, self._record if self._placement.holds_last else discard),
+        ):
+            try:
+                yield
+            except BaseException:
+                self.abandon()
+                raise
+
+    @contextmanager
+    def _gradients_kept_apart(self) -> Iterator[None]:
+        """Lightning clears gradients after training_step, which here includes the backward, until it asks for them."""
+        parameters = [p for p in self._module.parameters() if not isinstance(p, AnalogContext)]
+        accumulated = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        for parameter, gradient in zip(parameters, accumulated, strict=True):
+            parameter.grad = gradient
+
+    def _record(self, step: TrainingStep, **logged: Any) -> None:
+        self._logbook.record(step.size, **logged)
+
+    def _write_log(self) -> None:
+        if self._placement.holds_last:
+            with self._precision.train_step_context():
+                self._logbook.write(self._module.log)
+        self._logbook = Logbook()
+
+    def _take_finished(self) -> list[TrainingStep]:
+        finished = [step for step in self._steps if step.is_finished]
+        self._steps = [step for step in self._steps if not step.is_finished]
+        return finished

@@ -1,0 +1,121 @@
+"""A mini-batch as runs of the user's training_step on its micro-batches, and what these return as one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from aimc_pl.errors import UsageError
+
+_current: ContextVar[Optional["TrainingStep"]] = ContextVar("current training step", default=None)
+
+
+class TrainingStep:
+    """A run of training_step on one micro-batch; called, it returns the loss.
+
+    Args:
+        function: runs training_step on the micro-batch.
+        inputs: the micro-batch.
+        size: samples of the micro-batch.
+        share: of its loss in that of the mini-batch.
+        weight: what its loss counts in the gradient.
+        context: entered while the function runs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        inputs: Any,
+        size: int,
+        share: float,
+        weight: float,
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.inputs = inputs
+        self.size = size
+        self.share = share
+        self.weight = weight
+        self.output: Any = None
+        self.is_finished = False
+        self._function = function
+        self._context = context
+
+    @staticmethod
+    def current() -> "TrainingStep | None":
+        """The one inside which we are, if any."""
+        return _current.get()
+
+    def run(self) -> Any:
+        """Run, and return what training_step returns."""
+        before = _current.set(self)
+        try:
+            with torch.enable_grad(), self._context():
+                return self._function()
+        finally:
+            _current.reset(before)
+
+    def __call__(self) -> Tensor | None:
+        """Run to the end; ``None`` where training_step skips the micro-batch.
+
+        Raises:
+            UsageError: if training_step returns something else than a loss.
+        """
+        output = self.run()
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(
+                "training_step must return the loss, a tensor of one element, a dict with it under 'loss', or None to "
+                f"skip the batch; got {found}."
+            )
+        self.output = _detached(output)
+        self.is_finished = True
+        return loss
+
+
+def _detached(output: Any) -> Any:
+    """Without the graph, which would keep all activations."""
+    return tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, output)
+
+
+def merge_outputs(steps: Sequence[TrainingStep], loss_reduction: str) -> Any:
+    """What the training_steps of several micro-batches returned, as one for all their samples.
+
+    The loss is the mean by the micro-batches' shares (the sum, if the loss sums over samples). Other values of one
+    element are averaged over the samples, tensors and lists with a row per sample are joined, anything else becomes a
+    list with an item per micro-batch. Micro-batches that were skipped do not count.
+    """
+    steps = [step for step in steps if step.output is not None]
+    if not steps:
+        return None
+    if not isinstance(steps[0].output, Mapping):
+        return _merge_loss([step.output for step in steps], steps, loss_reduction)
+    sizes = [step.size for step in steps]
+    return {
+        key: _merge_loss([step.output[key] for step in steps], steps, loss_reduction)
+        if key == "loss"
+        else _merge([step.output[key] for step in steps], sizes)
+        for key in steps[0].output
+    }
+
+
+def _merge_loss(losses: list[Tensor], steps: Sequence[TrainingStep], reduction: str) -> Tensor:
+    if reduction == "sum":
+        return torch.stack(losses).sum(0)
+    total = sum(step.share for step in steps)
+    return torch.stack([step.share / total * loss for step, loss in zip(steps, losses, strict=True)]).sum(0)
+
+
+def _merge(values: list[Any], sizes: list[int]) -> Any:
+    if all(isinstance(value, Tensor) for value in values):
+        if all(value.dim() and len(value) == size for value, size in zip(values, sizes, strict=True)):
+            return torch.cat(values)
+        if all(value.numel() == 1 and value.is_floating_point() for value in values):
+            return sum(size / sum(sizes) * value for size, value in zip(sizes, values, strict=True))
+    if all(isinstance(value, list) and len(value) == size for value, size in zip(values, sizes, strict=True)):
+        return [item for value in values for item in value]
+    return values

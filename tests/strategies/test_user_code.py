@@ -1,0 +1,441 @@
+"""What users write either means what it means in plain Lightning, or is refused in one line before the first update."""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import lightning as L
+import pytest
+import torch
+import user_code as u
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_modules import make_trainer
+
+from aimc_pl.errors import UsageError
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+EQUAL = "equal"  # to plain Lightning on whole mini-batches; under async to first order, in a vanishing learning rate
+MICRO = "micro"  # the same, to plain Lightning on micro-batches: where splitting in itself changes the numbers
+RUNS = "runs"  # finite weights that have moved
+STILL = "still"  # weights that have not
+EITHER = "either"  # equal, by sample or by micro-batch, or refused
+
+INSIDE = "inside a checkpointed region"
+OUTSIDE = "computed outside of this micro-batch"
+SHARED = "shared between micro-batches"
+WITHHELD = "optimizer_step calls the closure itself"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module and what becomes of it. What is none of the words above is refused, with this in the message."""
+
+    make: Callable[[], L.LightningModule]
+    one: str = EQUAL
+    """Under sync, mini-batches whole."""
+    two: str = EQUAL
+    """Under sync, two micro-batches."""
+    stale: str = EQUAL
+    """Under async, as many micro-batches as work under sync."""
+    split_at: tuple[str, ...] | None = ("net.2", "net.4")
+    options: dict = field(default_factory=dict)
+
+
+RANDOM = {"two": RUNS, "stale": RUNS}
+BY_MICROBATCH = {"two": MICRO, "stale": MICRO}
+
+LATE = ("net.2", "net.6")
+
+CASES = {
+    "plain": Case(u.Plain),
+    # autograd
+    "gradient reversal": Case(u.GradientReversal),
+    "straight-through": Case(u.StraightThrough),
+    "a weight on ctx": Case(u.WeightOnContext),
+    "modules in a function": Case(u.OwnCheckpoint, split_at=LATE),
+    "a boundary in a function": Case(u.OwnCheckpointOverABoundary, *[INSIDE] * 3),
+    "no_grad block": Case(u.NoGradBlock),
+    "grad mode by hand": Case(u.GradModeByHand),
+    "autocast": Case(u.Autocast, two=RUNS, stale=RUNS, options={"precision": "32-true"}),
+    "default dtype": Case(u.DefaultDtype),
+    "linear probe": Case(u.Probe, *["without gradients"] * 3, split_at=("net.2", "head.0")),
+    "mean teacher": Case(u.Teacher, stale=RUNS),
+    "target network": Case(u.TargetNetwork, stale=RUNS),
+    "copies the network": Case(u.CopiesTheNetworkInTheStep, stale=RUNS),
+    "pickles the network": Case(u.PicklesTheNetwork),
+    "gradient penalty": Case(u.InputPenalty, EQUAL, EQUAL, "is used by stages"),
+    "gradient penalty of one call": Case(u.PenaltyOfOneCall, EQUAL, EQUAL, EITHER),
+    "gradient penalty in one stage": Case(u.PenaltyInTheLastStage),
+    "adversarial": Case(u.Adversarial, EQUAL, EQUAL, EITHER),
+    "balanced losses": Case(u.BalancesLosses, EQUAL, MICRO, "cannot differentiate"),
+    "tensor hooks": Case(u.TensorHooks),
+    "parameter hooks": Case(u.ParameterHooks),
+    "hooks after accumulation": Case(u.GradientsAfterAccumulation, EQUAL, MICRO, RUNS),
+    "retain_grad": Case(u.RetainsGradients, EQUAL, RUNS, RUNS),
+    "checkpoint": Case(u.Checkpointed, split_at=LATE),
+    "reentrant checkpoint": Case(u.CheckpointedReentrant, split_at=LATE),
+    "checkpoint over a boundary": Case(u.CheckpointedOverABoundary, *[INSIDE] * 3),
+    "reentrant checkpoint over a boundary": Case(u.CheckpointedReentrantOverABoundary, *[INSIDE] * 3),
+    "checkpointed dropout": Case(u.CheckpointedDropout, **RANDOM, split_at=LATE),
+    "saved-tensor hooks": Case(u.SavedTensorHooks),
+    "save_on_cpu": Case(u.SavedOnCpu),
+    "function mode": Case(u.FunctionMode),
+    "dispatch mode": Case(u.DispatchMode, EQUAL, SHARED, SHARED),
+    "vmap in a stage": Case(u.VectorisedHead),
+    "inference mode over a boundary": Case(u.BoundaryInInferenceMode),
+    "inference mode elsewhere": Case(u.InferenceModeElsewhere),
+    "functional_call": Case(u.NoisyWeights, EQUAL, EQUAL, "is used by stages"),
+    "functional_call, no_grad": Case(u.SlowWeights, EQUAL, EITHER, EITHER),
+    "weights moved for the forward": Case(u.MovesWeights, EQUAL, SHARED, SHARED),
+    "weights clamped in the step": Case(u.ClampsWeights),
+    "frozen for a while": Case(u.FreezesForAWhile, EQUAL, EITHER, EITHER),
+    "anomaly detection": Case(u.Plain, options={"detect_anomaly": True}),
+    # random numbers
+    "dropout": Case(u.Dropout, **RANDOM),
+    "dropout, boundaries found": Case(u.Dropout, **RANDOM, split_at=None),
+    "layer drop, random": Case(u.LayerDrop, **RANDOM, split_at=("net.4",)),
+    "layer drop, numpy": Case(u.LayerDropNumpy, **RANDOM, split_at=("net.4",)),
+    "layer drop, torch": Case(u.LayerDropTorch, **RANDOM, split_at=("net.4",)),
+    "layer drop, own generators": Case(u.LayerDropOwnGenerator, EQUAL, RUNS, RUNS, split_at=("net.4",)),
+    "noise": Case(u.Noise, **RANDOM),
+    "noise of an own generator": Case(u.NoiseOfItsOwnGenerator, **RANDOM),
+    "seeds in the step": Case(u.SeedsInTheStep, EQUAL, EITHER, EITHER),
+    "fork_rng": Case(u.ForksRandomNumbers, EQUAL, EITHER, EITHER),
+    # the trainer and hooks
+    "uses the trainer": Case(u.UsesTheTrainer, stale=RUNS),
+    "reads gradients": Case(u.ReadsGradients, EITHER, EITHER, EITHER),
+    "module hooks": Case(u.ModuleHooks),
+    "keyword arguments": Case(u.KeywordArguments, two=MICRO, stale=MICRO),
+    "features by hooks": Case(u.CollectsFeatures),
+    "features in a closure": Case(u.CollectsInAClosure, EQUAL, OUTSIDE, OUTSIDE),
+    "hooks of the step": Case(u.HooksOfTheStep, EQUAL, OUTSIDE, OUTSIDE),
+    # state and attributes
+    "labels": Case(u.KeepsLabels),
+    "labels in an object": Case(u.KeepsLabelsInAnObject, EQUAL, SHARED, SHARED),
+    "labels in a global": Case(u.KeepsLabelsInAGlobal, EQUAL, SHARED, SHARED),
+    "labels on the class": Case(u.KeepsLabelsOnTheClass, EQUAL, SHARED, SHARED),
+    "labels in the loss": Case(u.KeepsLabelsInTheLoss, EQUAL, SHARED, SHARED),
+    "skip through attributes": Case(u.SkipsThroughAttributes, split_at=("net.1.1", "net.4")),
+    "number through attributes": Case(u.NumberThroughAttributes, **BY_MICROBATCH),
+    "auxiliary list": Case(u.AuxiliaryList),
+    "auxiliary new list": Case(u.AuxiliaryNewList),
+    "auxiliary list taken out": Case(u.AuxiliaryTakenOut),
+    "auxiliary dict": Case(u.AuxiliaryDict),
+    "auxiliary deque": Case(u.AuxiliaryDeque),
+    "auxiliary tuple": Case(u.AuxiliaryTuple, EQUAL, EITHER, EITHER),
+    "auxiliary counter": Case(u.AuxiliaryCounter),
+    "auxiliary slots": Case(u.AuxiliarySlots),
+    "auxiliary buffer": Case(u.AuxiliaryBuffer, EQUAL, EITHER, EITHER),
+    "auxiliary, deleted": Case(u.AuxiliaryDeleted),
+    "auxiliary sum": Case(u.AuxiliarySum),
+    "eval in the step": Case(u.EvaluatesInTheStep),
+    "carries": Case(u.Carries, EQUAL, "hidden", "hidden"),
+    "carries over a boundary": Case(u.CarriesOverABoundary, EQUAL, "hidden", "hidden"),
+    "carries in a list": Case(u.CarriesInAList, EQUAL, "hidden", "hidden"),
+    "carries in a buffer": Case(u.CarriesInABuffer, EQUAL, "hidden", "hidden"),
+    "carries deep inside": Case(u.CarriesDeepInside, EQUAL, "state", "state"),
+    "carries the loss": Case(u.CarriesTheLoss, EQUAL, "left in 'mean'", "left in 'mean'"),
+    "anneals": Case(u.Anneals, EQUAL, "beta", "beta"),
+    "anneals with the steps": Case(u.AnnealsWithTheSteps, EQUAL, EQUAL, RUNS),
+    "hyperparameters": Case(u.Hyperparameters),
+    "looks at the batch first": Case(u.LooksAtTheBatchFirst, EQUAL, EQUAL, EITHER),
+    "counts in a buffer": Case(u.CountsInABuffer, EQUAL, "left in 'count", "left in 'count"),
+    "counts in an array": Case(u.CountsInAnArray, EQUAL, EITHER, EITHER),
+    "rebinds a buffer": Case(u.RebindsABuffer, EQUAL, "left in '", "left in '"),
+    "running scale": Case(u.RunningScale, EQUAL, "left in 'scale", "left in 'scale"),
+    "running mean": Case(u.RunningMean, EQUAL, "left in 'net.1.0.steps", "left in 'net.1.0.steps"),
+    "batch norm": Case(u.BatchNorm, **BY_MICROBATCH),
+    "queue": Case(u.Queue, EQUAL, "left in '", "left in '"),
+    "queue over a boundary": Case(u.QueueInTheFirstStage, EQUAL, "left in 'queue", "left in 'queue"),
+    "codebook": Case(u.Codebook, EQUAL, "left in 'quantise.codes", "left in 'quantise.codes"),
+    "mask on demand": Case(u.MaskOnDemand),
+    "cached property": Case(u.CachedProperty),
+    "cached mask": Case(u.CachedMask),
+    "keeps outputs": Case(u.KeepsOutputs),
+    "keeps outputs of stages": Case(u.KeepsOutputsOfStages, EQUAL, "adds to 'outputs'", "adds to 'outputs'"),
+    "metric of stages": Case(u.MetricOfStages, EQUAL, "adds to 'mean.", "adds to 'mean."),
+    "keeps a graph": Case(u.KeepsAGraph),
+    "not copyable": Case(u.NotCopyable, EQUAL, EITHER, EITHER),
+    "takes from a generator": Case(u.TakesFromAGenerator, EITHER, EITHER, EITHER),
+    # tensors in place
+    "writes into tensors": Case(u.WritesIntoTensors),
+    "writes across the boundary": Case(u.WritesAcrossTheBoundary),
+    "writes into the batch": Case(u.WritesIntoTheBatch),
+    "takes the batch apart": Case(u.TakesTheBatchApart, EQUAL, EITHER, EITHER),
+    "constants": Case(u.Constants),
+    "embedding": Case(u.Embeds),
+    # the batch
+    "time first": Case(u.TimeFirst, EITHER, EITHER, EITHER),
+    "time first, split": Case(u.TimeFirstSplit),
+    "names": Case(u.WithNames),
+    "two loaders": Case(u.TwoLoaders, EITHER, EITHER, EITHER),
+    "named tuples": Case(u.NamedTuples),
+    "dataclasses": Case(u.Dataclasses),
+    # signatures and the loss
+    "batch only": Case(u.BatchOnly),
+    "keywords": Case(u.Keywords),
+    "step in an attribute": Case(u.StepInAnAttribute),
+    "masked mean": Case(u.MaskedMean, **BY_MICROBATCH),
+    "several losses": Case(u.SeveralLosses),
+    "loss of an early stage": Case(u.LossOfAnEarlyStage),
+    "no gradient": Case(u.NoGradient, *["requires grad"] * 3),
+    "always None": Case(u.AlwaysNone, STILL, STILL, STILL),
+    "sometimes None": Case(u.SometimesNone, EITHER, EITHER, EITHER),
+    "None for some data": Case(u.NoneForSomeData, EITHER, EITHER, EITHER),
+    "None before the network": Case(u.NoneBeforeTheNetwork, EITHER, EITHER, EITHER),
+    "gradient norms": Case(u.GradientNorms, stale=RUNS),
+    "logs": Case(u.Logs),
+    "own log": Case(u.OwnLog),
+    # gradients and updates
+    "halves gradients": Case(u.HalvesGradients),
+    "drops gradients": Case(u.DropsGradients, STILL, STILL, STILL),
+    "removes gradients": Case(u.RemovesGradients),
+    "clips after backward": Case(u.ClipsAfterBackward, stale=RUNS),
+    "halves before the step": Case(u.HalvesBeforeTheStep),
+    "own clipping": Case(u.OwnClipping),
+    "own optimizer step": Case(u.OwnOptimizerStep, stale=RUNS),
+    "every other step": Case(u.EveryOtherStep, stale=WITHHELD),
+    "never a step": Case(u.NeverAStep, STILL, STILL, WITHHELD),
+    "rates per layer": Case(u.RatesPerLayer),
+    "own zero grad": Case(u.OwnZeroGrad),
+    "halves before zero grad": Case(u.HalvesBeforeZeroGrad),
+    "changes the rate": Case(u.ChangesTheRate, stale=RUNS),
+    "line search": Case(u.LineSearch, EQUAL, EQUAL, "LBFGS"),
+    "clipping": Case(u.Plain, stale=RUNS, options={"gradient_clip_val": 0.05}),
+    "accumulation": Case(u.Plain, stale="accumulate_grad_batches", options={"accumulate_grad_batches": 2}),
+    "overfit_batches": Case(u.Plain, options={"overfit_batches": 1}),
+    "limit_train_batches": Case(u.Plain, options={"limit_train_batches": 2}),
+    "simple profiler": Case(u.Plain, options={"profiler": "simple"}),
+    "torch profiler": Case(u.Plain, options={"profiler": "pytorch", "limit_train_batches": 1, "max_epochs": 1}),
+    "barebones": Case(u.Plain, options={"barebones": True}),
+    "max_steps": Case(u.Plain, options={"max_steps": 4, "max_epochs": -1}),
+    # parameters and their sharing
+    "weight norm": Case(u.WeightNorm),
+    "old weight norm": Case(u.OldWeightNorm),
+    "orthogonal": Case(u.Orthogonal),
+    "spectral norm": Case(u.SpectralNorm, EQUAL, "left in 'net.0.", "left in 'net.0."),
+    "cached parametrizations": Case(u.CachedParametrizations, EQUAL, OUTSIDE, OUTSIDE),
+    "pruned": Case(u.Pruned),
+    "tied": Case(u.Tied, EQUAL, EQUAL, "net.2.weight"),
+    "tied in one stage": Case(u.TiedInOneStage),
+    "calls twice": Case(u.CallsTwice, EQUAL, EQUAL, "is used by stages"),
+    "shared in time": Case(u.SharedInTime, split_at=("net.cell", "net.out")),
+    "weight penalty": Case(u.WeightPenalty, EQUAL, EQUAL, "is used by stages"),
+    "penalty on the last layer": Case(u.PenaltyOnTheLastLayer),
+    "shared scale": Case(u.SharedScale, EQUAL, EQUAL, "scale"),
+    "frozen": Case(u.Frozen),
+    "frozen stages": Case(u.FrozenStages),
+    "unfreezes later": Case(u.UnfreezesLater),
+    "unused sometimes": Case(u.UnusedSometimes),
+    # the code
+    "depends on values": Case(u.DependsOnValues, EQUAL, MICRO, MICRO),
+    "tries": Case(u.Tries, stale="is used by stages"),
+    "tries in one stage": Case(u.TriesInOneStage, EQUAL, EQUAL, EQUAL),
+    "generates": Case(u.Generates),
+    "compiled layer": Case(u.CompiledLayer),
+    "compiled around a boundary": Case(u.CompiledAroundABoundary, EITHER, EITHER, EITHER),
+    "compiled in place": Case(u.CompiledInPlace, EITHER, EITHER, EITHER),
+    "scripted": Case(u.Scripted),
+    "weight averaging": Case(u.AveragesWeights, stale=RUNS),
+    "stochastic weight averaging": Case(u.StochasticallyAveragesWeights, stale=RUNS),
+    "configure_model": Case(u.ConfiguresItsModel),
+    "calls forward": Case(u.CallsForward, *["net.2"] * 3),
+    "in a thread": Case(u.InAThread, *[OUTSIDE] * 3),
+    "skips a boundary": Case(u.SkipsABoundary),
+    "detects anomalies": Case(u.DetectsAnomalies),
+    "silences warnings": Case(u.SilencesWarnings),
+    "vmap over a boundary": Case(u.Vectorised, EITHER, EITHER, EITHER),
+}
+
+WORDS = (EQUAL, MICRO, RUNS, STILL, EITHER)
+
+
+def fit(case, strategy, *, micro=False, motion=False):
+    """The state before and after, the metrics, and what has refused.
+
+    ``micro``: on micro-batches, their gradients accumulated. ``motion``: with a vanishing learning rate, at which stale
+    weights are those of plain Lightning and every gradient shows in the motion.
+    """
+    L.seed_everything(7, verbose=False)
+    options = dict(case.options)
+    module = case.make().to(torch.float32 if "precision" in options else torch.float64)
+    module.length = 18 if {MICRO, EITHER} & {case.two, case.stale} else 17
+    if micro:
+        module.batch_size //= 2
+        options["accumulate_grad_batches"] = 2
+    if motion:
+        module.lr, module.momentum = 1e-7, 0.0
+    start, error = state(module), None
+    trainer = make_trainer(strategy, **options)
+    try:
+        trainer.fit(module)
+    except UsageError as refusal:
+        error = refusal
+    return start, state(module), {name: float(value) for name, value in trainer.callback_metrics.items()}, error
+
+
+def state(module):
+    values = itertools.chain(module.named_parameters(), module.named_buffers())
+    return {name: value.detach().clone() for name, value in values}
+
+
+def process_state():
+    """What blocks of code switch on for a while."""
+    switches = torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")
+    return switches, torch.get_default_dtype(), [*warnings.filters]
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
+
+
+@functools.cache
+def plain(name, micro, motion):
+    return fit(CASES[name], "auto", micro=micro, motion=motion)[:3]
+
+
+def agrees(start, end, reference, motion):
+    if motion:
+        return (end - reference).double().norm() <= 1e-4 * (reference - start).double().norm() + 1e-13
+    return torch.allclose(end, reference, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [u.Dropout, u.LayerDrop, u.Noise])
+def test_one_micro_batch_draws_the_random_numbers_of_plain_lightning(make):
+    """Bit for bit, also where the boundaries have been found by running the step."""
+    splits = [("net.4",)] if make is u.LayerDrop else [("net.2", "net.4"), None]
+    reference = fit(Case(make), "auto")[1]
+    for split_at in splits:
+        strategy = AnalogPipelineStrategy(3 if split_at is None else 1 + len(split_at), "sync", 1, split_at=split_at)
+        assert same(fit(Case(make), strategy)[1], reference)
+
+
+class CountsLines(DummyLogger):
+    lines = 0
+
+    def log_metrics(self, *args, **kwargs):
+        self.lines += 1
+
+
+@pytest.mark.parametrize(
+    ("num_microbatches", "split_at"), [(1, ("net.2", "net.4")), (1, None), (2, ("net.2", "net.4"))]
+)
+def test_verifying_and_measuring_leave_no_trace(num_microbatches, split_at):
+    """After the first mini-batch everything is as without: buffers, attributes, metrics, logs, random states."""
+
+    def traces(strategy):
+        L.seed_everything(7, verbose=False)
+        module, logger = u.LeavesTraces().double(), CountsLines()
+        trainer = make_trainer(strategy, max_epochs=1, limit_train_batches=1, logger=logger)
+        trainer.fit(module)
+        return module.traces() | {"loss": trainer.callback_metrics["loss"].item(), "lines": logger.lines}
+
+    def strategy(verify):
+        return AnalogPipelineStrategy(3, "sync", num_microbatches, split_at=split_at, verify=verify)
+
+    found = traces(strategy(verify=True))
+    assert found == traces(strategy(verify=False))
+    if num_microbatches == 1:
+        assert found == traces("auto")
+
+
+@pytest.mark.parametrize("make", [u.Plain, u.GradModeByHand, u.SlowWeights, u.CopiesTheNetworkInTheStep])
+def test_calls_without_gradients_open_no_stage(make):
+    """Every stage trains its layers, also where the network is called under no_grad first."""
+    module = make().double()
+    strategy = AnalogPipelineStrategy(3, "sync", 1, split_at=("net.2", "net.4"))
+    make_trainer(strategy, max_epochs=1, limit_train_batches=1).fit(module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    stages = strategy.pipeline.stages
+    held = [{names[id(parameter)].rpartition(".")[0] for parameter in stage.parameters} for stage in stages]
+    assert held == [{"net.0"}, {"net.2"}, {"net.4", "net.6"}]
+
+
+def test_a_compiled_lightning_module_is_refused():
+    """By Lightning itself, which knows the strategies that take one."""
+    module = torch.compile(u.Plain().double(), backend="eager")
+    with pytest.raises(RuntimeError, match="incompatible with the current strategy"):
+        make_trainer(AnalogPipelineStrategy(3, split_at=("net.2", "net.4"))).fit(module)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "schedule", "message"),
+    [
+        (u.AuxiliaryLater, "sync", "the step sets 'aux' in stage"),
+        (u.AuxiliaryLater, "async", "the step sets 'aux' in stage"),
+        (u.ChangesTheOrder, "async", "is used by stages 1 and 2"),
+    ],
+)
+def test_what_shows_later_is_refused_when_it_shows(make, schedule, message):
+    error = fit(Case(make), AnalogPipelineStrategy(3, schedule, 2, split_at=("net.2", "net.4")))[-1]
+    assert message in str(error)
+    assert "\n" not in str(error)
+
+
+def test_a_mean_over_other_things_than_samples_equals_plain_with_its_weights():
+    case = Case(u.MaskedMean, **BY_MICROBATCH)
+    strategy = AnalogPipelineStrategy(
+        3, "sync", 2, split_at=("net.2", "net.4"), microbatch_weight=lambda batch: int((batch[0][:, 0] > 0).sum())
+    )
+    ours, reference = fit(case, strategy)[1], fit(case, "auto")[1]
+    assert all(agrees(None, ours[name], reference[name], motion=False) for name in ours)
+
+
+@pytest.mark.parametrize("make", [u.Plain, u.KeepsLabels, u.AuxiliaryList, u.TargetNetwork, u.Dropout])
+def test_async_learns(make):
+    """Stale weights and all, the mean loss of an epoch falls."""
+    losses = []
+
+    class Learns(make):
+        momentum = 0.0
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, on_epoch=True)
+            return loss
+
+        def on_train_epoch_end(self):
+            losses.append(self.trainer.callback_metrics["loss_epoch"].item())
+
+    fit(Case(Learns, options={"max_epochs": 8}), AnalogPipelineStrategy(3, "async", 2, split_at=("net.2", "net.4")))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("schedule", ["sync, B=1", "sync, B=2", "async"])
+@pytest.mark.parametrize("name", CASES)
+def test_user_code(name, schedule):
+    case = CASES[name]
+    expected = {"sync, B=1": case.one, "sync, B=2": case.two, "async": case.stale}[schedule]
+    motion = schedule == "async" and expected not in (RUNS, STILL)
+    strategy = AnalogPipelineStrategy(
+        3 if case.split_at is None else 1 + len(case.split_at),
+        schedule.partition(",")[0],
+        1 if schedule == "sync, B=1" else 2,
+        split_at=case.split_at,
+    )
+    process = process_state()
+    start, end, metrics, error = fit(case, strategy, motion=motion)
+    assert process_state() == process
+    if error is not None:
+        assert expected == EITHER or (expected not in WORDS and expected in str(error)), error
+        assert "\n" not in str(error)
+        assert same(start, end)
+        return
+    assert expected in WORDS, "neither refused nor known to work"
+    assert all(value.isfinite().all() for value in end.values())
+    if expected in (RUNS, STILL):
+        assert same(start, end) == (expected == STILL)
+        return
+    different = []
+    for micro in {EITHER: [False, True], MICRO: [True]}.get(expected, [False]):
+        theirs, logged = plain(name, micro, motion)[1:]
+        different = [v for v in end if not agrees(start.get(v, 0), end[v], theirs[v], motion)]
+        if not motion:
+            different += [key for key in logged if metrics.get(key) != pytest.approx(logged[key], rel=1e-6)]
+        if not different:
+            return
+    raise AssertionError(f"not as in plain Lightning: {different}")

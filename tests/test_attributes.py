@@ -1,0 +1,358 @@
+"""What is read of modules is what is written back."""
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from dataclasses import dataclass, field
+from itertools import count
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from aimc_pl.attributes import Attributes, Contents, arrays_in, is_alike
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.inner.outputs = {"a": [1, 2], "b": {"c": {3}}}
+        self.number, self.name, self.nothing, self.pair = 1, "x", None, (1, [2], torch.ones(1))
+        self.items = [torch.ones(2), [1, 2]]
+        self.recent = deque([1, 2, 3], maxlen=3)
+        self.seen = {1, 2}
+        self.counts = defaultdict(int, {"a": 1})
+        self.votes = Counter(a=2, b=1)
+        self.large, self.index = [*range(257)], {k: k for k in range(257)}
+        self.grid = np.zeros(2)
+        self.ordered = OrderedDict(b=1, a=2)
+        self.tensor = torch.zeros(2)
+        self.kept = nn.Buffer(torch.zeros(2))
+
+
+def state(module):
+    """All that a test below looks at, as plain values of its own."""
+    return repr(
+        [
+            (
+                name,
+                sorted((key, value) for key, value in vars(module).items() if key != "_modules"),
+                [(key, id(p), p.requires_grad) for key, p in module.named_parameters(recurse=False)],
+            )
+            for name, module in module.named_modules()
+        ]
+    )
+
+
+CHANGES = {
+    "a number": (lambda m: setattr(m, "number", 2), {"number"}),
+    "an equal number of another type": (lambda m: setattr(m, "number", True), {"number"}),
+    "None": (lambda m: setattr(m, "nothing", 0), {"nothing"}),
+    "a string": (lambda m: setattr(m, "name", "y"), {"name"}),
+    "a tuple": (lambda m: setattr(m, "pair", (1, 3)), {"pair"}),
+    "list in a tuple": (lambda m: m.pair[1].append(3), {"pair"}),
+    "a tensor": (lambda m: setattr(m, "tensor", torch.zeros(2)), {"tensor"}),
+    "a buffer": (lambda m: setattr(m, "kept", torch.ones(2)), {"buffers"}),
+    "a new attribute": (lambda m: setattr(m, "hidden", torch.ones(2)), {"hidden"}),
+    "a new buffer": (lambda m: m.register_buffer("other", torch.ones(2)), {"buffers"}),
+    "a deleted attribute": (lambda m: delattr(m, "number"), {"number"}),
+    "a deleted buffer": (lambda m: delattr(m, "kept"), {"buffers"}),
+    "a training flag": (lambda m: m.inner.eval(), {"inner.training"}),
+    "list appended": (lambda m: m.items.append(3), {"items"}),
+    "list cleared": (lambda m: m.items.clear(), {"items"}),
+    "list item replaced": (lambda m: m.items.__setitem__(0, torch.ones(2)), {"items"}),
+    "inner list appended": (lambda m: m.items[1].append(3), {"items"}),
+    "dict filled": (lambda m: m.inner.outputs.update(d=1), {"inner.outputs"}),
+    "dict key deleted": (lambda m: m.inner.outputs.pop("a"), {"inner.outputs"}),
+    "list in a dict": (lambda m: m.inner.outputs["a"].append(3), {"inner.outputs"}),
+    "set in dicts": (lambda m: m.inner.outputs["b"]["c"].add(4), {"inner.outputs"}),
+    "deque pushed": (lambda m: m.recent.append(4), {"recent"}),
+    "set filled": (lambda m: m.seen.add(3), {"seen"}),
+    "default dict": (lambda m: m.counts["b"], {"counts"}),
+    "order of a dict": (lambda m: m.ordered.move_to_end("b"), {"ordered"}),
+    "another list": (lambda m: setattr(m, "items", []), {"items"}),
+    "a container in the place of a number": (lambda m: setattr(m, "number", [1]), {"number"}),
+    "a number in the place of a container": (lambda m: setattr(m, "items", 1), {"items"}),
+    "nothing": (lambda m: None, set()),
+    "the same again": (lambda m: setattr(m, "items", m.items), set()),
+    "a tensor in place": (lambda m: m.tensor.add_(1), set()),
+    "a parameter in place": (lambda m: m.inner.weight.data.add_(1), set()),
+    "an array in place": (lambda m: m.grid.__iadd__(1), set()),
+    "another array": (lambda m: setattr(m, "grid", np.zeros(2)), {"grid"}),
+    "a parameter": (lambda m: setattr(m.inner, "weight", nn.Parameter(torch.ones(2, 2))), {"inner.parameters"}),
+    "a new parameter": (
+        lambda m: setattr(m.inner, "gain", nn.Parameter(torch.ones(2))),
+        {"inner.parameters", "inner.requires_grad of parameters"},
+    ),
+    "a deleted parameter": (
+        lambda m: delattr(m.inner, "bias"),
+        {"inner.parameters", "inner.requires_grad of parameters"},
+    ),
+    "a frozen parameter": (
+        lambda m: m.inner.bias.requires_grad_(False),
+        {"inner.requires_grad of parameters"},
+    ),
+    "a frozen module": (lambda m: m.requires_grad_(False), {"inner.requires_grad of parameters"}),
+    "a counter": (lambda m: m.votes.update("ac"), {"votes"}),
+    "another large list": (lambda m: setattr(m, "large", [*m.large]), {"large"}),
+    "a hook": (lambda m: m.register_forward_hook(print), set()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_found_and_undone(change):
+    holder = Holder()
+    containers = {name: value for name, value in vars(holder).items() if isinstance(value, list | dict | set | deque)}
+    attributes = Attributes(holder)
+    before = attributes.read()
+    known = state(holder)
+    act, names = CHANGES[change]
+    act(holder)
+    changed = attributes.changes(before)
+    assert {attributes.name(place) for place in changed} == names
+    after = state(holder)
+    attributes.write(attributes.select(before, changed))
+    if names:
+        assert state(holder) == known
+        assert attributes.changes(before) == {}
+        # Containers are the objects that they were: others may hold them too.
+        assert all(vars(holder)[name] is value for name, value in containers.items())
+    attributes.write(changed)
+    assert state(holder) == after
+
+
+def test_current_values_do_not_follow_what_happens_later():
+    holder = Holder()
+    attributes = Attributes(holder)
+    places = [(0, "items"), (0, "missing"), (1, "outputs")]
+    values = attributes.current(places)
+    known = state(holder)
+    holder.items[1].append(7)
+    holder.missing = 1
+    holder.inner.outputs["b"]["c"].clear()
+    attributes.write(values)
+    assert state(holder) == known
+    assert not hasattr(holder, "missing")
+
+
+def test_values_written_twice_do_not_grow():
+    """What is put back, changed and put back again is the same each time."""
+    holder = Holder()
+    attributes = Attributes(holder)
+    values = attributes.current([(0, "items"), (0, "recent")])
+    for _ in range(3):
+        holder.items[1].append(1)
+        holder.items[1] = 5
+        holder.recent.append(9)
+        attributes.write(values)
+        assert holder.items[1] == [1, 2]
+        assert holder.recent == deque([1, 2, 3], maxlen=3)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_parameters_bound_anew_and_frozen_go_back_in_any_order(order):
+    holder = Holder()
+    weight, bias = holder.inner.weight, holder.inner.bias
+    attributes = Attributes(holder)
+    before = attributes.read()
+    bias.requires_grad_(False)
+    holder.inner.gain = nn.Parameter(torch.ones(2))
+    changed = attributes.changes(before)
+    assert len(changed) == 2
+    old = attributes.select(before, changed)
+    attributes.write(dict([*old.items()][::order]))
+    assert [*holder.inner.parameters()] == [weight, bias]
+    assert weight.requires_grad
+    assert bias.requires_grad
+    attributes.write(dict([*changed.items()][::order]))
+    assert [name for name, _ in holder.inner.named_parameters()] == ["weight", "bias", "gain"]
+    assert [p.requires_grad for p in holder.inner.parameters()] == [True, False, True]
+
+
+def test_a_parameter_that_two_modules_share_is_frozen_for_both():
+    holder = Holder()
+    holder.other = nn.Linear(2, 2)
+    holder.other.weight = holder.inner.weight
+    attributes = Attributes(holder)
+    before = attributes.read()
+    holder.other.weight.requires_grad_(False)
+    changed = attributes.changes(before)
+    flags = "requires_grad of parameters"
+    assert {attributes.name(place) for place in changed} == {f"inner.{flags}", f"other.{flags}"}
+    attributes.write(attributes.select(before, changed))
+    assert holder.inner.weight.requires_grad
+    attributes.write(changed)
+    assert not holder.inner.weight.requires_grad
+    assert holder.inner.bias.requires_grad
+
+
+def test_large_containers_are_looked_into_on_demand():
+    """Otherwise only their number counts: to compare a vocabulary in every step takes too long."""
+    for deep in (False, True):
+        holder = Holder()
+        attributes = Attributes(holder, deep=deep)
+        before = attributes.read()
+        holder.large[0] = holder.index[0] = -1
+        changed = attributes.changes(before)
+        assert {attributes.name(place) for place in changed} == ({"large", "index"} if deep else set())
+        attributes.write(attributes.select(before, changed))
+        assert (holder.large[0], holder.index[0]) == ((0, 0) if deep else (-1, -1))
+        # Their number is seen; what has been added to one that is not looked into stays.
+        holder.large.append(1)
+        changed = attributes.changes(before)
+        assert "large" in {attributes.name(place) for place in changed}
+        attributes.write(attributes.select(before, changed))
+        assert len(holder.large) == (257 if deep else 258)
+        # One of 256 elements is looked into either way.
+        holder.large.pop(0)
+        del holder.large[256:]
+        before = attributes.read()
+        holder.large[1] = -2
+        attributes.write(attributes.select(before, attributes.changes(before)))
+        assert holder.large[1] == 2
+
+
+def test_a_counter_is_refilled_and_not_added_to():
+    holder = Holder()
+    attributes = Attributes(holder)
+    values = attributes.current([(0, "votes")])
+    for _ in range(2):
+        holder.votes.update("aabc")
+        attributes.write(values)
+        assert holder.votes == Counter(a=2, b=1)
+        assert type(holder.votes) is Counter
+
+
+def test_containers_that_hold_each_other():
+    """A list that holds itself is read once; what it holds besides is put back."""
+    holder = Holder()
+    holder.items.append(holder.items)
+    holder.inner.outputs["holder"] = holder.items
+    holder.cycle = {"next": [None]}
+    holder.cycle["next"][0] = holder.cycle
+    attributes = Attributes(holder)
+    before = attributes.read()
+    assert attributes.changes(before) == {}
+    holder.items.append(1)
+    holder.cycle["next"].append(2)
+    changed = attributes.changes(before)
+    assert {attributes.name(place) for place in changed} == {"items", "inner.outputs", "cycle"}
+    attributes.write(attributes.select(before, changed))
+    assert len(holder.items) == 3
+    assert holder.items[2] is holder.items
+    assert holder.inner.outputs["holder"] is holder.items
+    assert len(holder.cycle["next"]) == 1
+    assert holder.cycle["next"][0] is holder.cycle
+
+
+def test_a_container_in_two_places_is_put_back_in_both():
+    """Met again beside itself, it is no cycle."""
+    holder = Holder()
+    shared = [1]
+    holder.pair = [shared, shared]
+    attributes = Attributes(holder)
+    before = attributes.read()
+    shared.append(2)
+    attributes.write(attributes.select(before, attributes.changes(before)))
+    assert holder.pair == [[1], [1]]
+    assert holder.pair[0] is holder.pair[1] is shared
+
+
+@dataclass
+class Sample:
+    x: torch.Tensor
+    labels: list = field(default_factory=lambda: [1, 2])
+    inner: object = None
+
+
+def test_contents_of_a_batch_are_put_back():
+    x, y, array = torch.ones(2), torch.zeros(2), np.ones(2)
+    sample = Sample(x, inner=SimpleNamespace(y=y, path=["a"]))
+    batch = {"sample": sample, "list": [array, (y, {"deep": deque([x])})], "counts": Counter(a=1)}
+    contents = Contents(batch)
+    assert {id(held) for held in contents.tensors()} == {id(x), id(y), id(array)}
+    inner, items, labels = sample.inner, batch["list"], sample.labels
+    for _ in range(2):
+        batch["list"][1][1]["deep"].clear()
+        batch.pop("list").append(1)
+        batch["sample"] = batch["new"] = None
+        batch["counts"]["a"] += 1
+        sample.x, sample.added, sample.labels = y, 1, []
+        labels.clear()
+        del inner.y
+        inner.path.append("b")
+        contents.put_back()
+        assert [*batch] == ["sample", "list", "counts"]
+        assert batch["sample"] is sample
+        assert batch["list"] is items
+        assert len(items) == 2
+        assert items[0] is array
+        assert items[1][0] is y
+        assert items[1][1] == {"deep": deque([x])}
+        assert batch["counts"] == Counter(a=1)
+        assert vars(sample) == {"x": x, "labels": [1, 2], "inner": inner}
+        assert sample.labels is labels
+        assert vars(inner) == {"y": y, "path": ["a"]}
+
+
+def test_contents_of_large_and_cyclic_batches_and_of_none():
+    large = [*range(1000)]
+    sample = Sample(torch.ones(1), large)
+    sample.inner = [sample]
+    contents = Contents((sample, sample))
+    large[7] = -1
+    sample.inner = None
+    contents.put_back()
+    assert large == [*range(1000)]
+    assert sample.inner == [sample]
+    for value in (None, 3, "text", torch.ones(2), nn.Linear(2, 2), count()):
+        Contents(value).put_back()
+
+
+def test_contents_leave_modules_and_classes_alone():
+    """They are not part of a batch, even if it refers to them."""
+    module, kind = nn.Linear(2, 2), type("Kind", (), {"a": 1})
+    contents = Contents([module, kind, SimpleNamespace(module=module)])
+    module.note, kind.b = 1, 2
+    contents.put_back()
+    assert module.note == 1
+    assert kind.b == 2
+    assert contents.tensors() == []
+
+
+def test_arrays_in():
+    holder = Holder()
+    holder.inner.outputs["a"].append({"deep": holder.kept, "array": np.ones(1)})
+    parameters = [*holder.inner.parameters()]
+    arrays = [holder.grid, holder.inner.outputs["a"][-1]["array"]]
+    inside = [holder.items[0], holder.pair[2], holder.tensor, holder.kept, holder.kept, *parameters, *arrays]
+    found = arrays_in(Attributes(holder).read())
+    assert sorted(map(id, found)) == sorted(map(id, inside))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (1, 1, True),
+        (1, 2, False),
+        (1, 1.0, False),
+        (None, None, True),
+        (torch.ones(2), torch.zeros(2), True),
+        (torch.ones(2), torch.ones(3), False),
+        ([torch.ones(2)], [torch.zeros(2)], True),
+        ([1], [1, 1], False),
+        ({"a": [1]}, {"a": [1]}, True),
+        ({"a": [1]}, {"a": [2]}, False),
+        (np.ones(2), np.zeros(2), True),
+        ("a", "b", False),
+        ([1], 1, False),
+    ],
+)
+def test_is_alike(a, b, expected):
+    holder = nn.Module()
+    frozen = []
+    for value in (a, b):
+        holder.value = value
+        frozen += Attributes(holder).current([(0, "value")]).values()
+    assert is_alike(*frozen) is expected

@@ -1,0 +1,288 @@
+"""Where stages begin: measured, named, and refused."""
+
+import itertools
+import time
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from staged import make_step
+from torch import nn
+
+from aimc_pl import boundaries
+from aimc_pl.boundaries import BoundaryError, Calls, balance, check, check_stages, find
+from aimc_pl.trial import Trials
+
+
+class Slow(nn.Module):
+    """A layer that takes so many units of time."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units = units
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x):
+        time.sleep(0.008 * self.units)
+        return x * self.weight
+
+
+def found(network, num_stages, x=None, function=None, may_share=True, **kwargs):
+    x = torch.randn(3, 2, dtype=torch.float64) if x is None else x
+    trials = Trials(network, [function or (lambda: network(x).square().mean())])
+    calls = Calls()
+    with calls.recorded(network):
+        trials.undivided()
+    return find(trials, calls, num_stages, may_share=may_share, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("units", "num_stages", "expected"),
+    [
+        ([1, 1, 1, 1], 2, ["2"]),
+        ([3, 1, 1, 1], 2, ["1"]),
+        ([1, 1, 1, 3], 2, ["3"]),
+        ([1, 2, 3, 4], 2, ["3"]),
+        ([6, 1, 1, 4, 2, 2], 3, ["1", "4"]),
+        ([1, 1, 8, 1, 1], 3, ["2", "3"]),
+        ([5], 1, []),
+    ],
+)
+def test_stages_follow_measured_costs(units, num_stages, expected):
+    network = nn.Sequential(*map(Slow, units))
+    names, shares = found(network, num_stages, repeats=2)
+    assert names == expected
+    ends = [0, *(int(name) for name in names), len(units)]
+    ideal = [sum(units[a:b]) / sum(units) for a, b in itertools.pairwise(ends)]
+    assert shares == pytest.approx(ideal, abs=0.1)
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_backwards_count():
+    class SlowBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            time.sleep(0.04)
+            return gradient
+
+    network = nn.Sequential(*(Slow(1) for _ in range(5)))
+    network[0].register_forward_hook(lambda module, args, out: SlowBackward.apply(out))
+    assert found(network, 2, repeats=2)[0] == ["1"]
+
+
+def test_the_fastest_of_several_runs_counts():
+    """One run that something else delays moves no boundary."""
+    network = nn.Sequential(*(Slow(1) for _ in range(4)))
+    runs = []
+
+    def delay(module, args):
+        runs.append(1)
+        if len(runs) == 2:  # the first measured one
+            time.sleep(0.1)
+
+    network[3].register_forward_pre_hook(delay)
+    assert found(network, 2, repeats=2)[0] == ["2"]
+
+
+def test_layers_a_hundred_times_as_large_do_not_share_a_stage():
+    layers = [nn.Linear(16, 16) for _ in range(3)] + [nn.Linear(16, 4096), nn.Linear(4096, 16)]
+    network = nn.Sequential(*layers, *[nn.Linear(16, 16) for _ in range(3)])
+    assert "4" in found(network, 4, torch.randn(512, 16))[0]
+
+
+def test_updates_of_tiles_count(monkeypatch):
+    network = nn.Sequential(*(Slow(1) for _ in range(5)))
+    monkeypatch.setattr(boundaries, "time_update", lambda module: 0.05 if module is network[3] else 0.0)
+    names, shares = found(network, 3)
+    assert names == ["3", "4"]
+    assert shares[1] == max(shares)
+
+
+def test_the_outermost_module_opens_a_stage():
+    """Not the one within it that holds the parameters, nor what comes before it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.layer = nn.Tanh(), nn.Sequential(Slow(1))
+
+        def forward(self, x):
+            return self.layer(self.act(x))
+
+    network = nn.Sequential(Slow(1), nn.Tanh(), nn.Sequential(Block(), nn.Identity()), Block())
+    assert found(network, 3)[0] == ["2", "3"]
+    network = nn.ModuleDict({"body": nn.Sequential(Block(), Block())})
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert found(network, 2, function=lambda: network["body"](x).sum())[0] == ["body.1"]
+
+
+class Tied(nn.Module):
+    """The first and the third layer share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (Slow(1) for _ in range(4))
+        self.c.weight = self.a.weight
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x))))
+
+
+def test_shared_parameters_are_kept_together():
+    assert found(Tied(), 2, may_share=False)[0] == ["d"]
+    assert found(Tied(), 2, may_share=True)[0] == ["c"]
+    with pytest.raises(
+        BoundaryError, match=r"3 stages need at least 3 layers .* calls 2 \(layers .* one, here a\.weight\)"
+    ):
+        found(Tied(), 3, may_share=False)
+    assert len(found(Tied(), 4, may_share=True)[0]) == 3
+
+
+def test_a_parameter_that_is_used_without_its_module_is_seen():
+    network = nn.Sequential(*(Slow(1) for _ in range(4)))
+    x = torch.randn(3, 2, dtype=torch.float64)
+    # The last layer's weight is used before the first layer, as an embedding's is in a language model's head.
+    names, _ = found(network, 2, function=lambda: network(x * network[2].weight).sum(), may_share=False)
+    assert names == ["3"]
+
+
+def test_frozen_layers_count_as_layers():
+    network = nn.Sequential(Slow(1), Slow(1).requires_grad_(False), Slow(1))
+    assert found(network, 3)[0] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("network", "num_stages", "layers"),
+    [
+        (nn.Sequential(Slow(0), nn.Tanh(), Slow(0)), 3, 2),
+        (nn.Sequential(Slow(0)), 2, 1),
+    ],
+)
+def test_too_few_layers(network, num_stages, layers):
+    with pytest.raises(BoundaryError, match=f"{num_stages} stages need at least {num_stages} .* calls {layers}. Lower"):
+        found(network, num_stages)
+
+
+def test_measuring_leaves_no_trace():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(), nn.Linear(2, 2)).double()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    states = torch.get_rng_state()
+    x = torch.ones(3, 2, dtype=torch.float64)
+    found(network, 3, x, repeats=2)
+    assert torch.equal(torch.get_rng_state(), states)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_calls_are_the_modules_called_first_with_gradients():
+    network = nn.Sequential(
+        nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Tanh()), nn.Linear(2, 2), nn.Linear(2, 2)
+    )
+    other = nn.Linear(2, 2)
+    x = torch.randn(3, 2)
+    calls = Calls()
+    with calls.recorded(network):
+        with torch.no_grad():
+            network[2](x)
+        other(x)
+        h = network[1](network[0](x))
+        network[1](network[0](h))
+        with torch.no_grad():
+            network[0](x)
+    network[3](x)
+    assert calls.names == ["0", "1", "1.0", "1.1"]
+
+
+def test_calls_without_gradients_and_in_checkpoints_are_others():
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    x = torch.randn(3, 2)
+
+    def step():
+        with torch.no_grad():
+            network[3](x)
+        h = network[0](x)
+        for reentrant in (False, True):
+            h = torch.utils.checkpoint.checkpoint(network[1 + reentrant], h, use_reentrant=reentrant)
+        return h.sum()
+
+    calls, every = Calls(), Calls(with_gradients=False)
+    with calls.recorded(network):
+        step()
+    with every.recorded(network):
+        step()
+    assert calls.names == ["0"]
+    assert calls.others == ["3", "1", "2"]
+    assert every.names == ["3", "0", "1", "2"]
+    for name in calls.others:
+        with pytest.raises(BoundaryError, match=f"names '{name}', which training_step calls without gradients"):
+            check(calls, [name])
+
+
+def make_calls(*names):
+    calls = Calls()
+    calls.names = [*names]
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("split_at", "message"),
+    [
+        (["nowhere"], r"names 'nowhere', which training_step does not call; it calls a, b, b\.0, c"),
+        (["a", ""], r"names '', which training_step does not call"),
+        (["c", "b"], r"\['c', 'b'\] is out of order: .*, which is b, c"),
+        (["b", "b"], "out of order"),
+    ],
+)
+def test_bad_names(split_at, message):
+    with pytest.raises(BoundaryError, match=message):
+        check(make_calls("a", "b", "b.0", "c"), split_at)
+
+
+def test_good_names_and_long_lists():
+    check(make_calls("a", "b", "b.0", "c"), ["b", "b.0", "c"])
+    check(make_calls(), [])
+    with pytest.raises(BoundaryError, match=r"layer18, layer19 and 5 more"):
+        check(make_calls(*(f"layer{i}" for i in range(25))), ["x"])
+
+
+def test_a_stage_that_does_nothing_is_refused():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    network[3].requires_grad_(False)
+    x = torch.randn(3, 2)
+
+    def check(*split_at):
+        check_stages(make_step(network, split_at, lambda: network(x).sum()).stages, split_at)
+
+    check("1", "2", "3")
+    for split_at, empty in ((["0"], 0), (["2", "2.0"], 1)):
+        with pytest.raises(BoundaryError, match=f"leaves stage {empty} empty"):
+            check(*split_at)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 5])
+def test_balance_is_the_best_of_all_splits(groups):
+    generator = torch.Generator().manual_seed(groups)
+    for length in range(groups, 9):
+        costs = torch.rand(length, generator=generator).tolist()
+
+        def worst(cuts, costs=costs):
+            return max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *cuts, len(costs)]))
+
+        best = min(worst(cuts) for cuts in itertools.combinations(range(1, length), groups - 1))
+        chosen = balance(costs, groups)
+        assert worst(chosen) == pytest.approx(best)
+        assert chosen == sorted(set(chosen))
+        assert len(chosen) == groups - 1
+
+
+def test_many_layers_are_balanced_quickly():
+    """Hundreds of layers, as a transformer of a hundred blocks calls them."""
+    start = time.perf_counter()
+    chosen = boundaries.balance([1.0] * 400, 8)
+    assert chosen == list(range(50, 400, 50))
+    assert time.perf_counter() - start < 10
