@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,14 +13,25 @@ _OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
 _FLAGS = "requires_grad of parameters"
 """Stands among a module's attributes for what its parameters require."""
 
+_BY_FINGERPRINT = ("_buffers", "_parameters")
 _MISSING = object()
 _MANY = 256
 
 Place = tuple[int, str]
 """The number of a module (some modules compare in ways of their own) and an attribute's name."""
 
-Snapshot = list[dict[str, Any]]
-"""The frozen values of all attributes, by module."""
+
+class _Look(NamedTuple):
+    """The attributes of a module at some moment."""
+
+    fingerprint: list[Any]
+    """What is another object where an attribute has been set."""
+    values: dict[str, Any]
+    containers: list[str]
+
+
+Snapshot = list[tuple[_Look, dict[str, Any]]]
+"""For every module its attributes, and the frozen values of those that are containers."""
 
 
 class Attributes:
@@ -36,18 +48,32 @@ class Attributes:
     def __init__(self, network: nn.Module, *, deep: bool = False) -> None:
         self._names, self._modules = zip(*network.named_modules(), strict=True)
         self._most = sys.maxsize if deep else _MANY
+        self._looks = [self._look(module) for module in self._modules]
 
     def read(self) -> Snapshot:
         """The attributes of this moment."""
-        most = self._most
-        return [{name: _freeze(value, most) for name, value in _values(module).items()} for module in self._modules]
+        snapshot = []
+        for number, module in enumerate(self._modules):
+            look = self._looks[number]
+            if not _is_same(_fingerprint(module), look.fingerprint):
+                look = self._looks[number] = self._look(module)
+            held = vars(module)
+            containers = {name: _freeze(held[name], self._most) for name in look.containers}
+            snapshot.append((look, containers))
+        return snapshot
 
     def changes(self, before: Snapshot) -> dict[Place, Any]:
         """The frozen values of what has been set, filled or deleted since ``before``."""
         changed: dict[Place, Any] = {}
-        for number, (module, values) in enumerate(zip(self._modules, before, strict=True)):
+        for number, (module, (look, containers)) in enumerate(zip(self._modules, before, strict=True)):
+            if _is_same(_fingerprint(module), look.fingerprint):
+                held = vars(module)
+                for name, frozen in containers.items():
+                    if not _is_unchanged(frozen, held[name]):
+                        changed[number, name] = _freeze(held[name], self._most)
+                continue
             now = _values(module)
-            for name, frozen in values.items():
+            for name, frozen in (look.values | containers).items():
                 value = now.pop(name, _MISSING)
                 if value is not frozen and not _is_unchanged(frozen, value):
                     changed[number, name] = _freeze(value, self._most)
@@ -58,7 +84,11 @@ class Attributes:
     @staticmethod
     def select(snapshot: Snapshot, places: Iterable[Place]) -> dict[Place, Any]:
         """The frozen values of some attributes."""
-        return {(number, name): snapshot[number].get(name, _MISSING) for number, name in places}
+        found = {}
+        for number, name in places:
+            look, containers = snapshot[number]
+            found[number, name] = containers[name] if name in containers else look.values.get(name, _MISSING)
+        return found
 
     def current(self, places: Iterable[Place]) -> dict[Place, Any]:
         """The frozen values that some attributes have now."""
@@ -85,6 +115,14 @@ class Attributes:
         module = self._modules[number]
         return _flags(module) if name == _FLAGS else vars(module).get(name, _MISSING)
 
+    def _look(self, module: nn.Module) -> _Look:
+        values = _values(module)
+        containers = [
+            name for name, value in values.items() if isinstance(value, _CONTAINERS) and name not in _BY_FINGERPRINT
+        ]
+        frozen = {name: _freeze(value, self._most) for name, value in values.items() if name not in containers}
+        return _Look(_fingerprint(module), frozen, containers)
+
 
 class Contents:
     """What containers and plain objects hold, however deep, to be put back.
@@ -108,7 +146,7 @@ class Contents:
 
 def arrays_in(snapshot: Snapshot) -> list[Tensor | np.ndarray[Any, Any]]:
     """The tensors and NumPy arrays among the attributes, those in containers included."""
-    return _arrays_in([value for values in snapshot for value in values.values()])
+    return _arrays_in([value for look, containers in snapshot for value in (look.values | containers).values()])
 
 
 def is_alike(a: Any, b: Any) -> bool:
@@ -132,6 +170,17 @@ class _Large(NamedTuple):
 
     value: Any
     length: int
+
+
+def _fingerprint(module: nn.Module) -> list[Any]:
+    held = vars(module)
+    parameters, buffers = held["_parameters"], held["_buffers"]
+    flags = [parameter is not None and parameter.requires_grad for parameter in parameters.values()]
+    return [*held, *held.values(), *parameters, *parameters.values(), *buffers, *buffers.values(), *flags]
+
+
+def _is_same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def _values(module: nn.Module) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Traces:
         self._arrays = [array for array in arrays if isinstance(array, np.ndarray) or _has_value(array)]
         with torch.no_grad():
             self._values = [array.clone() if isinstance(array, Tensor) else array.copy() for array in self._arrays]
+        self._watched = range(len(self._arrays))
         self._gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
         contexts: list[Any] = [parameter for parameter in network.parameters() if hasattr(parameter, "analog_tile")]
         self._pending = [(context, context.analog_input, context.analog_grad_output) for context in contexts]
@@ -51,8 +52,12 @@ class Traces:
 
     def undo(self) -> None:
         """Put everything back."""
-        for change in self.changed():
+        changes = self.changed()
+        for change in changes:
             self.undo_one(change)
+        # To compare all weights takes as long as a small step: those that the first run leaves alone are trusted.
+        weights = set(map(id, self._network.parameters()))
+        self._watched = [k for k in self._watched if k in changes or id(self._arrays[k]) not in weights]
         self.undo_inputs()
         self._rewind()
         self.clear_gradients()
@@ -64,17 +69,14 @@ class Traces:
     def undo_inputs(self) -> None:
         """Put the batch back."""
         self._inputs.put_back()
-        for number, (array, value) in enumerate(zip(self._arrays, self._values, strict=True)):
-            if id(array) in self._input_arrays and not _is_same(array, value):
+        for number in self._watched:
+            array = self._arrays[number]
+            if id(array) in self._input_arrays and not _is_same(array, self._values[number]):
                 self.undo_one(number)
 
     def changed(self) -> list[Place | int]:
         """The attributes that have changed, and the numbers of arrays."""
-        arrays = [
-            number
-            for number, (array, value) in enumerate(zip(self._arrays, self._values, strict=True))
-            if not _is_same(array, value)
-        ]
+        arrays = [number for number in self._watched if not _is_same(self._arrays[number], self._values[number])]
         return [*self._attributes.changes(self._before), *arrays]
 
     def undo_one(self, change: Place | int) -> None:

@@ -138,7 +138,7 @@ def _divide(
         return list(split_at or ()), ""
     rank_zero_info("Measuring the layers that the step calls, on the first micro-batch, to divide it evenly")
     found, shares = agree(
-        boundaries.find(trials, calls, num_stages, may_share=may_share, repeats=min(len(trials.functions), 3))
+        boundaries.find(trials, calls, num_stages, may_share=may_share, repeats=min(len(trials.functions), 2))
     )
     percent = ", ".join(f"{100 * share:.0f}" for share in shares)
     if max(shares) > 0.6:
