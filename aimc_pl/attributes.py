@@ -117,9 +117,7 @@ class Attributes:
 
     def _look(self, module: nn.Module) -> _Look:
         values = _values(module)
-        containers = [
-            name for name, value in values.items() if isinstance(value, _CONTAINERS) and name not in _BY_FINGERPRINT
-        ]
+        containers = [name for name, value in values.items() if _can_change(value) and name not in _BY_FINGERPRINT]
         frozen = {name: _freeze(value, self._most) for name, value in values.items() if name not in containers}
         return _Look(_fingerprint(module), frozen, containers)
 
@@ -208,9 +206,15 @@ def _contents(value: Any) -> list[Any] | None:
     return [*value] if isinstance(value, list | set | deque | tuple) else None
 
 
-def _freeze(value: Any, most: int, around: tuple[int, ...] = ()) -> Any:
+def _can_change(value: Any) -> bool:
     # Most attributes are plain; a test of the exact type is fastest.
-    if type(value) in _PLAIN or not isinstance(value, _CONTAINERS) or id(value) in around:
+    if type(value) in _PLAIN or not isinstance(value, _CONTAINERS):
+        return False
+    return not isinstance(value, tuple) or not all(type(item) in _PLAIN for item in value)
+
+
+def _freeze(value: Any, most: int, around: tuple[int, ...] = ()) -> Any:
+    if not _can_change(value) or id(value) in around:
         return value
     if len(value) > most:
         return _Large(value, len(value))
