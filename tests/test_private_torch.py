@@ -10,9 +10,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from aimc_pl.private_torch import (
+    CALL,
     LEAF,
+    call_of,
     count_function_modes,
     count_saved_tensor_hooks,
+    current_function_mode,
+    has_backward_hooks,
     is_checkpointing,
     is_in_functorch,
     next_sequence_number,
@@ -22,6 +26,11 @@ from aimc_pl.private_torch import (
     push_saved_tensor_hooks,
     sequence_number,
     set_versions,
+    storage_of,
+    version,
+    without_backward_hooks,
+    without_functions,
+    without_subclass_functions,
     zeros_at,
 )
 
@@ -229,3 +238,79 @@ def test_saved_tensor_hooks_while_they_are_disabled(is_disabled):
             assert count_saved_tensor_hooks() == 0
     else:
         assert count_saved_tensor_hooks() == 0
+
+
+class Telling(torch.Tensor):
+    """Tells the functions that it is given to."""
+
+    seen: list[str] = []  # noqa: RUF012, of the class
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Mode(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_functions_are_not_intercepted():
+    x = torch.ones(2).as_subclass(Telling)
+    with Mode() as mode:
+        assert current_function_mode() is mode
+        Telling.seen.clear()
+        mode.seen.clear()
+        with without_functions():
+            torch.add(x, 1)
+        assert (Telling.seen, mode.seen) == ([], [])
+        with without_subclass_functions():
+            torch.add(x, 1)
+        assert (Telling.seen, mode.seen) == ([], ["add"])
+    assert current_function_mode() is None
+    torch.add(x, 1)
+    assert "add" in Telling.seen
+
+
+def test_a_module_calls_what_stands_in_its_place():
+    """And a call with hooks is what it has called before."""
+    module, calls = nn.Linear(2, 2), []
+    module.register_forward_hook(lambda *args: calls.append("hook"))
+    plain = call_of(module)
+    setattr(module, CALL, lambda x: calls.append("instead") or plain(x))
+    assert torch.equal(module(torch.ones(1, 2)), nn.functional.linear(torch.ones(1, 2), module.weight, module.bias))
+    assert calls == ["instead", "hook"]
+
+
+def test_versions_grow_with_changes_in_place():
+    x = torch.zeros(2)
+    before = version(x)
+    x.add_(1)
+    assert version(x) == before + 1
+    with torch.inference_mode():
+        assert version(torch.zeros(2)) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_views_share_their_storage(device):
+    x, other = torch.zeros(4, device=device), torch.zeros(4, device=device)
+    assert storage_of(x) == storage_of(x[1:]) != storage_of(other)
+
+
+def test_backward_hooks_can_be_left_out():
+    module, calls = nn.Sequential(nn.Linear(2, 2)), []
+    assert not has_backward_hooks(module[0])
+    module[0].register_full_backward_hook(lambda *args: calls.append("after"))
+    module[0].register_full_backward_pre_hook(lambda *args: calls.append("before"))
+    assert has_backward_hooks(module[0])
+    with without_backward_hooks(module):
+        module(torch.ones(1, 2)).sum().backward()
+    assert calls == []
+    module(torch.ones(1, 2)).sum().backward()
+    assert calls == ["before", "after"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from aimc_pl.ghosts import refusals
-from aimc_pl.ghosts.private_torch import version
 from aimc_pl.ghosts.values import Ghost, Key
+from aimc_pl.private_torch import version
 
 
 class _Receive(torch.autograd.Function):

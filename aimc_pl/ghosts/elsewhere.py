@@ -17,7 +17,6 @@ from aimc_pl.ghosts.arrivals import name_of_value
 from aimc_pl.ghosts.functions import name_of
 from aimc_pl.ghosts.learning import Watch
 from aimc_pl.ghosts.parts import Part, digital_result
-from aimc_pl.ghosts.private_torch import without_backward_hooks, without_functions
 from aimc_pl.ghosts.shapes import NeedsValuesError, Outcome, Slot, describe, outcome_of, outcome_with_twins, twin_of
 from aimc_pl.ghosts.state import State
 from aimc_pl.ghosts.values import (
@@ -32,6 +31,7 @@ from aimc_pl.ghosts.values import (
     spec_of,
     tensors_in,
 )
+from aimc_pl.private_torch import without_backward_hooks, without_functions
 
 
 class Elsewhere:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from aimc_pl.ghosts import refusals
 from aimc_pl.ghosts.arrivals import name, name_of_value
-from aimc_pl.ghosts.private_torch import version, without_functions
 from aimc_pl.ghosts.shapes import describe
 from aimc_pl.ghosts.state import State
 from aimc_pl.ghosts.values import (
@@ -22,6 +21,7 @@ from aimc_pl.ghosts.values import (
     replace_directly,
     tensors_in,
 )
+from aimc_pl.private_torch import version, without_functions
 
 
 class Here:

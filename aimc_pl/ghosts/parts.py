@@ -10,7 +10,7 @@ from torchmetrics import Metric, MetricCollection
 
 from aimc_pl.devices.conversion import analog_layers
 from aimc_pl.devices.weights import product
-from aimc_pl.ghosts.private_torch import CALL, call_of
+from aimc_pl.private_torch import CALL, call_of
 
 
 class Part:

@@ -18,10 +18,10 @@ from aimc_pl.ghosts.functions import Kind, kind_of, name_of
 from aimc_pl.ghosts.here import Here
 from aimc_pl.ghosts.learning import Watch
 from aimc_pl.ghosts.parts import Part
-from aimc_pl.ghosts.private_torch import current_function_mode, has_backward_hooks, without_functions
 from aimc_pl.ghosts.state import Setting, State
 from aimc_pl.ghosts.trail import Trail
 from aimc_pl.ghosts.values import Ghost, Key, Unknown, is_ghost, plainly
+from aimc_pl.private_torch import current_function_mode, has_backward_hooks, without_functions
 
 Message = tuple[tuple[str, ...], tuple[Key, ...], tuple[Tensor, ...]]
 """What a stage sends: what has happened in every stretch so far, keys of values, values."""

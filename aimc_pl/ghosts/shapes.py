@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from aimc_pl.ghosts.functions import name_of
-from aimc_pl.ghosts.private_torch import storage_of, version
 from aimc_pl.ghosts.values import Ghost, OpaqueError, Spec, Unknown, replace, signature, spec_of, tensors_in
+from aimc_pl.private_torch import storage_of, version
 
 _META = torch.device("meta")
 _MOST = 10_000

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeIs
 
 from aimc_pl.ghosts.functions import Kind, kind_of
-from aimc_pl.ghosts.private_torch import without_subclass_functions
+from aimc_pl.private_torch import without_subclass_functions
 
 Key = tuple[int, int, int]
 """Where a value was made, the same in all processes: stretch, event of the stretch, tensor of the event."""
