@@ -172,7 +172,8 @@ class _Large(NamedTuple):
 
 def _fingerprint(module: nn.Module) -> list[Any]:
     held = vars(module)
-    parameters, buffers = held["_parameters"], held["_buffers"]
+    # A scripted module has none of its own.
+    parameters, buffers = held.get("_parameters", {}), held.get("_buffers", {})
     flags = [parameter is not None and parameter.requires_grad for parameter in parameters.values()]
     return [*held, *held.values(), *parameters, *parameters.values(), *buffers, *buffers.values(), *flags]
 

@@ -200,7 +200,10 @@ class StagePerProcess:
                 # Where training_step will begin its stages is not known yet.
                 return function()
             if self._process is None:
-                step = settle_evaluation(self._module, function, inputs, self._num_stages, self._split_at, self.agree)
+                with replaced(self._module, "log", discard):
+                    step = settle_evaluation(
+                        self._module, function, inputs, self._num_stages, self._split_at, self.agree
+                    )
                 self.place(step, [])
             assert self._process is not None
             return self._process.infer(function, inputs)
