@@ -92,7 +92,7 @@ class CutGraph:
                     self._crossing[stage].setdefault(node, []).append((index, into, (following, output)))
         self._share_leaves(leaves, seen)
         self._pending[self._stage_of(root, sequence_number(root))][root, seen[root]] = gradient
-        return [[leaf.variable for leaf in uses] for uses in leaves]  # pyright: ignore[reportAttributeAccessIssue]
+        return [[leaf.variable for leaf in uses] for uses in leaves]  # pyright: ignore[reportAttributeAccessIssue], leaves have it
 
     def backward(self, stage: int) -> None:
         """Backpropagate through a stage, from the last to the first; every stage once.
@@ -153,11 +153,11 @@ class _StageIsOver(Exception):  # noqa: N818, an event and no error
 
 class _Sentinel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, anchor: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride], torch passes these
         return anchor.new_ones(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride], torch passes these
         raise _StageIsOver
 
 

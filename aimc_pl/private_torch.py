@@ -17,7 +17,7 @@ from torch.overrides import (
 
 SavedTensorHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
-_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue], not in the stubs
 
 LEAF = 2**64 - 1
 """The sequence number of nodes that accumulate gradients in leaf tensors."""
@@ -30,12 +30,12 @@ def next_sequence_number() -> int:
 
 def sequence_number(node: Node) -> int:
     """When a node was made; :data:`LEAF` for nodes of leaf tensors. The backward runs ready nodes from the newest."""
-    return node._sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
+    return node._sequence_nr()  # pyright: ignore[reportAttributeAccessIssue], not in the stubs
 
 
 def zeros_at(edge: GradientEdge) -> Tensor:
     """A gradient of zeros that fits an edge."""
-    there = edge.node._input_metadata[edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue]
+    there = edge.node._input_metadata[edge.output_nr]  # pyright: ignore[reportAttributeAccessIssue], not in the stubs
     return torch.zeros((), dtype=there.dtype, device=there.device).expand(tuple(there.shape))
 
 

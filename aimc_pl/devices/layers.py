@@ -49,7 +49,7 @@ class AnalogWeight(Tensor):
         )
 
     @property
-    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride], read only here
         """Itself, so that writing to it is refused too."""
         return self
 

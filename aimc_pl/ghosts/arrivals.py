@@ -95,7 +95,7 @@ class Arrivals:
     def writes(self, ghost: Ghost) -> int:
         """How often the value of a ghost has been changed in place here since it got its name."""
         value = self._values.get(ghost.key) if ghost.key else None
-        return 0 if value is None else version(value) - self._versions[ghost.key]  # pyright: ignore[reportArgumentType]
+        return 0 if value is None else version(value) - self._versions[ghost.key]  # pyright: ignore[reportArgumentType], ghosts seen have one
 
     def _keep(self, key: Key, value: Tensor) -> None:
         self._values[key] = value

@@ -195,7 +195,7 @@ class Ghosts:
     @contextmanager
     def _intercepted(self, run: Run) -> Iterator[None]:
         running.append(run)
-        torch.autograd.Function.apply = self._apply  # pyright: ignore[reportAttributeAccessIssue]
+        torch.autograd.Function.apply = self._apply  # pyright: ignore[reportAttributeAccessIssue], put back below
         try:
             with replaced(self._parts, self._wrappers):
                 yield

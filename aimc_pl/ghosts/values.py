@@ -92,7 +92,7 @@ class Ghost(Tensor):
         self.key, self.stage = key, stage
         self.writes += 1
 
-    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride], of a Tensor's
         return f"<a value of stage {self.stage}, {tuple(self.spec.shape)}, {self.spec.dtype}>"
 
     def __format__(self, format_spec: str) -> str:
