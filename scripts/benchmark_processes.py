@@ -166,9 +166,8 @@ def two_processes(
     ghosts.free()
 
     def run() -> None:
-        pipeline.run(
-            [process.microbatch(function, 1 / NUM_MICROBATCHES, inputs) for _ in range(NUM_MICROBATCHES)],
-        )
+        with ghosts.intercepting():
+            pipeline.run([process.microbatch(function, 1 / NUM_MICROBATCHES, inputs) for _ in range(NUM_MICROBATCHES)])
         finish(pipeline, update)
 
     return run
@@ -242,7 +241,8 @@ def ghosts_pass(network: nn.Module, step: StagedStep, micro: MicroBatch) -> Call
         flights, message, seconds = [], None, [0.0] * NUM_STAGES
         for index, process in enumerate(processes):
             start = time.thread_time()
-            flight = process.forward(function, message, 0, inputs)
+            with process.intercepting():
+                flight = process.forward(function, message, 0, inputs)
             seconds[index] += time.thread_time() - start
             message = _as_received(flight.outgoing)
             flights.append(flight)

@@ -95,11 +95,12 @@ def record(folder: Path, seconds: float) -> None:
         pipeline = Pipeline([own], schedule, lambda _: None)
         step = partial(lambda network: network(x).sum(), network)
         dist.barrier()
-        for _ in range(MINI_BATCHES):
-            pipeline.run([process.microbatch(step, 1.0, x) for _ in range(NUM_MICROBATCHES)])
-            if not schedule.is_async:
-                pipeline.updated()
-        pipeline.drain()
+        with ghosts.intercepting():
+            for _ in range(MINI_BATCHES):
+                pipeline.run([process.microbatch(step, 1.0, x) for _ in range(NUM_MICROBATCHES)])
+                if not schedule.is_async:
+                    pipeline.updated()
+            pipeline.drain()
         counts = {"F": 0, "B": 0}
         for kind, start, end in layers[stage].times:
             rows.append((name, duplex, num_stages, stage, kind, counts[kind], start, end))

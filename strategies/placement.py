@@ -1,7 +1,7 @@
 """Where the stages run: all of them in this process, or each in its own."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 from zlib import crc32
 
@@ -176,8 +176,12 @@ class StagePerProcess:
 
     def running(self) -> AbstractContextManager[Any]:
         """See :class:`Placement`."""
+        running = ExitStack()
         # What a stage draws must not change what the processes' samplers draw alike.
-        return isolate_rng()
+        running.enter_context(isolate_rng())
+        if self._process is not None:
+            running.enter_context(self._process.ghosts.intercepting())
+        return running
 
     def microbatch(self, step: TrainingStep) -> MicroBatch:
         """See :class:`Placement`."""
@@ -206,7 +210,8 @@ class StagePerProcess:
                     )
                 self.place(step, [])
             assert self._process is not None
-            return self._process.infer(function, inputs)
+            with self._process.ghosts.intercepting():
+                return self._process.infer(function, inputs)
 
     def module_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """See :class:`Placement`."""

@@ -154,10 +154,14 @@ class Training:
         """Lightning's order for one stage: the hooks and the clipping, the step, zero_grad."""
         trainer, module = self._trainer, self._module
         optimizer: Optimizer = trainer.optimizers[0]
+        assert self.pipeline is not None
         mine = {id(parameter) for parameter in stage.parameters}
         groups = [(group, group["params"]) for group in optimizer.param_groups]
         # The gradients that other stages have computed in this clock are for their own updates.
-        others = [(p, p.grad) for p in module.parameters() if p.grad is not None and id(p) not in mine]
+        elsewhere = [
+            parameter for other in self.pipeline.stages if other is not stage for parameter in other.parameters
+        ]
+        others = [(parameter, parameter.grad) for parameter in elsewhere if parameter.grad is not None]
         try:
             for parameter, _ in others:
                 parameter.grad = None

@@ -92,7 +92,8 @@ class Processes:
         for operations in schedule.clock_cycles(count):
             for kind, stage, k in operations:
                 passage = passages[count * stage + k]
-                (passage.forward if kind == "F" else passage.backward)(stage)
+                with self.all[stage].ghosts.intercepting():
+                    (passage.forward if kind == "F" else passage.backward)(stage)
             for kind, stage, _ in operations:
                 if kind == "B":
                     update(self.all[stage].stage)
@@ -101,6 +102,11 @@ class Processes:
     def parameters(self, name):
         """Of each layer, from the process that owns it."""
         return [getattr(self.networks[stage][2 * layer], name) for layer, stage in enumerate(OWNERS)]
+
+
+def infer(process, function, x):
+    with process.ghosts.intercepting():
+        return process.infer(function, x)
 
 
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
@@ -183,7 +189,8 @@ def test_inference_gives_the_result_to_the_last_stage():
     processes = Processes(network)
     ((x, target, _),) = make_microbatches(1)
     results = [
-        process.infer(lambda own=own: own(x), x) for process, own in zip(processes.all, processes.networks, strict=True)
+        infer(process, lambda own=own: own(x), x)
+        for process, own in zip(processes.all, processes.networks, strict=True)
     ]
     assert results[:2] == [None, None]
     torch.testing.assert_close(results[2], network(x).detach(), rtol=1e-12, atol=1e-15)
@@ -200,7 +207,7 @@ def test_micro_batches_draw_numbers_of_their_own_that_the_seed_decides():
         processes = Processes(make_network(dropout=0.5), seed=seed)
         return [
             [
-                process.infer(lambda own=own: own(x).sum(), x)
+                infer(process, lambda own=own: own(x).sum(), x)
                 for process, own in zip(processes.all, processes.networks, strict=True)
             ][-1].item()
             for _ in range(3)

@@ -1,13 +1,11 @@
 """The forward and the backward of one stage of a step, where every stage has a process of its own."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +69,6 @@ class Ghosts:
         self._parts = parts_of(module, boundaries, owners)
         self._wrappers = [partial(_called, part) for part in self._parts]
         self._apply = classmethod(_applied)
-        self._generator = np.random.MT19937(0)
         glue = glue_of(module, self._parts)
         own = (inner for part in self._parts if part.owner in (stage, None) for inner in part.module.modules())
         self._setting = Setting(
@@ -116,14 +113,24 @@ class Ghosts:
             if is_ghost(buffer):
                 give_class(buffer, Tensor)
 
+    @contextmanager
+    def intercepting(self) -> Iterator[None]:
+        """While it is open, forwards see the calls of modules. It can stay open over many, as to open it takes time."""
+        torch.autograd.Function.apply = self._apply  # pyright: ignore[reportAttributeAccessIssue], put back below
+        try:
+            with replaced(self._parts, self._wrappers):
+                yield
+        finally:
+            torch.autograd.Function.apply = _plain_apply
+
     def forward(self, function: Callable[[], Any], message: Message | None, seed: int, inputs: Any = None) -> Flight:
-        """Run the step as far as this stage needs it.
+        """Run the step as far as this stage needs it, inside :meth:`intercepting`.
 
         Args:
             function: the whole step.
             message: from the stage before; ``None`` in the first stage. Its tensors are this stage's own from now on.
-            seed: of this micro-batch's random numbers, the same in all processes. The generators go on afterwards as
-                if nothing had been drawn.
+            seed: of this micro-batch's random numbers, the same in all processes. The global generators are seeded
+                with it.
             inputs: what decides, apart from ``module``, which way the step takes: which step it is, and the batch.
                 Shapes, types and constants of it are looked at.
 
@@ -143,19 +150,20 @@ class Ghosts:
     ) -> Flight:
         run = Run(self._setting, message, seed, _signature(inputs), differentiates)
         result: Any = None
-        with self._own_random_numbers(), self._intercepted(run):
+        running.append(run)
+        try:
             run.start()
-            try:
-                with run:
-                    result = function()
-                run.finish()
-            except Done:
-                pass
-            except Exception as error:
-                run.fail(error)
-                raise
-            finally:
-                run.close()
+            with run:
+                result = function()
+            run.finish()
+        except Done:
+            pass
+        except Exception as error:
+            run.fail(error)
+            raise
+        finally:
+            run.close()
+            running.pop()
         return Flight(result if run.outgoing is None else None, run.outgoing, run.kept, run.arrivals.gradients)
 
     def backward(self, flight: Flight, gradients: Message | None, loss_weight: Tensor | None) -> Message | None:
@@ -192,43 +200,19 @@ class Ghosts:
             sums[key] = sums[key] + gradient if key in sums else gradient
         return None if self._stage == 0 else ((), tuple(sums), tuple(sums.values()))
 
-    @contextmanager
-    def _intercepted(self, run: Run) -> Iterator[None]:
-        running.append(run)
-        torch.autograd.Function.apply = self._apply  # pyright: ignore[reportAttributeAccessIssue], put back below
-        try:
-            with replaced(self._parts, self._wrappers):
-                yield
-        finally:
-            torch.autograd.Function.apply = _plain_apply
-            running.pop()
-
-    @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        python, numpy = random.getstate(), np.random.get_bit_generator()
-        states = [generator.get_state() for generator in self._setting.generators]
-        # Exchanged as a whole: to copy its state takes longer than a small layer.
-        np.random.set_bit_generator(self._generator)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_bit_generator(numpy)
-            for generator, state in zip(self._setting.generators, states, strict=True):
-                generator.set_state(state)
-
 
 def _called(part: Part, *args: Any, **kwargs: Any) -> Any:
-    run: Any = running[-1]
-    return run.called(part, args, kwargs)
+    run: Any = running[-1] if running else None
+    return run.called(part, args, kwargs) if run else part.call(*args, **kwargs)
 
 
 _plain_apply = torch.autograd.Function.__dict__["apply"]
 
 
 def _applied(function: type, *args: Any, **kwargs: Any) -> Any:
-    run: Any = running[-1]
-    return run.applied(_plain_apply.__get__(None, function), args, kwargs)
+    run: Any = running[-1] if running else None
+    apply = _plain_apply.__get__(None, function)
+    return run.applied(apply, args, kwargs) if run else apply(*args, **kwargs)
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
