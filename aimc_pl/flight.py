@@ -40,6 +40,7 @@ class StagedStep:
         overlaps: whether a micro-batch may begin before the one before it has ended. Attributes that a step sets on
             modules are then kept apart.
         with_gradients: whether calls without gradients begin no stage.
+        trained: leaf tensors that are trained and are no parameters of the network.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class StagedStep:
         may_share: bool = True,
         overlaps: bool = True,
         with_gradients: bool = True,
+        trained: Iterable[Tensor] = (),
     ) -> None:
         self.network = network
         self.boundaries = boundaries
@@ -63,7 +65,7 @@ class StagedStep:
         self.attributes = Attributes(network) if overlaps else None
         self.random: RandomStates | None = None
         """Random states to keep apart, where the step sets them."""
-        self.parameters = [*network.parameters()]
+        self.parameters: list[Any] = [*network.parameters(), *trained]
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.anchor = torch.zeros((), requires_grad=True, device=device)
         self.saved = SavedParameters(self.parameters, stash=True) if weight_stashing else None
@@ -144,9 +146,9 @@ class StagedStep:
         for stage, used in zip(self.stages, leaves, strict=True):
             for leaf in used:
                 owner = self._owners.get(id(leaf))
-                if owner is None and isinstance(leaf, nn.Parameter):
+                if owner is None and (isinstance(leaf, nn.Parameter) or any(leaf is p for p in self.parameters)):
                     self._owners[id(leaf)] = stage
-                    stage.parameters.append(leaf)
+                    stage.parameters.append(leaf)  # pyright: ignore[reportArgumentType], trained like one
                 elif owner is not None and owner is not stage:
                     shared.append((owner.index, stage.index, leaf))
         if shared and not self.may_share:

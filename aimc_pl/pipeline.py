@@ -118,6 +118,12 @@ class Pipeline:
                 self._enter(microbatch)
             self.drain()
 
+    def run_forwards(self, microbatches: Sequence[MicroBatch]) -> None:
+        """Run the forwards of one mini-batch under a schedule that has them first; :meth:`drain` runs the backwards."""
+        for microbatch in microbatches:
+            self._enter(microbatch)
+        self._run_until(self.schedule.backward_clock(self.schedule.num_stages - 1, 0, self._num_since_fill))
+
     def drain(self) -> None:
         """Run until no micro-batch is in flight; the next one starts a new fill."""
         if not self.is_empty:
@@ -127,7 +133,8 @@ class Pipeline:
     def updated(self) -> None:
         """Count an update of every stage (the caller's, after a mini-batch) and tell the observers."""
         for stage in self.stages:
-            self._count_update(stage)
+            if stage.index in self._contributions:
+                self._count_update(stage)
 
     def abandon(self) -> None:
         """Forget everything in flight, without updates (after an error)."""

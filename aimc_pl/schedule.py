@@ -131,6 +131,13 @@ class Schedule:
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         return max(self.backward_clock(stage, batches - 1, batches) for stage in range(self.num_stages)) + 1
 
+    @property
+    def forwards_first(self) -> bool:
+        """Whether all forwards of a mini-batch come before its first backward."""
+        last = self.num_microbatches - 1
+        forwards = (self.forward_clock(stage, last, last + 1) for stage in range(self.num_stages))
+        return not self.is_async and max(forwards) < self.backward_clock(self.num_stages - 1, 0, last + 1)
+
     def num_cycles(self, num_microbatches: int | None = None) -> int:
         """Clock cycles from the fill to the end of the drain of K micro-batches.
 

@@ -201,7 +201,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         if self.schedule.is_async:
             # Each stage has called the hooks that follow a backward, before its update.
             return loss.detach()
-        self._training.add_gradients()
+        self._training.backward()
         return self.precision_plugin.post_backward(loss, self._module)
 
     @override

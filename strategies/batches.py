@@ -1,11 +1,14 @@
 """A mini-batch as runs of training_step on its micro-batches."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +41,8 @@ class Batches:
         return self._split(batch, self._settings.schedule.num_microbatches)
 
     def _split(self, batch: Any, number: int) -> list[Any]:
+        if number == 1:
+            return [batch]
         if self._custom is None:
             return split_batch(batch, number)
         parts = self._custom(batch, number)
@@ -48,6 +53,8 @@ class Batches:
 
     def size(self, batch: Any) -> int:
         """The samples of a batch; where only the user knows how to split it, its numbers, which are as proportional."""
+        if self._settings.schedule.num_microbatches == 1:
+            return _size_for_logs(batch)
         if self._custom is None:
             return batch_size(batch)
         return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)) or 1
@@ -87,8 +94,14 @@ class Batches:
     def half(
         self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
     ) -> TrainingStep:
-        """training_step on the second half of a batch (all of it, if it has one sample)."""
-        return self.whole(self._split(batch, 2)[-1], args, context)
+        """training_step on the second half of a batch; on all of it, if it has one sample or is not to be split."""
+        try:
+            half = self._split(batch, 2)[-1]
+        except UsageError:
+            if self._settings.schedule.num_microbatches > 1:
+                raise
+            half = batch
+        return self.whole(half, args, context)
 
     @staticmethod
     def _weight(value: Any) -> float:
@@ -96,3 +109,17 @@ class Batches:
         if not 0 <= weight < float("inf"):
             raise UsageError(f"microbatch_weight must return a number of at least 0, got {weight:g}")
         return weight
+
+
+def _size_for_logs(batch: Any) -> int:
+    """The samples of a batch that is not split, which may be of any kind: as Lightning counts them, or 1."""
+    try:
+        return batch_size(batch)
+    except UsageError:
+        with warnings.catch_warnings():
+            # Lightning warns where the batch is ambiguous; that matters to what is logged by it only.
+            warnings.filterwarnings("ignore", message="Trying to infer the `batch_size`")
+            try:
+                return extract_batch_size(batch)
+            except MisconfigurationException:
+                return 1

@@ -42,6 +42,8 @@ def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
         raise UsageError(
             f"{type(module).__name__}.backward is overridden: the pipeline runs it stage by stage. Remove it"
         )
+    if not schedule.forwards_first:
+        _refuse_hooks_before_backward(trainer, schedule)
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise UsageError("training_step(dataloader_iter) cannot be split into micro-batches: take a batch")
     accumulates = trainer.accumulate_grad_batches != 1 or any(
@@ -56,6 +58,18 @@ def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
     plugin = trainer.precision_plugin
     if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
         raise UsageError("precision='16-mixed' needs one loss scale for all stages: use precision='bf16-mixed'")
+
+
+def _refuse_hooks_before_backward(trainer: "pl.Trainer", schedule: Schedule) -> None:
+    module, callbacks = trainer.lightning_module, trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    having = [callback for callback in callbacks if is_overridden("on_before_backward", callback, pl.Callback)]
+    if is_overridden("on_before_backward", module, pl.LightningModule):
+        having.append(module)
+    if having:
+        raise UsageError(
+            f"{type(having[0]).__name__}.on_before_backward comes too late under schedule={schedule.name!r}, where the "
+            "first micro-batches have gone backward before the loss is known: use schedule='sync'"
+        )
 
 
 def check_analog_support(module: nn.Module, device: torch.device, precision: Precision) -> None:

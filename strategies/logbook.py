@@ -20,22 +20,25 @@ class Logbook:
 
     Means are weighted by the samples of each micro-batch (or by the ``batch_size`` that was given), so that a value
     which is a mean over samples becomes that of the whole mini-batch; ``reduce_fx`` of ``"sum"``, ``"min"``, ``"max"``
-    or a callable is applied over the micro-batches as Lightning applies it over the steps.
+    or a callable is applied over the micro-batches as Lightning applies it over the steps. A name that a step logs
+    several times is logged as often.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[list[Any], list[int], Any, dict[str, Any]]] = {}
+        self._entries: dict[tuple[str, int], tuple[list[Any], list[int], Any, dict[str, Any]]] = {}
 
-    def record(self, size: int, name: str, value: Any, **kwargs: Any) -> None:
-        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch of ``size`` samples."""
-        values, sizes, _, _ = self._entries.get(name, ([], [], None, {}))
+    def record(self, step: TrainingStep, name: str, value: Any, **kwargs: Any) -> None:
+        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch."""
+        key = name, step.num_logged[name]
+        step.num_logged[name] += 1
+        values, sizes, _, _ = self._entries.get(key, ([], [], None, {}))
         values.append(value._forward_cache if isinstance(value, Metric) else value)
-        sizes.append(kwargs.pop("batch_size", None) or size)
-        self._entries[name] = values, sizes, value, kwargs
+        sizes.append(kwargs.pop("batch_size", None) or step.size)
+        self._entries[key] = values, sizes, value, kwargs
 
     def write(self, log: Callable[..., None]) -> None:
         """Log every gathered name once through ``log``, and forget it."""
-        for name, (values, sizes, last, kwargs) in self._entries.items():
+        for (name, _), (values, sizes, last, kwargs) in self._entries.items():
             if isinstance(last, Metric):
                 # its state holds all micro-batches; only the value of the step is to be gathered
                 if values[-1] is not None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from aimc_pl import boundaries
 from aimc_pl.boundaries import Calls
 from aimc_pl.devices.tiles import are_seeded
+from aimc_pl.errors import UsageError
 from aimc_pl.flight import StagedStep
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.checks import check_microbatches
@@ -26,6 +28,7 @@ def settle(
     split_at: Sequence[str] | None,
     *,
     splits_by_sample: bool,
+    trained: Sequence[Tensor],
     apart: bool,
     agree: Callable[[Any], Any],
 ) -> StagedStep | None:
@@ -39,6 +42,7 @@ def settle(
         settings: of the strategy.
         split_at: names of the modules with which stages 1 … M−1 begin; ``None`` to measure.
         splits_by_sample: whether mini-batches are split along the first dimension, as nobody has said otherwise.
+        trained: tensors that the optimizer trains and that are no parameters of the module.
         apart: whether the stages live in processes of their own.
         agree: gives all processes what the first one measured.
 
@@ -49,6 +53,12 @@ def settle(
         UsageError: if the step cannot be divided so, or does not give the same in stages.
     """
     schedule = settings.schedule
+    if trained and apart:
+        raise UsageError(
+            f"the optimizer trains a tensor of shape {tuple(trained[0].shape)} that is no parameter of "
+            f"{type(module).__name__}, and other processes cannot find it: make it an nn.Parameter, or keep its module "
+            "in an nn.ModuleList or nn.ModuleDict"
+        )
     for first in range(len(steps)):
         functions = [*steps[first:], *steps[:first]]
         # One micro-batch alone would not show what overlapping ones share.
@@ -70,6 +80,7 @@ def settle(
         weight_stashing=settings.weight_stashing,
         may_share=may_share,
         overlaps=schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1),
+        trained=trained,
     )
     if trials.casts:
         step.follow_casts()

@@ -8,11 +8,10 @@ import lightning.pytorch as pl
 from aihwkit.optim.context import AnalogContext
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from aimc_pl.devices import reset_pending_updates
 from aimc_pl.errors import UsageError
-from aimc_pl.pipeline import Observer, Pipeline
+from aimc_pl.pipeline import MicroBatch, Observer, Pipeline
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.batches import Batches
 from aimc_pl.strategies.logbook import Logbook, discard, logging_to
@@ -25,6 +24,7 @@ from aimc_pl.strategies.private_lightning import (
     without_loggers,
 )
 from aimc_pl.strategies.settings import Settings
+from aimc_pl.strategies.stage_optimizer import StageOptimizer
 from aimc_pl.strategies.training_step import TrainingStep, merge_outputs
 from aimc_pl.trial import Trials
 
@@ -58,6 +58,7 @@ class Training:
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._optimizer: StageOptimizer | None = None
         reset_pending_updates(module)
 
     def run(self, batch: Any, args: tuple[Any, ...]) -> Any:
@@ -65,24 +66,27 @@ class Training:
         steps = self.batches.steps(batch, args, self._precision.train_step_context)
         if self._placement.holds_last:
             self._steps += steps
-        with self._gradients_kept_apart():
+        if self.pipeline is None:
+            self.pipeline = self._begin(steps, batch, args)
+        with self._running():
             if self.pipeline is None:
-                self.pipeline = self._begin(steps, batch, args)
-            with self._running():
-                if self.pipeline is None:
-                    for step in steps:
-                        step()
-                else:
-                    self.pipeline.run([self._placement.microbatch(step) for step in steps])
-                    if last_batch_before_look(self._trainer):
-                        self.pipeline.drain()
+                for step in steps:
+                    step()
+            else:
+                self._run(self.pipeline, [self._placement.microbatch(step) for step in steps])
         finished = self._take_finished()
         self._write_log()
         output = merge_outputs(finished, self._settings.loss_reduction)
-        return self._placement.result(output, self._settings.schedule.is_async)
+        result = self._placement.result(output, self._settings.schedule.is_async)
+        if result is None and not self._settings.schedule.is_async:
+            self.backward()  # all micro-batches are skipped, and Lightning then asks for no backward
+        return result
 
-    def add_gradients(self) -> None:
-        """Put the gradients of the last mini-batch where Lightning expects them."""
+    def backward(self) -> None:
+        """Where the forwards come first, the backward of the last mini-batch; put its gradients where they belong."""
+        if self.pipeline is not None and not self.pipeline.is_empty:
+            with self._running():
+                self.pipeline.drain()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._gradients = []
@@ -130,6 +134,8 @@ class Training:
                 f"a mini-batch of {self.batches.size(batch)} samples cannot be split into num_microbatches="
                 f"{schedule.num_microbatches} micro-batches: lower it, or raise the batch size"
             )
+        trained = self._trained_besides()
+        gradients = [tensor.grad for tensor in trained]
         with logging_to(self._module, discard), without_loggers(self._trainer):
             step = settle(
                 self._module,
@@ -139,9 +145,12 @@ class Training:
                 self._settings,
                 self.split_at,
                 splits_by_sample=self.batches.splits_by_sample,
+                trained=trained,
                 apart=self._placement.is_apart,
                 agree=self._placement.agree,
             )
+        for tensor, gradient in zip(trained, gradients, strict=True):
+            tensor.grad = gradient
         if step is None:
             return None
         self.split_at = [*step.boundaries]
@@ -150,31 +159,34 @@ class Training:
             observer.on_start(stages)
         return Pipeline(stages, schedule, self._update, self._observers)
 
+    def _trained_besides(self) -> list[Any]:
+        """What the optimizer trains that is no parameter of the module: plain tensors, modules in lists."""
+        known = set(map(id, self._module.parameters()))
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        return [tensor for group in groups for tensor in group["params"] if id(tensor) not in known]
+
+    def _run(self, pipeline: Pipeline, microbatches: Sequence[MicroBatch]) -> None:
+        if pipeline.schedule.is_async:
+            pipeline.run(microbatches)
+            if last_batch_before_look(self._trainer):
+                pipeline.drain()
+        elif pipeline.schedule.forwards_first:
+            pipeline.run_forwards(microbatches)
+        else:
+            with self._gradients_kept_apart():
+                pipeline.run(microbatches)
+
     def _update(self, stage: Stage) -> None:
         """Lightning's order for one stage: the hooks and the clipping, the step, zero_grad."""
         trainer, module = self._trainer, self._module
-        optimizer: Optimizer = trainer.optimizers[0]
         assert self.pipeline is not None
-        mine = {id(parameter) for parameter in stage.parameters}
-        groups = [(group, group["params"]) for group in optimizer.param_groups]
-        # The gradients that other stages have computed in this clock are for their own updates.
-        elsewhere = [
-            parameter for other in self.pipeline.stages if other is not stage for parameter in other.parameters
-        ]
-        others = [(parameter, parameter.grad) for parameter in elsewhere if parameter.grad is not None]
-        try:
-            for parameter, _ in others:
-                parameter.grad = None
-            for group, parameters in groups:
-                group["params"] = [parameter for parameter in parameters if id(parameter) in mine]
+        if self._optimizer is None:
+            self._optimizer = StageOptimizer(trainer.optimizers[0], self.pipeline.stages)
+        optimizer = self._optimizer.optimizer
+        with self._optimizer.restricted_to(stage):
             prepare_step(trainer, optimizer)
-            optimizer.step()
+            self._optimizer.step()
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
-        finally:
-            for group, parameters in groups:
-                group["params"] = parameters
-            for parameter, gradient in others:
-                parameter.grad = gradient
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -192,7 +204,9 @@ class Training:
     @contextmanager
     def _gradients_kept_apart(self) -> Iterator[None]:
         """Lightning clears gradients after training_step, which here includes the backward, until it asks for them."""
+        # An analog tile's pulses wait in the tile.
         parameters = [p for p in self._module.parameters() if not isinstance(p, AnalogContext)]
+        parameters += self._trained_besides()
         accumulated = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -201,8 +215,9 @@ class Training:
         for parameter, gradient in zip(parameters, accumulated, strict=True):
             parameter.grad = gradient
 
-    def _record(self, step: TrainingStep, **logged: Any) -> None:
-        self._logbook.record(step.size, **logged)
+    def _record(self, *args: Any, **kwargs: Any) -> None:
+        # Micro-batches that are still under way come back here, and find the logbook of then.
+        self._logbook.record(*args, **kwargs)
 
     def _write_log(self) -> None:
         if self._placement.holds_last:

@@ -1,8 +1,10 @@
 """A mini-batch as runs of the user's training_step on its micro-batches, and what these return as one."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -41,6 +43,8 @@ class TrainingStep:
         self.weight = weight
         self.output: Any = None
         self.is_finished = False
+        self.num_logged: Counter[str] = Counter()
+        """How often each name has been logged."""
         self._function = function
         self._context = context
 
@@ -87,32 +91,33 @@ def merge_outputs(steps: Sequence[TrainingStep], loss_reduction: str) -> Any:
 
     The loss is the mean by the micro-batches' shares (the sum, if the loss sums over samples). Other values of one
     element are averaged over the samples, tensors and lists with a row per sample are joined, anything else becomes a
-    list with an item per micro-batch. Micro-batches that were skipped do not count.
+    list with an item per micro-batch that has returned it. Micro-batches that were skipped do not count. What a single
+    one returned is given back as it is.
     """
     steps = [step for step in steps if step.output is not None]
-    if not steps:
-        return None
-    if not isinstance(steps[0].output, Mapping):
-        return _merge_loss([step.output for step in steps], steps, loss_reduction)
-    sizes = [step.size for step in steps]
-    return {
-        key: _merge_loss([step.output[key] for step in steps], steps, loss_reduction)
-        if key == "loss"
-        else _merge([step.output[key] for step in steps], sizes)
-        for key in steps[0].output
-    }
+    if len(steps) <= 1:
+        return steps[0].output if steps else None
+    outputs = [step.output if isinstance(step.output, Mapping) else {"loss": step.output} for step in steps]
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for output in outputs for key in output):
+        having = [(step, output[key]) for step, output in zip(steps, outputs, strict=True) if key in output]
+        merge = partial(_merge_loss, loss_reduction) if key == "loss" else _merge
+        merged[key] = merge([step for step, _ in having], [value for _, value in having])
+    return merged if any(isinstance(step.output, Mapping) for step in steps) else merged["loss"]
 
 
-def _merge_loss(losses: list[Tensor], steps: Sequence[TrainingStep], reduction: str) -> Tensor:
+def _merge_loss(reduction: str, steps: Sequence[TrainingStep], losses: list[Tensor]) -> Tensor:
     if reduction == "sum":
         return torch.stack(losses).sum(0)
     total = sum(step.share for step in steps)
     return torch.stack([step.share / total * loss for step, loss in zip(steps, losses, strict=True)]).sum(0)
 
 
-def _merge(values: list[Any], sizes: list[int]) -> Any:
+def _merge(steps: Sequence[TrainingStep], values: list[Any]) -> Any:
+    sizes = [step.size for step in steps]
     if all(isinstance(value, Tensor) for value in values):
-        if all(value.dim() and len(value) == size for value, size in zip(values, sizes, strict=True)):
+        have_rows = all(value.dim() and len(value) == size for value, size in zip(values, sizes, strict=True))
+        if have_rows and len({(value.shape[1:], value.dtype) for value in values}) == 1:
             return torch.cat(values)
         if all(value.numel() == 1 and value.is_floating_point() for value in values):
             return sum(size / sum(sizes) * value for size, value in zip(sizes, values, strict=True))

@@ -1730,6 +1730,167 @@ class LineSearch(Plain):
         return torch.optim.LBFGS(self.parameters(), self.lr, max_iter=3)
 
 
+class ScalesBeforeBackward(Plain):
+    """A hook of the weight scales its gradient by a number that is set between the forward and the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+        self.net[2].weight.register_hook(lambda gradient: gradient / self.count)
+
+    def on_before_backward(self, loss):
+        self.count += 1
+
+
+class FreezesBeforeBackward(Plain):
+    def on_before_backward(self, loss):
+        self.net[6].requires_grad_(self.global_step % 2 == 0)
+
+    def on_after_backward(self):
+        self.net[6].requires_grad_(True)
+
+
+class ClampsBeforeZeroGrad(Plain):
+    """Between the forward and the backward, where Lightning has this hook."""
+
+    def on_before_zero_grad(self, optimizer):
+        for parameter in self.parameters():
+            parameter.data.clamp_(-0.2, 0.2)
+
+
+class TrainsATensor(Plain):
+    """What is trained is no parameter of the module, as in soft actor-critic."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shown", torch.zeros(3))
+        self.log_scale = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x) * self.log_scale.exp(), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), self.log_scale], self.lr, self.momentum)
+
+    def on_train_end(self):
+        self.shown.copy_(self.log_scale.detach())
+
+
+class TrainsAHiddenModule(TrainsATensor):
+    """In a list, where torch does not look for modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.Linear(3, 3, dtype=torch.float64)]
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.hidden[0](self(x)), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), *self.hidden[0].parameters()], self.lr, self.momentum)
+
+    def on_train_end(self):
+        self.shown.copy_(self.hidden[0].bias.detach())
+
+
+class CountingSGD(torch.optim.SGD):
+    """Steps grow smaller by a count that it keeps in its groups."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=group["lr"] / group["count"])
+        return loss
+
+
+class CountsSteps(Plain):
+    """The learning rate also changes, by a scheduler."""
+
+    def configure_optimizers(self):
+        optimizer = CountingSGD(self.parameters(), self.lr)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class CountsStepsInAnAttribute(Plain):
+    class Counting(torch.optim.SGD):
+        count = 0
+
+        def step(self, closure=None):
+            self.count += 1
+            return super().step(closure)
+
+    def configure_optimizers(self):
+        return self.Counting(self.parameters(), self.lr)
+
+
+class LogsTwice(Plain):
+    """The same name, several times in a step."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        for scale in (1.0, 3.0):
+            self.log("loss", scale * loss, on_step=True, on_epoch=True)
+        return loss
+
+
+class ReadsOutputs(Plain):
+    """What the step returns comes to on_train_batch_end as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        return {"loss": F.cross_entropy(logits, y), "number": 6, "more": {"logits": logits}}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        assert outputs["number"] == 6
+        self.mean.copy_(outputs["more"]["logits"].mean(0))
+
+
+class WritesForAHook(Plain):
+    """Leaves something in the batch for on_train_batch_end."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def collate(self, samples):
+        x, y = default_collate(samples)
+        return {"x": x, "y": y, "notes": [], "key": object()}
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.first = batch
+
+    def training_step(self, batch, batch_idx):
+        assert batch is self.first
+        batch["logits"] = self(batch["x"])
+        return F.cross_entropy(batch["logits"], batch["y"])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.mean.copy_(batch["logits"].detach().mean(0))
+
+
+class ListsOfSamples(Plain):
+    """Samples of several sizes in lists, as in detection."""
+
+    def collate(self, samples):
+        return [(x[: 3 + k % 3], {"y": y, "name": str(k)}) for k, (x, y) in enumerate(samples)]
+
+    def training_step(self, batch, batch_idx):
+        x = torch.stack([F.pad(x, (0, 6 - len(x))) for x, _ in batch])
+        return F.cross_entropy(self(x), torch.stack([torch.as_tensor(target["y"]) for _, target in batch]))
+
+
 # ---------------------------------------------- parameters and their sharing
 
 

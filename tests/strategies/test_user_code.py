@@ -202,6 +202,15 @@ CASES = {
     "own zero grad": Case(u.OwnZeroGrad),
     "halves before zero grad": Case(u.HalvesBeforeZeroGrad),
     "changes the rate": Case(u.ChangesTheRate, stale=RUNS),
+    "scales before backward": Case(u.ScalesBeforeBackward, stale="on_before_backward comes too late"),
+    "freezes before backward": Case(u.FreezesBeforeBackward, stale="on_before_backward comes too late"),
+    "clamps before zero grad": Case(u.ClampsBeforeZeroGrad, stale=RUNS),
+    "trains a tensor": Case(u.TrainsATensor),
+    "trains a hidden module": Case(u.TrainsAHiddenModule),
+    "counts steps": Case(u.CountsSteps, stale=RUNS),
+    "counts steps in an attribute": Case(u.CountsStepsInAnAttribute, stale="keeps 'count' for all parameters"),
+    "logs twice": Case(u.LogsTwice),
+    "lists of samples": Case(u.ListsOfSamples, EQUAL, "here these are of size", "here these are of size"),
     "line search": Case(u.LineSearch, EQUAL, EQUAL, "LBFGS"),
     "clipping": Case(u.Plain, stale=RUNS, options={"gradient_clip_val": 0.05}),
     "accumulation": Case(u.Plain, stale="accumulate_grad_batches", options={"accumulate_grad_batches": 2}),
@@ -310,6 +319,13 @@ def test_one_micro_batch_draws_the_random_numbers_of_plain_lightning(make):
     for split_at in splits:
         strategy = AnalogPipelineStrategy(3 if split_at is None else 1 + len(split_at), "sync", 1, split_at=split_at)
         assert same(fit(Case(make), strategy)[1], reference)
+
+
+@pytest.mark.parametrize("make", [u.ReadsOutputs, u.WritesForAHook])
+def test_a_single_micro_batch_is_the_batch_and_its_output_the_output(make):
+    reference = fit(Case(make), "auto")[1]
+    strategy = AnalogPipelineStrategy(3, "sync", 1, split_at=("net.2", "net.4"))
+    assert same(fit(Case(make), strategy)[1], reference)
 
 
 class CountsLines(DummyLogger):
