@@ -2,27 +2,31 @@
 
 A ResNet-8 on mean-field tiles learns made-up images, with validation and a checkpoint every 200 mini-batches. Usage:
 
-    .venv/bin/python scripts/processes_memory.py --csv docs/results/processes_memory.csv --minutes 30
+    .venv/bin/python scripts/benchmarks/processes_memory.py --folder docs/results
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+import psutil
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tables import write_csv
+from machine import conditions, write_measured
 from torch.utils.data import DataLoader, TensorDataset
 
 from aimc_pl.callbacks import ClockMonitor, StalenessMonitor
 from aimc_pl.models import ResNet
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.studies.arguments import study_parser
+from aimc_pl.studies.rows import Row
 from aimc_pl.tasks import Classifier
 
 
@@ -48,38 +52,53 @@ def train(minutes: float) -> None:
     print(f"rank {trainer.global_rank}: {trainer.global_step} mini-batches", flush=True)
 
 
-def resident_mib(process: int) -> float:
+def run(minutes: float, every: float) -> Iterator[Row]:
+    """Train in two processes; their memory, every so many seconds."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(Path(__file__).resolve()), "--minutes", str(minutes)]
+    start = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}) as training,
+    ):
+        while training.poll() is None:
+            time.sleep(every)
+            # It may end at any moment.
+            with suppress(psutil.NoSuchProcess):
+                sizes = [resident_mib(process) for process in psutil.Process(training.pid).children()]
+                if len(sizes) == 2:
+                    minute = round((time.monotonic() - start) / 60, 1)
+                    yield {"minutes": minute, "rank_0_mib": sizes[0], "rank_1_mib": sizes[1]}
+    if training.returncode:
+        raise subprocess.CalledProcessError(training.returncode, command)
+
+
+def resident_mib(process: psutil.Process) -> float:
     """Resident memory, without what is shared with other processes."""
-    pages = Path(f"/proc/{process}/statm").read_text().split()
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    memory = process.memory_info()
+    return round((memory.rss - memory.shared) / 2**20, 1)
+
+
+def report(row: Row) -> None:
+    """Print a minute."""
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 def main() -> None:
-    """Train, and look at the memory once a minute."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path)
+    """Look at the memory once a minute; report and write."""
+    parser = study_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.train:
+    if "RANK" in os.environ:
         train(args.minutes)
         return
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(Path(__file__).resolve()), "--train", "--minutes", str(args.minutes)]
-    rows, start = [], time.monotonic()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}) as run,
-    ):
-        while run.poll() is None:
-            time.sleep(60)
-            children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-            workers = children.read_text().split() if children.exists() else []
-            if run.poll() is None and len(workers) == 2:
-                sizes = {f"rank_{rank}_mib": round(resident_mib(int(w)), 1) for rank, w in enumerate(workers)}
-                rows.append({"minutes": round((time.monotonic() - start) / 60, 1)} | sizes)
-                print(rows[-1], flush=True)
-                write_csv(args.csv, rows)
+    print(conditions(threads=1))
+    minutes, every = (0.02, 1) if args.quick else (args.minutes, 60)
+    rows: list[Row] = []
+    for row in run(minutes, every):
+        report(row)
+        rows.append(row)
+        write_measured(args.folder / "processes_memory.csv", rows)
 
 
 if __name__ == "__main__":
