@@ -50,7 +50,7 @@ def sweep(
     missing = [case for case in cases if _texts(case.values()) not in done]
     os.environ |= STEADY_MEMORY
     # One by one, because a batch of short cases would be lost as a whole when one of them fails.
-    parallel = Parallel(jobs or -1, return_as="generator_unordered", batch_size=1)
+    parallel = Parallel(jobs or -1, return_as="generator_unordered", batch_size=1)  # pyright: ignore[reportArgumentType] (joblib is not annotated)
     finished: Any = parallel(delayed(_rows)(run, case) for case in missing)
     for new in track(finished, "runs", len(missing), disable=not missing):
         append_rows(path, new)
