@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
-from scipy.stats import t as student
 from torch import Tensor
 
 
@@ -129,28 +128,6 @@ def _fill(saturation: float) -> float:
     if not 0 <= saturation < 1:
         raise ValueError(f"the weights must stay within the range: saturation must be in [0, 1), got {saturation:.3g}")
     return 1 - saturation**2
-
-
-class Estimate(NamedTuple):
-    """A number and its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def estimate(values: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Mean of independent runs with Student's interval.
-
-    Args:
-        values: ``(runs,)``, at least two.
-        confidence: of the interval.
-    """
-    values = np.asarray(values)
-    mean = float(np.mean(values))
-    error = np.std(values, ddof=1) / sqrt(len(values))
-    width = float(student.ppf((1 + confidence) / 2, len(values) - 1) * error)
-    return Estimate(mean, mean - width, mean + width)
 
 
 def fit_exponent(epsilon: ArrayLike, updates: ArrayLike) -> float:

@@ -3,25 +3,35 @@
 Four stages on soft-bounds devices, as configs/digits_*.yaml. Six minutes on two cores; runs that the CSV file holds
 are not repeated. Usage:
 
-    .venv/bin/python scripts/digits_accuracy.py --csv docs/results/digits_accuracy.csv
+    .venv/bin/python scripts/studies/digits_accuracy.py --folder docs/results
 """
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 import lightning as L
 import torch
-from sweeps import curves, select, study_parser, sweep
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import Digits
 from aimc_pl.devices import soft_bounds
 from aimc_pl.models import MLP
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.sweeps import sweep
 from aimc_pl.tasks import Classifier
 
 SCHEDULES: tuple[Any, ...] = ("none", "sync", "async")
-EPOCHS = 20
+
+
+def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """Schedules and seeds."""
+    return [
+        {"schedule": schedule, "seed": seed, "epochs": 1 if quick else 20}
+        for schedule, seed in product(SCHEDULES, range(num_seeds))
+    ]
 
 
 def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
@@ -50,19 +60,19 @@ def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
     return [{"accuracy": accuracy, "cycles": clock.cycles, "speedup": clock.speedup}]
 
 
-def main() -> None:
-    """Print the means and write every run."""
-    args = study_parser(__doc__, seeds=10).parse_args()
-    cases = [
-        {"schedule": schedule, "seed": seed, "epochs": EPOCHS}
-        for schedule, seed in product(SCHEDULES, range(args.seeds))
-    ]
-    rows = sweep(run, cases, args.csv, args.jobs)
+def report(rows: Sequence[Row]) -> None:
+    """Print the means."""
     for schedule in SCHEDULES:
         accuracy, cycles, speedup = (
             curves(select(rows, schedule=schedule), field).mean() for field in ("accuracy", "cycles", "speedup")
         )
         print(f"{schedule:<6} accuracy {accuracy:.4f}  cycles {cycles:.0f}  speedup {speedup:.2f}")
+
+
+def main() -> None:
+    """Run what is missing and report."""
+    args = sweep_parser(__doc__, seeds=10).parse_args()
+    report(sweep(run, cases(args.seeds, args.quick), args.folder / "digits_accuracy.csv", args.jobs))
 
 
 if __name__ == "__main__":

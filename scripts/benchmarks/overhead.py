@@ -5,30 +5,29 @@ do the same. Under ``async`` every micro-batch updates, which is compared with `
 All sides take turns in one run, and the medians over the turns are compared. The start is what the first step takes
 longer than others, in steps: where stages are named, and where layers are measured (split_at=None). Usage:
 
-    .venv/bin/python scripts/benchmark_overhead.py --csv docs/results/benchmark_overhead.csv
+    .venv/bin/python scripts/benchmarks/overhead.py --folder docs/results
 """
 
-import argparse
 import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from benchmarking import conditions, keep_freed_memory
-from tables import write_csv
+from machine import conditions, keep_freed_memory, write_measured
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from aimc_pl.models import GPT, ResNet
 from aimc_pl.schedule import ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.studies.arguments import at_least_one, study_parser
+from aimc_pl.studies.rows import Row
 
 NUM_STAGES, NUM_MICROBATCHES, WARM_UP = 4, 4, 3
 
@@ -55,7 +54,7 @@ def tokens(*shape: int) -> Batch:
     return torch.randint(128, shape), torch.randint(128, shape)
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch], Sequence[str]]] = {
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch], Sequence[str]]] = {
     "MLP 8x1024, micro-batch 64": (mlp, lambda: images(64, 1024), ["2", "4", "6"]),
     "ResNet-8 32x32, micro-batch 32": (
         lambda: ResNet(8),
@@ -65,6 +64,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch], Sequence[st
     "GPT 4x128, micro-batch 8x128": (gpt, lambda: tokens(8, 128), ["blocks.1", "blocks.2", "blocks.3"]),
 }
 """Network, one micro-batch, where stages begin."""
+
+
+def cases(quick: bool) -> list[str]:
+    """Networks."""
+    return [*NETWORKS][:1] if quick else [*NETWORKS]
 
 
 class Task(L.LightningModule):
@@ -157,15 +161,40 @@ def take_turn(
     }
 
 
+def run(name: str, turns: int, steps: int) -> list[dict[str, Any]]:
+    """Turns of every side with so many timed steps; a row per turn."""
+    make, microbatch, split_at = NETWORKS[name]
+    microbatches = [microbatch() for _ in range(NUM_MICROBATCHES)]
+    return [
+        {"network": name, "turn": turn} | take_turn(make, microbatches, split_at, WARM_UP + steps + 1)
+        for turn in range(turns)
+    ]
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print the medians of one network, with ratios of steps and the steps that the start takes."""
+
+    def middle(field: str) -> float:
+        return median(row[field] for row in rows)
+
+    plain, sync, each, update = (middle(field) for field in ("plain_ms", "sync_ms", "async_ms", "update_ms"))
+    fair = sync + (NUM_MICROBATCHES - 1) * update
+    print(
+        f"{rows[0]['network']}: plain {plain:.2f} ms, sync {sync:.2f} ms ({sync / plain:.3f}), "
+        f"async {each:.2f} ms ({each / fair:.3f}), update {update:.3f} ms, "
+        f"start {middle('start_steps'):.2f} steps, {middle('start_steps_measuring'):.2f} with split_at=None",
+        flush=True,
+    )
+
+
 def main() -> None:
-    """Print a line per network."""
-    keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40, help="timed steps of one turn")
-    parser.add_argument("--turns", type=int, default=7, help="turns of each side")
-    parser.add_argument("--quick", action="store_true", help="one short turn of the first network")
+    """Measure, report and write."""
+    parser = study_parser(__doc__)
+    parser.add_argument("--steps", type=at_least_one, default=40, help="timed steps of one turn")
+    parser.add_argument("--turns", type=at_least_one, default=7, help="turns of each side")
     args = parser.parse_args()
+    if not args.quick:
+        keep_freed_memory()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Lightning suggests more loader processes; the batches are in memory.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -173,22 +202,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="BatchNorm computes its statistics per micro-batch")
 
     print(conditions(torch.get_num_threads()))
-    print(f"{'network':<32}  plain ms   sync ms  ratio  async ms  ratio  update ms  start  split_at=None")
-    turns, timed, cases = (1, 2, [*CASES][:1]) if args.quick else (args.turns, args.steps, [*CASES])
+    turns, steps = (1, 1) if args.quick else (args.turns, args.steps)
     rows: list[dict[str, Any]] = []
-    for name in cases:
-        make, microbatch, split_at = CASES[name]
-        microbatches = [microbatch() for _ in range(NUM_MICROBATCHES)]
-        own = [take_turn(make, microbatches, split_at, WARM_UP + timed + 1) for _ in range(turns)]
-        rows += [{"network": name, "turn": turn} | values for turn, values in enumerate(own)]
-        plain, sync, each, update, start, measuring = (median(turn[key] for turn in own) for key in own[0])
-        fair = sync + (NUM_MICROBATCHES - 1) * update
-        print(
-            f"{name:<32}{plain:>10.2f}{sync:>10.2f}{sync / plain:>7.3f}{each:>10.2f}{each / fair:>7.3f}{update:>11.3f}"
-            f"{start:>7.2f}{measuring:>15.2f}",
-            flush=True,
-        )
-    write_csv(args.csv, rows)
+    for name in cases(args.quick):
+        of_network = run(name, turns, steps)
+        report(of_network)
+        rows += of_network
+    write_measured(args.folder / "overhead.csv", rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import paper_accuracy
 import paper_rate
 import paper_stages
 import pytest
-import sweeps
 
 
 def as_text(rows):
@@ -67,22 +66,3 @@ def test_errors_count_above_the_floor_where_every_seed_gets_there():
     epsilon, reached = paper_rate.reach(rows, "mlp", 4, 8.0, 0.3)
     np.testing.assert_allclose(epsilon, [0.9, 0.4])
     np.testing.assert_array_equal(reached, [[10, 20], [11, 21]])
-
-
-def test_arguments_are_checked_before_work_starts(tmp_path, capsys):
-    parser = sweeps.study_parser("a study", seeds=3)
-    files = ["--csv", str(tmp_path / "new" / "a.csv")]
-    assert parser.parse_args(files).seeds == 3
-    assert (tmp_path / "new").is_dir()
-    for wrong in (["--seeds", "0"], ["--jobs", "-1"], ["--seeds", "two"]):
-        with pytest.raises(SystemExit):
-            parser.parse_args([*files, *wrong])
-        assert f"must be a whole number of at least 1, got '{wrong[1]}'" in capsys.readouterr().err
-
-
-def test_another_studys_file_is_refused(tmp_path):
-    path = tmp_path / "other.csv"
-    path.write_text("a,seed\n1,2\n")
-    with pytest.raises(ValueError, match=r"other\.csv is of another study: it has no column x"):
-        sweeps.sweep(print, [{"x": 1, "seed": 0}], path)
-    assert path.read_text() == "a,seed\n1,2\n"

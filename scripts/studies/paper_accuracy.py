@@ -4,8 +4,7 @@ Soft-bounds devices and, beside them, digital layers. `none` and `sync` are the 
 stages, so that one run stands for both; their clock cycles follow from the schedule. Runs that the CSV file holds are
 not repeated. Usage:
 
-    .venv/bin/python scripts/paper_accuracy.py --data data --csv docs/results/figure_4.csv \
-        --png docs/images/figure_4.png
+    .venv/bin/python scripts/studies/paper_accuracy.py --data data --folder docs/results
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from aimc_pl.callbacks import ClockMonitor
@@ -28,9 +26,12 @@ from aimc_pl.devices import soft_bounds
 from aimc_pl.models import ResNet
 from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.sweeps import sweep
 from aimc_pl.tasks import Classifier
 
-EPOCHS = 8
 BATCH_SIZE = 128
 NUM_MICROBATCHES = 4
 LEARNING_RATE = 0.5
@@ -46,6 +47,24 @@ SPLITS = {
 COLORS: dict[ScheduleName, str] = {"none": "C1", "sync": "C0", "async": "C2"}
 TARGETS = (0.5, 0.6)
 """Accuracies to reach for a speedup."""
+
+
+def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """Without delay, and asynchronously in 2 to 16 stages; digital controls without delay and in 8 stages.
+
+    Without delay and in 8 stages also for twice the epochs, to tell what staleness costs once from what it always does.
+    """
+    epochs = 1 if quick else 8
+    analog = [("analog", "sync", 4), *(("analog", "async", num_stages) for num_stages in SPLITS)]
+    digital = [("digital", "sync", 4), ("digital", "async", 8)]
+    lengths = {epochs: analog + digital}
+    if not quick:
+        lengths[2 * epochs] = [("analog", "sync", 4), ("analog", "async", 8)]
+    return [
+        {"seed": seed, "kind": kind, "schedule": schedule, "num_stages": num_stages, "epochs": length}
+        for length, settings in lengths.items()
+        for seed, (kind, schedule, num_stages) in product(range(num_seeds), settings)
+    ]
 
 
 class DigitsInColour(Digits):
@@ -128,21 +147,6 @@ def run(
     return curve.rows
 
 
-def cases(num_seeds: int, epochs: int) -> list[dict[str, Any]]:
-    """Without delay, and asynchronously in 2 to 16 stages; digital controls without delay and in 8 stages.
-
-    Without delay and in 8 stages also for twice the epochs, to tell what staleness costs once from what it always does.
-    """
-    analog = [("analog", "sync", 4), *(("analog", "async", num_stages) for num_stages in SPLITS)]
-    digital = [("digital", "sync", 4), ("digital", "async", 8)]
-    lengths = {epochs: analog + digital, 2 * epochs: [("analog", "sync", 4), ("analog", "async", 8)]}
-    return [
-        {"seed": seed, "kind": kind, "schedule": schedule, "num_stages": num_stages, "epochs": length}
-        for length, settings in lengths.items()
-        for seed, (kind, schedule, num_stages) in product(range(num_seeds), settings)
-    ]
-
-
 def learning(rows: Sequence[Row], kind: str, num_stages: int | None = None, metric: str = "accuracy") -> np.ndarray:
     """Test accuracy or training loss, asynchronously in so many stages or without delay ``(seeds, epochs)``."""
     which = {"schedule": "async", "num_stages": num_stages} if num_stages else {"schedule": "sync"}
@@ -180,6 +184,18 @@ def speedups(rows: Sequence[Row], target: float, kind: str, schedule: ScheduleNa
 
 def report(rows: Sequence[Row]) -> None:
     """Print final accuracies, how far each seed is behind itself without delay, and speedups."""
+    for epochs in lengths(rows):
+        print(f"{epochs} epochs")
+        report_length(select(rows, epochs=epochs))
+
+
+def lengths(rows: Sequence[Row]) -> list[int]:
+    """Of the runs, in epochs, in order."""
+    return sorted({int(row["epochs"]) for row in rows})
+
+
+def report_length(rows: Sequence[Row]) -> None:
+    """The same for runs of one length."""
     for kind in sorted({row["kind"] for row in rows}):
         prompt = learning(rows, kind)[:, -1]
         print(f"{kind:<8} none, sync      accuracy {prompt.mean():.4f} ± {standard_error(prompt):.4f}")
@@ -201,7 +217,8 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
-    """Accuracy by epoch and by clock cycle, and speedup by number of stages."""
+    """Accuracy by epoch and by clock cycle, and speedup by number of stages, of the shorter runs."""
+    rows = select(rows, epochs=min(lengths(rows)))
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     by_epoch, by_cycle, by_stages = figure.subplots(1, 3)
     for kind, style in (("analog", "-"), ("digital", "--")):
@@ -236,19 +253,16 @@ def band(axes: Axes, x: np.ndarray, values: np.ndarray, label: str, **style: Any
 
 def main() -> None:
     """Run what is missing, report and draw."""
-    parser = study_parser(__doc__, seeds=3)
-    parser.add_argument("--png", type=writable, required=True, help="of the picture")
+    parser = sweep_parser(__doc__, seeds=3)
     parser.add_argument("--data", metavar="ROOT", help="folder of CIFAR-10, in torchvision's layout")
-    parser.add_argument("--quick", action="store_true", help="two epochs of a narrow network on handwritten digits")
     args = parser.parse_args()
     if not (args.data or args.quick):
         parser.error("--data says where CIFAR-10 is")
-    epochs, root = (2, None) if args.quick else (EPOCHS, args.data)
-    rows = sweep(partial(run, root=root), cases(args.seeds, epochs), args.csv, args.jobs)
-    for length in (epochs, 2 * epochs):
-        print(f"{length} epochs")
-        report(select(rows, epochs=length))
-    draw(select(rows, epochs=epochs)).savefig(args.png, dpi=110)
+    # A quick run trains a narrow network on handwritten digits.
+    root = None if args.quick else args.data
+    rows = sweep(partial(run, root=root), cases(args.seeds, args.quick), args.folder / "paper_accuracy.csv", args.jobs)
+    report(rows)
+    draw(rows).savefig(args.folder / "paper_accuracy.png", dpi=110)
 
 
 if __name__ == "__main__":

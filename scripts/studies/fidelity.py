@@ -5,11 +5,11 @@ deviation of their changes are taken over tiles and cross-points. Beside the usu
 far a batch moves a weight (reach, pulses times the relative change of a step per pulse) and how coarse steps are. A
 minute on two cores. Usage:
 
-    .venv/bin/python scripts/fidelity.py --csv docs/results/fidelity.csv
+    .venv/bin/python scripts/studies/fidelity.py --folder docs/results
 """
 
-import argparse
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from aihwkit.simulator.configs.devices import (
     SoftBoundsDevice,
     SoftBoundsReferenceDevice,
 )
-from rich.progress import track
-from tables import write_csv
 
 from aimc_pl.devices import to_mean_field
+from aimc_pl.studies.arguments import study_parser
+from aimc_pl.studies.rows import Row
+from aimc_pl.studies.sweeps import sweep
 
 SIZE, TRIALS = 64, 100
 ALIKE = {"w_max_dtod": 0.0, "w_min_dtod": 0.0, "dw_min_dtod": 0.0, "up_down_dtod": 0.0}
@@ -39,7 +40,7 @@ KINDS: dict[str, tuple[type[PulsedDevice], dict[str, float]]] = {
     "power step": (PowStepDevice, {"pow_gamma": 1.5, "pow_gamma_dtod": 0}),
 }
 BASE: dict[str, Any] = {"w0": 0.2, "rate": 0.02, "batch": 8, "states": 1200, "spread": 0.3, "length": 31}
-CASES: dict[str, dict[str, Any]] = {
+USUAL: dict[str, dict[str, Any]] = {
     "small steps": {"states": 10_000},
     "usual": {},
     "far from zero": {"w0": -0.6, "batch": 4},
@@ -52,6 +53,15 @@ REACH: dict[str, dict[str, Any]] = {f"reach, rate {r}": {"rate": r, "batch": 32}
 COARSE: dict[str, dict[str, Any]] = {
     f"coarse, {n} states": {"states": n, "batch": 2, "rate": 0.05} for n in (400, 100, 40, 20, 10)
 }
+
+
+def cases(quick: bool) -> list[dict[str, str]]:
+    """Every device as it is usually met, and one device to its limits."""
+    if quick:
+        return [{"device": "linear step", "case": "usual"}, {"device": "soft bounds", "case": "cut trains"}]
+    return [{"device": kind, "case": name} for kind, name in product(KINDS, USUAL)] + [
+        {"device": "soft bounds", "case": name} for name in REACH | COARSE
+    ]
 
 
 def changes(config: Any, case: dict[str, Any], x: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
@@ -67,39 +77,32 @@ def changes(config: Any, case: dict[str, Any], x: torch.Tensor, error: torch.Ten
     return torch.stack(result).double()
 
 
-def compare(kind: str, name: str, case: dict[str, Any]) -> dict[str, Any]:
+def run(device: str, case: str) -> list[dict[str, Any]]:
     """One line of the table."""
-    device, options = KINDS[kind]
+    kind, options = KINDS[device]
+    values = BASE | (USUAL | REACH | COARSE)[case]
     config = SingleRPUConfig(
-        device=device(w_max=1.0, w_min=-1.0, dw_min=2 / case["states"], dw_min_std=case["spread"], **ALIKE, **options)  # pyright: ignore[reportArgumentType]
+        device=kind(w_max=1.0, w_min=-1.0, dw_min=2 / values["states"], dw_min_std=values["spread"], **ALIKE, **options)  # pyright: ignore[reportArgumentType]
     )
-    config.update.desired_bl = case["length"]
+    config.update.desired_bl = values["length"]
     generator = torch.Generator().manual_seed(7)
-    x = torch.rand(case["batch"], generator=generator) * 0.9 + 0.1
-    error = torch.randn(case["batch"], generator=generator) * 0.5 + 0.5
-    pulses = case["rate"] * float((x * error.abs()).sum()) * case["states"] / 2
-    row: dict[str, Any] = {"device": kind, "case": name, **case}
-    row |= {"pulses": round(pulses, 2), "reach": round(pulses * 2 / case["states"], 3)}
-    theirs = changes(config, case, x, error)
+    x = torch.rand(values["batch"], generator=generator) * 0.9 + 0.1
+    error = torch.randn(values["batch"], generator=generator) * 0.5 + 0.5
+    pulses = values["rate"] * float((x * error.abs()).sum()) * values["states"] / 2
+    row = values | {"pulses": round(pulses, 2), "reach": round(pulses * 2 / values["states"], 3)}
+    theirs = changes(config, values, x, error)
     for label, sampled in (("mean_field", False), ("bits", True)):
-        ours = changes(to_mean_field(config, sampled), case, x, error)
+        ours = changes(to_mean_field(config, sampled), values, x, error)
         row[f"{label}_mean_percent"] = round(100 * float(ours.mean() / theirs.mean() - 1), 2)
         row[f"{label}_std_percent"] = round(100 * float(ours.std() / theirs.std() - 1), 2)
         # Only trials are independent: cross-points of a line share its pulses.
         error_of_mean = (theirs.mean(1).var() + ours.mean(1).var()).sqrt() / TRIALS**0.5
         row[f"{label}_mean_error_percent"] = round(100 * float(error_of_mean / theirs.mean().abs()), 2)
-    return row
+    return [row]
 
 
-def main() -> None:
-    """Print a line per case and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    args = parser.parse_args()
-    jobs = [(kind, name, BASE | case) for kind in KINDS for name, case in CASES.items()]
-    jobs += [("soft bounds", name, BASE | case) for name, case in (REACH | COARSE).items()]
-    rows = [compare(*job) for job in track(jobs)]
-    write_csv(args.csv, rows)
+def report(rows: Sequence[Row]) -> None:
+    """Print a line per case."""
     print(f"{'device':<24}{'case':<22}{'reach':>7}   mean field: mean   std %     bits: mean   std %   (± mean)")
     for r in rows:
         print(
@@ -107,6 +110,12 @@ def main() -> None:
             f"{r['mean_field_std_percent']:>8}{r['bits_mean_percent']:>15}{r['bits_std_percent']:>8}"
             f"{r['mean_field_mean_error_percent']:>10}"
         )
+
+
+def main() -> None:
+    """Run what is missing and report."""
+    args = study_parser(__doc__).parse_args()
+    report(sweep(run, cases(args.quick), args.folder / "fidelity.csv", jobs=1 if args.quick else None))
 
 
 if __name__ == "__main__":

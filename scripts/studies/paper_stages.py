@@ -1,12 +1,9 @@
-"""What would settle it: updates to a target while the number of stages grows, and how devices move the answer.
+"""What would settle it: updates to a target while the number of stages grows.
 
 A deep and narrow residual network on real digits: 64 layers in 1 to 64 stages on devices of the paper's expected
-motion, and 16 layers in 1 to 16 stages on pulsed devices. The learning rate is the best of a grid for every number of
-stages, device and seed. Usage:
+motion. The learning rate is the best of a grid for every number of stages, device and seed. Usage:
 
-    .venv/bin/python scripts/paper_stages.py --csv docs/results/stages.csv --png docs/images/stages.png
-    .venv/bin/python scripts/paper_stages.py --devices --csv docs/results/stages_devices.csv \
-        --png docs/images/stages_devices.png
+    .venv/bin/python scripts/studies/paper_stages.py --folder docs/results
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import Generator, Tensor, nn
 
-from aimc_pl.ensemble import Crossbars, EnsemblePipeline
 from aimc_pl.schedule import Duplex, Schedule
-from aimc_pl.theory import estimate
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.ensemble import Crossbars, EnsemblePipeline
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.statistics import estimate, standard_error
+from aimc_pl.studies.sweeps import sweep
 
 MICROBATCH_SIZE = 8
 WIDTH = 16
@@ -38,27 +37,13 @@ PIPELINES: tuple[tuple[int, Duplex], ...] = (
     *((num_stages, "full") for num_stages in (2, 4, 8, 16, 32, 64)),
 )
 RANGES = (4.0, 16.0, inf)
-
-DEVICE_STAGES = (1, 4, 16)
-BASE = {"tau": 2.0, "step": 2.0**-8, "cycle_to_cycle": 0.3, "write_noise": 0.0, "io_bits": None}
-"""1,024 steps in the range 2τ."""
-
-DEVICE_TARGETS = (("accuracy", 0.8), ("loss", 0.5))
-LABELS = {
-    "step": "Δw_min, in units of the range",
-    "cycle_to_cycle": "cycle-to-cycle spread of a step",
-    "write_noise": "write noise, in Δw_min",
-    "io_bits": "bits of the input converters",
-}
-
-SWEEPS: dict[str, Sequence[Any]] = {
-    "step": [BASE["tau"] * 2 * 2.0**-k for k in range(3, 11)],
-    "cycle_to_cycle": [0.0, 0.5, 1.0, 2.0],
-    "write_noise": [0.0, 2.0, 5.0, 10.0],
-    "io_bits": [3.0, 4.0, 5.0, 7.0],
-}
-
 Device = Mapping[str, Any]
+
+
+def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """Pipelines; a quick run gives up early."""
+    length = {"num_seeds": num_seeds, "num_updates": 20 if quick else 2000}
+    return [{"num_stages": m, "duplex": duplex} | length for m, duplex in PIPELINES]
 
 
 class Residual(nn.Module):
@@ -176,16 +161,10 @@ def evaluate(network: nn.Module, data: Digits, count: int = 240) -> tuple[Tensor
     return loss, (output[:, count:].argmax(2) == data.y_test).float().mean(1)
 
 
-def run_stages(num_stages: int, duplex: Duplex, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
+def run(num_stages: int, duplex: Duplex, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
     """64 layers on devices of the paper's expected motion."""
     devices = [{"tau": tau} for tau in RANGES]
     return train(64, num_stages, duplex, devices, LEARNING_RATES, num_seeds, num_updates)
-
-
-def run_devices(sweep: str, num_stages: int, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
-    """16 layers on pulsed devices that differ in one property."""
-    devices = [BASE | {sweep: value} for value in SWEEPS[sweep]]
-    return train(16, num_stages, "half", devices, LEARNING_RATES[::2], num_seeds, num_updates)
 
 
 def updates_to(rows: Sequence[Row], metric: str, target: float, **where: Any) -> np.ndarray:
@@ -235,17 +214,6 @@ def report(rows: Sequence[Row]) -> None:
             print(f"    {cost.value:.2f} [{cost.low:.2f}, {cost.high:.2f}] more for each update of staleness")
 
 
-def report_devices(rows: Sequence[Row]) -> None:
-    """The same for devices."""
-    for (name, values), (metric, target) in product(SWEEPS.items(), DEVICE_TARGETS):
-        for value in values:
-            where = {"sweep": name, name: value}
-            one = alone(rows, metric, target, **where)
-            ratios = ((m, relative(rows, metric, target, m, **where)) for m in DEVICE_STAGES[1:])
-            line = ", ".join(f"{m} stages {r.mean():.2f} ± {standard_error(r):.2f} times" for m, r in ratios)
-            print(f"{name:<14} {value:<8.4g} {metric} {target}  {one.mean():.0f} updates with one stage, {line}")
-
-
 def draw(rows: Sequence[Row]) -> Figure:
     """Updates relative to one stage, and the clock cycles saved."""
     figure = Figure(figsize=(15, 8), layout="constrained")
@@ -271,45 +239,12 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_devices(rows: Sequence[Row]) -> Figure:
-    """Updates to an accuracy against each property of the device."""
-    figure = Figure(figsize=(16, 4.2), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
-        for color, num_stages in enumerate(DEVICE_STAGES):
-            for (metric, target), style in zip(DEVICE_TARGETS, ("-", "--"), strict=True):
-                where = {"sweep": name, "num_stages": num_stages}
-                updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
-                means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
-                label = f"{num_stages} stages, {metric} {target}"
-                axes.errorbar(
-                    range(len(values)), means, errors, color=f"C{color}", linestyle=style, marker=".", label=label
-                )
-        axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name], ylabel="updates, best learning rate")
-        texts = [f"1/{2 * BASE['tau'] / value:.0f}" if name == "step" else f"{value:g}" for value in values]
-        axes.set_xticks(range(len(values)), texts)
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
-    return figure
-
-
 def main() -> None:
     """Run what is missing, report and draw."""
-    parser = study_parser(__doc__, seeds=3)
-    parser.add_argument("--png", type=writable, required=True, help="of the picture")
-    parser.add_argument("--devices", action="store_true", help="vary the devices instead of the depth of the pipeline")
-    parser.add_argument("--quick", action="store_true", help="give up after 60 updates")
-    args = parser.parse_args()
-    length = {"num_seeds": args.seeds, "num_updates": 60 if args.quick else 2000}
-    if args.devices:
-        cases = [{"sweep": name, "num_stages": m} | length for name, m in product(SWEEPS, DEVICE_STAGES)]
-        rows = sweep(run_devices, cases, args.csv, args.jobs)
-        report_devices(rows)
-        draw_devices(rows).savefig(args.png, dpi=110)
-    else:
-        cases = [{"num_stages": m, "duplex": duplex} | length for m, duplex in PIPELINES]
-        rows = sweep(run_stages, cases, args.csv, args.jobs)
-        report(rows)
-        draw(rows).savefig(args.png, dpi=110)
+    args = sweep_parser(__doc__, seeds=3).parse_args()
+    rows = sweep(run, cases(args.seeds, args.quick), args.folder / "paper_stages.csv", args.jobs)
+    report(rows)
+    draw(rows).savefig(args.folder / "paper_stages.png", dpi=110)
 
 
 if __name__ == "__main__":

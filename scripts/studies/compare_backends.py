@@ -3,10 +3,10 @@
 Under the asynchronous schedule the first layer's updates are 0, 3 and 7 versions late. Runs that the CSV file holds are
 not repeated. About 30 minutes on two cores. Usage:
 
-    .venv/bin/python scripts/compare_backends.py --csv docs/results/compare_backends.csv \
-        --png docs/images/compare_backends.png --mnist data
+    .venv/bin/python scripts/studies/compare_backends.py --mnist data --folder docs/results
 """
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -15,7 +15,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -23,10 +22,31 @@ from aimc_pl.data import MNIST, Digits
 from aimc_pl.devices import soft_bounds, soft_bounds_reference
 from aimc_pl.models import MLP, LeNet5
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.sweeps import sweep
 from aimc_pl.tasks import Classifier
 
 BACKENDS: tuple[Any, ...] = ("aihwkit", "mean_field")
+EPOCHS = {"digits": 20, "mnist": 8}
 DELAYS = (0, 3, 7)
+
+
+def cases(num_seeds: int, quick: bool, with_mnist: bool) -> list[dict[str, Any]]:
+    """Problems, backends, delays and seeds."""
+    names = EPOCHS if with_mnist else ("digits",)
+    delays = DELAYS[:1] if quick else DELAYS
+    return [
+        {
+            "problem": problem,
+            "backend": backend,
+            "delay": delay,
+            "seed": seed,
+            "epochs": 1 if quick else EPOCHS[problem],
+        }
+        for problem, backend, delay, seed in product(names, BACKENDS, delays, range(num_seeds))
+    ]
 
 
 class Curve(pl.Callback):
@@ -47,29 +67,31 @@ class Curve(pl.Callback):
         )
 
 
-def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any], dict[str, Any]]:
-    """A network of four linear layers, its data, its pipeline and its length."""
+def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """A network of four linear layers, its data and its pipeline."""
     splits = {0: [], 3: ["3", "5", "7"], 7: ["2", "3", "4", "5", "6", "7", "8"]}
     network = nn.Sequential(*MLP([64, 64, 48, 32, 10], nn.Tanh), nn.LogSoftmax(1))
     split_at = [f"network.{name}" for name in splits[delay]]
     pipeline = {"split_at": split_at, "device": soft_bounds(tau=4.0, backend=backend)}
-    return network, Digits(batch_size=32), pipeline, {"max_epochs": 20}
+    return network, Digits(batch_size=32), pipeline
 
 
-def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str, Any], dict[str, Any]]:
-    """LeNet-5, its data, its pipeline and its length."""
+def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """LeNet-5, its data and its pipeline."""
     splits = {0: [], 3: ["3", "7", "9"], 7: ["1", "3", "4", "7", "8", "9", "11"]}
     split_at = [f"network.{name}" for name in splits[delay]]
     pipeline = {"split_at": split_at, "device": soft_bounds_reference(tau=0.8, backend=backend)}
-    length = {"max_epochs": 8, "limit_train_batches": 125, "limit_val_batches": 60}
-    return LeNet5(), MNIST(root, batch_size=32), pipeline, length
+    return LeNet5(), MNIST(root, batch_size=32), pipeline
 
 
-def train(network: nn.Module, data: Any, pipeline: dict[str, Any], length: dict[str, Any]) -> list[dict[str, float]]:
+def train(
+    network: nn.Module, data: Any, pipeline: dict[str, Any], epochs: int, **limits: int
+) -> list[dict[str, float]]:
     """Train once through an asynchronous pipeline; returns loss and accuracy by epoch."""
     curve = Curve()
     trainer = pl.Trainer(
-        **length,
+        max_epochs=epochs,
+        **limits,  # pyright: ignore[reportArgumentType]
         accelerator="cpu",
         strategy=AnalogPipelineStrategy(len(pipeline["split_at"]) + 1, "async", 4, **pipeline),
         callbacks=[curve],
@@ -81,24 +103,44 @@ def train(network: nn.Module, data: Any, pipeline: dict[str, Any], length: dict[
     task = Classifier(
         network,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        lr_scheduler=lambda optimizer: LinearLR(optimizer, 1.0, 0.1, total_iters=length["max_epochs"] - 1),
+        lr_scheduler=lambda optimizer: LinearLR(optimizer, 1.0, 0.1, total_iters=max(epochs - 1, 1)),
     )
     trainer.fit(task, data)
     return curve.rows
 
 
-def run(problem: str, backend: str, delay: int, seed: int, root: str) -> list[dict[str, float]]:
-    """One run of the comparison."""
+def run(problem: str, backend: str, delay: int, seed: int, epochs: int, root: str) -> list[dict[str, float]]:
+    """One run of the comparison; an epoch of MNIST is 125 mini-batches."""
     pl.seed_everything(seed, verbose=False)
-    return train(*(digits(backend, delay) if problem == "digits" else mnist(backend, delay, root)))
+    if problem == "digits":
+        return train(*digits(backend, delay), epochs)
+    return train(*mnist(backend, delay, root), epochs, limit_train_batches=125, limit_val_batches=60)
 
 
-def draw(rows: list[Row]) -> Figure:
+def grid_of(rows: Sequence[Row]) -> tuple[list[str], list[int]]:
+    """The problems and the delays that have been run."""
+    problems = [problem for problem in EPOCHS if select(rows, problem=problem)]
+    return problems, [delay for delay in DELAYS if select(rows, delay=delay)]
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print final accuracies and losses."""
+    for problem, delay in product(*grid_of(rows)):
+        of_each = []
+        for backend in BACKENDS:
+            of_backend = select(rows, problem=problem, backend=backend, delay=delay)
+            for metric in ("accuracy", "loss"):
+                last = curves(of_backend, metric)[:, -1]
+                of_each.append(f"{backend} {metric} {last.mean():.3f} ± {standard_error(last):.3f}")
+        print(f"{problem:<7} delay {delay}  {'   '.join(of_each)}")
+
+
+def draw(rows: Sequence[Row]) -> Figure:
     """Training loss by epoch, mean and standard deviation over the seeds, both backends over each other."""
-    problems = list(dict.fromkeys(row["problem"] for row in rows))
-    figure = Figure(figsize=(4 * len(DELAYS), 3.2 * len(problems)), layout="constrained")
-    grid = figure.subplots(len(problems), len(DELAYS), squeeze=False)
-    for (i, problem), (j, delay) in product(enumerate(problems), enumerate(DELAYS)):
+    problems, delays = grid_of(rows)
+    figure = Figure(figsize=(4 * len(delays), 3.2 * len(problems)), layout="constrained")
+    grid = figure.subplots(len(problems), len(delays), squeeze=False)
+    for (i, problem), (j, delay) in product(enumerate(problems), enumerate(delays)):
         axes = grid[i, j]
         for backend in BACKENDS:
             losses = curves(select(rows, problem=problem, backend=backend, delay=delay), "loss")
@@ -112,26 +154,14 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def main() -> None:
-    """Run what is missing, draw, and print final accuracies and losses."""
-    parser = study_parser(__doc__, seeds=10)
-    parser.add_argument("--png", type=writable, required=True, help="of the picture")
+    """Run what is missing, report and draw."""
+    parser = sweep_parser(__doc__, seeds=10)
     parser.add_argument("--mnist", metavar="ROOT", help="folder of MNIST, in torchvision's layout; digits only without")
     args = parser.parse_args()
-    problems = ["digits", "mnist"] if args.mnist else ["digits"]
-    cases = [
-        {"problem": problem, "backend": backend, "delay": delay, "seed": seed}
-        for problem, backend, delay, seed in product(problems, BACKENDS, DELAYS, range(args.seeds))
-    ]
-    rows = sweep(partial(run, root=args.mnist), cases, args.csv, args.jobs)
-    draw(rows).savefig(args.png, dpi=120)
-    for problem, delay in product(problems, DELAYS):
-        of_each = []
-        for backend in BACKENDS:
-            of_backend = select(rows, problem=problem, backend=backend, delay=delay)
-            for metric in ("accuracy", "loss"):
-                last = curves(of_backend, metric)[:, -1]
-                of_each.append(f"{backend} {metric} {last.mean():.3f} ± {standard_error(last):.3f}")
-        print(f"{problem:<7} delay {delay}  {'   '.join(of_each)}")
+    settings = cases(args.seeds, args.quick, with_mnist=bool(args.mnist))
+    rows = sweep(partial(run, root=args.mnist), settings, args.folder / "compare_backends.csv", args.jobs)
+    report(rows)
+    draw(rows).savefig(args.folder / "compare_backends.png", dpi=120)
 
 
 if __name__ == "__main__":

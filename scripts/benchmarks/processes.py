@@ -3,7 +3,7 @@
 Every process computes on one thread. All sides run the same stages and take turns in one run, of which the medians are
 compared; the speedup is that over one process that updates as often. Usage:
 
-    .venv/bin/python scripts/benchmark_processes.py --csv docs/results/benchmark_processes.csv
+    .venv/bin/python scripts/benchmarks/processes.py --folder docs/results
 
 Columns: ``own_ms`` is what the longest stage takes by itself, forward, backward and update, in an undivided run
 without any pipeline. ``efficiency`` is that over what two processes take; under ``sync``, over the part of the cycles
@@ -11,7 +11,6 @@ in which the plan has a stage work. ``elsewhere_percent`` is what a process does
 waiting not counted: it passes through the code of other stages, and names what it makes.
 """
 
-import argparse
 import copy
 import os
 import subprocess
@@ -27,8 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from aihwkit.optim import AnalogSGD
-from benchmarking import conditions, keep_freed_memory
-from tables import write_csv
+from machine import conditions, keep_freed_memory, write_measured
 from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, SplitPoint, pipeline
 from torch.nn import functional as F
@@ -45,6 +43,8 @@ from aimc_pl.pipeline import Pipeline
 from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.ownership import Ownership
+from aimc_pl.studies.arguments import at_least_one, study_parser
+from aimc_pl.studies.rows import Row
 from aimc_pl.trial import Trials
 
 NUM_STAGES, NUM_MICROBATCHES = 2, 8
@@ -69,7 +69,7 @@ def analog_resnet(depth: int) -> nn.Module:
     return network
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Sequence[str], int]] = {
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Sequence[str], int]] = {
     "MLP 8x1024, micro-batch 64": (mlp, (64, 1024), ["8"], 8),
     "ResNet-32, micro-batch 32": (lambda: ResNet(32), (32, 3, 32, 32), [], 3),
     "GPT 12x256, micro-batch 4x128": (gpt, (4, 128), ["blocks.6"], 1),
@@ -77,6 +77,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Sequence[str], 
     "ResNet-20 on aihwkit, micro-batch 8": (lambda: analog_resnet(20), (8, 3, 32, 32), [], 1),
 }
 """Network, one micro-batch, where the second stage begins (measured if it is not said), mini-batches of a turn."""
+
+
+def cases(quick: bool, only: str = "") -> list[str]:
+    """Networks whose names contain a text; a quick run takes the first."""
+    return [*NETWORKS][:1] if quick else [name for name in NETWORKS if only in name]
 
 
 class MicroBatch:
@@ -327,9 +332,9 @@ def sides_of(
     return sides, missing
 
 
-def measure_case(case: str, turns: int, divisor: int = 1) -> list[dict[str, Any]]:
+def run(case: str, turns: int, divisor: int = 1) -> list[dict[str, Any]]:
     """One network, in every process; a row per side."""
-    make, shape, given, mini_batches = CASES[case]
+    make, shape, given, mini_batches = NETWORKS[case]
     mini_batches = max(mini_batches // divisor, 1)
     torch.manual_seed(0)
     network = make()
@@ -339,13 +344,13 @@ def measure_case(case: str, turns: int, divisor: int = 1) -> list[dict[str, Any]
     step = staged(network, split_at, micro)
     passes = plain_pass(network, split_at, micro), ghosts_pass(network, step, micro)
     alone: dict[ScheduleName, list[Alone]] = {
-        name: [Alone(run, step.stages, 1 if name == "async" else NUM_MICROBATCHES) for run in passes]
+        name: [Alone(once, step.stages, 1 if name == "async" else NUM_MICROBATCHES) for once in passes]
         for name in SCHEDULES
     }
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(turns + 1):
-        for side, run in sides.items():
-            took = turn(run, mini_batches, everyone=not side.startswith("one"))
+        for side, once in sides.items():
+            took = turn(once, mini_batches, everyone=not side.startswith("one"))
             if number:
                 times[side].append(took)
         for one in chain(*alone.values()) if dist.get_rank() == 0 else ():
@@ -393,32 +398,36 @@ def row(
     return found
 
 
+def report(rows: Sequence[Row]) -> None:
+    """Print a line per side."""
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
+
+
 def measure(csv: Path, turns: int, only: str, quick: bool) -> None:
     """In every process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     rows: list[dict[str, Any]] = []
-    for case in [*CASES][:1] if quick else [case for case in CASES if only in case]:
-        found = measure_case(case, 1, divisor=8) if quick else measure_case(case, turns)
-        rows += found
-        for values in found:
-            print("  ".join(f"{key} {value}" for key, value in values.items() if value != ""), flush=True)
+    for case in cases(quick, only):
+        of_case = run(case, 1, divisor=8) if quick else run(case, turns)
+        report(of_case)
+        rows += of_case
     if dist.get_rank() == 0:
-        write_csv(csv, rows)
+        write_measured(csv, rows)
     dist.barrier()
 
 
 def main() -> None:
-    """Start the processes, and measure in them."""
-    keep_freed_memory()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="one short turn of the first network")
+    """Start the processes; measure, report and write in them."""
+    parser = study_parser(__doc__)
+    parser.add_argument("--turns", type=at_least_one, default=9)
     parser.add_argument("--only", default="", help="networks whose names contain this")
     args = parser.parse_args()
+    if not args.quick:
+        keep_freed_memory()
     if "RANK" in os.environ:
-        measure(args.csv, args.turns, args.only, args.quick)
+        measure(args.folder / "processes.csv", args.turns, args.only, args.quick)
         return
     print(conditions(threads=1), flush=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_STAGES}"]

@@ -3,25 +3,24 @@
 Random images of CIFAR-10's size, shifted, flipped and normalised, in mini-batches of 128 and in one process, against
 the training step of a digital ResNet-8. Usage:
 
-    .venv/bin/python scripts/benchmark_loader.py --csv docs/results/benchmark_loader.csv
+    .venv/bin/python scripts/benchmarks/loader.py --folder docs/results
 """
 
-import argparse
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarking import conditions
-from tables import write_csv
+from machine import conditions, write_measured
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from aimc_pl.data.images import ImageSet, _as_is
 from aimc_pl.models import ResNet
+from aimc_pl.studies.arguments import at_least_one, study_parser
+from aimc_pl.studies.rows import Row
 
 BATCH = 128
 
@@ -48,26 +47,10 @@ class PerSample(Dataset[tuple[Tensor, int]]):
         return self.transform(self.images[index]), 0
 
 
-def images_per_second(batches: Iterable[Any], do: Callable[[Any], object] = lambda batch: None) -> float:
-    """Go through the batches once, after a first one to warm up."""
-    iterator = iter(batches)
-    do(next(iterator))
-    start, count = time.perf_counter(), 0
-    for batch in iterator:
-        do(batch)
-        count += len(batch[0])
-    return count / (time.perf_counter() - start)
-
-
-def main() -> None:
-    """Print images per second, and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--batches", type=int, default=60)
-    args = parser.parse_args()
-    print(conditions(torch.get_num_threads()))
+def cases(num_batches: int) -> dict[str, tuple[Iterable[Any], Callable[[Any], object]]]:
+    """What to go through, one batch more than are timed, and what to do with each batch."""
     torch.manual_seed(0)
-    images = torch.randint(0, 255, (args.batches * BATCH, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 255, ((num_batches + 1) * BATCH, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (len(images),))
     mean = torch.full((3,), 0.5)
     in_memory = DataLoader(ImageSet(images, labels, mean, mean / 2, augment=True), BATCH, True, collate_fn=_as_is)
@@ -80,14 +63,42 @@ def main() -> None:
         F.cross_entropy(network(batch[0]), batch[1]).backward()
         optimizer.step()
 
-    rows = [
-        {"what": "in-memory loader", "images_per_second": images_per_second(in_memory)},
-        {"what": "per-sample loader", "images_per_second": images_per_second(per_sample)},
-        {"what": "digital ResNet-8 step", "images_per_second": images_per_second([*in_memory], step)},
-    ]
-    write_csv(args.csv, rows)
+    def only_load(batch: Any) -> None:
+        pass
+
+    return {
+        "in-memory loader": (in_memory, only_load),
+        "per-sample loader": (per_sample, only_load),
+        "digital ResNet-8 step": ([*in_memory], step),
+    }
+
+
+def run(what: str, batches: Iterable[Any], do: Callable[[Any], object]) -> Row:
+    """Go through the batches once, after a first one to warm up."""
+    iterator = iter(batches)
+    do(next(iterator))
+    start, count = time.perf_counter(), 0
+    for batch in iterator:
+        do(batch)
+        count += len(batch[0])
+    return {"what": what, "images_per_second": count / (time.perf_counter() - start)}
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print a line for each."""
     for row in rows:
         print(f"{row['what']:<24}{row['images_per_second']:>10.0f} images/s")
+
+
+def main() -> None:
+    """Measure, write and report."""
+    parser = study_parser(__doc__)
+    parser.add_argument("--batches", type=at_least_one, default=60, help="timed batches")
+    args = parser.parse_args()
+    print(conditions(torch.get_num_threads()))
+    rows = [run(what, *case) for what, case in cases(1 if args.quick else args.batches).items()]
+    write_measured(args.folder / "loader.csv", rows)
+    report(rows)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 Two seconds. Usage:
 
-    .venv/bin/python scripts/draw_training_step.py --png docs/images/training_step.png
+    .venv/bin/python docs/images/training_step.py --folder docs/images
 """
 
-import argparse
 from itertools import pairwise
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle, RegularPolygon
 
 from aimc_pl.schedule import Schedule
+from aimc_pl.studies.arguments import study_parser
 
 STAGES = ("#4c78a8", "#f58518", "#54a24b")
 """Colours of stages 0, 1 and 2."""
@@ -204,9 +203,8 @@ def draw() -> Figure:
 
 def main() -> None:
     """Write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", type=Path, required=True)
-    draw().savefig(parser.parse_args().png, dpi=100)
+    args = study_parser(__doc__).parse_args()
+    draw().savefig(args.folder / "training_step.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from aimc_pl import theory
+from aimc_pl.studies import theory
 
 
 def simulate(tau, rate, staleness=0, updates=4000, copies=200, sigma=1.0, size=5, seed=0):
@@ -115,12 +115,3 @@ def test_fits_recover_what_made_the_data(dominant, extra):
     assert theory.fit_exponent(epsilon, 3 * epsilon**-1.7) == pytest.approx(1.7)
     fitted = theory.fit_complexity(epsilon, dominant * epsilon**-2 + extra / epsilon)
     assert fitted == pytest.approx((dominant, extra), abs=1e-6)
-
-
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """2,000 intervals of 95 %: between 93.0 and 97.0 % cover, four standard errors (false alarm 6e-5)."""
-    rng = np.random.default_rng(0)
-    intervals = [theory.estimate(rng.normal(3.0, 2.0, 5)) for _ in range(2000)]
-    covered = np.mean([low < 3.0 < high for _, low, high in intervals])
-    assert 0.93 < covered < 0.97
-    assert theory.estimate([1.0, 2.0, 4.0]).value == pytest.approx(7 / 3)

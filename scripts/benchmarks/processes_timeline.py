@@ -3,27 +3,26 @@
 Measures throughput against one stage that does all, writes when every operation began and ended, and draws it beside
 the planned table. Two minutes. Usage:
 
-    .venv/bin/python scripts/processes_timeline.py --csv docs/results/processes_timeline.csv \
-        --png docs/images/processes_timeline.png
+    .venv/bin/python scripts/benchmarks/processes_timeline.py --folder docs/results
 """
 
 import argparse
-import csv
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from machine import conditions, write_measured
 from matplotlib.figure import Figure
-from tables import write_csv
 from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table
@@ -33,13 +32,19 @@ from aimc_pl.passage import StageProcess
 from aimc_pl.pipeline import Pipeline
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
+from aimc_pl.studies.arguments import study_parser
+from aimc_pl.studies.rows import Row, read_rows, select, write_rows
 
-CASES = [("sync", "half"), ("async", "half"), ("async", "full")]
-SIZES = (2, 4, 8)
+PLANS = [("sync", "half"), ("async", "half"), ("async", "full")]
 NUM_MICROBATCHES = 8
 """Per mini-batch, of which the synchronous schedule drains after each."""
 
 MINI_BATCHES = 6
+
+
+def cases(quick: bool) -> tuple[int, ...]:
+    """Numbers of stages."""
+    return (2,) if quick else (2, 4, 8)
 
 
 class _Sleep(torch.autograd.Function):
@@ -82,8 +87,9 @@ def record(folder: Path, seconds: float) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     num_stages = dist.get_world_size()
     stage = rank_of(dist.get_rank(), num_stages)
-    rows, x = [], torch.ones(256)
-    for name, duplex in CASES:
+    rows: list[Row] = []
+    x = torch.ones(256)
+    for name, duplex in PLANS:
         schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
         layers = [SleepingStage(seconds) for _ in range(num_stages)]
         network = nn.Sequential(*layers)
@@ -103,38 +109,32 @@ def record(folder: Path, seconds: float) -> None:
             pipeline.drain()
         counts = {"F": 0, "B": 0}
         for kind, start, end in layers[stage].times:
-            rows.append((name, duplex, num_stages, stage, kind, counts[kind], start, end))
+            case = {"schedule": name, "duplex": duplex, "num_stages": num_stages}
+            operation = {"stage": stage, "kind": kind, "microbatch": counts[kind], "start": start, "end": end}
+            rows.append(case | operation)
             counts[kind] += 1
-    with (folder / f"{num_stages}-{stage}.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
+    write_rows(folder / f"{stage}.csv", rows)
 
 
-def launch(num_stages: int, seconds: float) -> Iterator[dict[str, Any]]:
+def run(num_stages: int, seconds: float) -> Iterator[dict[str, str]]:
     """The operations of all processes."""
     with tempfile.TemporaryDirectory() as folder:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_stages}"]
         command = [*torchrun, __file__, "--record", folder, "--seconds", str(seconds)]
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
         for path in sorted(Path(folder).glob("*.csv")):
-            for row in csv.reader(path.open()):
-                yield {
-                    "schedule": row[0],
-                    "duplex": row[1],
-                    "num_stages": int(row[2]),
-                    "stage": int(row[3]),
-                    "kind": row[4],
-                    "microbatch": int(row[5]),
-                    "start": float(row[6]),
-                    "end": float(row[7]),
-                }
+            yield from read_rows(path)
 
 
-def summary(operations: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def summary(operations: Sequence[Row], name: Any, duplex: Any, num_stages: int, seconds: float) -> Row:
     """Of one case: micro-batches per second times what one accelerator needs for one, and the plan's."""
-    first = operations[0]
-    num_stages, batches = first["num_stages"], MINI_BATCHES * NUM_MICROBATCHES
-    schedule = Schedule(first["schedule"], num_stages, NUM_MICROBATCHES, first["duplex"])
-    took = max(o["end"] for o in operations) - min(o["start"] for o in operations)
+    batches = MINI_BATCHES * NUM_MICROBATCHES
+    schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)
+    times = [
+        (float(o["start"]), float(o["end"]))
+        for o in select(operations, schedule=name, duplex=duplex, num_stages=num_stages)
+    ]
+    took = max(end for _, end in times) - min(start for start, _ in times)
     cycles = schedule.num_cycles(batches) if schedule.is_async else MINI_BATCHES * schedule.num_cycles()
     return {
         "schedule": schedule.name,
@@ -144,56 +144,56 @@ def summary(operations: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         "speedup": round(2 * num_stages * batches * seconds / took, 3),
         "of_plan": round(cycles * seconds / took, 4),
         "overhead_per_cycle_ms": round(1e3 * (took / cycles - seconds), 3),
-        "busy": round(sum(o["end"] - o["start"] for o in operations) / took / num_stages, 3),
+        "busy": round(sum(end - start for start, end in times) / took / num_stages, 3),
     }
 
 
-def draw(operations: list[dict[str, Any]], seconds: float, clocks: int = 30) -> Figure:
-    """For 4 stages, the planned tables and, below each, the times at which operations ran."""
-    figure = Figure(figsize=(14, 3.0 * len(CASES)), layout="constrained")
-    for axes, (name, duplex) in zip(figure.subplots(len(CASES), 2), CASES, strict=True):
-        schedule = Schedule(name, 4, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
+def report(rows: Sequence[Row]) -> None:
+    """Print a line per case."""
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int = 30) -> Figure:
+    """The planned tables and, below each, the times at which operations ran."""
+    figure = Figure(figsize=(14, 3.0 * len(PLANS)), layout="constrained")
+    for axes, (name, duplex) in zip(figure.subplots(len(PLANS), 2), PLANS, strict=True):
+        schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
         shown = clocks // schedule.cycles_per_clock
         draw_table(axes[0], schedule, 32 if schedule.is_async else NUM_MICROBATCHES, shown)
         axes[0].set_title(f"{name}, {duplex} duplex: the plan")
-        mine = [o for o in operations if (o["schedule"], o["duplex"], o["num_stages"]) == (name, duplex, 4)]
-        zero = min(o["start"] for o in mine)
+        mine = select(operations, schedule=name, duplex=duplex, num_stages=num_stages)
+        zero = min(float(o["start"]) for o in mine)
         for o in mine:
-            start = (o["start"] - zero) / seconds
+            start, end = ((float(o[field]) - zero) / seconds for field in ("start", "end"))
             if start < clocks:
                 colour = "tab:blue" if o["kind"] == "F" else "tab:orange"
-                axes[1].barh(o["stage"], (o["end"] - o["start"]) / seconds, left=start, color=colour, edgecolor="white")
-        axes[1].set(xlim=(0, clocks), xlabel=f"time in cycles of {1e3 * seconds:g} ms", ylabel="stage", yticks=range(4))
-        axes[1].set_title(f"{name}, {duplex} duplex: four processes")
+                axes[1].barh(int(o["stage"]), end - start, left=start, color=colour, edgecolor="white")
+        axes[1].set(
+            xlim=(0, clocks), xlabel=f"time in cycles of {1e3 * seconds:g} ms", ylabel="stage", yticks=range(num_stages)
+        )
+        axes[1].set_title(f"{name}, {duplex} duplex: {num_stages} processes")
     return figure
 
 
 def main() -> None:
-    """Record, summarize, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, help="the summary; every operation goes to a file beside it, …_operations")
-    parser.add_argument("--png", type=Path)
+    """Record, write, report and draw."""
+    parser = study_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=0.05, help="one clock cycle")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.record:
         record(args.record, args.seconds)
         return
-    operations = [operation for size in SIZES for operation in launch(size, args.seconds)]
-    write_csv(args.csv.with_stem(f"{args.csv.stem}_operations"), operations)
-    rows = [
-        summary(
-            [o for o in operations if (o["schedule"], o["duplex"], o["num_stages"]) == (name, duplex, size)],
-            args.seconds,
-        )
-        for name, duplex in CASES
-        for size in SIZES
-    ]
-    write_csv(args.csv, rows)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    args.png.parent.mkdir(parents=True, exist_ok=True)
-    draw(operations, args.seconds).savefig(args.png, dpi=110)
+    print(conditions(threads=1))
+    seconds = 0.005 if args.quick else args.seconds
+    sizes = cases(args.quick)
+    operations = [operation for size in sizes for operation in run(size, seconds)]
+    write_rows(args.folder / "processes_timeline_operations.csv", operations)
+    rows = [summary(operations, name, duplex, size, seconds) for (name, duplex), size in product(PLANS, sizes)]
+    write_measured(args.folder / "processes_timeline.csv", rows)
+    report(rows)
+    draw(operations, 2 if args.quick else 4, seconds).savefig(args.folder / "processes_timeline.png", dpi=110)
 
 
 if __name__ == "__main__":

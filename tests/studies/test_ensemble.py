@@ -9,7 +9,7 @@ from aihwkit.nn import AnalogLinear
 from torch import Generator, nn
 
 from aimc_pl.devices import soft_bounds
-from aimc_pl.ensemble import Crossbars, EnsemblePipeline
+from aimc_pl.studies.ensemble import Crossbars, EnsemblePipeline
 
 
 def random(*shape, seed=0):

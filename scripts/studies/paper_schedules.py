@@ -2,19 +2,16 @@
 
 Every number of the table is counted in a run of the pipeline, and stands beside its closed form. Ten seconds. Usage:
 
-    .venv/bin/python scripts/paper_schedules.py --csv docs/results/schedules.csv --folder docs/images
+    .venv/bin/python scripts/studies/paper_schedules.py --folder docs/results
 """
 
-import argparse
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import write_csv
 from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table, draw_text
@@ -22,11 +19,22 @@ from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.pipeline import Event, Observer, Pipeline
 from aimc_pl.schedule import Operation, Schedule
 from aimc_pl.stage import Stage
+from aimc_pl.studies.arguments import study_parser
+from aimc_pl.studies.rows import Row
+from aimc_pl.studies.sweeps import sweep
 
 FIGURE_2 = (Schedule("none", 4, 4), Schedule("sync", 4, 5), Schedule("async", 4, 4))
 KINDS = (("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full"))
 STAGES = (1, 2, 4, 8, 16)
 MICROBATCHES = (1, 4, 8, 32)
+
+
+def cases(quick: bool) -> list[dict[str, Any]]:
+    """Schedules, stages and micro-batches."""
+    return [
+        {"schedule": name, "duplex": duplex, "num_stages": m, "num_microbatches": b}
+        for (name, duplex), m, b in product(KINDS, (8,) if quick else STAGES, (8,) if quick else MICROBATCHES)
+    ]
 
 
 class Counter(Observer):
@@ -70,7 +78,7 @@ class Scale(nn.Module):
         return x * self.weight
 
 
-def run(schedule: Schedule, num_microbatches: int) -> Counter:
+def count(schedule: Schedule, num_microbatches: int) -> Counter:
     """Run the pipeline from a fill to a drain, with stages of one weight."""
     counter = Counter()
     network = nn.Sequential(*(Scale() for _ in range(schedule.num_stages)))
@@ -85,21 +93,21 @@ def run(schedule: Schedule, num_microbatches: int) -> Counter:
     return counter
 
 
-def row(name: Any, duplex: Any, num_stages: int, num_microbatches: int) -> dict[str, Any]:
+def run(schedule: Any, duplex: Any, num_stages: int, num_microbatches: int) -> list[dict[str, Any]]:
     """One line of the table: closed forms and counts.
 
     Raises:
         RuntimeError: if they differ.
     """
-    schedule = Schedule(name, num_stages, num_microbatches, duplex)
-    counter = run(schedule, num_microbatches)
-    cycles = counter.clocks * schedule.cycles_per_clock
+    plan = Schedule(schedule, num_stages, num_microbatches, duplex)
+    counter = count(plan, num_microbatches)
+    cycles = counter.clocks * plan.cycles_per_clock
     closed = {
-        "cycles": schedule.num_cycles(),
-        "density": schedule.density(),
-        "speedup": schedule.speedup(),
-        "in_flight": schedule.in_flight(0),
-        "staleness": max(schedule.staleness(0, k) for k in range(num_microbatches)),
+        "cycles": plan.num_cycles(),
+        "density": plan.density(),
+        "speedup": plan.speedup(),
+        "in_flight": plan.in_flight(0),
+        "staleness": max(plan.staleness(0, k) for k in range(num_microbatches)),
     }
     counted = {
         "cycles": cycles,
@@ -109,9 +117,20 @@ def row(name: Any, duplex: Any, num_stages: int, num_microbatches: int) -> dict[
         "staleness": counter.staleness,
     }
     if any(abs(closed[key] - counted[key]) > 1e-12 for key in closed):
-        raise RuntimeError(f"{schedule}: the closed forms are {closed}, and {counted} was counted")
-    line = {"schedule": name, "duplex": duplex, "num_stages": num_stages, "num_microbatches": num_microbatches}
-    return line | {f"{key}_{kind}": v[key] for key in closed for kind, v in (("closed", closed), ("counted", counted))}
+        raise RuntimeError(f"{plan}: the closed forms are {closed}, and {counted} was counted")
+    return [{f"{key}_{kind}": v[key] for key in closed for kind, v in (("closed", closed), ("counted", counted))}]
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print the tables of Figure 2, and how much was compared."""
+    for schedule in FIGURE_2:
+        print(draw_text(schedule, schedule.num_microbatches), end="\n\n")
+    print(f"{len(rows)} combinations: every count equals its closed form")
+
+
+def draw() -> dict[str, Figure]:
+    """Figures 2 and 3."""
+    return {"figure_2": figure_2(), "figure_3": figure_3()}
 
 
 def figure_2() -> Figure:
@@ -132,7 +151,7 @@ def figure_3(num_clocks: int = 24) -> Figure:
 
 def _versions(axes: Axes, schedule: Schedule, num_clocks: int) -> None:
     per_cell = schedule.cycles_per_clock
-    for kind, event in run(schedule, num_clocks).events:
+    for kind, event in count(schedule, num_clocks).events:
         if event.clock < num_clocks:
             offset = 0.25 if kind == "B" and per_cell == 2 else -0.25 if per_cell == 2 else 0.0
             axes.text(
@@ -159,19 +178,11 @@ def _versions(axes: Axes, schedule: Schedule, num_clocks: int) -> None:
 
 
 def main() -> None:
-    """Count, compare, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="of the pictures")
-    args = parser.parse_args()
-    rows = [row(name, duplex, m, b) for (name, duplex), m, b in product(KINDS, STAGES, MICROBATCHES)]
-    write_csv(args.csv, rows)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    figure_2().savefig(args.folder / "figure_2.png", dpi=110)
-    figure_3().savefig(args.folder / "figure_3.png", dpi=110)
-    for schedule in FIGURE_2:
-        print(draw_text(schedule, schedule.num_microbatches), end="\n\n")
-    print(f"{len(rows)} combinations: every count equals its closed form")
+    """Count and compare what is missing, report and draw."""
+    args = study_parser(__doc__).parse_args()
+    report(sweep(run, cases(args.quick), args.folder / "paper_schedules.csv", jobs=1))
+    for name, figure in draw().items():
+        figure.savefig(args.folder / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

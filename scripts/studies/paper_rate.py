@@ -5,7 +5,7 @@ is summed over all images. Every update takes one sample, so that it is of rank 
 paper's expected motion; the noise is that of the samples and their labels. Copies with other learning rates, dynamic
 ranges τ, label noises and seeds run side by side. Usage:
 
-    .venv/bin/python scripts/paper_rate.py --csv docs/results/rate.csv --png docs/images/rate.png
+    .venv/bin/python scripts/studies/paper_rate.py --folder docs/results
 """
 
 from abc import ABC, abstractmethod
@@ -20,11 +20,14 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sweeps import Row, curves, select, standard_error, study_parser, sweep, writable
 from torch import Generator, Tensor, nn
 
-from aimc_pl.ensemble import Crossbars, EnsemblePipeline
-from aimc_pl.theory import Estimate, asymptotic_error, estimate, fit_complexity, fit_exponent, stationary_error
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.ensemble import Crossbars, EnsemblePipeline
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.statistics import Estimate, estimate, standard_error
+from aimc_pl.studies.sweeps import sweep
+from aimc_pl.studies.theory import asymptotic_error, fit_complexity, fit_exponent, stationary_error
 
 STAGES = {"linear": (1, 2, 4, 8), "mlp": (1, 4)}
 UPDATES = {"linear": 40_000, "mlp": 30_000}
@@ -41,9 +44,18 @@ EVERY = {"linear": 20, "mlp": 100}
 ABOVE_FLOOR = 2
 """Errors are fitted down to this many floors."""
 
-
 SMALLEST = 6
 """Exponents are fitted to this many of the smallest errors."""
+
+
+def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """Problems and stages; a quick run learns digits, for a twentieth of the updates."""
+    updates = {"mlp": UPDATES["mlp"] // 20} if quick else UPDATES
+    return [
+        {"problem": problem, "num_stages": m, "num_updates": num_updates, "num_seeds": num_seeds}
+        for problem, num_updates in updates.items()
+        for m in STAGES[problem]
+    ]
 
 
 class Problem(ABC):
@@ -244,9 +256,14 @@ def reach(
     return epsilon[good] - floor, updates[:, good]
 
 
+def problems(rows: Sequence[Row]) -> list[str]:
+    """Those that have been run."""
+    return [problem for problem in STAGES if select(rows, problem=problem)]
+
+
 def report(rows: Sequence[Row]) -> None:
     """Print exponents and both terms' coefficients, relative to no delay seed by seed, with 95 % intervals."""
-    for problem, num_stages in ((name, m) for name in STAGES for m in STAGES[name]):
+    for problem, num_stages in ((name, m) for name in problems(rows) for m in STAGES[name]):
         for tau, noise in product(RANGES[problem], NOISES[problem]):
             epsilon, updates = reach(rows, problem, num_stages, tau, noise)
             if len(epsilon) < 3:
@@ -272,8 +289,9 @@ def shown(value: Estimate, digits: int = 2) -> str:
 
 def draw(rows: Sequence[Row]) -> Figure:
     """Error against updates, what delay adds, and the floor against τ."""
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    for axes, problem in zip(figure.subplots(2, 3), STAGES, strict=True):
+    shown = problems(rows)
+    figure = Figure(figsize=(13, 3.75 * len(shown)), layout="constrained")
+    for axes, problem in zip(figure.subplots(len(shown), 3, squeeze=False), shown, strict=True):
         draw_reach(axes[0], rows, problem)
         draw_extra(axes[1], rows, problem)
         draw_floor(axes[2], rows, problem)
@@ -325,19 +343,10 @@ def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
 
 def main() -> None:
     """Run what is missing, report and draw."""
-    parser = study_parser(__doc__, seeds=4)
-    parser.add_argument("--png", type=writable, required=True, help="of the picture")
-    parser.add_argument("--quick", action="store_true", help="a twentieth of the updates")
-    args = parser.parse_args()
-    share = 20 if args.quick else 1
-    cases = [
-        {"problem": problem, "num_stages": m, "num_updates": UPDATES[problem] // share, "num_seeds": args.seeds}
-        for problem in STAGES
-        for m in STAGES[problem]
-    ]
-    rows = sweep(run, cases, args.csv, args.jobs)
+    args = sweep_parser(__doc__, seeds=4).parse_args()
+    rows = sweep(run, cases(args.seeds, args.quick), args.folder / "paper_rate.csv", args.jobs)
     report(rows)
-    draw(rows).savefig(args.png, dpi=110)
+    draw(rows).savefig(args.folder / "paper_rate.png", dpi=110)
 
 
 if __name__ == "__main__":

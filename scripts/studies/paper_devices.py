@@ -1,0 +1,94 @@
+"""How devices move the answer of ``paper_stages.py``: updates to a target, one property of the device at a time.
+
+The same residual network with 16 layers, in 1 to 16 stages, on pulsed devices. The learning rate is the best of a grid
+for every number of stages, device and seed. Usage:
+
+    .venv/bin/python scripts/studies/paper_devices.py --folder docs/results
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+from matplotlib.figure import Figure
+from paper_stages import EVERY, LEARNING_RATES, alone, relative, train, updates_to
+
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row
+from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.sweeps import sweep
+
+STAGES = (1, 4, 16)
+BASE = {"tau": 2.0, "step": 2.0**-8, "cycle_to_cycle": 0.3, "write_noise": 0.0, "io_bits": None}
+"""1,024 steps in the range 2τ."""
+
+TARGETS = (("accuracy", 0.8), ("loss", 0.5))
+LABELS = {
+    "step": "Δw_min, in units of the range",
+    "cycle_to_cycle": "cycle-to-cycle spread of a step",
+    "write_noise": "write noise, in Δw_min",
+    "io_bits": "bits of the input converters",
+}
+
+SWEEPS: dict[str, Sequence[Any]] = {
+    "step": [BASE["tau"] * 2 * 2.0**-k for k in range(3, 11)],
+    "cycle_to_cycle": [0.0, 0.5, 1.0, 2.0],
+    "write_noise": [0.0, 2.0, 5.0, 10.0],
+    "io_bits": [3.0, 4.0, 5.0, 7.0],
+}
+
+
+def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """Properties and stages; a quick run gives up early."""
+    length = {"num_seeds": num_seeds, "num_updates": 20 if quick else 2000}
+    return [{"sweep": name, "num_stages": m} | length for name, m in product(SWEEPS, STAGES)]
+
+
+def run(sweep: str, num_stages: int, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
+    """16 layers on pulsed devices that differ in one property."""
+    devices = [BASE | {sweep: value} for value in SWEEPS[sweep]]
+    return train(16, num_stages, "half", devices, LEARNING_RATES[::2], num_seeds, num_updates)
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print the updates of one stage to every target, and those of more relative to it."""
+    for (name, values), (metric, target) in product(SWEEPS.items(), TARGETS):
+        for value in values:
+            where = {"sweep": name, name: value}
+            one = alone(rows, metric, target, **where)
+            ratios = ((m, relative(rows, metric, target, m, **where)) for m in STAGES[1:])
+            line = ", ".join(f"{m} stages {r.mean():.2f} ± {standard_error(r):.2f} times" for m, r in ratios)
+            print(f"{name:<14} {value:<8.4g} {metric} {target}  {one.mean():.0f} updates with one stage, {line}")
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Updates to an accuracy against each property of the device."""
+    figure = Figure(figsize=(16, 4.2), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
+        for color, num_stages in enumerate(STAGES):
+            for (metric, target), style in zip(TARGETS, ("-", "--"), strict=True):
+                where = {"sweep": name, "num_stages": num_stages}
+                updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
+                means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
+                label = f"{num_stages} stages, {metric} {target}"
+                axes.errorbar(
+                    range(len(values)), means, errors, color=f"C{color}", linestyle=style, marker=".", label=label
+                )
+        axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name], ylabel="updates, best learning rate")
+        texts = [f"1/{2 * BASE['tau'] / value:.0f}" if name == "step" else f"{value:g}" for value in values]
+        axes.set_xticks(range(len(values)), texts)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    """Run what is missing, report and draw."""
+    args = sweep_parser(__doc__, seeds=3).parse_args()
+    rows = sweep(run, cases(args.seeds, args.quick), args.folder / "paper_devices.csv", args.jobs)
+    report(rows)
+    draw(rows).savefig(args.folder / "paper_devices.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

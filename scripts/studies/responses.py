@@ -1,0 +1,58 @@
+"""How devices answer to single pulses, on the mean-field tile over aihwkit's: one picture per device.
+
+The cross-points of both have the same parameters; they differ in the noise. Ten seconds on two cores. Usage:
+
+    .venv/bin/python scripts/studies/responses.py --folder docs/results
+"""
+
+from inspect import signature
+
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import Tensor
+
+from aimc_pl.devices import DEVICES, pulse_response
+from aimc_pl.studies.arguments import study_parser
+
+SEED, PULSES, CROSS_POINTS = 1, 600, 6
+COLORS = {"aihwkit": "tab:blue", "mean_field": "tab:orange"}
+
+
+def cases(quick: bool) -> list[str]:
+    """The devices that both simulate."""
+    names = [name for name, make in DEVICES.items() if "backend" in signature(make).parameters]
+    return names[:1] if quick else names
+
+
+def run(name: str) -> dict[str, Tensor]:
+    """The weights of a few cross-points ``(pulses, points)`` on both tiles; pulses up, down, up and down."""
+    weights = {}
+    for backend in COLORS:
+        config = DEVICES[name](backend=backend).rpu_config
+        config.device.construction_seed = SEED  # pyright: ignore[reportAttributeAccessIssue]
+        weights[backend] = pulse_response(config, PULSES, CROSS_POINTS)
+    return weights
+
+
+def draw(name: str, of_backends: dict[str, Tensor]) -> Figure:
+    """The weights and their mean."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for backend, weights in of_backends.items():
+        color = COLORS[backend]
+        axes.plot(weights, color=color, linewidth=0.5, alpha=0.5)
+        axes.plot(weights.mean(1), color=color, linewidth=2, label=f"{backend}, mean of {CROSS_POINTS}")
+    axes.set(xlabel="pulse", ylabel="weight", title=name)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def main() -> None:
+    """Draw every device."""
+    args = study_parser(__doc__).parse_args()
+    for name in track(cases(args.quick)):
+        draw(name, run(name)).savefig(args.folder / f"response_{name}.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""A stopped sweep goes on where it was, in one process or in many."""
+
+import numpy as np
+import pytest
+import torch
+from sweep_case import square
+
+from aimc_pl.errors import UsageError
+from aimc_pl.studies.rows import curves, read_rows, select
+from aimc_pl.studies.sweeps import sweep
+
+CASES = [{"x": x, "seed": seed} for x in (1, 2, 3) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_stopped_sweep_keeps_what_ended_and_goes_on(jobs, tmp_path):
+    path = tmp_path / "out.csv"
+    with pytest.raises(RuntimeError, match="no power"):
+        sweep(square, CASES, path, jobs)
+    kept = read_rows(path)
+    assert len(kept) in ([8] if jobs == 1 else [4, 6, 8, 10])
+    rows = sweep(square, CASES, path, jobs)
+    assert len(rows) == 12
+    assert rows[: len(kept)] == kept
+    assert sweep(square, CASES, path, jobs) == rows
+    np.testing.assert_array_equal(curves(select(rows, x=3), "y"), [[9, 10], [10, 11]])
+    # another study in the same file does not mix in
+    assert len(sweep(square, CASES[:2], path, jobs)) == 4
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_every_case_has_one_thread(jobs, tmp_path):
+    threads = torch.get_num_threads()
+    rows = sweep(lambda seed: [{"threads": torch.get_num_threads()}], [{"seed": 0}, {"seed": 1}], tmp_path / "a", jobs)
+    assert [row["threads"] for row in rows] == ["1", "1"]
+    assert torch.get_num_threads() == threads
+
+
+def test_another_studys_file_is_refused(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,seed\n1,2\n")
+    with pytest.raises(UsageError, match=r"other\.csv is of another study: it has no column x"):
+        sweep(print, [{"x": 1, "seed": 0}], path)
+    assert path.read_text() == "a,seed\n1,2\n"
