@@ -3,6 +3,7 @@
 import sys
 from argparse import ArgumentError
 from importlib.resources import as_file, files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command ``aimc-pl``; a request that cannot work, or a lost process, ends in one line and exit code 1."""
-    sys.argv[1:] = args = [_shipped(arg) for arg in (sys.argv[1:] if args is None else args)]
+    sys.argv[1:] = args = _with_shipped_configs(sys.argv[1:] if args is None else args)
     try:
         if args[:1] in (["schedule"], ["devices"]):
             auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
@@ -144,11 +145,23 @@ def _usage(make: Any, *args: Any) -> Any:
         raise UsageError(str(error)) from error
 
 
-def _shipped(arg: str) -> str:
-    """The path of a config that the package brings, for an argument that names one and no file."""
-    path = Path(arg.removeprefix("--config="))
-    shipped = files("aimc_pl.configs") / path.name
-    if path.suffix != ".yaml" or path.exists() or not shipped.is_file():
-        return arg
-    with as_file(shipped) as found:
-        return arg.replace(str(path), str(found))
+def _with_shipped_configs(args: list[str]) -> list[str]:
+    """The arguments, with paths in the place of the names of configs that the package brings."""
+    found = []
+    for before, arg in pairwise(["", *args]):
+        if before in ("--config", "-c"):
+            found.append(_config_path(arg))
+        elif arg.startswith("--config="):
+            found.append(f"--config={_config_path(arg.removeprefix('--config='))}")
+        else:
+            found.append(arg)
+    return found
+
+
+def _config_path(name: str) -> str:
+    """Where a config lies: a file as it is named, else the one of that name that the package brings."""
+    shipped = files("aimc_pl.configs") / name
+    if Path(name).exists() or Path(name).name != name or not shipped.is_file():
+        return name
+    with as_file(shipped) as path:
+        return str(path)

@@ -4,7 +4,7 @@ All stages may live in one process, or each in its own: every process walks the 
 operations of its stages. What a forward and a backward are is the micro-batch's business.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,7 +77,7 @@ class Pipeline:
         update: called with a stage when it is to update its weights from its gradients and to clear those
             (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
             then calls :meth:`updated`).
-        observers: told of every operation of these stages.
+        observers: told of every operation of these stages; more may be appended to the list at any time.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Pipeline:
         stages: Sequence[Stage],
         schedule: Schedule,
         update: Callable[[Stage], None],
-        observers: Iterable[Observer] = (),
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.stages = stages
         self.schedule = schedule
-        self.observers = list(observers)
+        self.observers = observers
         self.clock = 0
         self.num_entered = 0
         self._update = update

@@ -163,11 +163,9 @@ class Schedule:
     def version(self, stage: int, microbatch: int) -> int:
         """The weight version (updates since the fill) that F(stage, microbatch) sees.
 
-        Under a schedule with one update per mini-batch, the micro-batches are counted over the whole run.
+        Always 0 under a schedule with one update per mini-batch, where every mini-batch is a fill of its own.
         """
-        if not self.is_async:
-            return microbatch // self.num_microbatches
-        return microbatch - self.staleness(stage, microbatch)
+        return microbatch - self.staleness(stage, microbatch) if self.is_async else 0
 
     def in_flight(self, stage: int, num_microbatches: int | None = None) -> int:
         """The most micro-batches whose activations ``stage`` holds at once, when K pass between fill and drain."""

@@ -106,7 +106,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         )
         self.device = device
         self.observers: list[Observer] = []
-        """Told of every operation of the pipeline; callbacks append themselves."""
+        """Told of every operation of the pipeline; callbacks append themselves, and may do so in the midst of a fit."""
         self._training: Training | None = None
         self._placement: Placement = OneProcess()
         self._is_stepping = False

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 
+import aimc_pl.cli
 import aimc_pl.configs
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.cli import main
@@ -72,6 +73,34 @@ def test_resume_from_the_command_line(command, monkeypatch):
     command("fit", *options, "--trainer.max_epochs=1")
     command("fit", *options, "--trainer.max_epochs=2", "--ckpt_path=logs/digits_sync/version_0/checkpoints/last.ckpt")
     assert clocks == [41 * 14, 2 * 41 * 14]
+
+
+def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr(aimc_pl.cli, "AnalogCLI", lambda: seen.append(sys.argv[1:]))
+    (shipped,) = (Path(folder) / "digits_async.yaml" for folder in aimc_pl.configs.__path__)
+    command("fit", "--config", "digits_async.yaml")
+    command("fit", "-c", "digits_async.yaml")
+    command("fit", "--config=digits_async.yaml", "--trainer.logger.save_dir=out/digits_async.yaml")
+    command("fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml")
+    command("fit", "--config=none.yaml")
+    assert seen == [
+        ["fit", "--config", str(shipped)],
+        ["fit", "-c", str(shipped)],
+        ["fit", f"--config={shipped}", "--trainer.logger.save_dir=out/digits_async.yaml"],
+        ["fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml"],
+        ["fit", "--config=none.yaml"],
+    ]
+    Path("digits_async.yaml").write_text("a file of one's own comes first")
+    command("fit", "--config", "digits_async.yaml")
+    assert seen[-1] == ["fit", "--config", "digits_async.yaml"]
+
+
+def test_a_config_that_is_nowhere_is_one_line(command):
+    with pytest.raises(SystemExit) as stop:
+        command("fit", "--config", "wrong_folder/digits_async.yaml")
+    assert str(stop.value).startswith("aimc-pl: error: ")
+    assert "wrong_folder/digits_async.yaml" in str(stop.value)
 
 
 def test_interpolated_and_overridden_values_arrive(command, monkeypatch):

@@ -214,6 +214,37 @@ def test_gradients_equal_those_of_the_whole_batch(name, num_stages, num_microbat
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
+def test_observed_versions_are_the_closed_form_with_uneven_minibatches(name):
+    """Mini-batches of 3, 2 and 1 samples are split into as many micro-batches."""
+    schedule, recorder = Schedule(name, 3, num_microbatches=2), Recorder()
+    batches = make_batches(3, size=3)
+    step = make_even_step(make_network(), 3, batches[0])
+    pipeline = Pipeline(step.stages, schedule, pytest.fail, [recorder])
+    with step.running():
+        for batch in batches:
+            pipeline.run(to_flights(step, batch, 3))
+            pipeline.updated()
+    updates = [0, 0, 0, 1, 1, 2]
+    for event in recorder.forwards:
+        since_fill = schedule.version(event.stage.index, event.since_fill)
+        assert event.version == updates[event.microbatch] + since_fill == updates[event.microbatch]
+
+
+def test_an_observer_hears_what_happens_after_it_was_added():
+    observers, late = [], Recorder()
+    batches = make_batches(2)
+    step = make_even_step(make_network(), 4, batches[0])
+    pipeline = Pipeline(step.stages, Schedule("sync", 4, 2), pytest.fail, observers)
+    with step.running():
+        pipeline.run(to_flights(step, batches[0], 2))
+        observers.append(late)
+        pipeline.updated()
+        pipeline.run(to_flights(step, batches[1], 2))
+    assert [event.stage.index for event in late.updates] == [0, 1, 2, 3]
+    assert sorted(event.microbatch for event in late.forwards) == [2] * 4 + [3] * 4
+
+
 @pytest.mark.parametrize(
     ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 )

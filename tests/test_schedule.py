@@ -105,7 +105,7 @@ def test_async_versions_and_staleness_counted(duplex, total):
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
 def test_one_update_per_minibatch_has_no_staleness(name):
     schedule = Schedule(name, 4, 3)
-    assert [schedule.version(2, k) for k in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert {schedule.version(m, k) for m in range(4) for k in range(3)} == {0}
     assert {schedule.staleness(m, k) for m in range(4) for k in range(7)} == {0}
 
 
