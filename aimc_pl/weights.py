@@ -1,0 +1,89 @@
+"""Weights and gradients of layers, read and written alike on digital parameters and on analog tiles."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aimc_pl.analog import analog_layers, is_analog
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def weight_layers(module: nn.Module) -> dict[str, Any]:
+    """The Linear and Conv layers of a module, digital or analog, by name."""
+    return {
+        str(name): layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_analog(layer)
+    }
+
+
+def read_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """All weights in one vector, those behind tiles' contexts included."""
+    return torch.cat([_values(parameter).detach().flatten().float() for parameter in parameters])
+
+
+def read_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The gradients of some of a module's parameters in one vector, as :func:`gradients_of` gives them."""
+    return torch.cat([gradient.detach().flatten().float() for gradient in gradients_of(module, parameters)])
+
+
+def gradients_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients of some of a module's parameters.
+
+    Zeros where there is none; for a tile's context δᵀx of its pending pairs.
+    """
+    layers = {id(tile.analog_ctx): layer for layer in analog_layers(module) for tile in layer.analog_tiles()}
+    return [
+        _pending_gradient(layers[id(parameter)], parameter)
+        if is_analog(parameter)
+        else (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        for parameter in parameters
+    ]
+
+
+def _values(parameter: Any) -> Tensor:
+    return parameter.analog_tile.get_weights()[0] if is_analog(parameter) else parameter
+
+
+def _pending_gradient(layer: Any, context: Any) -> Tensor:
+    # With aihwkit, which is there when something is analog.
+    from aimc_pl.devices.mean_field import Convolution, MeanFieldTile
+
+    total, tile = torch.zeros_like(_values(context)), context.analog_tile
+    for x, error in zip(context.analog_input, context.analog_grad_output, strict=True):
+        if not context.use_indexed:
+            total += error.flatten(0, -2).T @ x.flatten(0, -2)
+        elif isinstance(tile, MeanFieldTile):
+            total += tile.patches.outer(error, x)
+        else:
+            convolution = Convolution(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            total += convolution.outer(error, x)
+    return total
+
+
+def write_weight(layer: Any, weight: Tensor) -> None:
+    """Set a layer's weight, in the shape :func:`layer_weight` gives; a tile clips it to its devices' bounds."""
+    if is_analog(layer):
+        layer.set_weights(weight, layer.get_weights()[1])
+    else:
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+
+
+def layer_weight(layer: Any) -> Tensor:
+    """A copy of a layer's weight."""
+    weight = layer.get_weights()[0] if is_analog(layer) else layer.weight
+    return weight.detach().clone()
+
+
+def product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """What a Linear or Conv layer computes of ``x``, with another weight and without bias."""
+    if not hasattr(layer, "kernel_size"):
+        return F.linear(x, weight)
+    weight = weight.view(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    convolution = _CONVOLUTIONS[len(layer.kernel_size) - 1]
+    return convolution(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
