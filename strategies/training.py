@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from aihwkit.optim.context import AnalogContext
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aimc_pl.devices import reset_pending_updates
+from aimc_pl.analog import is_analog, reset_pending_updates
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.stage import Stage
@@ -188,7 +187,7 @@ class Training:
     @contextmanager
     def _gradients_kept_apart(self) -> Iterator[None]:
         """Lightning clears gradients after training_step, which here includes the backward, until it asks for them."""
-        parameters = [p for p in self._module.parameters() if not isinstance(p, AnalogContext)]
+        parameters = [p for p in self._module.parameters() if not is_analog(p)]
         accumulated = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from aimc_pl.devices.conversion import analog_layers
-from aimc_pl.devices.weights import product
+from aimc_pl.analog import analog_layers
 from aimc_pl.private_torch import CALL, call_of
+from aimc_pl.weights import product
 
 
 class Part:
