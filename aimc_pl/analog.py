@@ -13,7 +13,7 @@ from torch import nn
 
 
 def is_analog(value: Any) -> bool:
-    """Whether a layer computes on crossbars, or a parameter stands for the weights of one (aihwkit's context of a tile).
+    """Whether a layer computes on crossbars, or a parameter stands for the weights of one, as aihwkit's contexts do.
 
     aihwkit's containers of such layers do not count.
     """

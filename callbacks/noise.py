@@ -13,11 +13,11 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aimc_pl.callbacks.attach import attach, merged
-from aimc_pl.devices.noise import Noise, ReadNoise
-from aimc_pl.devices.weights import layer_weight, product, weight_layers, write_weight
 from aimc_pl.errors import UsageError
+from aimc_pl.imperfections import Noise, ReadNoise
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import Stage
+from aimc_pl.weights import layer_weight, product, weight_layers, write_weight
 
 
 class DeviceNoise(Callback, Observer):

@@ -13,10 +13,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from aimc_pl.callbacks.attach import attach, merged
-from aimc_pl.devices.weights import read_gradients, read_weights
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import Stage
+from aimc_pl.weights import read_gradients, read_weights
 
 
 class StalenessMonitor(Callback, Observer):

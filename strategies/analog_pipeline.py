@@ -2,10 +2,11 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from inspect import Parameter, signature
-from typing import Any, override
+from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
 from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -14,8 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, describe_layers, make_analog_aware
-from aimc_pl.devices.checkpoint import trust_aihwkit
+from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
@@ -32,6 +32,10 @@ from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
 from aimc_pl.strategies.processes import ProcessStrategy
 from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings
 from aimc_pl.strategies.training import Training
+
+# aihwkit is imported where devices are made: a digital run does without it.
+if TYPE_CHECKING:
+    from aimc_pl.devices import DeviceSpec
 
 _CHECKPOINT_KEY = "aimc_pl"
 
@@ -80,7 +84,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         num_stages: int = 4,
         schedule: ScheduleName = "async",
         num_microbatches: int = 4,
-        device: DeviceSpec = None,
+        device: "DeviceSpec" = None,
         split_at: Sequence[str] | None = None,
         duplex: Duplex = "half",
         gradient_scale: GradientScale = "minibatch",
@@ -156,8 +160,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     def _convert(self) -> None:
         """Make the layers analog: before a state dict is loaded, and before the optimizer is built."""
-        if self.device is not None and convert_to_analog(self._module, self.device, self.settings.split_at):
-            rank_zero_info(describe_layers(self._module))
+        if self.device is not None:
+            from aimc_pl.devices import convert_to_analog, describe_layers
+
+            if convert_to_analog(self._module, self.device, self.settings.split_at):
+                rank_zero_info(describe_layers(self._module))
         if self.settings.weight_stashing and analog_layers(self._module):
             raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
         check_analog_support(self._module, self.root_device, self.precision_plugin)
@@ -180,7 +187,10 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 f"{type(self.optimizers[0]).__name__} evaluates the loss itself, which stages under schedule='async' "
                 "cannot: use another optimizer, or schedule='sync'"
             )
-        make_analog_aware(self.optimizers[0])
+        if any(map(is_analog, self._module.parameters())):
+            from aimc_pl.devices import make_analog_aware
+
+            make_analog_aware(self.optimizers[0])
 
     # --------------------------------------------------------------- training
 
@@ -291,12 +301,20 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with trust_aihwkit(checkpoint_path):
+        with self._trust_in_aihwkit(checkpoint_path):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         split_at = checkpoint.get(_CHECKPOINT_KEY, {}).get("split_at", [])
         if len(split_at) == self.schedule.num_stages - 1:
             self._resumed_split = split_at
         return checkpoint
+
+    @staticmethod
+    def _trust_in_aihwkit(checkpoint_path: Any) -> AbstractContextManager[Any]:
+        if find_spec("aihwkit") is None:
+            return nullcontext()
+        from aimc_pl.devices.checkpoint import trust_aihwkit
+
+        return trust_aihwkit(checkpoint_path)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

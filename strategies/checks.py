@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
-from aihwkit.simulator.rpu_base import cuda
-from aihwkit.simulator.tiles.custom import CustomTile
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.loss import _Loss
 
-from aimc_pl.devices import analog_layers
+from aimc_pl.analog import analog_layers
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule
 from aimc_pl.strategies.settings import Settings
@@ -65,6 +63,12 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
         UsageError: for aihwkit's own tiles on a GPU without aihwkit's CUDA build, or in another precision than float32.
     """
     tiles = [tile for layer in analog_layers(module) for tile in layer.analog_tiles()]
+    if not tiles:
+        return
+    # A digital run needs no aihwkit.
+    from aihwkit.simulator.rpu_base import cuda
+    from aihwkit.simulator.tiles.custom import CustomTile
+
     if device.type != "cpu" and not cuda.is_compiled():
         for tile in tiles:
             if not isinstance(tile, CustomTile):
@@ -72,7 +76,7 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
                     f"this build of aihwkit has no {type(tile).__name__} for {device}: choose a device with "
                     "backend='mean_field', or set Trainer(accelerator='cpu')"
                 )
-    if tiles and precision.precision not in ("32-true", "bf16-mixed"):
+    if precision.precision not in ("32-true", "bf16-mixed"):
         raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
 
 

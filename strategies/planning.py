@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from aimc_pl import boundaries
+from aimc_pl.analog import are_seeded
 from aimc_pl.boundaries import Calls
-from aimc_pl.devices.tiles import are_seeded
 from aimc_pl.flight import StagedStep
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.checks import check_microbatches

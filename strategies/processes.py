@@ -8,7 +8,6 @@ from typing import Any, override
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from aihwkit.optim.context import AnalogContext
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.strategies import ParallelStrategy
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torchmetrics import Metric
 
+from aimc_pl.analog import is_analog
 from aimc_pl.distributed import lost
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.strategies.private_lightning import update_callback_metrics
@@ -154,7 +154,7 @@ class ProcessStrategy(ParallelStrategy):
     def share_start(self, module: "pl.LightningModule") -> None:
         """Start everywhere from rank 0's weights and random states, as a run in one process would."""
         _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
-        values = [v.detach() for v in (*module.parameters(), *module.buffers()) if not isinstance(v, AnalogContext)]
+        values = [v.detach() for v in (*module.parameters(), *module.buffers()) if not is_analog(v)]
         for value, first in zip(values, self.broadcast(values), strict=True):
             value.copy_(first)
         for metric in module.modules():

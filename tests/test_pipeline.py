@@ -14,12 +14,12 @@ from staged import make_step
 from torch import nn
 
 from aimc_pl.devices import convert_to_analog
-from aimc_pl.devices.weights import read_gradients
 from aimc_pl.flight import Flight
 from aimc_pl.microbatch import split_batch
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
+from aimc_pl.weights import read_gradients
 
 LAYERS = 8
 LEARNING_RATE = 1.0

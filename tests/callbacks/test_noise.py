@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import DeviceNoise, DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
 from aimc_pl.devices import analog_layers
-from aimc_pl.devices.weights import layer_weight, product, weight_layers
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.weights import layer_weight, product, weight_layers
 
 N = 200_000  # weights in the statistical tests: five sigma of the mean of N(0, 1) are 0.011, of its spread 0.008
 

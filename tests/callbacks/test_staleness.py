@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import StalenessMonitor
 from aimc_pl.devices import constant_step, convert_to_analog
-from aimc_pl.devices.weights import read_gradients, read_weights
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event
 from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.weights import read_gradients, read_weights
 
 
 def fit(monitor, strategy, module=None, data=None, **kwargs):
