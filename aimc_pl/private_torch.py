@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn.modules.loss import _Loss
+from torch.optim import Optimizer
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
@@ -14,6 +16,8 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 SavedTensorHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -122,6 +126,31 @@ def version(tensor: Tensor) -> int:
 def storage_of(tensor: Tensor) -> int:
     """Equal for tensors that share their memory, on meta too."""
     return tensor.untyped_storage()._cdata
+
+
+def base_of(tensor: Tensor) -> Tensor:
+    """The tensor that a view looks at; another tensor itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
+Loss = _Loss
+"""What torch's modules for losses derive from."""
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, also those that are ``None``."""
+    return module._parameters
+
+
+def show_steps_to_schedulers(optimizer: Optimizer) -> None:
+    """Wrap an optimizer's ``step`` as learning-rate schedulers do, which look whether it is called before theirs."""
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+        return type(optimizer).step(optimizer, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
+    optimizer.step = step
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
