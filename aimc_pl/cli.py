@@ -2,6 +2,7 @@
 
 import sys
 from argparse import ArgumentError
+from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -23,9 +23,10 @@ from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
 # Registers the names "aimc_none", "aimc_sync" and "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
+from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 
 
-class AnalogCLI(LightningCLI):
+class AnalogCLI(CheckpointReadingCLI):
     """Lightning CLI with OmegaConf interpolation that command-line overrides reach, and a report after the fit."""
 
     def __init__(self) -> None:
@@ -47,11 +48,9 @@ class AnalogCLI(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="Test the last weights when the fit has ended."
         )
 
-    def _parse_ckpt_path(self) -> None:
-        # Lightning's, which reads hyperparameters from the checkpoint, with aihwkit's classes admitted.
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        with trust_aihwkit(path or ""):
-            super()._parse_ckpt_path()
+    def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
+        """Entered while hyperparameters are read from a checkpoint: its classes of aihwkit are admitted."""
+        return trust_aihwkit(path)
 
     def instantiate_classes(self) -> None:
         """Instantiate what the configuration names; what its classes refuse is an error of usage."""

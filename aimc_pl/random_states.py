@@ -9,7 +9,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import Generator, nn
-from torch.utils._pytree import tree_leaves
+
+from aimc_pl.private_torch import tree_leaves
 
 _SETTERS = (
     *((torch, "manual_seed"), (torch, "set_rng_state"), (torch.random, "manual_seed")),

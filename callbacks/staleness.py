@@ -16,6 +16,7 @@ from aimc_pl.callbacks.attach import attach, merged
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import Stage
+from aimc_pl.strategies.private_lightning import should_log
 from aimc_pl.weights import read_gradients, read_weights
 
 
@@ -71,7 +72,7 @@ class StalenessMonitor(Callback, Observer):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         # Micro-batches that enter at a logged step are followed through the pipeline.
-        if trainer._logger_connector.should_update_logs:
+        if should_log(trainer):
             parts = self._strategy.split_batch(batch)
             entered = self._strategy.pipeline.num_entered if self._strategy.pipeline else 0
             self._samples |= {entered + k: (part, batch_idx) for k, part in enumerate(parts)}
@@ -113,7 +114,7 @@ class StalenessMonitor(Callback, Observer):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer._logger_connector.should_update_logs:
+        if not should_log(trainer):
             return
         recent = merged(self._strategy.gather(dict(self._recent)))
         values = {name: sum(measured) / len(measured) for name, measured in recent.items()}

@@ -9,7 +9,6 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
-from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -118,7 +117,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @classmethod
     @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: Any) -> None:
         for schedule in ("none", "sync", "async"):
             strategy_registry.register(
                 f"aimc_{schedule}", cls, description=f"analog pipeline, schedule {schedule}", schedule=schedule

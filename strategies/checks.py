@@ -12,15 +12,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.loss import _Loss
 
 from aimc_pl.analog import analog_layers
 from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import Loss
 from aimc_pl.schedule import Schedule
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -122,13 +122,13 @@ def check_microbatches(
 
 
 def _warn_of_what_is_seen(module: nn.Module, settings: Settings) -> None:
-    if any(isinstance(m, _BatchNorm) and m.training and m.track_running_stats for m in module.modules()):
+    if any(isinstance(m, _BATCH_NORMS) and m.training and m.track_running_stats for m in module.modules()):
         rank_zero_warn(
             "BatchNorm computes its statistics per micro-batch (the mini-batch is split into "
             f"{settings.schedule.num_microbatches}): results differ from a run on whole mini-batches"
         )
     for name, loss in module.named_modules():
-        if isinstance(loss, _Loss) and loss.reduction != settings.loss_reduction:
+        if isinstance(loss, Loss) and loss.reduction != settings.loss_reduction:
             rank_zero_warn(
                 f"{name} reduces by {loss.reduction!r} and the strategy's loss_reduction is "
                 f"{settings.loss_reduction!r}: if it is the training loss, its gradient is scaled wrongly; set "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from aimc_pl.strategies.private_torchmetrics import last_value, set_last_value
 from aimc_pl.strategies.training_step import TrainingStep
 
 _LOG = signature(pl.LightningModule.log)
@@ -29,7 +30,7 @@ class Logbook:
     def record(self, size: int, name: str, value: Any, **kwargs: Any) -> None:
         """Take one ``self.log(name, value, **kwargs)`` of a micro-batch of ``size`` samples."""
         values, sizes, _, _ = self._entries.get(name, ([], [], None, {}))
-        values.append(value._forward_cache if isinstance(value, Metric) else value)
+        values.append(last_value(value) if isinstance(value, Metric) else value)
         sizes.append(kwargs.pop("batch_size", None) or size)
         self._entries[name] = values, sizes, value, kwargs
 
@@ -39,7 +40,7 @@ class Logbook:
             if isinstance(last, Metric):
                 # its state holds all micro-batches; only the value of the step is to be gathered
                 if values[-1] is not None:
-                    last._forward_cache = _reduce(values, sizes, "mean")
+                    set_last_value(last, _reduce(values, sizes, "mean"))
                 value = last
             else:
                 value = _reduce(values, sizes, kwargs.get("reduce_fx", "mean"))

@@ -18,6 +18,7 @@ from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
 from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import show_steps_to_schedulers
 
 Device = str | AnalogDevice | RPUConfigBase
 DeviceSpec = str | AnalogDevice | Mapping[str | int, Device | None] | RPUConfigBase | None
@@ -103,13 +104,8 @@ def make_analog_aware(optimizer: Optimizer) -> None:
     digital: Any = type(optimizer)
     optimizer.__class__ = new_class(f"Analog{digital.__name__}", (AnalogOptimizerMixin, digital))
     if "step" in vars(optimizer):
-        # A scheduler has wrapped the digital class's step to see that it is called; wrap the analog one alike.
-        def step(*args: Any, **kwargs: Any) -> Any:
-            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
-            return type(optimizer).step(optimizer, *args, **kwargs)
-
-        step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
-        optimizer.step = step
+        # A scheduler has wrapped the digital class's step.
+        show_steps_to_schedulers(optimizer)
 
 
 def _choose(
