@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from aimc_pl.ghosts.learning import Learned
-from aimc_pl.ghosts.parts import Part, glue_of, parts_of, replaced
+from aimc_pl.ghosts.parts import Part, glue_of, parts_of
 from aimc_pl.ghosts.run import Done, Message, Run
 from aimc_pl.ghosts.state import Setting
 from aimc_pl.ghosts.values import ForeignParameter, Key, OpaqueError, give_class, is_ghost, running, signature
+from aimc_pl.patches import patched
 
 _CPU = torch.device("cpu")
 
@@ -69,8 +70,8 @@ class Ghosts:
         self._names = {id(parameter): name for name, parameter in reversed(parameters)}
         self._owners = {id(parameter): owners[name] for name, parameter in parameters if name in owners}
         self._parts = parts_of(module, boundaries, owners)
-        self._wrappers = [partial(_called, part) for part in self._parts]
-        self._apply = classmethod(_applied)
+        calls = ((part.module, part.attribute, partial(_called, part)) for part in self._parts)
+        self._patches = [(torch.autograd.Function, "apply", classmethod(_applied)), *calls]
         self._generator = np.random.MT19937(0)
         glue = glue_of(module, self._parts)
         own = (inner for part in self._parts if part.owner in (stage, None) for inner in part.module.modules())
@@ -195,12 +196,10 @@ class Ghosts:
     @contextmanager
     def _intercepted(self, run: Run) -> Iterator[None]:
         running.append(run)
-        torch.autograd.Function.apply = self._apply  # pyright: ignore[reportAttributeAccessIssue], put back below
         try:
-            with replaced(self._parts, self._wrappers):
+            with patched(*self._patches):
                 yield
         finally:
-            torch.autograd.Function.apply = _plain_apply
             running.pop()
 
     @contextmanager
