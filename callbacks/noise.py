@@ -16,7 +16,7 @@ from aimc_pl.callbacks.attach import attach, merged
 from aimc_pl.errors import UsageError
 from aimc_pl.imperfections import Noise, ReadNoise
 from aimc_pl.pipeline import Event, Observer
-from aimc_pl.stage import Stage
+from aimc_pl.stage import StageInfo
 from aimc_pl.strategies.private_lightning import should_log
 from aimc_pl.weights import layer_weight, product, weight_layers, write_weight
 
@@ -82,7 +82,7 @@ class DeviceNoise(Callback, Observer):
             raise UsageError(f"DeviceNoise(layers={list(self.layers)}) matches no layer; the layers are {known}")
 
     @override
-    def on_start(self, stages: Sequence[Stage]) -> None:
+    def on_start(self, stages: Sequence[StageInfo]) -> None:
         self._targets: dict[int, dict[str, nn.Module]] = {}
         for stage in stages:
             on_stage = set(stage.modules) if self.stages is None or stage.index in self.stages else set()

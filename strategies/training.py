@@ -145,8 +145,6 @@ class Training:
             return None
         self.split_at = [*step.boundaries]
         stages = self._placement.place(step, self._trainer.optimizers)
-        for observer in self._observers:
-            observer.on_start(stages)
         return Pipeline(stages, schedule, self._update, self._observers)
 
     def _update(self, stage: Stage) -> None:
