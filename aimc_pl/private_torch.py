@@ -1,7 +1,7 @@
 """What we need of torch that has no public name, each with a test that notices when it goes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.overrides import (
 )
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
+
+from aimc_pl.patches import patched
 
 SavedTensorHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -158,15 +160,7 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-@contextmanager
-def without_backward_hooks(module: nn.Module) -> Iterator[None]:
+def without_backward_hooks(module: nn.Module) -> AbstractContextManager[None]:
     """While it is open, a module can be called with inputs without a graph."""
     hooked = [inner for inner in module.modules() if has_backward_hooks(inner)]
-    before = [(inner._backward_hooks, inner._backward_pre_hooks) for inner in hooked]
-    for inner in hooked:
-        inner._backward_hooks, inner._backward_pre_hooks = {}, {}
-    try:
-        yield
-    finally:
-        for inner, hooks in zip(hooked, before, strict=True):
-            inner._backward_hooks, inner._backward_pre_hooks = hooks
+    return patched(*((inner, name, {}) for inner in hooked for name in ("_backward_hooks", "_backward_pre_hooks")))

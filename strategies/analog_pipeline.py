@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from inspect import Parameter, signature
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
+from aimc_pl.patches import patched
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies.checks import (
@@ -25,11 +26,10 @@ from aimc_pl.strategies.checks import (
     warn_about_other_package,
 )
 from aimc_pl.strategies.draining import InTime
-from aimc_pl.strategies.logbook import replaced
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
 from aimc_pl.strategies.processes import ProcessStrategy
-from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings
+from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings, make_schedule
 from aimc_pl.strategies.training import Training
 
 # aihwkit is imported where devices are made: a digital run does without it.
@@ -52,7 +52,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         num_stages: M, the number of accelerators the network is spread over.
         schedule: ``"none"`` (no pipeline), ``"sync"`` (fill-drain), ``"1f1b"`` (the same updates and clock cycles,
             fewer activations in flight) or ``"async"`` (every stage updates after each micro-batch, with stale
-            weights and without weight stashing).
+            weights and without weight stashing). Or a class of your own, or a function, that makes a
+            :class:`~aimc_pl.schedule.Schedule` for M stages and B micro-batches.
         num_microbatches: B, the micro-batches of one mini-batch.
         device: what the module's Linear and Conv layers become: the name of an analog device (``aimc-pl devices``
             lists them) or an aihwkit RPUConfig. A mapping chooses per layer: its keys are patterns of layer names, or
@@ -81,7 +82,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
     def __init__(
         self,
         num_stages: int = 4,
-        schedule: ScheduleName = "async",
+        schedule: ScheduleName | Callable[[int, int], Schedule] = "async",
         num_microbatches: int = 4,
         device: "DeviceSpec" = None,
         split_at: Sequence[str] | None = None,
@@ -96,7 +97,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
     ) -> None:
         super().__init__(num_stages, timeout)
         warn_about_other_package()
-        self.schedule = Schedule(schedule, num_stages, num_microbatches, duplex)
+        self.schedule = make_schedule(schedule, num_stages, num_microbatches, duplex)
         self.settings = Settings(
             self.schedule,
             split_at,
@@ -219,11 +220,13 @@ class AnalogPipelineStrategy(ProcessStrategy):
             with warnings.catch_warnings():
                 # No micro-batch leaves the pipeline while it fills, so that the first batches may have no loss.
                 warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
-                with replaced(self, "_is_stepping", True):
+                self._is_stepping = True
+                try:
                     return closure()
-        with ExitStack() as patches:
-            if self.is_multiprocess:
-                patches.enter_context(replaced(self.precision_plugin, "clip_grad_by_norm", self._clip_by_total_norm))
+                finally:
+                    self._is_stepping = False
+        clipping = (self.precision_plugin, "clip_grad_by_norm", self._clip_by_total_norm)
+        with patched(clipping) if self.is_multiprocess else nullcontext():
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.pipeline is not None:
             self.pipeline.updated()

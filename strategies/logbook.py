@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from aimc_pl.patches import patched
 from aimc_pl.strategies.private_torchmetrics import last_value, set_last_value
 from aimc_pl.strategies.training_step import TrainingStep
 
@@ -72,22 +73,9 @@ def logging_to(module: "pl.LightningModule", record: Callable[..., None]) -> Ite
             arguments = _LOG.bind(module, *args, **kwargs).arguments
             record(step, **{name: value for name, value in arguments.items() if name != "self"})
 
-    with replaced(module, "log", log_in_step):
+    with patched((module, "log", log_in_step)):
         yield
 
 
 def discard(*args: Any, **kwargs: Any) -> None:
     """Log nothing."""
-
-
-@contextmanager
-def replaced(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Another attribute on the instance, for a while."""
-    own = vars(instance).get(name)
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        delattr(instance, name)
-        if own is not None:
-            setattr(instance, name, own)

@@ -1,7 +1,6 @@
 """What we need of Lightning that has no public name, each with a test that notices when it goes."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, override
 
@@ -12,10 +11,12 @@ from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim import Optimizer
+
+from aimc_pl.patches import patched
 
 ScriptLauncher = _SubprocessScriptLauncher
 """Starts the user's script once more for every further process."""
@@ -54,26 +55,14 @@ def last_batch_before_look(trainer: "pl.Trainer") -> bool:
     )
 
 
-@contextmanager
-def logging_in(module: "pl.LightningModule", hook: str) -> Iterator[None]:
+def logging_in(module: "pl.LightningModule", hook: str) -> AbstractContextManager[None]:
     """Log as if ``hook`` ran."""
-    before, module._current_fx_name = module._current_fx_name, hook
-    try:
-        yield
-    finally:
-        module._current_fx_name = before
+    return patched((module, "_current_fx_name", hook))
 
 
-@contextmanager
-def without_loggers(trainer: "pl.Trainer") -> Iterator[None]:
+def without_loggers(trainer: "pl.Trainer") -> AbstractContextManager[None]:
     """Discard what is given to the trainer's loggers."""
-    loggers = trainer.loggers
-    silent: list[Logger] = [DummyLogger() for _ in loggers]
-    trainer.loggers = silent
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
+    return patched((trainer, "_loggers", [DummyLogger() for _ in trainer.loggers]))
 
 
 class CheckpointReadingCLI(LightningCLI):
