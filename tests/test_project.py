@@ -119,3 +119,13 @@ from aimc_pl.a import _b
 """
     names = [found.split()[-1] for found in foreign_private_names(ast.parse(source))]
     assert sorted(names) == ["_C", "_hooks", "_other", "_pytree", "_set_rng_states", "_written"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.stem)
+def test_callbacks_learn_from_events_only(path):
+    """No stage at work, and nothing of how the strategy divides and runs a step."""
+    imported = {*imports_of(path)}
+    inside = {"planning", "training", "training_step", "placement", "ownership", "batches"}
+    assert not any(name.startswith(f"aimc_pl.strategies.{room}") for name in imported for room in inside)
+    assert not any(name.startswith(("aimc_pl.flight", "aimc_pl.passage", "aimc_pl.trial")) for name in imported)
+    assert "Stage" not in {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
