@@ -25,7 +25,7 @@ from aimc_pl.strategies.checks import (
     check_split,
     warn_about_other_package,
 )
-from aimc_pl.strategies.draining import InTime
+from aimc_pl.strategies.draining import DrainFirst
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
 from aimc_pl.strategies.processes import ProcessStrategy
@@ -148,8 +148,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._convert()
         super().setup(trainer)
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        if not any(isinstance(callback, InTime) for callback in callbacks):
-            callbacks.insert(0, InTime(self))
+        if not any(isinstance(callback, DrainFirst) for callback in callbacks):
+            callbacks.insert(0, DrainFirst(self))
         split_at = self.settings.split_at if self.settings.split_at is not None else self._resumed_split
         self._placement = OneProcess()
         if self.is_multiprocess:

@@ -29,7 +29,7 @@ from aimc_pl.devices.conversion import (
     make_analog_aware,
 )
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
-from aimc_pl.devices.response import plot_response, pulse_response
+from aimc_pl.devices.pulse_response import plot_response, pulse_response
 
 __all__ = [
     "DEVICES",

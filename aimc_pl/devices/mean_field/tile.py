@@ -26,8 +26,8 @@ from aimc_pl.devices.mean_field.converters import (
     noisy_transposed_convolution,
     product,
 )
-from aimc_pl.devices.mean_field.noise import gaussian, uniform
 from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, sampled_counts
+from aimc_pl.devices.mean_field.random_table import gaussian, uniform
 from aimc_pl.devices.mean_field.response import Number, Response, response_of
 from aimc_pl.devices.mean_field.vectors import Convolution, Gathered, Patches, Vectors
 from aimc_pl.devices.private_aihwkit import RecreatedQuietly
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from aimc_pl.devices.mean_field.config import MeanFieldRPUConfig
 
 _ROWS = Vectors(-1)
-_FAR = 0.5
+_LARGEST_REACH = 0.5
 """How far, in units of a device's relaxation, a batch may move a weight before it is split."""
 
 
@@ -248,11 +248,11 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
             return
         counts = self._count(x, error, vectors)
         reach = self._reach(counts)
-        if reach <= _FAR or len(x) == 1:
+        if reach <= _LARGEST_REACH or len(x) == 1:
             self._move(counts, reach)
             return
         # The order of the samples matters: apply them one after another as far as needed.
-        parts = min(len(x), ceil(reach / _FAR))
+        parts = min(len(x), ceil(reach / _LARGEST_REACH))
         for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
             counts = self._count(some_x, some_error, vectors)
             self._move(counts, self._reach(counts))
