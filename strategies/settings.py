@@ -20,7 +20,7 @@ def make_schedule(
         UsageError: if that is no schedule for so many stages and micro-batches.
         ValueError: for an unknown name or a number below 1.
     """
-    if isinstance(schedule, str):
+    if not callable(schedule):
         return Schedule(schedule, num_stages, num_microbatches, duplex)
     if duplex != "half":
         raise UsageError(f"duplex={duplex!r} goes with schedule='async': a schedule of your own says it itself")
