@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from aimc_pl.private_torch import parameters_of
+
 _OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
 _FLAGS = "requires_grad of parameters"
 """Stands among a module's attributes for what its parameters require."""
@@ -184,18 +186,18 @@ def _is_same(a: list[Any], b: list[Any]) -> bool:
 
 def _values(module: nn.Module) -> dict[str, Any]:
     values = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-    if module._parameters:
+    if parameters_of(module):
         values[_FLAGS] = _flags(module)
     return values
 
 
 def _flags(module: nn.Module) -> str:
     # Interned, as unchanged values are recognised by their identity.
-    return sys.intern("".join("1" if p.requires_grad else "0" for p in module._parameters.values() if p is not None))
+    return sys.intern("".join("1" if p.requires_grad else "0" for p in parameters_of(module).values() if p is not None))
 
 
 def _set_flags(module: nn.Module, flags: str) -> None:
-    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    parameters = [parameter for parameter in parameters_of(module).values() if parameter is not None]
     for parameter, flag in zip(parameters, flags, strict=True):
         if parameter.requires_grad != (flag == "1"):
             parameter.requires_grad_(flag == "1")

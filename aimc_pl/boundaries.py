@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from aimc_pl.devices.tiles import time_update
+from aimc_pl.analog import time_update
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.private_torch import is_checkpointing

@@ -2,14 +2,15 @@
 
 import sys
 from argparse import ArgumentError
+from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
@@ -22,9 +23,10 @@ from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
 # Registers the names "aimc_none", "aimc_sync" and "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
+from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 
 
-class AnalogCLI(LightningCLI):
+class AnalogCLI(CheckpointReadingCLI):
     """Lightning CLI with OmegaConf interpolation that command-line overrides reach, and a report after the fit."""
 
     def __init__(self) -> None:
@@ -46,11 +48,9 @@ class AnalogCLI(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="Test the last weights when the fit has ended."
         )
 
-    def _parse_ckpt_path(self) -> None:
-        # Lightning's, which reads hyperparameters from the checkpoint, with aihwkit's classes admitted.
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        with trust_aihwkit(path or ""):
-            super()._parse_ckpt_path()
+    def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
+        """Entered while hyperparameters are read from a checkpoint: its classes of aihwkit are admitted."""
+        return trust_aihwkit(path)
 
     def instantiate_classes(self) -> None:
         """Instantiate what the configuration names; what its classes refuse is an error of usage."""
@@ -127,7 +127,7 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command ``aimc-pl``; a request that cannot work, or a lost process, ends in one line and exit code 1."""
-    sys.argv[1:] = args = [_shipped(arg) for arg in (sys.argv[1:] if args is None else args)]
+    sys.argv[1:] = args = _with_shipped_configs(sys.argv[1:] if args is None else args)
     try:
         if args[:1] in (["schedule"], ["devices"]):
             auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
@@ -144,11 +144,23 @@ def _usage(make: Any, *args: Any) -> Any:
         raise UsageError(str(error)) from error
 
 
-def _shipped(arg: str) -> str:
-    """The path of a config that the package brings, for an argument that names one and no file."""
-    path = Path(arg.removeprefix("--config="))
-    shipped = files("aimc_pl.configs") / path.name
-    if path.suffix != ".yaml" or path.exists() or not shipped.is_file():
-        return arg
-    with as_file(shipped) as found:
-        return arg.replace(str(path), str(found))
+def _with_shipped_configs(args: list[str]) -> list[str]:
+    """The arguments, with paths in the place of the names of configs that the package brings."""
+    found = []
+    for before, arg in pairwise(["", *args]):
+        if before in ("--config", "-c"):
+            found.append(_config_path(arg))
+        elif arg.startswith("--config="):
+            found.append(f"--config={_config_path(arg.removeprefix('--config='))}")
+        else:
+            found.append(arg)
+    return found
+
+
+def _config_path(name: str) -> str:
+    """Where a config lies: a file as it is named, else the one of that name that the package brings."""
+    shipped = files("aimc_pl.configs") / name
+    if Path(name).exists() or Path(name).name != name or not shipped.is_file():
+        return name
+    with as_file(shipped) as path:
+        return str(path)

@@ -24,9 +24,9 @@ from weakref import finalize
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from aimc_pl.errors import PeerError
+from aimc_pl.private_torch import tree_map
 from aimc_pl.schedule import Operation
 
 _ALIGNMENT = 64

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from aimc_pl.analog import own_pending_errors
 from aimc_pl.attributes import Attributes, Place, Snapshot
-from aimc_pl.devices.conversion import own_pending_errors
 from aimc_pl.errors import UsageError
 from aimc_pl.graph import CutGraph
 from aimc_pl.private_torch import is_checkpointing, is_in_functorch

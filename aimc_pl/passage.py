@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aimc_pl.devices.conversion import own_pending_errors
+from aimc_pl.analog import own_pending_errors
 from aimc_pl.distributed import Link
 from aimc_pl.ghosts import Flight, Ghosts
 from aimc_pl.saved import SavedParameters, current_weights, versions_of

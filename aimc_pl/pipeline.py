@@ -4,12 +4,12 @@ All stages may live in one process, or each in its own: every process walks the 
 operations of its stages. What a forward and a backward are is the micro-batch's business.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from aimc_pl.schedule import Operation, Schedule
-from aimc_pl.stage import Stage
+from aimc_pl.stage import Stage, StageInfo
 
 
 class MicroBatch(Protocol):
@@ -39,21 +39,23 @@ class Event:
         since_fill: the micro-batch counted from the last fill.
         version: updates the stage has made, before this operation.
         staleness: versions between the weights that the micro-batch's forward saw and the current ones.
+        in_flight: micro-batches whose activations the stage holds, after this operation.
     """
 
     clock: int
-    stage: Stage
+    stage: StageInfo
     microbatch: int
     since_fill: int
     version: int
     staleness: int
+    in_flight: int
 
 
 class Observer:
     """Told of every operation, in order, right after it happened."""
 
-    def on_start(self, stages: Sequence[Stage]) -> None:
-        """The network has been split into stages, and nothing has run yet."""
+    def on_start(self, stages: Sequence[StageInfo]) -> None:
+        """The step has been divided into stages, of which these are in this process; nothing has run yet."""
 
     def on_forward(self, event: Event) -> None:
         """A stage has done the forward of a micro-batch."""
@@ -77,7 +79,7 @@ class Pipeline:
         update: called with a stage when it is to update its weights from its gradients and to clear those
             (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
             then calls :meth:`updated`).
-        observers: told of every operation of these stages.
+        observers: told of every operation of these stages; more may be appended to the list at any time.
     """
 
     def __init__(
@@ -85,17 +87,20 @@ class Pipeline:
         stages: Sequence[Stage],
         schedule: Schedule,
         update: Callable[[Stage], None],
-        observers: Iterable[Observer] = (),
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.stages = stages
         self.schedule = schedule
-        self.observers = list(observers)
+        self.observers = observers
         self.clock = 0
         self.num_entered = 0
         self._update = update
         self._own = {stage.index: stage for stage in stages}
+        self._infos = {stage.index: stage.info() for stage in stages}
         self._contributions: dict[int, tuple[int, int]] = {}
         self._start_fill()
+        for observer in observers:
+            observer.on_start([*self._infos.values()])
 
     @property
     def is_empty(self) -> bool:
@@ -199,4 +204,6 @@ class Pipeline:
             observer.on_update(event)
 
     def _event(self, stage: Stage, k: int, seen: int) -> Event:
-        return Event(self.clock, stage, self._first + k, k, stage.version, stage.version - seen)
+        staleness = stage.version - seen
+        info = self._infos[stage.index]
+        return Event(self.clock, info, self._first + k, k, stage.version, staleness, stage.num_in_flight)

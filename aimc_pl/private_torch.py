@@ -1,12 +1,14 @@
 """What we need of torch that has no public name, each with a test that notices when it goes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn.modules.loss import _Loss
+from torch.optim import Optimizer
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
@@ -14,6 +16,10 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+
+from aimc_pl.patches import patched
 
 SavedTensorHooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -124,20 +130,37 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def base_of(tensor: Tensor) -> Tensor:
+    """The tensor that a view looks at; another tensor itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
+Loss = _Loss
+"""What torch's modules for losses derive from."""
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, also those that are ``None``."""
+    return module._parameters
+
+
+def show_steps_to_schedulers(optimizer: Optimizer) -> None:
+    """Wrap an optimizer's ``step`` as learning-rate schedulers do, which look whether it is called before theirs."""
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+        return type(optimizer).step(optimizer, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
+    optimizer.step = step
+
+
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether it has hooks that it joins to the graph of its inputs and outputs."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-@contextmanager
-def without_backward_hooks(module: nn.Module) -> Iterator[None]:
+def without_backward_hooks(module: nn.Module) -> AbstractContextManager[None]:
     """While it is open, a module can be called with inputs without a graph."""
     hooked = [inner for inner in module.modules() if has_backward_hooks(inner)]
-    before = [(inner._backward_hooks, inner._backward_pre_hooks) for inner in hooked]
-    for inner in hooked:
-        inner._backward_hooks, inner._backward_pre_hooks = {}, {}
-    try:
-        yield
-    finally:
-        for inner, hooks in zip(hooked, before, strict=True):
-            inner._backward_hooks, inner._backward_pre_hooks = hooks
+    return patched(*((inner, name, {}) for inner in hooked for name in ("_backward_hooks", "_backward_pre_hooks")))

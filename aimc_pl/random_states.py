@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Generator, nn
-from torch.utils._pytree import tree_leaves
+
+from aimc_pl.patches import patched
+from aimc_pl.private_torch import tree_leaves
 
 _SETTERS = (
     *((torch, "manual_seed"), (torch, "set_rng_state"), (torch.random, "manual_seed")),
@@ -60,9 +61,7 @@ def seeding_noticed(notice: Callable[[], None]) -> Iterator[None]:
 
         return call
 
-    with ExitStack() as patches:
-        for module, name in _SETTERS:
-            patches.enter_context(patch.object(module, name, noticed(getattr(module, name))))
+    with patched(*((module, name, noticed(getattr(module, name))) for module, name in _SETTERS)):
         yield
 
 

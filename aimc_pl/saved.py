@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from aimc_pl.private_torch import set_versions
+from aimc_pl.private_torch import base_of, set_versions
+from aimc_pl.private_torch import version as version_of
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def current_weights(parameters: Sequence[nn.Parameter], versions: Sequence[int])
 
 def versions_of(parameters: Sequence[nn.Parameter]) -> list[int]:
     """How often each parameter has been changed in place."""
-    return [parameter._version for parameter in parameters]
+    return [version_of(parameter) for parameter in parameters]
 
 
 @dataclass
@@ -72,11 +73,11 @@ class SavedParameters:
         return saved_tensors_hooks(partial(self._pack, version), self._unpack)
 
     def _pack(self, version: int, tensor: Tensor) -> _Reference | tuple[Tensor, int]:
-        base = tensor if tensor._base is None else tensor._base
+        base = base_of(tensor)
         parameter = self._parameter_behind(base)
         if parameter is None:
             # Detached: a saved output that kept its own graph alive would never be freed.
-            return tensor.detach(), tensor._version
+            return tensor.detach(), version_of(tensor)
         source = self._copy(parameter, version) if self._stash else parameter.detach()
         offset = tensor.storage_offset() - base.storage_offset()
         return _Reference(source, tensor.dtype, tensor.size(), tensor.stride(), offset)
@@ -86,7 +87,7 @@ class SavedParameters:
             source = saved.source.to(saved.dtype)
             return source.as_strided(saved.size, saved.stride, source.storage_offset() + saved.offset)
         tensor, version = saved
-        if tensor._version != version:
+        if version_of(tensor) != version:
             # autograd's own check, which tensors saved through hooks do not get
             raise RuntimeError(
                 f"A tensor of shape {tuple(tensor.shape)} that the backward needs was modified by an inplace operation "

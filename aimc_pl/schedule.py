@@ -16,6 +16,8 @@ With M stages, micro-batch k passes forward through stage m in clock ``a(m) + s�
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
 from typing import Literal, NamedTuple, get_args
 
 ScheduleName = Literal["none", "sync", "1f1b", "async"]
@@ -42,6 +44,9 @@ class Schedule:
         num_microbatches: B, at least 1.
         duplex: of ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock; ``"full"``: one
             forward and one backward, and such a clock lasts two clock cycles.
+
+    A schedule of one's own is a subclass with another :meth:`forward_clock`, :meth:`backward_clock` and, if need be,
+    :attr:`stride`; everything else follows from these.
 
     Micro-batches are counted from the last fill, and K (by default B) is how many enter before the pipeline drains.
 
@@ -143,25 +148,24 @@ class Schedule:
 
         2MK without a pipeline, 2(M+K−1) with a synchronous one and with ``"async"``, 2(K+2M−2) in full duplex.
         """
-        return self._slots(self.num_microbatches if num_microbatches is None else num_microbatches) * 2
+        return self.num_clocks(num_microbatches) * self.cycles_per_clock
 
     def density(self, num_microbatches: int | None = None) -> float:
         """Computation density: busy accelerator-cycles over all accelerator-cycles, fill and drain included."""
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
-        return batches / self._slots(batches)
+        return 2 * batches / self.num_cycles(batches)
 
     def speedup(self, num_microbatches: int | None = None) -> float:
         """How many times fewer clock cycles than one accelerator that does all stages needs (2MK)."""
         return self.num_stages * self.density(num_microbatches)
 
-    def _slots(self, batches: int) -> int:
-        """Half the clock cycles of K micro-batches: the number of forwards for which every accelerator has time."""
-        bubble = {"none": (self.num_stages - 1) * batches, "async": (self.num_stages - 1) * self.cycles_per_clock}
-        return batches + bubble.get(self.name, self.num_stages - 1)
-
     def max_staleness(self, stage: int) -> int:
-        """Staleness of the updates of ``stage`` once the pipeline is full."""
-        return (self.num_stages - 1 - stage) * self.cycles_per_clock if self.is_async else 0
+        """Staleness of the updates of ``stage`` once the pipeline is full.
+
+        M−1−m with ``"async"``, twice that in full duplex.
+        """
+        since_first_backward = self.forward_clock(stage, 0) - self.backward_clock(stage, 0)
+        return -ceil(since_first_backward / self.stride) if self.is_async else 0
 
     def staleness(self, stage: int, microbatch: int) -> int:
         """Weight versions between the weights that F(stage, microbatch) saw and those its update is added to."""
@@ -170,16 +174,43 @@ class Schedule:
     def version(self, stage: int, microbatch: int) -> int:
         """The weight version (updates since the fill) that F(stage, microbatch) sees.
 
-        Under a schedule with one update per mini-batch, the micro-batches are counted over the whole run.
+        Always 0 under a schedule with one update per mini-batch, where every mini-batch is a fill of its own.
         """
-        if not self.is_async:
-            return microbatch // self.num_microbatches
-        return microbatch - self.staleness(stage, microbatch)
+        return microbatch - self.staleness(stage, microbatch) if self.is_async else 0
 
     def in_flight(self, stage: int, num_microbatches: int | None = None) -> int:
-        """The most micro-batches whose activations ``stage`` holds at once, when K pass between fill and drain."""
+        """The most micro-batches whose activations ``stage`` holds at once, when K pass between fill and drain.
+
+        K with ``"none"`` and ``"sync"``, at most M−m with ``"1f1b"`` and ``"async"``, 2(M−1−m)+1 in full duplex.
+        """
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
-        to_last = self.num_stages - 1 - stage
-        if self.name in ("none", "sync"):
-            return batches
-        return min(batches, 2 * to_last + 1 if self.duplex == "full" else to_last + 1)
+        before_backward = self.backward_clock(stage, 0, batches) - self.forward_clock(stage, 0, batches)
+        return min(batches, before_backward // self.stride + 1)
+
+
+def check_order(schedule: Schedule) -> None:
+    """Walk the table of a schedule, some micro-batches long.
+
+    Raises:
+        ValueError: naming the first operation that comes before what it needs, or is left out.
+    """
+    total = schedule.num_microbatches + 2 * schedule.num_stages if schedule.is_async else schedule.num_microbatches
+    clocks = {operation: clock for clock, row in enumerate(schedule.clock_cycles(total)) for operation in row}
+    last = schedule.num_stages - 1
+    for k in range(total):
+        path = [Operation("F", stage, k) for stage in range(last + 1)]
+        path += [Operation("B", stage, k) for stage in reversed(range(last + 1))]
+        for before, after in pairwise(path):
+            if missing := [operation for operation in (before, after) if operation not in clocks]:
+                raise ValueError(f"{type(schedule).__name__} has no clock for {_shown(missing[0])}")
+            # Within a clock, forwards come first.
+            turns_around = before.stage == after.stage
+            if clocks[after] < clocks[before] + (not turns_around):
+                raise ValueError(
+                    f"{type(schedule).__name__} has {_shown(after)} in clock {clocks[after]}, and {_shown(before)}, "
+                    f"which it needs, in clock {clocks[before]}"
+                )
+
+
+def _shown(operation: Operation) -> str:
+    return f"{operation.kind}(stage {operation.stage}, micro-batch {operation.microbatch})"

@@ -1,8 +1,24 @@
 """One accelerator of the pipeline: what it holds, its weight version, and the micro-batches that it works on."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What a stage holds, as observers are told.
+
+    Attributes:
+        index: m, from 0.
+        parameters: what the stage updates.
+        modules: those that are called in it.
+    """
+
+    index: int
+    parameters: tuple[nn.Parameter, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
 
 
 class Stage:
@@ -29,9 +45,9 @@ class Stage:
         """Micro-batches whose activations the stage holds."""
         return len(self._in_flight)
 
-    def seen_version(self, microbatch: int) -> int:
-        """The weight version that the forward of a micro-batch in flight saw."""
-        return self._in_flight[microbatch]
+    def info(self) -> StageInfo:
+        """What the stage holds now, for observers."""
+        return StageInfo(self.index, tuple(self.parameters), tuple(self.modules))
 
     def take(self, microbatch: int) -> None:
         """The forward of a micro-batch begins, with the current version."""

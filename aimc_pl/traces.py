@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from aimc_pl.analog import is_analog, reset_pending_updates
 from aimc_pl.attributes import Attributes, Contents, Place, arrays_in
-from aimc_pl.devices.conversion import reset_pending_updates
 
 
 class Traces:
@@ -41,7 +41,7 @@ class Traces:
             self._values = [array.clone() if isinstance(array, Tensor) else array.copy() for array in self._arrays]
         self._watched = range(len(self._arrays))
         self._gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
-        contexts: list[Any] = [parameter for parameter in network.parameters() if hasattr(parameter, "analog_tile")]
+        contexts: list[Any] = [parameter for parameter in network.parameters() if is_analog(parameter)]
         self._pending = [(context, context.analog_input, context.analog_grad_output) for context in contexts]
 
     def clear_gradients(self) -> None:
@@ -112,7 +112,7 @@ def _is_iterator(value: Any) -> bool:
 
 def _has_value(tensor: Tensor) -> bool:
     # Not the contexts of analog tiles, nor what a run has left with its graph.
-    return tensor.is_leaf and not hasattr(tensor, "analog_tile")
+    return tensor.is_leaf and not is_analog(tensor)
 
 
 def _is_same(array: Any, value: Any) -> bool:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aimc_pl.analog import is_analog
 from aimc_pl.attributes import is_alike
-from aimc_pl.devices.weights import gradients_of, read_gradients
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight, StagedStep, check_loss
 from aimc_pl.private_torch import set_versions
 from aimc_pl.random_states import RandomStates, seeding_noticed
 from aimc_pl.saved import casts_parameters, versions_of
 from aimc_pl.traces import Traces
+from aimc_pl.weights import gradients_of, read_gradients
 
 Function = Callable[[], Tensor | None]
 """Runs the step on a micro-batch and returns its loss, or ``None`` to learn nothing."""
@@ -151,7 +152,7 @@ class Trials:
         expected = reference.losses[0]
         with self.fresh():
             for parameter, gradient in zip(self._parameters, reference.gradients, strict=True):
-                if not hasattr(parameter, "analog_tile"):
+                if not is_analog(parameter):
                     parameter.grad = gradient.clone()
             if not is_close(self._loss_again(), expected):
                 raise UsageError(
@@ -220,7 +221,7 @@ class Trials:
 
     def _accumulate(self, loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients after a further backward."""
-        digital = [not hasattr(parameter, "analog_tile") for parameter in self._parameters]
+        digital = [not is_analog(parameter) for parameter in self._parameters]
         for parameter, is_digital, gradient in zip(self._parameters, digital, gradients or digital, strict=True):
             if is_digital and isinstance(gradient, Tensor):
                 parameter.grad = gradient.clone()

@@ -4,7 +4,7 @@ from aimc_pl.callbacks.clock import ClockMonitor
 from aimc_pl.callbacks.dashboard import Dashboard, PipelineDiagram
 from aimc_pl.callbacks.noise import DeviceNoise
 from aimc_pl.callbacks.staleness import StalenessMonitor
-from aimc_pl.devices.noise import DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
+from aimc_pl.imperfections import DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
 
 __all__ = [
     "ClockMonitor",

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from aimc_pl.callbacks.attach import attach
 from aimc_pl.pipeline import Observer
 from aimc_pl.schedule import Operation
+from aimc_pl.strategies.private_lightning import epoch_metrics
 
 
 class ClockMonitor(Callback, Observer):
@@ -76,12 +77,11 @@ class ClockMonitor(Callback, Observer):
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.sanity_checking or trainer._results is None:
+        if trainer.sanity_checking:
             return
-        metrics = trainer._results.metrics(on_step=False)["callback"]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for name, value in metrics.items():
+                for name, value in epoch_metrics(trainer).items():
                     logger.experiment.add_scalar(f"by_clock/{name}", value, self.cycles)
                     logger.experiment.add_scalar(f"by_epoch/{name}", value, trainer.current_epoch + 1)
 

@@ -13,11 +13,12 @@ from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aimc_pl.callbacks.attach import attach, merged
-from aimc_pl.devices.noise import Noise, ReadNoise
-from aimc_pl.devices.weights import layer_weight, product, weight_layers, write_weight
 from aimc_pl.errors import UsageError
+from aimc_pl.imperfections import Noise, ReadNoise
 from aimc_pl.pipeline import Event, Observer
-from aimc_pl.stage import Stage
+from aimc_pl.stage import StageInfo
+from aimc_pl.strategies.private_lightning import should_log
+from aimc_pl.weights import layer_weight, product, weight_layers, write_weight
 
 
 class DeviceNoise(Callback, Observer):
@@ -81,7 +82,7 @@ class DeviceNoise(Callback, Observer):
             raise UsageError(f"DeviceNoise(layers={list(self.layers)}) matches no layer; the layers are {known}")
 
     @override
-    def on_start(self, stages: Sequence[Stage]) -> None:
+    def on_start(self, stages: Sequence[StageInfo]) -> None:
         self._targets: dict[int, dict[str, nn.Module]] = {}
         for stage in stages:
             on_stage = set(stage.modules) if self.stages is None or stage.index in self.stages else set()
@@ -130,7 +131,7 @@ class DeviceNoise(Callback, Observer):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer._logger_connector.should_update_logs:
+        if should_log(trainer):
             for name, squares in merged(self._strategy.gather(dict(self._moved))).items():
                 pl_module.log(f"noise/{name}", (sum(squares) / len(squares)) ** 0.5, on_step=True, on_epoch=False)
             self._moved.clear()

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
 
 from aimc_pl.callbacks.attach import attach, merged
-from aimc_pl.devices.weights import read_gradients, read_weights
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
-from aimc_pl.stage import Stage
+from aimc_pl.stage import StageInfo
+from aimc_pl.strategies.private_lightning import should_log
+from aimc_pl.weights import read_gradients, read_weights
 
 
 class StalenessMonitor(Callback, Observer):
@@ -58,12 +59,12 @@ class StalenessMonitor(Callback, Observer):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._module = pl_module
-        self._seen: dict[tuple[int, int], tuple[list[nn.Parameter], Tensor]] = {}
+        self._seen: dict[tuple[int, int], Tensor] = {}
         self._samples: dict[int, tuple[Any, ...]] = {}
         self._recent: dict[str, list[float]] = defaultdict(list)
 
     @override
-    def on_start(self, stages: Sequence[Stage]) -> None:
+    def on_start(self, stages: Sequence[StageInfo]) -> None:
         self._here = {stage.index for stage in stages}
 
     @override
@@ -71,7 +72,7 @@ class StalenessMonitor(Callback, Observer):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         # Micro-batches that enter at a logged step are followed through the pipeline.
-        if trainer._logger_connector.should_update_logs:
+        if should_log(trainer):
             parts = self._strategy.split_batch(batch)
             entered = self._strategy.pipeline.num_entered if self._strategy.pipeline else 0
             self._samples |= {entered + k: (part, batch_idx) for k, part in enumerate(parts)}
@@ -79,15 +80,14 @@ class StalenessMonitor(Callback, Observer):
     @override
     def on_forward(self, event: Event) -> None:
         if event.microbatch in self._samples and event.stage.parameters:
-            parameters = [*event.stage.parameters]
-            self._seen[event.stage.index, event.microbatch] = parameters, read_weights(parameters)
+            self._seen[event.stage.index, event.microbatch] = read_weights(event.stage.parameters)
 
     @override
     def on_backward(self, event: Event) -> None:
-        parameters, seen = self._seen.pop((event.stage.index, event.microbatch), ([], None))
+        seen = self._seen.pop((event.stage.index, event.microbatch), None)
         if seen is None:
             return
-        drift = (read_weights(parameters) - seen).norm() / seen.norm()
+        drift = (read_weights(event.stage.parameters) - seen).norm() / seen.norm()
         self._recent[f"drift_stage_{event.stage.index}"].append(drift.item())
         if self.cosine:
             self._recent[f"cosine_stage_{event.stage.index}"].append(self._cosine(event))
@@ -113,7 +113,7 @@ class StalenessMonitor(Callback, Observer):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer._logger_connector.should_update_logs:
+        if not should_log(trainer):
             return
         recent = merged(self._strategy.gather(dict(self._recent)))
         values = {name: sum(measured) / len(measured) for name, measured in recent.items()}

@@ -2,21 +2,21 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from inspect import Parameter, signature
-from typing import Any, override
+from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
-from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, describe_layers, make_analog_aware
-from aimc_pl.devices.checkpoint import trust_aihwkit
+from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
+from aimc_pl.patches import patched
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies.checks import (
@@ -25,13 +25,16 @@ from aimc_pl.strategies.checks import (
     check_split,
     warn_about_other_package,
 )
-from aimc_pl.strategies.draining import InTime
-from aimc_pl.strategies.logbook import replaced
+from aimc_pl.strategies.draining import DrainFirst
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
 from aimc_pl.strategies.processes import ProcessStrategy
-from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings
+from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings, make_schedule
 from aimc_pl.strategies.training import Training
+
+# aihwkit is imported where devices are made: a digital run does without it.
+if TYPE_CHECKING:
+    from aimc_pl.devices import DeviceSpec
 
 _CHECKPOINT_KEY = "aimc_pl"
 
@@ -49,7 +52,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         num_stages: M, the number of accelerators the network is spread over.
         schedule: ``"none"`` (no pipeline), ``"sync"`` (fill-drain), ``"1f1b"`` (the same updates and clock cycles,
             fewer activations in flight) or ``"async"`` (every stage updates after each micro-batch, with stale
-            weights and without weight stashing).
+            weights and without weight stashing). Or a class of your own, or a function, that makes a
+            :class:`~aimc_pl.schedule.Schedule` for M stages and B micro-batches.
         num_microbatches: B, the micro-batches of one mini-batch.
         device: what the module's Linear and Conv layers become: the name of an analog device (``aimc-pl devices``
             lists them) or an aihwkit RPUConfig. A mapping chooses per layer: its keys are patterns of layer names, or
@@ -78,9 +82,9 @@ class AnalogPipelineStrategy(ProcessStrategy):
     def __init__(
         self,
         num_stages: int = 4,
-        schedule: ScheduleName = "async",
+        schedule: ScheduleName | Callable[[int, int], Schedule] = "async",
         num_microbatches: int = 4,
-        device: DeviceSpec = None,
+        device: "DeviceSpec" = None,
         split_at: Sequence[str] | None = None,
         duplex: Duplex = "half",
         gradient_scale: GradientScale = "minibatch",
@@ -93,7 +97,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
     ) -> None:
         super().__init__(num_stages, timeout)
         warn_about_other_package()
-        self.schedule = Schedule(schedule, num_stages, num_microbatches, duplex)
+        self.schedule = make_schedule(schedule, num_stages, num_microbatches, duplex)
         self.settings = Settings(
             self.schedule,
             split_at,
@@ -106,7 +110,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         )
         self.device = device
         self.observers: list[Observer] = []
-        """Told of every operation of the pipeline; callbacks append themselves."""
+        """Told of every operation of the pipeline; callbacks append themselves, and may do so in the midst of a fit."""
         self._training: Training | None = None
         self._placement: Placement = OneProcess()
         self._is_stepping = False
@@ -114,7 +118,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @classmethod
     @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: Any) -> None:
         for schedule in ("none", "sync", "async"):
             strategy_registry.register(
                 f"aimc_{schedule}", cls, description=f"analog pipeline, schedule {schedule}", schedule=schedule
@@ -144,8 +148,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._convert()
         super().setup(trainer)
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        if not any(isinstance(callback, InTime) for callback in callbacks):
-            callbacks.insert(0, InTime(self))
+        if not any(isinstance(callback, DrainFirst) for callback in callbacks):
+            callbacks.insert(0, DrainFirst(self))
         split_at = self.settings.split_at if self.settings.split_at is not None else self._resumed_split
         self._placement = OneProcess()
         if self.is_multiprocess:
@@ -156,8 +160,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     def _convert(self) -> None:
         """Make the layers analog: before a state dict is loaded, and before the optimizer is built."""
-        if self.device is not None and convert_to_analog(self._module, self.device, self.settings.split_at):
-            rank_zero_info(describe_layers(self._module))
+        if self.device is not None:
+            from aimc_pl.devices import convert_to_analog, describe_layers
+
+            if convert_to_analog(self._module, self.device, self.settings.split_at):
+                rank_zero_info(describe_layers(self._module))
         if self.settings.weight_stashing and analog_layers(self._module):
             raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
         check_analog_support(self._module, self.root_device, self.precision_plugin)
@@ -180,7 +187,10 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 f"{type(self.optimizers[0]).__name__} evaluates the loss itself, which stages under schedule='async' "
                 "cannot: use another optimizer, or schedule='sync'"
             )
-        make_analog_aware(self.optimizers[0])
+        if any(map(is_analog, self._module.parameters())):
+            from aimc_pl.devices import make_analog_aware
+
+            make_analog_aware(self.optimizers[0])
 
     # --------------------------------------------------------------- training
 
@@ -210,11 +220,13 @@ class AnalogPipelineStrategy(ProcessStrategy):
             with warnings.catch_warnings():
                 # No micro-batch leaves the pipeline while it fills, so that the first batches may have no loss.
                 warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
-                with replaced(self, "_is_stepping", True):
+                self._is_stepping = True
+                try:
                     return closure()
-        with ExitStack() as patches:
-            if self.is_multiprocess:
-                patches.enter_context(replaced(self.precision_plugin, "clip_grad_by_norm", self._clip_by_total_norm))
+                finally:
+                    self._is_stepping = False
+        clipping = (self.precision_plugin, "clip_grad_by_norm", self._clip_by_total_norm)
+        with patched(clipping) if self.is_multiprocess else nullcontext():
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.pipeline is not None:
             self.pipeline.updated()
@@ -291,12 +303,20 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with trust_aihwkit(checkpoint_path):
+        with self._trust_in_aihwkit(checkpoint_path):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         split_at = checkpoint.get(_CHECKPOINT_KEY, {}).get("split_at", [])
         if len(split_at) == self.schedule.num_stages - 1:
             self._resumed_split = split_at
         return checkpoint
+
+    @staticmethod
+    def _trust_in_aihwkit(checkpoint_path: Any) -> AbstractContextManager[Any]:
+        if find_spec("aihwkit") is None:
+            return nullcontext()
+        from aimc_pl.devices.checkpoint import trust_aihwkit
+
+        return trust_aihwkit(checkpoint_path)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

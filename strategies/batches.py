@@ -10,10 +10,10 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import batch_size, split_batch
+from aimc_pl.private_torch import tree_leaves
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
-from aihwkit.simulator.rpu_base import cuda
-from aihwkit.simulator.tiles.custom import CustomTile
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
@@ -14,15 +12,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.loss import _Loss
 
-from aimc_pl.devices import analog_layers
+from aimc_pl.analog import analog_layers
 from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import Loss
 from aimc_pl.schedule import Schedule
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -79,6 +77,12 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
         UsageError: for aihwkit's own tiles on a GPU without aihwkit's CUDA build, or in another precision than float32.
     """
     tiles = [tile for layer in analog_layers(module) for tile in layer.analog_tiles()]
+    if not tiles:
+        return
+    # A digital run needs no aihwkit.
+    from aihwkit.simulator.rpu_base import cuda
+    from aihwkit.simulator.tiles.custom import CustomTile
+
     if device.type != "cpu" and not cuda.is_compiled():
         for tile in tiles:
             if not isinstance(tile, CustomTile):
@@ -86,7 +90,7 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
                     f"this build of aihwkit has no {type(tile).__name__} for {device}: choose a device with "
                     "backend='mean_field', or set Trainer(accelerator='cpu')"
                 )
-    if tiles and precision.precision not in ("32-true", "bf16-mixed"):
+    if precision.precision not in ("32-true", "bf16-mixed"):
         raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
 
 
@@ -132,13 +136,13 @@ def check_microbatches(
 
 
 def _warn_of_what_is_seen(module: nn.Module, settings: Settings) -> None:
-    if any(isinstance(m, _BatchNorm) and m.training and m.track_running_stats for m in module.modules()):
+    if any(isinstance(m, _BATCH_NORMS) and m.training and m.track_running_stats for m in module.modules()):
         rank_zero_warn(
             "BatchNorm computes its statistics per micro-batch (the mini-batch is split into "
             f"{settings.schedule.num_microbatches}): results differ from a run on whole mini-batches"
         )
     for name, loss in module.named_modules():
-        if isinstance(loss, _Loss) and loss.reduction != settings.loss_reduction:
+        if isinstance(loss, Loss) and loss.reduction != settings.loss_reduction:
             rank_zero_warn(
                 f"{name} reduces by {loss.reduction!r} and the strategy's loss_reduction is "
                 f"{settings.loss_reduction!r}: if it is the training loss, its gradient is scaled wrongly; set "

@@ -9,7 +9,7 @@ from aimc_pl.strategies.private_lightning import saves_by_metric
 from aimc_pl.strategies.processes import ProcessStrategy
 
 
-class InTime(Callback):
+class DrainFirst(Callback):
     """Drains the pipeline, and shares metrics with the other processes, before other callbacks are called.
 
     Args:

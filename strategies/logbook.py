@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from aimc_pl.patches import patched
+from aimc_pl.strategies.private_torchmetrics import last_value, set_last_value
 from aimc_pl.strategies.training_step import TrainingStep
 
 _LOG = signature(pl.LightningModule.log)
@@ -32,7 +34,7 @@ class Logbook:
         key = name, step.num_logged[name]
         step.num_logged[name] += 1
         values, sizes, _, _ = self._entries.get(key, ([], [], None, {}))
-        values.append(value._forward_cache if isinstance(value, Metric) else value)
+        values.append(last_value(value) if isinstance(value, Metric) else value)
         sizes.append(kwargs.pop("batch_size", None) or step.size)
         self._entries[key] = values, sizes, value, kwargs
 
@@ -42,7 +44,7 @@ class Logbook:
             if isinstance(last, Metric):
                 # its state holds all micro-batches; only the value of the step is to be gathered
                 if values[-1] is not None:
-                    last._forward_cache = _reduce(values, sizes, "mean")
+                    set_last_value(last, _reduce(values, sizes, "mean"))
                 value = last
             else:
                 value = _reduce(values, sizes, kwargs.get("reduce_fx", "mean"))
@@ -74,22 +76,9 @@ def logging_to(module: "pl.LightningModule", record: Callable[..., None]) -> Ite
             arguments = _LOG.bind(module, *args, **kwargs).arguments
             record(step, **{name: value for name, value in arguments.items() if name != "self"})
 
-    with replaced(module, "log", log_in_step):
+    with patched((module, "log", log_in_step)):
         yield
 
 
 def discard(*args: Any, **kwargs: Any) -> None:
     """Log nothing."""
-
-
-@contextmanager
-def replaced(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """Another attribute on the instance, for a while."""
-    own = vars(instance).get(name)
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        delattr(instance, name)
-        if own is not None:
-            setattr(instance, name, own)

@@ -14,9 +14,10 @@ from aimc_pl.distributed import Link, rank_of
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.ghosts import Ghosts
 from aimc_pl.passage import StageProcess
+from aimc_pl.patches import patched
 from aimc_pl.pipeline import MicroBatch
 from aimc_pl.stage import Stage
-from aimc_pl.strategies.logbook import discard, replaced
+from aimc_pl.strategies.logbook import discard
 from aimc_pl.strategies.ownership import Ownership
 from aimc_pl.strategies.planning import settle_evaluation
 from aimc_pl.strategies.processes import ProcessStrategy
@@ -199,12 +200,12 @@ class StagePerProcess:
 
     def evaluate(self, function: Callable[[], Any], inputs: Any) -> Any:
         """See :class:`Placement`."""
-        with nullcontext() if self.holds_last else replaced(self._module, "log", discard), isolate_rng():
+        with nullcontext() if self.holds_last else patched((self._module, "log", discard)), isolate_rng():
             if self._process is None and self._module.trainer.sanity_checking:
                 # Where training_step will begin its stages is not known yet.
                 return function()
             if self._process is None:
-                with replaced(self._module, "log", discard):
+                with patched((self._module, "log", discard)):
                     step = settle_evaluation(
                         self._module, function, inputs, self._num_stages, self._split_at, self.agree
                     )

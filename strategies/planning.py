@@ -8,8 +8,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from aimc_pl import boundaries
+from aimc_pl.analog import are_seeded
 from aimc_pl.boundaries import Calls
-from aimc_pl.devices.tiles import are_seeded
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import StagedStep
 from aimc_pl.stage import Stage

@@ -1,14 +1,40 @@
 """What we need of Lightning that has no public name, each with a test that notices when it goes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim import Optimizer
+
+from aimc_pl.patches import patched
+
+ScriptLauncher = _SubprocessScriptLauncher
+"""Starts the user's script once more for every further process."""
+
+
+def connect_processes(environment: ClusterEnvironment, backend: str, timeout: timedelta) -> None:
+    """Start torch.distributed with what a cluster environment says of the processes."""
+    _init_dist_connection(environment, backend, timeout=timeout)
+
+
+def random_states() -> dict[str, Any]:
+    """The random states of torch on the CPU, of numpy and of Python."""
+    return _collect_rng_states(include_cuda=False)
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Go back to what :func:`random_states` has returned."""
+    _set_rng_states(states)
 
 
 def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
@@ -29,32 +55,43 @@ def last_batch_before_look(trainer: "pl.Trainer") -> bool:
     )
 
 
-@contextmanager
-def logging_in(module: "pl.LightningModule", hook: str) -> Iterator[None]:
+def logging_in(module: "pl.LightningModule", hook: str) -> AbstractContextManager[None]:
     """Log as if ``hook`` ran."""
-    before, module._current_fx_name = module._current_fx_name, hook
-    try:
-        yield
-    finally:
-        module._current_fx_name = before
+    return patched((module, "_current_fx_name", hook))
 
 
-@contextmanager
-def without_loggers(trainer: "pl.Trainer") -> Iterator[None]:
+def without_loggers(trainer: "pl.Trainer") -> AbstractContextManager[None]:
     """Discard what is given to the trainer's loggers."""
-    loggers = trainer.loggers
-    silent: list[Logger] = [DummyLogger() for _ in loggers]
-    trainer.loggers = silent
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
+    return patched((trainer, "_loggers", [DummyLogger() for _ in trainer.loggers]))
+
+
+class CheckpointReadingCLI(LightningCLI):
+    """Lightning's command line, with a context around what it reads from the checkpoint that ``ckpt_path`` names."""
+
+    def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
+        """Entered while hyperparameters are read from a checkpoint; ``path`` is empty without one."""
+        return nullcontext()
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        with self.reading_checkpoint(self.config[self.config.subcommand].get("ckpt_path") or ""):
+            super()._parse_ckpt_path()
 
 
 def evaluate_without_inference_mode(trainer: "pl.Trainer") -> None:
     """Let evaluation only switch gradients off: tensors of inference mode do not tell when they change in place."""
-    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
+
+
+def should_log(trainer: "pl.Trainer") -> bool:
+    """Whether values are logged with this training step."""
+    return trainer._logger_connector.should_update_logs
+
+
+def epoch_metrics(trainer: "pl.Trainer") -> dict[str, Any]:
+    """What the running loop alone has logged in this epoch, as callbacks see it."""
+    return {} if trainer._results is None else trainer._results.metrics(on_step=False)["callback"]
 
 
 def update_callback_metrics(trainer: "pl.Trainer", metrics: dict[str, Tensor]) -> None:

@@ -8,19 +8,22 @@ from typing import Any, override
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from aihwkit.optim.context import AnalogContext
-from lightning.fabric.utilities.distributed import _init_dist_connection
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torchmetrics import Metric
 
+from aimc_pl.analog import is_analog
 from aimc_pl.distributed import lost
 from aimc_pl.errors import PeerError, UsageError
-from aimc_pl.strategies.private_lightning import update_callback_metrics
+from aimc_pl.strategies.private_lightning import (
+    ScriptLauncher,
+    connect_processes,
+    random_states,
+    set_random_states,
+    update_callback_metrics,
+)
 
 
 class ProcessStrategy(ParallelStrategy):
@@ -77,7 +80,7 @@ class ProcessStrategy(ParallelStrategy):
             )
         if self.is_multiprocess:
             assert self.cluster_environment is not None
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, devices, self.num_nodes)
+            self._launcher = ScriptLauncher(self.cluster_environment, devices, self.num_nodes)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment who we are (called by the Trainer)."""
@@ -94,7 +97,7 @@ class ProcessStrategy(ParallelStrategy):
             self.set_world_ranks()
             assert self.cluster_environment is not None
             backend = "gloo" if self.root_device.type == "cpu" else f"cpu:gloo,{self.root_device.type}:nccl"
-            _init_dist_connection(self.cluster_environment, backend, timeout=timedelta(seconds=self.timeout))
+            connect_processes(self.cluster_environment, backend, timedelta(seconds=self.timeout))
 
     @override
     def model_to_device(self) -> None:
@@ -103,7 +106,7 @@ class ProcessStrategy(ParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if isinstance(exception, PeerError) and isinstance(self._launcher, _SubprocessScriptLauncher):
+        if isinstance(exception, PeerError) and isinstance(self._launcher, ScriptLauncher):
             # One of them may hang.
             self._launcher.kill(9)
 
@@ -153,8 +156,8 @@ class ProcessStrategy(ParallelStrategy):
 
     def share_start(self, module: "pl.LightningModule") -> None:
         """Start everywhere from rank 0's weights and random states, as a run in one process would."""
-        _set_rng_states(self.broadcast(_collect_rng_states(include_cuda=False)))
-        values = [v.detach() for v in (*module.parameters(), *module.buffers()) if not isinstance(v, AnalogContext)]
+        set_random_states(self.broadcast(random_states()))
+        values = [v.detach() for v in (*module.parameters(), *module.buffers()) if not is_analog(v)]
         for value, first in zip(values, self.broadcast(values), strict=True):
             value.copy_(first)
         for metric in module.modules():

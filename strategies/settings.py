@@ -5,10 +5,36 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from aimc_pl.errors import UsageError
-from aimc_pl.schedule import Schedule
+from aimc_pl.schedule import Duplex, Schedule, ScheduleName, check_order
 
 GradientScale = Literal["minibatch", "microbatch"]
 LossReduction = Literal["mean", "sum"]
+
+
+def make_schedule(
+    schedule: ScheduleName | Callable[[int, int], Schedule], num_stages: int, num_microbatches: int, duplex: Duplex
+) -> Schedule:
+    """The schedule that has been asked for by name, or what the user's class or function makes.
+
+    Raises:
+        UsageError: if that is no schedule for so many stages and micro-batches.
+        ValueError: for an unknown name or a number below 1.
+    """
+    if not callable(schedule):
+        return Schedule(schedule, num_stages, num_microbatches, duplex)
+    if duplex != "half":
+        raise UsageError(f"duplex={duplex!r} goes with schedule='async': a schedule of your own says it itself")
+    made = schedule(num_stages, num_microbatches)
+    if not isinstance(made, Schedule) or (made.num_stages, made.num_microbatches) != (num_stages, num_microbatches):
+        raise UsageError(
+            f"schedule= must be a name, or make an aimc_pl.schedule.Schedule for num_stages={num_stages} and "
+            f"num_microbatches={num_microbatches}; it made {made!r}"
+        )
+    try:
+        check_order(made)
+    except ValueError as error:
+        raise UsageError(f"schedule= cannot run: {error}") from error
+    return made
 
 
 @dataclass(frozen=True)

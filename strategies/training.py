@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from aihwkit.optim.context import AnalogContext
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from aimc_pl.devices import reset_pending_updates
+from aimc_pl.analog import is_analog, reset_pending_updates
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import MicroBatch, Observer, Pipeline
 from aimc_pl.stage import Stage
@@ -155,8 +154,6 @@ class Training:
             return None
         self.split_at = [*step.boundaries]
         stages = self._placement.place(step, self._trainer.optimizers)
-        for observer in self._observers:
-            observer.on_start(stages)
         return Pipeline(stages, schedule, self._update, self._observers)
 
     def _trained_besides(self) -> list[Any]:
@@ -205,7 +202,7 @@ class Training:
     def _gradients_kept_apart(self) -> Iterator[None]:
         """Lightning clears gradients after training_step, which here includes the backward, until it asks for them."""
         # An analog tile's pulses wait in the tile.
-        parameters = [p for p in self._module.parameters() if not isinstance(p, AnalogContext)]
+        parameters = [p for p in self._module.parameters() if not is_analog(p)]
         parameters += self._trained_besides()
         accumulated = [parameter.grad for parameter in parameters]
         for parameter in parameters:

@@ -9,9 +9,9 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import tree_map
 
 _current: ContextVar[Optional["TrainingStep"]] = ContextVar("current training step", default=None)
 

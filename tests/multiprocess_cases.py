@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
 from torch.utils.data import DataLoader, TensorDataset
 
-from aimc_pl.callbacks import ClockMonitor, DeviceNoise, StalenessMonitor, WriteNoise
+from aimc_pl.callbacks import ClockMonitor, DeviceNoise, DeviceVariation, StalenessMonitor, StuckAt
 from aimc_pl.devices import ideal, soft_bounds
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -132,9 +132,9 @@ def stop_early():
     return EarlyStopping("val_loss", patience=1, min_delta=10)
 
 
-def write_noise():
-    """None to speak of: processes draw their own."""
-    return DeviceNoise([WriteNoise(std=1e-30)])
+def imperfect_devices():
+    """Of the kinds that are fixed per device: other noise every process draws for itself."""
+    return DeviceNoise([DeviceVariation(0.3), StuckAt(0.2, value=0.05)])
 
 
 def save_the_best():
@@ -157,7 +157,7 @@ CASES |= {
     "resumed, sync": (3, resumed(3, "sync")),
     "evaluated": (3, digital(3, "async", evaluate=True)),
     "evaluated only": (2, digital(2, "async", evaluate=True, max_epochs=0)),
-    "with a noise callback": (3, digital(3, "sync", callbacks=[write_noise])),
+    "with a noise callback": (3, digital(3, "sync", callbacks=[imperfect_devices])),
     "best step saved": (3, digital(3, "async", callbacks=[save_the_best])),
     "few steps": (4, digital(4, "async", max_steps=4)),
     "dict batch, layers around": (3, digital(3, "async", DictBatch)),

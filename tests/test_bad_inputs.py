@@ -14,6 +14,7 @@ from aimc_pl.cli import main
 from aimc_pl.devices import constant_step, get_device, soft_bounds, tiki_taka
 from aimc_pl.errors import UsageError
 from aimc_pl.models import ResNet
+from aimc_pl.schedule import Schedule
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.training import Training
 
@@ -163,6 +164,18 @@ class Tied(MLP):
 
 ASYNC = {"num_stages": 3, "schedule": "async", "num_microbatches": 3}
 AT_4_AND_8 = ASYNC | {"split_at": ["net.4", "net.8"]}
+
+
+class Hasty(Schedule):
+    """Backwards everywhere at once."""
+
+    def __init__(self, num_stages, num_microbatches):
+        super().__init__("async", num_stages, num_microbatches)
+
+    def backward_clock(self, stage, microbatch, num_microbatches=None):
+        return super().backward_clock(self.num_stages - 1, microbatch, num_microbatches)
+
+
 MODULES = {
     "manual optimization": (Manual, ASYNC, {}, "manual optimization"),
     "several optimizers": (TwoOptimizers, ASYNC, {}, "configure_optimizers returns several"),
@@ -198,6 +211,10 @@ MODULES = {
         {},
         "gradient_scale='microbatch' needs schedule='async'",
     ),
+    "a schedule that is none": (MLP, {"schedule": lambda stages, parts: None}, {}, "schedule= must be a name"),
+    "a schedule for others": (MLP, {"schedule": lambda stages, parts: Schedule("sync", 2, 1)}, {}, "num_stages=4"),
+    "a schedule out of order": (MLP, {"schedule": Hasty}, {}, "schedule= cannot run: Hasty has B(stage 2, micro-"),
+    "duplex of a schedule of one's own": (MLP, {"schedule": Hasty, "duplex": "full"}, {}, "duplex='full' goes with"),
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import Accuracy, MetricCollection, Precision
 
 from aimc_pl.devices.conversion import convert_to_analog
-from aimc_pl.devices.weights import read_gradients
 from aimc_pl.errors import UsageError
 from aimc_pl.ghosts import Ghosts, Unknown
+from aimc_pl.weights import read_gradients
 
 
 @pytest.fixture(autouse=True)

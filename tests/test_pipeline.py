@@ -14,12 +14,12 @@ from staged import make_step
 from torch import nn
 
 from aimc_pl.devices import convert_to_analog
-from aimc_pl.devices.weights import read_gradients
 from aimc_pl.flight import Flight
 from aimc_pl.microbatch import split_batch
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
+from aimc_pl.weights import read_gradients
 
 LAYERS = 8
 LEARNING_RATE = 1.0
@@ -89,7 +89,19 @@ def make_even_step(network, num_stages, batch, **kwargs):
     return make_step(network, split_evenly(num_stages), squared_error(network, *batch), **kwargs)
 
 
-def train_async(network, num_stages, num_microbatches, duplex, batches, drain_after, observers=(), **kwargs):
+class SlowLinks(Schedule):
+    """It takes two clocks more from stage to stage."""
+
+    def forward_clock(self, stage, microbatch, num_microbatches=None):
+        return super().forward_clock(stage, microbatch, num_microbatches) + 2 * stage
+
+    def backward_clock(self, stage, microbatch, num_microbatches=None):
+        return super().backward_clock(stage, microbatch, num_microbatches) + 2 * (2 * self.num_stages - 2 - stage)
+
+
+def train_async(
+    network, num_stages, num_microbatches, duplex, batches, drain_after, observers=(), kind=Schedule, **kwargs
+):
     """Train with one SGD per stage; returns the numbers of micro-batches before which the pipeline drained."""
     step = make_even_step(network, num_stages, batches[0], delayed=True, may_share=False, **kwargs)
     optimizers = [AnalogSGD(stage.parameters, lr=LEARNING_RATE) for stage in step.stages]
@@ -98,7 +110,7 @@ def train_async(network, num_stages, num_microbatches, duplex, batches, drain_af
         optimizers[stage.index].step()
         optimizers[stage.index].zero_grad()
 
-    pipeline = Pipeline(step.stages, Schedule("async", num_stages, num_microbatches, duplex), update, observers)
+    pipeline = Pipeline(step.stages, kind("async", num_stages, num_microbatches, duplex), update, observers)
     drains = []
     with step.running():
         for index, batch in enumerate(batches):
@@ -117,13 +129,13 @@ def numpy_parameters(network):
     return list(zip(*copies, strict=True))
 
 
-def recompute(parameters, num_stages, num_microbatches, duplex, batches, drains, **kwargs):
+def recompute(parameters, num_stages, num_microbatches, duplex, batches, drains, latency=0, **kwargs):
     microbatches = [
         (x.double().numpy(), target.double().numpy(), weight)
         for batch in batches
         for x, target, weight in to_parts(batch, num_microbatches)
     ]
-    delays = [(num_stages - 1 - stage) * (2 if duplex == "full" else 1) for stage in range(num_stages)]
+    delays = [(num_stages - 1 - stage) * ((2 if duplex == "full" else 1) + latency) for stage in range(num_stages)]
     return delayed_updates(*parameters, owners_of(num_stages), microbatches, delays, LEARNING_RATE, drains, **kwargs)
 
 
@@ -139,6 +151,17 @@ def test_async_equals_recomputation(num_stages, duplex):
         for ours, reference in zip(numpy_parameters(network), expected, strict=True):
             for a, b in zip(ours, reference, strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_a_schedule_of_ones_own_equals_recomputation(num_stages):
+    network, batches = make_network(), make_batches(4)
+    start = numpy_parameters(network)
+    train_async(network, num_stages, 3, "half", batches, (), kind=SlowLinks)
+    expected = recompute(start, num_stages, 3, "half", batches, (), latency=2)
+    for ours, reference in zip(numpy_parameters(network), expected, strict=True):
+        for a, b in zip(ours, reference, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("duplex", ["half", "full"])
@@ -214,6 +237,37 @@ def test_gradients_equal_those_of_the_whole_batch(name, num_stages, num_microbat
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
+def test_observed_versions_are_the_closed_form_with_uneven_minibatches(name):
+    """Mini-batches of 3, 2 and 1 samples are split into as many micro-batches."""
+    schedule, recorder = Schedule(name, 3, num_microbatches=2), Recorder()
+    batches = make_batches(3, size=3)
+    step = make_even_step(make_network(), 3, batches[0])
+    pipeline = Pipeline(step.stages, schedule, pytest.fail, [recorder])
+    with step.running():
+        for batch in batches:
+            pipeline.run(to_flights(step, batch, 3))
+            pipeline.updated()
+    updates = [0, 0, 0, 1, 1, 2]
+    for event in recorder.forwards:
+        since_fill = schedule.version(event.stage.index, event.since_fill)
+        assert event.version == updates[event.microbatch] + since_fill == updates[event.microbatch]
+
+
+def test_an_observer_hears_what_happens_after_it_was_added():
+    observers, late = [], Recorder()
+    batches = make_batches(2)
+    step = make_even_step(make_network(), 4, batches[0])
+    pipeline = Pipeline(step.stages, Schedule("sync", 4, 2), pytest.fail, observers)
+    with step.running():
+        pipeline.run(to_flights(step, batches[0], 2))
+        observers.append(late)
+        pipeline.updated()
+        pipeline.run(to_flights(step, batches[1], 2))
+    assert [event.stage.index for event in late.updates] == [0, 1, 2, 3]
+    assert sorted(event.microbatch for event in late.forwards) == [2] * 4 + [3] * 4
+
+
 @pytest.mark.parametrize(
     ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 )
@@ -224,7 +278,7 @@ def test_stages_hold_no_more_than_the_closed_form(name, duplex):
 
     class Holding(Observer):
         def on_forward(self, event):
-            most[event.stage.index] = max(most[event.stage.index], event.stage.num_in_flight)
+            most[event.stage.index] = max(most[event.stage.index], event.in_flight)
 
     step = make_even_step(make_network(), 4, batches[0])
     pipeline = Pipeline(step.stages, schedule, lambda stage: None, [Holding()])

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from aimc_pl.private_torch import (
     CALL,
     LEAF,
+    Loss,
+    base_of,
     call_of,
     count_function_modes,
     count_saved_tensor_hooks,
@@ -20,13 +22,17 @@ from aimc_pl.private_torch import (
     is_checkpointing,
     is_in_functorch,
     next_sequence_number,
+    parameters_of,
     pop_function_modes,
     pop_saved_tensor_hooks,
     push_function_modes,
     push_saved_tensor_hooks,
     sequence_number,
     set_versions,
+    show_steps_to_schedulers,
     storage_of,
+    tree_leaves,
+    tree_map,
     version,
     without_backward_hooks,
     without_functions,
@@ -314,3 +320,49 @@ def test_backward_hooks_can_be_left_out():
     assert calls == []
     module(torch.ones(1, 2)).sum().backward()
     assert calls == ["before", "after"]
+
+
+def test_base_of_a_view():
+    x = torch.zeros(4)
+    assert base_of(x[1:][1:]) is x
+    assert base_of(x) is x
+
+
+def test_losses_have_one_base():
+    assert isinstance(nn.CrossEntropyLoss(), Loss)
+    assert isinstance(nn.MSELoss(reduction="sum"), Loss)
+    assert not isinstance(nn.Linear(1, 1), Loss)
+
+
+def test_own_parameters_of_a_module():
+    module = nn.Sequential(nn.Linear(2, 2, bias=False))
+    assert parameters_of(module) == {}
+    assert parameters_of(module[0]) == {"weight": module[0].weight, "bias": None}
+
+
+def test_schedulers_see_the_steps_of_a_changed_class(recwarn):
+    class Counting(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            Counting.steps += 1
+            return super().step(closure)
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.__class__ = Counting
+    show_steps_to_schedulers(optimizer)
+    optimizer.step()
+    scheduler.step()
+    assert Counting.steps == 1
+    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
+    # A scheduler made later does not wrap it once more.
+    step = optimizer.step
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    assert optimizer.step is step
+
+
+def test_trees():
+    tree = {"a": (1, [2]), "b": 3}
+    assert tree_leaves(tree) == [1, 2, 3]
+    assert tree_map(lambda leaf: leaf + 1, tree) == {"a": (2, [3]), "b": 4}

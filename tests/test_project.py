@@ -65,3 +65,67 @@ def test_public_names_are_documented(package):
         value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             assert inspect.getdoc(value), f"{package}.{name} has no docstring"
+
+
+def foreign_private_names(tree):
+    """Imports of private names, and attributes with an underscore that nothing in the file defines."""
+    nodes = [*ast.walk(tree)]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    of_self = {id(a) for a in attributes if isinstance(a.value, ast.Name) and a.value.id in ("self", "cls")}
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    own |= {a.attr for a in attributes if id(a) in of_self and isinstance(a.ctx, ast.Store)}
+    for node in nodes:
+        names = []
+        if isinstance(node, ast.ImportFrom) and not node.module.startswith("aimc_pl"):
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Attribute) and id(node) not in of_self and node.attr not in own:
+            names = [node.attr]
+        for name in names:
+            # namedtuple's methods are public, and begin with an underscore to leave names to its fields
+            if name.startswith("_") and not name.endswith("__") and name not in ("_replace", "_asdict", "_"):
+                yield f"line {node.lineno}: {name}"
+
+
+PYTHON = sorted(
+    path
+    for folder in ("aimc_pl", "strategies", "callbacks", "scripts", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+    if not path.name.startswith(("private_", "test_"))
+)
+EXCEPTIONS = {"user_code.py": "_python_dispatch"}
+"""Names that users have to import too, and do."""
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_private_names_of_other_libraries_live_in_one_file_each(path):
+    found = [*foreign_private_names(ast.parse(path.read_text()))]
+    allowed = EXCEPTIONS.get(path.name, "-")
+    assert [name for name in found if not name.endswith(allowed)] == []
+
+
+def test_foreign_private_names_are_found():
+    source = """
+from torch._C import x
+import torch.utils._pytree
+from lightning.fabric.utilities.seed import _set_rng_states
+class A:
+    def __init__(self): self._mine = 1
+    def f(self, module): return self._mine, module._mine, module._hooks, super()._other(), module.__dict__
+module._written = 1
+from aimc_pl.a import _b
+"""
+    names = [found.split()[-1] for found in foreign_private_names(ast.parse(source))]
+    assert sorted(names) == ["_C", "_hooks", "_other", "_pytree", "_set_rng_states", "_written"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.stem)
+def test_callbacks_learn_from_events_only(path):
+    """No stage at work, and nothing of how the strategy divides and runs a step."""
+    imported = {*imports_of(path)}
+    inside = {"planning", "training", "training_step", "placement", "ownership", "batches"}
+    assert not any(name.startswith(f"aimc_pl.strategies.{room}") for name in imported for room in inside)
+    assert not any(name.startswith(("aimc_pl.flight", "aimc_pl.passage", "aimc_pl.trial")) for name in imported)
+    assert "Stage" not in {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}

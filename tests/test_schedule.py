@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aimc_pl.diagram import draw_text
-from aimc_pl.schedule import Schedule
+from aimc_pl.schedule import Schedule, check_order
 
 SCHEDULES = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 UP_TO_16 = st.integers(1, 16)
@@ -105,8 +105,37 @@ def test_async_versions_and_staleness_counted(duplex, total):
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
 def test_one_update_per_minibatch_has_no_staleness(name):
     schedule = Schedule(name, 4, 3)
-    assert [schedule.version(2, k) for k in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert {schedule.version(m, k) for m in range(4) for k in range(3)} == {0}
     assert {schedule.staleness(m, k) for m in range(4) for k in range(7)} == {0}
+
+
+class Shifted(Schedule):
+    """Backwards come ``early`` clocks before their time."""
+
+    early = 0
+
+    def backward_clock(self, stage, microbatch, num_microbatches=None):
+        return super().backward_clock(stage, microbatch, num_microbatches) - self.early * (stage == 1)
+
+
+@given(schedules)
+def test_named_schedules_are_in_order(schedule):
+    check_order(schedule)
+
+
+@pytest.mark.parametrize(
+    ("early", "message"),
+    [
+        (1, r"Shifted has B\(stage 1, micro-batch 0\) in clock 3, and B\(stage 2, micro-batch 0\), which it needs, in"),
+        (9, r"Shifted has no clock for B\(stage 1, micro-batch 0\)"),
+    ],
+)
+def test_clocks_out_of_order_are_refused(early, message):
+    schedule = Shifted("async", 3, 4)
+    check_order(schedule)
+    object.__setattr__(schedule, "early", early)
+    with pytest.raises(ValueError, match=message):
+        check_order(schedule)
 
 
 @given(schedules, st.integers(1, 48))

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 from lightning_modules import make_trainer
 
+from aimc_pl.callbacks import StalenessMonitor
 from aimc_pl.data import Digits
 from aimc_pl.models import MLP
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -31,9 +32,27 @@ def test_the_study_runs(tmp_path):
     assert (tmp_path / "range_study.png").exists()
 
 
-def test_the_observer_counts():
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_the_schedule_of_ones_own_runs(num_stages):
     names = {}
     exec(blocks()[2], names)
+    assert names["strategy"].schedule.num_cycles() == 2 * (8 + 3) + 2 * 2 * 3  # two more clocks a link, there and back
+    monitor = StalenessMonitor()
+    split_at = ["network.3", "network.5", "network.7"][: num_stages - 1]
+    strategy = AnalogPipelineStrategy(num_stages, names["SlowLinks"], 4, split_at=split_at)
+    trainer = make_trainer(
+        strategy, max_epochs=1, limit_train_batches=6, limit_val_batches=0, precision="32-true", callbacks=[monitor]
+    )
+    trainer.fit(Classifier(MLP([64, 16, 16, 16, 10])), Digits())
+    assert monitor.mismatches == 0
+    for stage in range(num_stages):
+        delay = 3 * (num_stages - 1 - stage)
+        assert sorted(monitor.counts[stage].elements()) == sorted(min(k, delay) for k in range(24))
+
+
+def test_the_observer_counts():
+    names = {}
+    exec(blocks()[3], names)
     strategy = AnalogPipelineStrategy(2, "async", 4, split_at=["network.3"])
     strategy.observers.append(lateness := names["Lateness"]())
     make_trainer(strategy, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(

@@ -1803,8 +1803,9 @@ class CountingSGD(torch.optim.SGD):
         for group in self.param_groups:
             group["count"] = group.get("count", 0) + 1
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data.sub_(parameter.grad, alpha=group["lr"] / group["count"])
+                gradient = parameter.grad
+                if gradient is not None:
+                    parameter.data.sub_(gradient, alpha=group["lr"] / group["count"])
         return loss
 
 

@@ -1,5 +1,6 @@
 """Analog devices by name, conversion of networks to them, and pictures of how they respond to pulses."""
 
+from aimc_pl.analog import analog_layers, reset_pending_updates
 from aimc_pl.devices.catalogue import (
     DEVICES,
     AnalogDevice,
@@ -22,15 +23,13 @@ from aimc_pl.devices.catalogue import (
 )
 from aimc_pl.devices.conversion import (
     DeviceSpec,
-    analog_layers,
     convert_to_analog,
     describe_layers,
     get_device,
     make_analog_aware,
-    reset_pending_updates,
 )
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
-from aimc_pl.devices.response import plot_response, pulse_response
+from aimc_pl.devices.pulse_response import plot_response, pulse_response
 
 __all__ = [
     "DEVICES",

@@ -36,6 +36,9 @@ class AnalogDevice(ABC):
 class ConfiguredDevice(AnalogDevice):
     """A device given by its configuration, which names the tile that simulates it.
 
+    YAML needs the class: a config file may name the functions of this module where an :class:`AnalogDevice` is taken,
+    because they return one. aihwkit's configurations are dataclasses, of which jsonargparse takes the fields alone.
+
     Args:
         rpu_config: aihwkit's, or a mean-field one.
     """

@@ -2,24 +2,23 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from types import new_class
-from typing import Any, TypeGuard
+from typing import Any
 
-from aihwkit.nn.modules.base import AnalogLayerBase
 from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
-from aihwkit.optim.context import AnalogContext
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
 from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import show_steps_to_schedulers
 
 Device = str | AnalogDevice | RPUConfigBase
 DeviceSpec = str | AnalogDevice | Mapping[str | int, Device | None] | RPUConfigBase | None
@@ -90,34 +89,6 @@ def describe_layers(network: nn.Module) -> str:
     return "; ".join([*parts, f"digital: {_listed(reasons)}"] if reasons else parts)
 
 
-def analog_layers(module: nn.Module) -> list[AnalogLayerBase]:
-    """The analog layers of a module, without the containers that aihwkit makes analog too."""
-    return [m for m in module.modules() if _is_analog(m)]
-
-
-def reset_pending_updates(module: nn.Module) -> None:
-    """Drop what backwards have left for the tiles' next update, which ``zero_grad`` does not."""
-    for parameter in module.parameters():
-        if isinstance(parameter, AnalogContext):
-            parameter.reset()
-
-
-@contextmanager
-def own_pending_errors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Around a backward: what it leaves with the tiles is a copy of the errors, and with frozen tiles nothing.
-
-    With micro-batches of one sample autograd makes the same tensor the gradient of a digital bias, to which the next
-    micro-batch adds in place. Optimizers of aihwkit update tiles that require no grad like others.
-    """
-    contexts = [parameter for parameter in parameters if isinstance(parameter, AnalogContext)]
-    pending = [len(context.analog_grad_output) for context in contexts]
-    yield
-    for context, first in zip(contexts, pending, strict=True):
-        if not context.requires_grad:
-            context.reset()
-        context.analog_grad_output[first:] = [error.clone() for error in context.analog_grad_output[first:]]
-
-
 def make_analog_aware(optimizer: Optimizer) -> None:
     """Turn a torch optimizer, in place, into one whose step also applies the pulsed updates of analog tiles.
 
@@ -128,18 +99,13 @@ def make_analog_aware(optimizer: Optimizer) -> None:
     for parameter in parameters:
         if isinstance(parameter, AnalogWeight):
             raise UsageError("the optimizer has been given layer.weight of an analog layer: give it parameters()")
-    if isinstance(optimizer, AnalogOptimizerMixin) or not any(isinstance(p, AnalogContext) for p in parameters):
+    if isinstance(optimizer, AnalogOptimizerMixin) or not any(map(is_analog, parameters)):
         return
     digital: Any = type(optimizer)
     optimizer.__class__ = new_class(f"Analog{digital.__name__}", (AnalogOptimizerMixin, digital))
     if "step" in vars(optimizer):
-        # A scheduler has wrapped the digital class's step to see that it is called; wrap the analog one alike.
-        def step(*args: Any, **kwargs: Any) -> Any:
-            optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
-            return type(optimizer).step(optimizer, *args, **kwargs)
-
-        step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
-        optimizer.step = step
+        # A scheduler has wrapped the digital class's step.
+        show_steps_to_schedulers(optimizer)
 
 
 def _choose(
@@ -206,22 +172,18 @@ def _name_of(rpu_config: Any) -> str:
     return type(getattr(rpu_config, "device", rpu_config)).__name__
 
 
-def _is_analog(module: nn.Module) -> TypeGuard[AnalogLayerBase]:
-    return isinstance(module, AnalogLayerBase) and not module.IS_CONTAINER
-
-
 def _stages_of_layers(network: nn.Module, split_at: Sequence[str]) -> dict[str, int]:
     stage, stages = 0, {}
     for name, module in network.named_modules():
         stage += name in split_at
-        if name and (isinstance(module, _MATRICES) or is_transposed_linear(module) or _is_analog(module)):
+        if name and (isinstance(module, _MATRICES) or is_transposed_linear(module) or is_analog(module)):
             stages[name] = stage
     return stages
 
 
 def _digital_layers(network: nn.Module) -> dict[str, Any]:
     layers = {name: network.get_submodule(name) for name in _stages_of_layers(network, ())}
-    return {name: layer for name, layer in layers.items() if not isinstance(layer, AnalogLayerBase)}
+    return {name: layer for name, layer in layers.items() if not is_analog(layer)}
 
 
 def _obstacles(network: nn.Module) -> dict[str, str]:

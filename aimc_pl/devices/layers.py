@@ -10,9 +10,10 @@ from aihwkit.nn import conversion
 from aihwkit.nn.modules.base import AnalogLayerBase
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from aimc_pl.devices.private_aihwkit import convert_to_digital_too
 from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import tree_leaves, without_subclass_functions
 
 _SHAPE = {"shape", "size", "ndim", "dim", "ndimension", "numel", "nelement", "__len__"}
 _TYPE = {"dtype", "layout", "element_size", "device", "get_device", "requires_grad", "grad", "grad_fn", "__hash__"}
@@ -38,7 +39,7 @@ class AnalogWeight(Tensor):
         if name in _COPY | _PRINT | _COMPARE:
             return func(*map(_values, args), **{key: _values(value) for key, value in (kwargs or {}).items()})
         if _asks_for_metadata(name) or (name in ("to", "type_as") and not isinstance(args[0], AnalogWeight)):
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclass_functions():
                 return func(*args, **(kwargs or {}))
         layer = next(x._owner.name for x in tree_leaves((args, kwargs)) if isinstance(x, AnalogWeight))
         if name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
@@ -134,8 +135,7 @@ class AnalogConv3d(_ReadableConv, aihwkit.nn.AnalogConv3d):
 _READABLE = {
     base: cls for cls in (AnalogLinear, AnalogConv1d, AnalogConv2d, AnalogConv3d) for base in cls.__bases__[1:]
 }
-# aihwkit's convert_to_digital goes by exact types and would leave these analog.
-conversion._DEFAULT_DIGITAL_CONVERSION_SET.update([*_READABLE.values(), AnalogLinearTransposed])
+convert_to_digital_too([*_READABLE.values(), AnalogLinearTransposed])
 
 
 def is_transposed_linear(layer: nn.Module) -> bool:

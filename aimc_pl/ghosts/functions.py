@@ -7,6 +7,8 @@ from typing import Any
 
 
 class Kind(Enum):
+    """What a torch function is to ghosts."""
+
     OPERATION = auto()
     """Makes tensors of tensors."""
     RANDOM = auto()

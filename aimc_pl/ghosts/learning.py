@@ -33,6 +33,7 @@ class Learned:
         return self._needs.get(way)
 
     def remember(self, way: Any, needs: tuple[Key, ...]) -> None:
+        """Note what the stages after this one have needed, when the step had taken this way."""
         if len(self._needs) >= _MOST:
             self._needs.clear()
         self._needs[way] = needs

@@ -1,16 +1,15 @@
 """The modules of a step that are run, or skipped, as a whole."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from aimc_pl.devices.conversion import analog_layers
-from aimc_pl.devices.weights import product
+from aimc_pl.analog import analog_layers
 from aimc_pl.private_torch import CALL, call_of
+from aimc_pl.weights import product
 
 
 class Part:
@@ -109,22 +108,6 @@ def _wholes(module: nn.Module, around: set[int]) -> Iterator[nn.Module]:
             yield from _wholes(child, around)
         else:
             yield child
-
-
-@contextmanager
-def replaced(parts: Sequence[Part], wrappers: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """While it is open, the wrappers are called in place of the parts."""
-    before = [part.module.__dict__.get(part.attribute, CALL) for part in parts]
-    for part, wrapper in zip(parts, wrappers, strict=True):
-        part.module.__dict__[part.attribute] = wrapper
-    try:
-        yield
-    finally:
-        for part, value in zip(parts, before, strict=True):
-            if value is CALL:
-                del part.module.__dict__[part.attribute]
-            else:
-                part.module.__dict__[part.attribute] = value
 
 
 def digital_result(layer: Any, x: Tensor, like_weight: Callable[[tuple[int, ...]], Tensor]) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from aimc_pl.ghosts.learning import Learned
-from aimc_pl.ghosts.parts import Part, glue_of, parts_of, replaced
+from aimc_pl.ghosts.parts import Part, glue_of, parts_of
 from aimc_pl.ghosts.run import Done, Message, Run
 from aimc_pl.ghosts.state import Setting
 from aimc_pl.ghosts.values import ForeignParameter, Key, OpaqueError, give_class, is_ghost, running, signature
+from aimc_pl.patches import patched
 
 _CPU = torch.device("cpu")
 
@@ -67,8 +68,8 @@ class Ghosts:
         self._names = {id(parameter): name for name, parameter in reversed(parameters)}
         self._owners = {id(parameter): owners[name] for name, parameter in parameters if name in owners}
         self._parts = parts_of(module, boundaries, owners)
-        self._wrappers = [partial(_called, part) for part in self._parts]
-        self._apply = classmethod(_applied)
+        calls = ((part.module, part.attribute, partial(_called, part)) for part in self._parts)
+        self._patches = [(torch.autograd.Function, "apply", classmethod(_applied)), *calls]
         glue = glue_of(module, self._parts)
         own = (inner for part in self._parts if part.owner in (stage, None) for inner in part.module.modules())
         self._setting = Setting(
@@ -116,12 +117,8 @@ class Ghosts:
     @contextmanager
     def intercepting(self) -> Iterator[None]:
         """While it is open, forwards see the calls of modules. It can stay open over many, as to open it takes time."""
-        torch.autograd.Function.apply = self._apply  # pyright: ignore[reportAttributeAccessIssue], put back below
-        try:
-            with replaced(self._parts, self._wrappers):
-                yield
-        finally:
-            torch.autograd.Function.apply = _plain_apply
+        with patched(*self._patches):
+            yield
 
     def forward(self, function: Callable[[], Any], message: Message | None, seed: int, inputs: Any = None) -> Flight:
         """Run the step as far as this stage needs it, inside :meth:`intercepting`.

@@ -4,6 +4,7 @@ from aimc_pl.errors import UsageError
 
 
 def never_reached(stage: int, boundary: str) -> UsageError:
+    """The step ends before a stage begins."""
     return UsageError(
         f"the step ended in stage {stage}: it does not call {boundary!r} after the boundaries before it (a module "
         "inside a compiled function cannot begin a stage: name the module around it)"
@@ -11,6 +12,7 @@ def never_reached(stage: int, boundary: str) -> UsageError:
 
 
 def shared(parameter: str, *stages: int) -> UsageError:
+    """Two stages use one parameter."""
     first, second = sorted(stages)
     return UsageError(f"parameter {parameter!r} is used by stages {first} and {second}: keep both uses on one stage")
 
@@ -20,6 +22,7 @@ class ReadsValueError(UsageError):
 
 
 def reads(stage: int, what: str) -> ReadsValueError:
+    """Python reads a value of another stage."""
     return ReadsValueError(
         f"the step reads a value of stage {stage} in Python ({what.strip('_')}): keep what depends on values inside "
         "one module, or train with devices=1"
@@ -27,10 +30,12 @@ def reads(stage: int, what: str) -> ReadsValueError:
 
 
 def spans_stages(what: str) -> UsageError:
+    """Something that must be computed as a whole lies in several stages."""
     return UsageError(f"{what} spans stages: keep it inside one module, or use schedule='sync' with devices=1")
 
 
 def hidden(reader: int, stage: int) -> UsageError:
+    """A stage reads what a module of another stage has not returned."""
     return UsageError(
         f"stage {reader} reads a value made inside a module of an earlier stage ({stage}) and kept apart from its "
         "outputs: return it"
@@ -38,6 +43,7 @@ def hidden(reader: int, stage: int) -> UsageError:
 
 
 def left_behind(shape: tuple[int, ...]) -> UsageError:
+    """A micro-batch reads an activation of another one."""
     return UsageError(
         f"a micro-batch reads an activation that another has left behind (of shape {shape}): pass it as an argument, "
         "or keep both places on one stage"
@@ -45,6 +51,7 @@ def left_behind(shape: tuple[int, ...]) -> UsageError:
 
 
 def written_through_a_view(made: int, written: int) -> UsageError:
+    """A stage changes a value of another stage in place, through a view."""
     return UsageError(
         f"a value of stage {made} was changed in place, through a view, by stage {written}: use the out-of-place "
         "operation"
@@ -52,6 +59,7 @@ def written_through_a_view(made: int, written: int) -> UsageError:
 
 
 def not_sent(stage: int, made: int) -> UsageError:
+    """A stage needs a value that it has not been sent."""
     return UsageError(
         f"stage {stage} needs a value of stage {made} that stage {stage - 1} has not sent: the step takes another way "
         "than it took before with such a batch"

@@ -70,6 +70,7 @@ class State:
         return all(map(self.is_common, values))
 
     def is_common(self, value: Any) -> bool:
+        """Whether a value comes of the batch alone, so that every process has it."""
         kind = type(value)
         if kind is Tensor:
             return self._is_common_tensor(value)

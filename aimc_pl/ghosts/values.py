@@ -43,13 +43,17 @@ class Memory:
 class Interceptor(Protocol):
     """Decides what happens to a torch function that was called on a ghost."""
 
-    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the function returns."""
+        ...
 
 
 class Home(Protocol):
     """Where the value of a ghost may be."""
 
-    def recall(self, ghost: "Ghost") -> Tensor: ...
+    def recall(self, ghost: "Ghost") -> Tensor:
+        """The value of a ghost."""
+        ...
 
 
 _KNOWN = (Kind.METADATA, Kind.DEVICE, Kind.HOOK)
@@ -79,6 +83,7 @@ class Ghost(Tensor):
     writes: int
 
     def require_grad(self, requires_grad: bool = True) -> None:
+        """Set whether it requires grad, as its value does."""
         plainly(Tensor.requires_grad_, (self, requires_grad), {})
         self.spec = self.spec._replace(requires_grad=requires_grad)
 
@@ -148,6 +153,7 @@ class Unknown:
     __hash__ = object.__hash__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Self:
+        """What comes of a call is unknown too."""
         return self
 
     def __repr__(self) -> str:
@@ -175,6 +181,7 @@ for _name in _DECISIONS:
 
 
 def is_ghost(value: Any) -> TypeIs[Ghost]:
+    """Whether a value stands for one of another stage."""
     return type(value) is Ghost
 
 
@@ -185,6 +192,7 @@ def plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def spec_of(tensor: Tensor) -> Spec:
+    """Shape, type and whether it requires grad, of a tensor or of what a ghost stands for."""
     return tensor.spec if type(tensor) is Ghost else Spec(tensor.shape, tensor.dtype, tensor.requires_grad)
 
 

@@ -54,7 +54,7 @@ class Counter(Observer):
 
     def on_forward(self, event: Event) -> None:
         """Note the most micro-batches that a stage holds."""
-        self.in_flight = max(self.in_flight, event.stage.num_in_flight)
+        self.in_flight = max(self.in_flight, event.in_flight)
         self.events.append(("F", event))
 
     def on_backward(self, event: Event) -> None:

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import DeviceNoise, DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
 from aimc_pl.devices import analog_layers
-from aimc_pl.devices.weights import layer_weight, product, weight_layers
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.weights import layer_weight, product, weight_layers
 
 N = 200_000  # weights in the statistical tests: five sigma of the mean of N(0, 1) are 0.011, of its spread 0.008
 
@@ -79,13 +79,33 @@ def weights(module):
     return {name: layer_weight(layer) for name, layer in weight_layers(module).items()}
 
 
-def test_only_the_named_layers_and_stages_and_steps():
-    # frozen by a learning rate of zero: what changes, the noise has changed
-    class Still(Attributes):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.0)
+class Still(Attributes):
+    """Learns nothing: what changes, the noise has changed."""
 
-    start = weights(Still().double())
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("duplex", ["half", "full"])
+def test_drift_counts_the_clock_cycles_between_updates(duplex):
+    """A full pipeline updates every two cycles: ten times after the first of 11 updates."""
+    module = Still().double()
+    start = weights(module)
+    strategy = AnalogPipelineStrategy(3, "async", 4, duplex=duplex, split_at=["l2", "l4"])
+    fit(DeviceNoise([Drift(0.06, t0=5.0)]), strategy, module, max_epochs=1)
+    for name, weight in weights(module).items():
+        torch.testing.assert_close(weight, start[name] * (1 + 2 / 5) ** (-0.06 * 10))
+
+
+def test_device_variation_scales_nothing_where_nothing_is_learnt():
+    module = Still().double()
+    start = weights(module)
+    fit(DeviceNoise([DeviceVariation(0.5)]), module=module)
+    for name, weight in weights(module).items():
+        torch.testing.assert_close(weight, start[name], rtol=0, atol=0)
+
+
+def test_only_the_named_layers_and_stages_and_steps():
     for options, expected in [
         ({"layers": ["l1", "l4"]}, {"l1", "l4"}),
         ({"stages": [1]}, {"l2", "l3"}),

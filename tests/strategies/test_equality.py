@@ -184,6 +184,29 @@ def test_one_stage_is_stochastic_gradient_descent_whatever_the_scale(schedule):
     assert_same_weights(module, plain)
 
 
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_full_steps_are_steps_of_a_share_at_a_larger_learning_rate(num_stages):
+    """Two equal micro-batches: with gradient_scale="microbatch" each moves as far as with the double learning rate."""
+
+    class Plain(Attributes):
+        rate = 0.1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+    class Doubled(Plain):
+        rate = 0.2
+
+    names = ["l2", "l3", "l4"][4 - num_stages :]
+
+    def run(kind, scale):
+        strategy = AnalogPipelineStrategy(num_stages, "async", 2, split_at=names, gradient_scale=scale)
+        data = lambda: loader(None, 8, shuffle=False, length=16)  # noqa: E731
+        return fit(kind, strategy, "momentum", data, max_epochs=1, limit_val_batches=0)[0]
+
+    assert_same_weights(run(Plain, "microbatch"), run(Doubled, "minibatch"))
+
+
 @pytest.mark.parametrize("schedule", ["none", "sync"])
 def test_sum_losses(schedule):
     class Summed(MLP):

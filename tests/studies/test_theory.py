@@ -67,6 +67,13 @@ def test_the_error_that_stays_is_the_stationary_one(tau):
     assert stationary < theory.asymptotic_error(constants["variance"], constants["saturation"])
 
 
+def test_the_bound_in_numbers():
+    """4·3/(0.01·100·0.75) + 2·0.7·0.01·2·1.5/0.5 + 2·0.7·0.25/0.75, and 2 of it + 6·0.2/0.75 with delay."""
+    constants = {"gap": 3.0, "smoothness": 2.0, "variance": 0.7, "saturation": 0.5}
+    assert theory.error_bound(100, 0.01, **constants) == pytest.approx(16 + 0.084 + 0.4666667)
+    assert theory.error_bound(100, 0.01, **constants, delay_error=0.2) == pytest.approx(2 * 16.5506667 + 1.6)
+
+
 def test_asymptotic_error_is_the_bound_for_many_small_updates():
     constants = {"gap": 3.0, "smoothness": 2.0, "variance": 0.7, "saturation": 0.4}
     limit = theory.error_bound(10**15, 1e-6, **constants)

@@ -10,7 +10,7 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, PulseType
 from aihwkit.simulator.tiles.custom import CustomRPUConfig
 
-from aimc_pl.devices.mean_field.response import DEVICES
+from aimc_pl.devices.mean_field.response import SUPPORTED_DEVICES
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile, MeanFieldTile, MeanFieldTileArray
 from aimc_pl.errors import UsageError
 
@@ -68,7 +68,7 @@ class MeanFieldRPUConfig(CustomRPUConfig):
         Raises:
             UsageError: naming what only aihwkit's own tiles simulate.
         """
-        if not isinstance(self.device, DEVICES):
+        if not isinstance(self.device, SUPPORTED_DEVICES):
             raise _unsupported(type(self.device).__name__)
         _check(self.device, _OFF["device"], {})
         _check(self.device.drift, {"nu": 0.0}, {})

@@ -11,7 +11,7 @@ from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType
 from aihwkit.simulator.parameters.io import IOParameters
 from torch import Generator, Tensor
 
-from aimc_pl.devices.mean_field.noise import gaussian, uniform
+from aimc_pl.devices.mean_field.random_table import gaussian, uniform
 from aimc_pl.devices.mean_field.vectors import Convolution, Patches, Vectors
 
 

@@ -11,10 +11,10 @@ import torch
 from aihwkit.simulator.parameters.training import UpdateParameters
 from torch import Generator, Tensor
 
-from aimc_pl.devices.mean_field.noise import uniform
+from aimc_pl.devices.mean_field.random_table import uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
-EVEN = 0.2
+_RARELY = 0.2
 """Below this mean probability of a firing input a convolution takes it for the same at all its inputs."""
 
 _DRAWN = 64
@@ -75,7 +75,7 @@ def expected_counts(
     # An input that fires with probability p in n slots meets np pulses, with variance np − np².
     if isinstance(vectors, Patches):
         probability = _weighted_mean(trains.x_gain, fired) * _weighted_mean(magnitude, magnitude)
-        if probability < EVEN:
+        if probability < _RARELY:
             factor = 1 + spread**2 - probability
             return Counts(net, total, (net * factor, total * factor))
     squares = -magnitude.square()

@@ -29,7 +29,7 @@ Number = Tensor | float
 _Curve = Callable[[Tensor], Tensor]
 _Pair = tuple[Tensor, Tensor]
 
-DEVICES = (
+SUPPORTED_DEVICES = (
     ConstantStepDevice,
     LinearStepDevice,
     SoftBoundsDevice,
@@ -39,7 +39,7 @@ DEVICES = (
 )
 """The devices of aihwkit that have a mean-field response."""
 
-_NEAR = 0.02
+_SECOND_ORDER_REACH = 0.02
 """Below this reach a motion is taken to second order, off by 1e-4, and its variance where it starts, off by 2 %."""
 
 _SUBSTEP = 0.05
@@ -123,7 +123,7 @@ class LinearResponse(Response):
         """See :meth:`Response.move`."""
         motion, a = self.rate(counts[:2]), self.relaxation(counts[:2])
         motion.addcmul_(a, weight)
-        if self.alike and reach < _NEAR:
+        if self.alike and reach < _SECOND_ORDER_REACH:
             variance = self._variance(weight, counts)
             weight += motion.addcmul_(motion, a, value=0.5)
             return variance
@@ -194,7 +194,7 @@ def response_of(device: PulsedDevice, hidden: Mapping[str, Number], whole_pulses
     """The response of a device of aihwkit.
 
     Args:
-        device: one of :data:`DEVICES`.
+        device: one of :data:`SUPPORTED_DEVICES`.
         hidden: its cross-points' parameters by aihwkit's names.
         whole_pulses: whether counts will be whole numbers, where n steps make a factor (1 + k)ⁿ. The mean over Poisson
             counts n of mean μ is exp(μk).

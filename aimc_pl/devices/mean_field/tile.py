@@ -1,6 +1,6 @@
 """aihwkit's tile with a torch-native crossbar inside, at a cost that does not grow with the number of pulses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any
@@ -26,16 +26,17 @@ from aimc_pl.devices.mean_field.converters import (
     noisy_transposed_convolution,
     product,
 )
-from aimc_pl.devices.mean_field.noise import gaussian, uniform
 from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, sampled_counts
+from aimc_pl.devices.mean_field.random_table import gaussian, uniform
 from aimc_pl.devices.mean_field.response import Number, Response, response_of
 from aimc_pl.devices.mean_field.vectors import Convolution, Gathered, Patches, Vectors
+from aimc_pl.devices.private_aihwkit import RecreatedQuietly
 
 if TYPE_CHECKING:
     from aimc_pl.devices.mean_field.config import MeanFieldRPUConfig
 
 _ROWS = Vectors(-1)
-_FAR = 0.5
+_LARGEST_REACH = 0.5
 """How far, in units of a device's relaxation, a batch may move a weight before it is split."""
 
 
@@ -76,6 +77,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         self.register_buffer("_weight", torch.zeros(d_size, x_size), persistent=False)
         self.register_buffer("_hidden", hidden.clone(), persistent=False)
         self._response: Response | None = None
+        self._response_to: Tensor | None = None
 
     def set_config(self, rpu_config: "MeanFieldRPUConfig") -> None:
         """Take the converters and pulse trains of another configuration of the same device."""
@@ -195,7 +197,6 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     def set_hidden_parameters(self, params: Tensor) -> None:
         """Replace the cross-points' parameters."""
         self._hidden = params.to(self._hidden, copy=True)
-        self._response = None
 
     def get_learning_rate(self) -> float:
         """The learning rate of :meth:`update`."""
@@ -223,7 +224,8 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     @property
     def response(self) -> Response:
         """How the cross-points answer to pulses."""
-        if self._response is None:
+        if self._response is None or self._response_to is not self._hidden:
+            self._response_to = self._hidden
             hidden: dict[str, Number] = {
                 name: float(values.flatten()[0]) if bool((values == values.flatten()[0]).all()) else values
                 for name, values in zip(self._names, self._hidden, strict=True)
@@ -236,10 +238,6 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         """The weights without write noise."""
         return self._hidden[self._names.index("persistent_weights")]
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "MeanFieldSimulatorTile":
-        self._response = None
-        return super()._apply(fn, recurse)
-
     def _product(self, weight: Tensor, x: Tensor, vectors: Vectors, io: Any, bound_management: bool) -> Tensor:
         if is_perfect(io):
             return _times(vectors.multiply(weight, x), io.out_scale)
@@ -250,11 +248,11 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
             return
         counts = self._count(x, error, vectors)
         reach = self._reach(counts)
-        if reach <= _FAR or len(x) == 1:
+        if reach <= _LARGEST_REACH or len(x) == 1:
             self._move(counts, reach)
             return
         # The order of the samples matters: apply them one after another as far as needed.
-        parts = min(len(x), ceil(reach / _FAR))
+        parts = min(len(x), ceil(reach / _LARGEST_REACH))
         for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
             counts = self._count(some_x, some_error, vectors)
             self._move(counts, self._reach(counts))
@@ -286,7 +284,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         return gaussian(self._weight.shape, self._generator, self._weight.device)
 
 
-class MeanFieldTile(CustomTile):
+class MeanFieldTile(RecreatedQuietly, CustomTile):
     """The tile of aihwkit's layers around a :class:`MeanFieldSimulatorTile`.
 
     ``convolution`` tells it what the patches of a layer's images are; without it unfolds them by the layer's indices.
@@ -380,10 +378,6 @@ class MeanFieldTile(CustomTile):
         # The crossbar is made anew from the configuration and what it has told of itself.
         state = super().__getstate__()
         return state | {"_modules": {name: m for name, m in state["_modules"].items() if name != "tile"}}
-
-    def _recreate_simulator_tile(self, x_size: int, d_size: int, rpu_config: Any) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            return super()._recreate_simulator_tile(x_size, d_size, rpu_config)
 
 
 class MeanFieldTileArray(TileModuleArray):

@@ -4,12 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from aihwkit.nn.modules.base import AnalogLayerBase
-from aihwkit.optim.context import AnalogContext
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aimc_pl.devices.mean_field import Convolution, MeanFieldTile
+from aimc_pl.analog import analog_layers, is_analog
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -19,8 +17,7 @@ def weight_layers(module: nn.Module) -> dict[str, Any]:
     return {
         str(name): layer
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        or (isinstance(layer, AnalogLayerBase) and not layer.IS_CONTAINER)
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_analog(layer)
     }
 
 
@@ -39,30 +36,24 @@ def gradients_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[
 
     Zeros where there is none; for a tile's context δᵀx of its pending pairs.
     """
-    layers = {
-        id(tile.analog_ctx): layer
-        for layer in module.modules()
-        if isinstance(layer, AnalogLayerBase) and not layer.IS_CONTAINER
-        for tile in layer.analog_tiles()
-    }
+    layers = {id(tile.analog_ctx): layer for layer in analog_layers(module) for tile in layer.analog_tiles()}
     return [
         _pending_gradient(layers[id(parameter)], parameter)
-        if isinstance(parameter, AnalogContext)
+        if is_analog(parameter)
         else (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         for parameter in parameters
     ]
 
 
-def _values(parameter: nn.Parameter) -> Tensor:
-    if not isinstance(parameter, AnalogContext):
-        return parameter
-    tile: Any = parameter.analog_tile
-    return tile.get_weights()[0]
+def _values(parameter: Any) -> Tensor:
+    return parameter.analog_tile.get_weights()[0] if is_analog(parameter) else parameter
 
 
-def _pending_gradient(layer: Any, context: AnalogContext) -> Tensor:
-    total = torch.zeros_like(_values(context))
-    tile: Any = context.analog_tile
+def _pending_gradient(layer: Any, context: Any) -> Tensor:
+    # With aihwkit, which is there when something is analog.
+    from aimc_pl.devices.mean_field import Convolution, MeanFieldTile
+
+    total, tile = torch.zeros_like(_values(context)), context.analog_tile
     for x, error in zip(context.analog_input, context.analog_grad_output, strict=True):
         if not context.use_indexed:
             total += error.flatten(0, -2).T @ x.flatten(0, -2)
@@ -76,7 +67,7 @@ def _pending_gradient(layer: Any, context: AnalogContext) -> Tensor:
 
 def write_weight(layer: Any, weight: Tensor) -> None:
     """Set a layer's weight, in the shape :func:`layer_weight` gives; a tile clips it to its devices' bounds."""
-    if isinstance(layer, AnalogLayerBase):
+    if is_analog(layer):
         layer.set_weights(weight, layer.get_weights()[1])
     else:
         with torch.no_grad():
@@ -85,7 +76,7 @@ def write_weight(layer: Any, weight: Tensor) -> None:
 
 def layer_weight(layer: Any) -> Tensor:
     """A copy of a layer's weight."""
-    weight = layer.get_weights()[0] if isinstance(layer, AnalogLayerBase) else layer.weight
+    weight = layer.get_weights()[0] if is_analog(layer) else layer.weight
     return weight.detach().clone()
 
 

@@ -1,0 +1,220 @@
+"""What we use of Lightning without a public name still does what we rely on."""
+
+import random
+from contextlib import nullcontext
+from datetime import timedelta
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning_modules import MLP, loader, make_trainer
+
+from aimc_pl.strategies import private_lightning as private
+
+
+class Module(MLP):
+    """Calls ``look(trainer, batch_idx)`` in every training step."""
+
+    look = staticmethod(lambda trainer, batch_idx: None)
+
+    def training_step(self, batch, batch_idx):
+        self.look(self.trainer, batch_idx)
+        return super().training_step(batch)["loss"]
+
+
+def fit(module=None, val=None, **kwargs):
+    """Plain Lightning, three mini-batches an epoch."""
+    module = (module or Module()).double()
+    trainer = make_trainer(max_epochs=1, **kwargs) if "max_epochs" not in kwargs else make_trainer(**kwargs)
+    trainer.fit(module, loader(module), val)
+    return trainer
+
+
+def test_prepare_step_calls_hooks_and_clips():
+    calls = []
+
+    class Hooked(Module):
+        def on_after_backward(self):
+            calls.append("after backward")
+
+        def on_before_optimizer_step(self, optimizer):
+            calls.append("before step")
+
+    trainer = fit(Hooked(), gradient_clip_val=0.5)
+    calls.clear()
+    weights = [*trainer.lightning_module.parameters()]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    private.prepare_step(trainer, trainer.optimizers[0])
+    assert calls == ["after backward", "before step"]
+    assert torch.cat([weight.grad.flatten() for weight in weights]).norm() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_epochs": 1}, [False, False, True]),
+        ({"max_epochs": 1, "val_check_interval": 2}, [False, True, True]),
+        ({"max_epochs": 2, "max_steps": 4}, [False, False, True, True]),
+    ],
+)
+def test_last_batch_before_look(options, expected):
+    seen, module = [], Module()
+    module.look = lambda trainer, batch_idx: seen.append(private.last_batch_before_look(trainer))
+    module.validation_step = lambda batch, batch_idx: None
+    fit(module, loader(module), num_sanity_val_steps=0, **options)
+    assert seen == expected
+
+
+def test_logging_in_a_hook():
+
+    class Late(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            # Only steps may log a value per step.
+            with pytest.raises(MisconfigurationException, match="on_step"):
+                pl_module.log("late", 3.0, on_step=True, batch_size=1)
+            with private.logging_in(pl_module, "training_step"):
+                pl_module.log("late", 3.0, on_step=True, batch_size=1)
+            with pytest.raises(MisconfigurationException, match="on_step"):
+                pl_module.log("later", 3.0, on_step=True, batch_size=1)
+            ended.append(True)
+
+    ended = []
+    fit(callbacks=[Late()])
+    assert ended == [True]
+
+
+def test_without_loggers():
+    lines = []
+
+    class Recorder(DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            lines.append(metrics)
+
+    logger = Recorder()
+    trainer = make_trainer(logger=logger)
+    with private.without_loggers(trainer):
+        trainer.loggers[0].log_metrics({"a": 1})
+    assert lines == []
+    assert trainer.loggers == [logger]
+
+
+def test_evaluation_without_inference_mode():
+    seen, module = {}, Module().double()
+    for name in ("validation", "test", "predict"):
+        setattr(module, f"{name}_step", lambda batch, name=name: seen.update({name: torch.is_inference_mode_enabled()}))
+    for changed in (False, True):
+        trainer = make_trainer(max_epochs=1)
+        if changed:
+            private.evaluate_without_inference_mode(trainer)
+        trainer.fit(module, loader(module), loader(module))
+        in_fit = seen.pop("validation")
+        trainer.validate(module, loader(module), verbose=False)
+        trainer.test(module, loader(module), verbose=False)
+        trainer.predict(module, loader(module))
+        assert seen == dict.fromkeys(("validation", "test", "predict"), not changed)
+        assert not in_fit  # whatever has been asked for
+
+
+def test_should_log():
+    seen, module = [], Module()
+    module.look = lambda trainer, batch_idx: seen.append(private.should_log(trainer))
+    fit(module, log_every_n_steps=2)
+    assert seen == [False, True, False]
+
+
+def test_epoch_metrics_are_those_of_the_running_loop():
+    seen = {}
+
+    class Look(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            seen.update(private.epoch_metrics(trainer))
+
+    class Logs(Module):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.log("training", 1.0)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("validating", float(batch_idx), batch_size=1)
+
+    module = Logs()
+    trainer = fit(module, loader(module), callbacks=[Look()], num_sanity_val_steps=0)
+    assert {name: float(value) for name, value in seen.items()} == {"validating": 1.0}
+    assert private.epoch_metrics(trainer) == {}
+
+
+def test_update_callback_metrics():
+    trainer = fit()
+    private.update_callback_metrics(trainer, {"told": torch.tensor(2.0)})
+    assert trainer.callback_metrics["told"] == 2
+
+
+def test_saves_by_metric():
+    every_two = ModelCheckpoint(monitor="loss", every_n_train_steps=2)
+    trainer = make_trainer(callbacks=[every_two], enable_checkpointing=True)
+    assert [private.saves_by_metric(trainer, step) for step in (1, 2, 3, 4)] == [False, True, False, True]
+    trainer = make_trainer(callbacks=[ModelCheckpoint(every_n_train_steps=2)], enable_checkpointing=True)
+    assert not private.saves_by_metric(trainer, 2)
+
+
+def test_random_states_come_back():
+    states = private.random_states()
+    first = torch.rand(3), np.random.rand(), random.random()
+    private.set_random_states(states)
+    assert torch.equal(first[0], torch.rand(3))
+    assert first[1:] == (np.random.rand(), random.random())
+
+
+def test_connect_processes(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    private.connect_processes(LightningEnvironment(), "gloo", timedelta(seconds=20))
+    try:
+        assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_script_launcher_can_end_its_processes():
+    ended = []
+
+    class Process:
+        pid = 4
+
+        def poll(self):
+            return None
+
+        def send_signal(self, number):
+            ended.append(number)
+
+    launcher = private.ScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
+    launcher.procs = [Process()]
+    launcher.kill(9)
+    assert ended == [9]
+
+
+def test_checkpoints_are_read_in_a_context(monkeypatch):
+    opened = []
+    monkeypatch.setattr(LightningCLI, "_parse_ckpt_path", lambda self: opened.append("read"))
+    command = object.__new__(private.CheckpointReadingCLI)
+    command.config = type("Config", (dict,), {"subcommand": "fit"})(fit={"ckpt_path": "a.ckpt"})
+    monkeypatch.setattr(
+        private.CheckpointReadingCLI,
+        "reading_checkpoint",
+        lambda self, path: opened.append(path) or nullcontext(),
+    )
+    command._parse_ckpt_path()
+    assert opened == ["a.ckpt", "read"]
+
+
+def test_the_strategy_overrides_what_lightning_calls():
+    """Names with an underscore that every strategy of Lightning defines or sets."""
+    assert callable(Strategy._configure_launcher)
+    assert SingleDeviceStrategy("cpu")._launcher is None

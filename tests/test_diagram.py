@@ -1,0 +1,32 @@
+"""What is drawn stands where the clock table has it. (tests/test_schedule.py compares the drawing as text.)"""
+
+import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
+
+from aimc_pl.diagram import draw_figure
+from aimc_pl.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+)
+def test_every_operation_is_a_box_in_its_clock_and_on_its_stages_row(name, duplex):
+    schedule = Schedule(name, 3, 4, duplex)
+    (axes,) = draw_figure(schedule, 4).axes
+    boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    found = [(int(box.get_x()), int(box.get_y()), "B" if box.get_hatch() else "F") for box in boxes]
+    expected = [(clock, stage, kind, k) for clock, row in enumerate(schedule.clock_cycles(4)) for kind, stage, k in row]
+    assert sorted(found) == sorted(operation[:3] for operation in expected)
+    # The number of a micro-batch stands in its boxes, and its colour is its own.
+    numbers = [(int(text.get_position()[0]), int(text.get_position()[1]), int(text.get_text())) for text in axes.texts]
+    assert sorted(numbers) == sorted((clock, stage, k) for clock, stage, _, k in expected)
+    assert len({to_rgba(box.get_facecolor()) for box in boxes}) == 4
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["stage 0", "stage 1", "stage 2"]
+    assert [*axes.get_yticks()] == [0.5, 1.5, 2.5]
+
+
+def test_only_the_first_clocks_are_drawn():
+    (axes,) = draw_figure(Schedule("async", 3), 20, num_clocks=6).axes
+    assert max(box.get_x() for box in axes.patches) == 5
+    assert axes.get_xlim() == (0, 6)
