@@ -50,9 +50,11 @@ class StageOptimizer:
         try:
             for parameter, _ in others:
                 parameter.grad = None
-            for group, entries in zip(groups, own, strict=True):
-                group.update(entries)
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) in mine]
+            for group, entries, parameters in zip(groups, own, whole, strict=True):
+                shared = {key: group[key] for key in _SHARED if key in group}
+                group.clear()
+                group.update(shared | entries)
+                group["params"] = [parameter for parameter in parameters if id(parameter) in mine]
             yield
         finally:
             for group, entries, parameters in zip(groups, own, whole, strict=True):

@@ -1,0 +1,102 @@
+"""One optimizer that steps stage by stage is as good as an optimizer per stage."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from user_code import CountingSGD, CountsStepsInAnAttribute
+
+from aimc_pl.errors import UsageError
+from aimc_pl.stage import Stage
+from aimc_pl.strategies.stage_optimizer import StageOptimizer
+
+
+def make_parameters():
+    torch.manual_seed(3)
+    return [nn.Parameter(torch.randn(size, dtype=torch.float64)) for size in (3, 2, 4, 1)]
+
+
+def make_schedule(optimizer):
+    """Changes the momentum as well, where there is one."""
+    if "momentum" in optimizer.param_groups[0]:
+        return OneCycleLR(optimizer, 0.5, total_steps=20)
+    return LambdaLR(optimizer, lambda step: 0.9**step)
+
+
+OPTIMIZERS = {
+    "momentum": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, 0.1),
+    "counting": lambda parameters: CountingSGD(parameters, 0.1),
+    "counting in a tensor": lambda parameters: CountingInATensor(parameters, 0.1),
+}
+
+
+class CountingInATensor(CountingSGD):
+    """In place."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            count = group.setdefault("count in a tensor", torch.zeros(()))
+            count += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data -= group["lr"] / count * parameter.grad
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_stages_step_as_with_optimizers_of_their_own(make, num_groups):
+    """Also when stages step in turns of different lengths, and other stages have gradients meanwhile."""
+    ours, theirs = make_parameters(), make_parameters()
+    stages = [Stage(0, ours[:1]), Stage(1, ours[1:])]
+    grouped = [{"params": ours[start::num_groups]} for start in range(num_groups)]
+    optimizer = make(grouped)
+    references = [make(theirs[:1]), make(theirs[1:])]
+    schedules = [make_schedule(o) for o in (optimizer, *references)]
+    by_stage = StageOptimizer(optimizer, stages)
+    generator = torch.Generator().manual_seed(5)
+    for turn in range(6):
+        for index in (0, 1, 1) if turn % 2 else (1, 0):
+            for own, other in zip(ours, theirs, strict=True):
+                own.grad = torch.randn(own.shape, dtype=torch.float64, generator=generator)
+                other.grad = own.grad.clone()
+            with by_stage.restricted_to(stages[index]):
+                by_stage.step()
+            references[index].step()
+            assert all(parameter.grad is not None for parameter in ours)
+            for own, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-14)
+        for schedule in schedules:
+            schedule.step()
+    assert [[*map(id, group["params"])] for group in optimizer.param_groups] == [
+        [*map(id, ours[start::num_groups])] for start in range(num_groups)
+    ]
+
+
+def test_groups_may_be_added():
+    """As callbacks do that unfreeze layers."""
+    first, second = make_parameters()[:2]
+    stages = [Stage(0, [first]), Stage(1, [second])]
+    optimizer = torch.optim.SGD([first], 0.5)
+    by_stage = StageOptimizer(optimizer, stages)
+    optimizer.add_param_group({"params": [second], "lr": 0.25})
+    before = second.detach().clone()
+    second.grad = torch.ones_like(second)
+    with by_stage.restricted_to(stages[1]):
+        by_stage.step()
+    torch.testing.assert_close(second.detach(), before - 0.25, rtol=1e-12, atol=0)
+
+
+def test_counts_in_attributes_are_refused_and_nothing_moves():
+    parameters = make_parameters()
+    stages = [Stage(0, parameters[:2]), Stage(1, parameters[2:])]
+    by_stage = StageOptimizer(CountsStepsInAnAttribute.Counting(parameters, 0.1), stages)
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with (
+        pytest.raises(UsageError, match="Counting keeps 'count' for all parameters at once"),
+        by_stage.restricted_to(stages[0]),
+    ):
+        by_stage.step()
+    assert all(map(torch.equal, parameters, before))
