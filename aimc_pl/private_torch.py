@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.overrides import (
@@ -112,6 +113,11 @@ takes longer than a small layer, as the class has so many subclasses."""
 def call_of(module: nn.Module) -> Callable[..., Any]:
     """What the call of a module does, hooks included."""
     return module.__dict__.get(CALL) or module._call_impl
+
+
+def default_store() -> dist.Store:
+    """What the processes of torch.distributed have met by."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def version(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import nn
 from torch.optim import Optimizer
 
@@ -46,9 +47,9 @@ class Ownership:
 
     def merge_state(self, state: dict[str, Any], own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """A module's state dict, every entry from the process that holds it."""
-        parts = gather({key: value for key, value in state.items() if self.stage(key) == own})
+        parts = gather({key: _sent(value) for key, value in state.items() if self.stage(key) == own})
         merged = {key: value for part in parts for key, value in part.items()}
-        return {key: merged[key] for key in state}
+        return {key: value | merged[key] if isinstance(value, dict) else merged[key] for key, value in state.items()}
 
     def merge_optimizer(self, optimizer: Optimizer, own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """An optimizer's state dict, every parameter's state from the process that updates it."""
@@ -57,3 +58,10 @@ class Ownership:
         mine = {index: values for index, values in state["state"].items() if self.stage_of(parameters[index]) == own}
         merged: Mapping[int, Any] = {index: value for part in gather(mine) for index, value in part.items()}
         return state | {"state": {index: merged[index] for index in sorted(merged)}}
+
+
+def _sent(value: Any) -> Any:
+    """What of an entry differs between processes: not the configuration of a tile."""
+    if not isinstance(value, dict):
+        return value
+    return {name: part for name, part in value.items() if not isinstance(part, RPUConfigBase)}

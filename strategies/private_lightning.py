@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from torch import Tensor
@@ -27,6 +29,20 @@ def last_batch_before_look(trainer: "pl.Trainer") -> bool:
         or trainer.global_step + 1 == trainer.max_steps
         or epoch._should_check_val_fx(fetcher)
     )
+
+
+def share_threads(num_processes: int) -> None:
+    """Let the processes of this machine share its processors, unless OMP_NUM_THREADS says otherwise."""
+    _set_num_threads_if_needed(num_processes)
+
+
+def batch_name(trainer: "pl.Trainer") -> str:
+    """The batch that a trainer is at, for messages."""
+    stage = trainer.state.stage
+    if trainer.training:
+        return f"batch {trainer.fit_loop.batch_idx} of epoch {trainer.current_epoch}"
+    loop: Any = trainer._active_loop
+    return f"batch {loop.batch_progress.current.ready - 1} of {stage.value if stage else 'a run'}"
 
 
 @contextmanager
