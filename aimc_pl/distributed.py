@@ -221,11 +221,10 @@ class _SharedReceiver:
             self._open(content)
             ring.was_read()
             return self.receive()
-        microbatch, fingerprint, size, description = content
-        with torch.inference_mode(False):
-            body = slot[:size].clone()
+        microbatch, fingerprint, _, description = content
+        values = read(description, slot)
         ring.was_read()
-        return microbatch, fingerprint, read(description, body)
+        return microbatch, fingerprint, values
 
     def close(self) -> None:
         self._ring.close()

@@ -67,13 +67,15 @@ class Message:
 
 
 def read(description: Any, body: Tensor) -> Any:
-    """The values of a message; tensors are views of the body.
+    """The values of a message, copied from its body.
 
     Raises:
         ValueError: if the description is of none.
     """
     try:
-        return _read(description, body)
+        # Also what arrives during validation may be used in a training step.
+        with torch.inference_mode(False):
+            return _read(description, body)
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError("what has been received is no message") from error
 
@@ -84,7 +86,7 @@ def _read(description: Any, body: Tensor) -> Any:
     kind, *items = description
     if kind == "tensor":
         start, dtype, requires_grad, *shape = items
-        return _at(body, start, _DTYPES[dtype], shape).requires_grad_(requires_grad)
+        return _at(body, start, _DTYPES[dtype], shape).clone().requires_grad_(requires_grad)
     if kind == "tuple":
         return tuple([_read(item, body) for item in items])
     if kind == "list":

@@ -68,6 +68,8 @@ def meet(
         return store
 
     try:
+        if listener is None:
+            _find(address, port, timeout, check)
         store = within(timeout + 5, join, check)
     except (TimeoutError, dist.DistError) as error:
         raise PeerError(
@@ -116,6 +118,19 @@ def _listen(address: str, port: int) -> socket.socket:
             f"rank 0 cannot listen at {address}:{port} ({error.strerror}): set MASTER_ADDR to an address of its "
             "machine, and MASTER_PORT to a free port"
         ) from error
+
+
+def _find(address: str, port: int, timeout: float, check: Callable[[], None]) -> None:
+    """Wait until somebody listens there: torch's own waiting cannot be interrupted."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=1).close()
+        except OSError as error:
+            check()
+            if time.monotonic() > deadline:
+                raise TimeoutError from error
+            time.sleep(0.1)
 
 
 def _join(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
