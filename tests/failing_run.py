@@ -40,7 +40,7 @@ RANKS = range(3)
 CASES = [
     *product(KINDS, POINTS, RANKS),
     *product(("terminate",), ("step", "validation step"), RANKS),
-    *product(("other labels",), ("batch",), RANKS),
+    *product(("other labels",), ("batch", "validation batch"), RANKS),
     ("other secret", "before joining", 2),
     ("taken port", "before joining", 0),
 ]
@@ -73,17 +73,18 @@ class Trouble:
 
 
 class Data(torch.utils.data.Dataset):
-    def __init__(self, trouble, inner):
+    def __init__(self, trouble, inner, point):
         self.trouble = trouble
         self.inner = inner
+        self.point = point
 
     def __len__(self):
         return len(self.inner)
 
     def __getitem__(self, index):
         x, y = self.inner[index]
-        self.trouble.at("first batch")
-        if self.trouble.at("batch", since=4):
+        self.trouble.at(f"first {self.point}")
+        if self.trouble.at(self.point, since=4):
             y = (y + 1) % 3
         return x, y
 
@@ -130,7 +131,10 @@ def train(folder, trouble, devices=3, max_epochs=4):
     L.seed_everything(7, verbose=False)
     module = Fragile(trouble).double()
     data = loader(module)
-    training = torch.utils.data.DataLoader(Data(trouble, data.dataset), batch_size=data.batch_size)
+    training, validation = (
+        torch.utils.data.DataLoader(Data(trouble, data.dataset, point), batch_size=data.batch_size)
+        for point in ("batch", "validation batch")
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -146,7 +150,7 @@ def train(folder, trouble, devices=3, max_epochs=4):
     )
     trouble.at("before joining")
     trouble.trainer = trainer
-    trainer.fit(module, training, loader(module))
+    trainer.fit(module, training, validation)
 
 
 class Run:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
@@ -16,6 +17,7 @@ from aimc_pl.private_torch import (
     count_function_modes,
     count_saved_tensor_hooks,
     current_function_mode,
+    default_store,
     has_backward_hooks,
     is_checkpointing,
     is_in_functorch,
@@ -314,3 +316,13 @@ def test_backward_hooks_can_be_left_out():
     assert calls == []
     module(torch.ones(1, 2)).sum().backward()
     assert calls == ["before", "after"]
+
+
+def test_the_store_of_the_processes():
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        default_store().set("key", "value")
+    finally:
+        dist.destroy_process_group()
+    assert store.num_keys() > 0
