@@ -163,8 +163,8 @@ class _Peer:
         start = checked = time.monotonic()
         while not condition():
             now = time.monotonic()
-            # At first other processes may go on at once, later they may have the processor for longer.
-            time.sleep(0 if now - start < 2e-4 else 2e-5)
+            # At first other processes may go on at once; the longer it takes, the longer they may have the processor.
+            time.sleep(0 if now - start < 2e-4 else min(max(2e-5, (now - start) / 500), 0.01))
             if now - checked > 0.1:
                 checked = now
                 has_gone = ring.is_closed or self._processes.has_ended(self.rank)

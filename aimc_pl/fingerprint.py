@@ -42,8 +42,8 @@ def _add(value: Any, digest: Any) -> None:
             _add(item, digest)
     elif is_dataclass(value) and not isinstance(value, type):
         _add([getattr(value, field.name, None) for field in fields(value)], digest)
-    elif hasattr(value, "to_dict"):  # as graphs of PyTorch Geometric
-        _add(value.to_dict(), digest)
+    elif (as_dict := getattr(value, "to_dict", None)) is not None:  # as of graphs of PyTorch Geometric
+        _add(as_dict(), digest)
 
 
 def _sample(tensor: Tensor) -> bytes:

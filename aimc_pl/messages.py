@@ -76,7 +76,7 @@ def read(description: Any, body: Tensor) -> Any:
         # Also what arrives during validation may be used in a training step.
         with torch.inference_mode(False):
             return _read(description, body)
-    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError("what has been received is no message") from error
 
 
@@ -86,6 +86,8 @@ def _read(description: Any, body: Tensor) -> Any:
     kind, *items = description
     if kind == "tensor":
         start, dtype, requires_grad, *shape = items
+        if min(start, *shape) < 0:
+            raise ValueError("a negative size")
         return _at(body, start, _DTYPES[dtype], shape).clone().requires_grad_(requires_grad)
     if kind == "tuple":
         return tuple([_read(item, body) for item in items])

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage], documented
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode,
@@ -115,7 +116,7 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
     return module.__dict__.get(CALL) or module._call_impl
 
 
-def default_store() -> dist.Store:
+def default_store() -> Store:
     """What the processes of torch.distributed have met by."""
     return dist.distributed_c10d._get_default_store()
 

@@ -16,6 +16,7 @@ from weakref import finalize
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import DistError, PrefixStore  # pyright: ignore[reportPrivateImportUsage], documented
 
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.messages import Message, aligned, decode, encode, read
@@ -61,7 +62,7 @@ class Processes:
         self.timeout = timeout
         self.links: list[Closes] = []
         """Closed when this process fails."""
-        self._store = dist.PrefixStore(f"aimc_pl {next(_runs)}", default_store())
+        self._store = PrefixStore(f"aimc_pl {next(_runs)}", default_store())
         self._exchanges = 0
         self._near: dict[int, select.poll] = {}
         for rank, (other, process) in enumerate(self.gather((node, os.getpid()))):
@@ -140,7 +141,7 @@ class Processes:
         """
         try:
             culprit = within(2 * _GRACE, lambda: self._culprit(rank))
-        except (TimeoutError, dist.DistError):
+        except (TimeoutError, DistError):
             culprit = [0]  # which serves the store
         names = " and ".join(map(self.name, culprit))
         if len(culprit) > 1:
@@ -166,14 +167,14 @@ class Processes:
         """Whether no process has asked this before."""
         try:
             return within(_GRACE, lambda: self._store.add(what, 1)) == 1
-        except (TimeoutError, dist.DistError):
+        except (TimeoutError, DistError):
             return True
 
     def tell(self, what: str) -> str:
         """Tell the others why the run ends; returns what the first of all processes has told."""
         try:
             return within(_GRACE, lambda: self._store.compare_set(_FIRST, "", what)).decode()
-        except (TimeoutError, dist.DistError):
+        except (TimeoutError, DistError):
             return what
 
     def _culprit(self, rank: int) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage], documented
 
 from aimc_pl.errors import PeerError, UsageError
 
@@ -54,8 +55,8 @@ def meet(
         listener = _listen(address, port)
     limit = timedelta(seconds=timeout)
 
-    def join() -> dist.Store:
-        store = dist.TCPStore(
+    def join() -> Store:
+        store = TCPStore(
             address,
             port,
             world_size,
@@ -71,7 +72,7 @@ def meet(
         if listener is None:
             _find(address, port, timeout, check)
         store = within(timeout + 5, join, check)
-    except (TimeoutError, dist.DistError) as error:
+    except (TimeoutError, DistError) as error:
         raise PeerError(
             f"rank {rank} has found no rank 0 at {address}:{port} within {timeout:g} s: it has not started, or "
             "something else listens there (set MASTER_PORT to a free port)"
@@ -133,7 +134,7 @@ def _find(address: str, port: int, timeout: float, check: Callable[[], None]) ->
             time.sleep(0.1)
 
 
-def _join(store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+def _join(store: Store, rank: int, world_size: int, timeout: float) -> None:
     keys = [f"joined {other}" for other in range(world_size)]
     store.set(keys[rank], "")
     deadline = time.monotonic() + timeout

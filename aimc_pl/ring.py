@@ -17,6 +17,7 @@ from aimc_pl.messages import ALIGNMENT, aligned
 
 IS_ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
 """Whether this machine's processor keeps the order that a ring relies on."""
+_NAME = "aimc_pl ring"
 _SLOTS = 4
 _WRITTEN, _READ, _CLOSED = (line * ALIGNMENT // 8 for line in range(3))
 """Where the counts are, in a cache line each, as numbers of 8 bytes."""
@@ -47,7 +48,7 @@ class Ring:
     @classmethod
     def create(cls, slot_size: int) -> "Ring":
         """A new one, for messages of at most so many bytes."""
-        descriptor = os.memfd_create("aimc_pl")
+        descriptor = os.memfd_create(_NAME)
         # Reserved now: memory that is missing later would end the process.
         os.posix_fallocate(descriptor, 0, _START + _SLOTS * aligned(slot_size))
         return cls(descriptor)
@@ -57,10 +58,14 @@ class Ring:
         """That of another process.
 
         Raises:
-            OSError: if the process has ended.
+            OSError: if the process has ended, or that is no ring.
         """
-        process, descriptor = place
-        return cls(os.open(f"/proc/{int(process)}/fd/{int(descriptor)}", os.O_RDWR))
+        process, number = place
+        descriptor = os.open(f"/proc/{int(process)}/fd/{int(number)}", os.O_RDWR)
+        if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"/memfd:{_NAME}"):
+            os.close(descriptor)
+            raise OSError(f"{place} is no ring")
+        return cls(descriptor)
 
     @property
     def has_space(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aihwkit.optim.weight_view import PlaceholderDataView
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import nn
 from torch.optim import Optimizer
@@ -47,9 +48,12 @@ class Ownership:
 
     def merge_state(self, state: dict[str, Any], own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """A module's state dict, every entry from the process that holds it."""
-        parts = gather({key: _sent(value) for key, value in state.items() if self.stage(key) == own})
+        parts = gather(without_common({key: value for key, value in state.items() if self.stage(key) == own}))
         merged = {key: value for part in parts for key, value in part.items()}
-        return {key: value | merged[key] if isinstance(value, dict) else merged[key] for key, value in state.items()}
+        return {
+            key: value | merged[key] if isinstance(value, dict) else merged.get(key, value)
+            for key, value in state.items()
+        }
 
     def merge_optimizer(self, optimizer: Optimizer, own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """An optimizer's state dict, every parameter's state from the process that updates it."""
@@ -60,8 +64,10 @@ class Ownership:
         return state | {"state": {index: merged[index] for index in sorted(merged)}}
 
 
-def _sent(value: Any) -> Any:
-    """What of an entry differs between processes: not the configuration of a tile."""
-    if not isinstance(value, dict):
-        return value
-    return {name: part for name, part in value.items() if not isinstance(part, RPUConfigBase)}
+def without_common(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without what every process has: the configurations of tiles, and what stands for their weights."""
+    return {
+        key: without_common(value) if isinstance(value, dict) else value
+        for key, value in state.items()
+        if not isinstance(value, RPUConfigBase | PlaceholderDataView)
+    }

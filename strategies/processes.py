@@ -1,37 +1,28 @@
 """Where the processes of a pipeline come from, and what they tell each other besides activations and errors."""
 
 import os
-import secrets
 import signal
-import subprocess
-import time
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, override
+from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
 from aihwkit.optim.context import AnalogContext
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torchmetrics import Metric
 
-from aimc_pl.errors import PeerError, UsageError
+from aimc_pl.errors import UsageError
 from aimc_pl.fingerprint import fingerprint
 from aimc_pl.processes import Processes
-from aimc_pl.rendezvous import SECRET, meet
-from aimc_pl.strategies.private_lightning import share_threads, update_callback_metrics
-
-_PARENT = "AIMC_PL_PARENT"
-"""The environment variable that tells a child the process that has started it."""
-_PATIENCE = 5.0
-"""Seconds in which children end by themselves after a failure."""
+from aimc_pl.rendezvous import meet
+from aimc_pl.strategies.launcher import Launcher
+from aimc_pl.strategies.private_lightning import update_callback_metrics
 
 
 class ProcessStrategy(ParallelStrategy):
@@ -202,59 +193,6 @@ class ProcessStrategy(ParallelStrategy):
         squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
         total = torch.tensor(sum(self.gather(squares)) ** 0.5, dtype=torch.float64, device=self.root_device)
         clip_grads_with_norm_(parameters, max_norm, total)
-
-
-class Launcher(_SubprocessScriptLauncher):
-    """Lightning's, which runs the script again for every other process of this machine.
-
-    It watches the children itself while they start: Lightning would kill this process too, before it can say why.
-    """
-
-    children: ClassVar[list[subprocess.Popen[bytes]]] = []
-    """Of this process, which later trainers of the same script go on with."""
-
-    @override
-    def launch(
-        self, function: Callable[..., Any], *args: Any, trainer: "pl.Trainer | None" = None, **kwargs: Any
-    ) -> Any:
-        environment = self.cluster_environment
-        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not environment.creates_processes_externally:
-            if self.num_nodes == 1:
-                os.environ.setdefault(SECRET, secrets.token_hex())
-            os.environ[_PARENT] = str(os.getpid())
-            self._call_children_scripts()
-            Launcher.children = self.procs
-        share_threads(self.num_processes)
-        return function(*args, **kwargs)
-
-    @staticmethod
-    def check() -> None:
-        """Nobody needs to wait for a process that has ended before it could join.
-
-        Raises:
-            PeerError: if a child of this process has, or its parent.
-        """
-        for rank, child in enumerate(Launcher.children, 1):
-            if child.poll() is not None:
-                raise PeerError(
-                    f"rank {rank} has ended with exit code {child.returncode} before it had joined the others: see its "
-                    "own output"
-                )
-        parent = os.environ.get(_PARENT)
-        if parent not in (None, str(os.getpid()), str(os.getppid())):
-            raise PeerError("rank 0, which has started this process, has ended")
-
-    @staticmethod
-    def end_children() -> None:
-        """Let them end by themselves, for they know of the failure, and kill those that do not."""
-        deadline = time.monotonic() + _PATIENCE
-        for child in Launcher.children:
-            try:
-                child.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
 
 
 _show_warning = warnings.showwarning

@@ -37,8 +37,10 @@ POINTS = (
 )
 KINDS = ("kill", "stop", "raise")
 RANKS = range(3)
+SQUARE = [(KINDS[(number + rank) % len(KINDS)], point, rank) for number, point in enumerate(POINTS) for rank in RANKS]
+"""Every point in every rank, every kind at every point, and every kind in every rank at a third of the points."""
 CASES = [
-    *product(KINDS, POINTS, RANKS),
+    *SQUARE,
     *product(("terminate",), ("step", "validation step"), RANKS),
     *product(("other labels",), ("batch", "validation batch"), RANKS),
     ("other secret", "before joining", 2),

@@ -1,6 +1,7 @@
 """Two processes that send each other awkward messages. Run under torchrun by test_distributed.py."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +73,15 @@ def main():
                 UsageError, match=r"rank 1 \(stage 0\) and rank 0 \(stage 1\) .* different data in batch 7"
             ):
                 link.receive(Operation("F", 1, 5))
+        assert ("/memfd:aimc_pl ring" in Path("/proc/self/maps").read_text()) or not shares_memory
         dist.barrier()
+    assert processes.gather({"rank": processes.rank, "value": NUMBERS[:3]})[1]["rank"] == 1
+    processes._exchanges += processes.rank
+    with pytest.raises(UsageError, match="do not take the same way"):
+        processes.gather(None)
+    if processes.rank == 0:  # which has raised before it has answered
+        processes._send(None, [1])
+    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage], documented
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -319,7 +320,7 @@ def test_backward_hooks_can_be_left_out():
 
 
 def test_the_store_of_the_processes():
-    store = dist.HashStore()
+    store = HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         default_store().set("key", "value")

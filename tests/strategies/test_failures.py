@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from failing_run import CASES, KINDS, POINTS, RANKS, START_TIMEOUT
+from failing_run import CASES, RANKS, SQUARE, START_TIMEOUT
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from long_run import train
 
@@ -35,9 +35,7 @@ def name(rank):
     return f"rank {rank} (stage {2 - rank})"
 
 
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "point", "rank"), SQUARE)
 def test_the_others_end_and_name_it(kind, point, rank, runs):
     exits, outputs = runs[kind, point, rank]
     survivors = [other for other in RANKS if other != rank]
