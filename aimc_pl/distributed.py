@@ -134,29 +134,25 @@ class _Peer:
         self.rank = rank
         self.device = device
         self.tags = header_tag, body_tag
-        self._processes = processes
+        self.processes = processes
 
     def send(self, tensor: Tensor, tag: int) -> "dist.Work | None":
-        try:
+        with self.processes.answering(self.rank):
             return dist.isend(tensor, self.rank, tag=self.tags[tag])
-        except RuntimeError as error:
-            raise self._processes.lost(self.rank, 0) from error
 
     def expect(self, dtype: torch.dtype, size: int, tag: int, device: Any = "cpu") -> "tuple[dist.Work | None, Tensor]":
         # Also what is first expected during validation may be used in a training step.
         with torch.inference_mode(False):
             tensor = torch.empty(size, dtype=dtype, device=device)
-        try:
+        with self.processes.answering(self.rank):
             return dist.irecv(tensor, self.rank, tag=self.tags[tag]), tensor
-        except RuntimeError as error:
-            raise self._processes.lost(self.rank, 0) from error
 
     def received(self, work: "dist.Work | None", tensor: Tensor) -> Tensor:
         self.wait(work)
         return tensor
 
     def wait(self, work: "dist.Work | None") -> None:
-        self._processes.finish(work, self.rank)
+        self.processes.finish(work, self.rank)
 
     def wait_until(self, condition: Callable[[], bool], ring: Ring) -> None:
         """Wait for what happens in shared memory."""
@@ -167,9 +163,9 @@ class _Peer:
             time.sleep(0 if now - start < 2e-4 else min(max(2e-5, (now - start) / 500), 0.01))
             if now - checked > 0.1:
                 checked = now
-                has_gone = ring.is_closed or self._processes.has_ended(self.rank)
-                if (has_gone and not condition()) or now - start > self._processes.timeout:
-                    raise self._processes.lost(self.rank, now - start)
+                has_gone = ring.is_closed or self.processes.has_ended(self.rank)
+                if (has_gone and not condition()) or now - start > self.processes.timeout:
+                    raise self.processes.lost(self.rank)
 
 
 class _SharedSender:
@@ -233,7 +229,7 @@ class _SharedReceiver:
         try:
             self._ring = Ring.open(place)
         except OSError as error:
-            raise self._peer._processes.lost(self._peer.rank, 0) from error
+            raise self._peer.processes.lost(self._peer.rank) from error
 
 
 class _NetworkSender:

@@ -86,7 +86,7 @@ def _read(description: Any, body: Tensor) -> Any:
     kind, *items = description
     if kind == "tensor":
         start, dtype, requires_grad, *shape = items
-        if min(start, *shape) < 0:
+        if min([start, *shape]) < 0:
             raise ValueError("a negative size")
         return _at(body, start, _DTYPES[dtype], shape).clone().requires_grad_(requires_grad)
     if kind == "tuple":

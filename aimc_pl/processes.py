@@ -7,7 +7,8 @@ waits in vain tells for whom; from one to the next this leads to the one that ho
 import os
 import select
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count
 from typing import Any, Protocol
@@ -116,29 +117,33 @@ class Processes:
 
     def send(self, tensor: Tensor, rank: int) -> None:
         """Send a tensor."""
-        self.finish(dist.isend(tensor, rank), rank)
+        with self.answering(rank):
+            work = dist.isend(tensor, rank)
+        self.finish(work, rank)
 
     def receive(self, tensor: Tensor, rank: int) -> Tensor:
         """Receive into a tensor."""
-        self.finish(dist.irecv(tensor, rank), rank)
+        with self.answering(rank):
+            work = dist.irecv(tensor, rank)
+        self.finish(work, rank)
         return tensor
 
     def finish(self, work: "dist.Work | None", rank: int) -> None:
         """Wait for a transfer from or to another process."""
         assert work is not None
-        start = time.monotonic()
-        try:
+        with self.answering(rank):
             work.wait(timedelta(seconds=self.timeout))
+
+    @contextmanager
+    def answering(self, rank: int) -> Iterator[None]:
+        """Around what torch.distributed fails at if another process does not answer."""
+        try:
+            yield
         except RuntimeError as error:
-            raise self.lost(rank, time.monotonic() - start) from error
+            raise self.lost(rank) from error
 
-    def lost(self, rank: int, waited: float) -> PeerError:
-        """What to raise where another process does not answer.
-
-        Args:
-            rank: of that process.
-            waited: seconds.
-        """
+    def lost(self, rank: int) -> PeerError:
+        """What to raise where another process does not answer in time, or any more."""
         try:
             culprit = within(2 * _GRACE, lambda: self._culprit(rank))
         except (TimeoutError, DistError):
@@ -148,10 +153,8 @@ class Processes:
             what = (
                 "wait for each other: do all processes read as many batches, and validate and save at the same steps?"
             )
-        elif self.has_ended(*culprit):
-            what = "has ended"
         else:
-            what = f"has not answered for {waited:.0f} s" if waited >= 0.99 * self.timeout else "cannot be reached"
+            what = "has ended" if self.has_ended(*culprit) else "does not answer"
         told = self.tell(f"{names} {what}")
         return PeerError(f"{told}. See its own output. The run can be continued from the last checkpoint")
 

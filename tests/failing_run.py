@@ -129,7 +129,7 @@ class Callbacks(Callback):
         self.trouble.at("train end")
 
 
-def train(folder, trouble, devices=3, max_epochs=4):
+def train(folder, trouble, devices=3, max_epochs=2):
     L.seed_everything(7, verbose=False)
     module = Fragile(trouble).double()
     data = loader(module)
@@ -144,7 +144,7 @@ def train(folder, trouble, devices=3, max_epochs=4):
         strategy=AnalogPipelineStrategy(
             3, "async", 3, split_at=["l2", "norm"], timeout=TIMEOUT, start_timeout=START_TIMEOUT
         ),
-        callbacks=[Callbacks(trouble), ModelCheckpoint(folder, every_n_epochs=2)],
+        callbacks=[Callbacks(trouble), ModelCheckpoint(folder, every_n_epochs=1)],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,

@@ -50,7 +50,7 @@ def test_the_others_end_and_name_it(kind, point, rank, runs):
         # The store goes with rank 0, after which the others only know that it has ended.
         said = f"{name(rank)} has "
     else:
-        said = f"{name(rank)} has {'ended' if kind == 'kill' else 'not answered for'}"
+        said = f"{name(rank)} {'has ended' if kind == 'kill' else 'does not answer'}"
     for other in telling:
         assert said in outputs[other].splitlines()[-1], outputs[other]
     if kind == "raise":
@@ -150,7 +150,7 @@ def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
     os.kill(last, ends)
     said = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 1
-    assert f"rank 2 (stage 0) has {'ended' if ends == signal.SIGKILL else 'not answered for'}" in said
+    assert f"rank 2 (stage 0) {'has ended' if ends == signal.SIGKILL else 'does not answer'}" in said
     assert session(process) == []
     assert said.count("UserWarning: given by every process") == 1
     assert_goes_on(tmp_path)
