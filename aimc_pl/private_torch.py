@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage], documented
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 from torch.overrides import (
@@ -118,6 +120,11 @@ takes longer than a small layer, as the class has so many subclasses."""
 def call_of(module: nn.Module) -> Callable[..., Any]:
     """What the call of a module does, hooks included."""
     return module.__dict__.get(CALL) or module._call_impl
+
+
+def default_store() -> Store:
+    """What the processes of torch.distributed have met by."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def version(tensor: Tensor) -> int:

@@ -72,6 +72,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             LightningModule does the same. By default the first dimension of all tensors is split.
         verify: compare the stages with an undivided run of training_step, once, before the first update.
         timeout: seconds after which a process that does not answer is taken for lost, which ends the run.
+        start_timeout: the same while the processes start, up to the first mini-batch.
 
     Raises:
         UsageError: if arguments exclude each other.
@@ -94,8 +95,9 @@ class AnalogPipelineStrategy(ProcessStrategy):
         split_batch: Callable[[Any, int], Sequence[Any]] | None = None,
         verify: bool = True,
         timeout: float = 60.0,
+        start_timeout: float = 600.0,
     ) -> None:
-        super().__init__(num_stages, timeout)
+        super().__init__(num_stages, timeout, start_timeout)
         warn_about_other_package()
         self.schedule = make_schedule(schedule, num_stages, num_microbatches, duplex)
         self.settings = Settings(

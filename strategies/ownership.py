@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from aihwkit.optim.weight_view import PlaceholderDataView
+from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import nn
 from torch.optim import Optimizer
 
@@ -46,9 +48,12 @@ class Ownership:
 
     def merge_state(self, state: dict[str, Any], own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """A module's state dict, every entry from the process that holds it."""
-        parts = gather({key: value for key, value in state.items() if self.stage(key) == own})
+        parts = gather(without_common({key: value for key, value in state.items() if self.stage(key) == own}))
         merged = {key: value for part in parts for key, value in part.items()}
-        return {key: merged[key] for key in state}
+        return {
+            key: value | merged[key] if isinstance(value, dict) else merged.get(key, value)
+            for key, value in state.items()
+        }
 
     def merge_optimizer(self, optimizer: Optimizer, own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         """An optimizer's state dict, every parameter's state from the process that updates it."""
@@ -57,3 +62,12 @@ class Ownership:
         mine = {index: values for index, values in state["state"].items() if self.stage_of(parameters[index]) == own}
         merged: Mapping[int, Any] = {index: value for part in gather(mine) for index, value in part.items()}
         return state | {"state": {index: merged[index] for index in sorted(merged)}}
+
+
+def without_common(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without what every process has: the configurations of tiles, and what stands for their weights."""
+    return {
+        key: without_common(value) if isinstance(value, dict) else value
+        for key, value in state.items()
+        if not isinstance(value, RPUConfigBase | PlaceholderDataView)
+    }

@@ -10,16 +10,18 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
-from aimc_pl.distributed import Link, rank_of
+from aimc_pl.distributed import Link
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.ghosts import Ghosts
 from aimc_pl.passage import StageProcess
 from aimc_pl.patches import patched
 from aimc_pl.pipeline import MicroBatch
+from aimc_pl.processes import rank_of
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.logbook import discard
 from aimc_pl.strategies.ownership import Ownership
 from aimc_pl.strategies.planning import settle_evaluation
+from aimc_pl.strategies.private_lightning import batch_name
 from aimc_pl.strategies.processes import ProcessStrategy
 from aimc_pl.strategies.training_step import TrainingStep
 
@@ -160,10 +162,9 @@ class StagePerProcess:
         own = step.stages[self._stage]
         own.parameters = [p for p in self._module.parameters() if self._ownership.stage_of(p) == self._stage]
         ghosts = Ghosts(self._module, step.boundaries, self._stage, self._ownership.owners, device)
-        nodes = strategy.gather(strategy.node_rank)
-        link = Link(
-            self._stage, self._num_stages, device, lambda rank: nodes[rank] == strategy.node_rank, strategy.timeout
-        )
+        assert strategy.processes is not None
+        link = Link(strategy.processes, device)
+        strategy.processes.timeout = strategy.timeout
         self._process = StageProcess(
             ghosts, link, own, self._num_stages, delayed=step.delayed, saved=step.saved, seed=self._seed
         )
@@ -189,6 +190,7 @@ class StagePerProcess:
         assert self._process is not None
         # Only the last stage knows the loss.
         function = step if self.holds_last else step.run
+        self._announce(self._process)
         return self._process.microbatch(function, step.weight, step.inputs)
 
     def result(self, output: Any, is_async: bool) -> Any:
@@ -211,8 +213,13 @@ class StagePerProcess:
                     )
                 self.place(step, [])
             assert self._process is not None
+            self._announce(self._process)
             with self._process.ghosts.intercepting():
                 return self._process.infer(function, inputs)
+
+    def _announce(self, process: StageProcess) -> None:
+        """Have the other processes compare what they have read."""
+        process.link.announce(self._strategy.fingerprint, batch_name(self._module.trainer))
 
     def module_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """See :class:`Placement`."""

@@ -1,13 +1,11 @@
 """What we need of Lightning that has no public name, each with a test that notices when it goes."""
 
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _init_dist_connection
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -18,13 +16,13 @@ from torch.optim import Optimizer
 
 from aimc_pl.patches import patched
 
-ScriptLauncher = _SubprocessScriptLauncher
-"""Starts the user's script once more for every further process."""
 
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Starts the user's script once more for every further process."""
 
-def connect_processes(environment: ClusterEnvironment, backend: str, timeout: timedelta) -> None:
-    """Start torch.distributed with what a cluster environment says of the processes."""
-    _init_dist_connection(environment, backend, timeout=timeout)
+    def start_children(self) -> None:
+        """Start them; they are then in ``procs``."""
+        self._call_children_scripts()
 
 
 def random_states() -> dict[str, Any]:
@@ -53,6 +51,20 @@ def last_batch_before_look(trainer: "pl.Trainer") -> bool:
         or trainer.global_step + 1 == trainer.max_steps
         or epoch._should_check_val_fx(fetcher)
     )
+
+
+def share_threads(num_processes: int) -> None:
+    """Let the processes of this machine share its processors, unless OMP_NUM_THREADS says otherwise."""
+    _set_num_threads_if_needed(num_processes)
+
+
+def batch_name(trainer: "pl.Trainer") -> str:
+    """The batch that a trainer is at, for messages."""
+    stage = trainer.state.stage
+    if trainer.training:
+        return f"batch {trainer.fit_loop.batch_idx} of epoch {trainer.current_epoch}"
+    loop: Any = trainer._active_loop
+    return f"batch {loop.batch_progress.current.ready - 1} of {stage.value if stage else 'a run'}"
 
 
 def logging_in(module: "pl.LightningModule", hook: str) -> AbstractContextManager[None]:

@@ -1,29 +1,27 @@
 """Where the processes of a pipeline come from, and what they tell each other besides activations and errors."""
 
+import os
+import signal
 import warnings
-from collections.abc import Callable
-from datetime import timedelta
+from functools import partial
 from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torchmetrics import Metric
 
 from aimc_pl.analog import is_analog
-from aimc_pl.distributed import lost
-from aimc_pl.errors import PeerError, UsageError
-from aimc_pl.strategies.private_lightning import (
-    ScriptLauncher,
-    connect_processes,
-    random_states,
-    set_random_states,
-    update_callback_metrics,
-)
+from aimc_pl.errors import UsageError
+from aimc_pl.fingerprint import fingerprint
+from aimc_pl.processes import Processes
+from aimc_pl.rendezvous import meet
+from aimc_pl.strategies.launcher import Launcher
+from aimc_pl.strategies.private_lightning import random_states, set_random_states, update_callback_metrics
 
 
 class ProcessStrategy(ParallelStrategy):
@@ -34,13 +32,21 @@ class ProcessStrategy(ParallelStrategy):
     Args:
         num_stages: M.
         timeout: seconds after which a process that does not answer is taken for lost.
+        start_timeout: the same until the first mini-batch runs through the processes.
+
+    Attributes:
+        processes: all of them, once they are connected; ``None`` if there is one.
+        fingerprint: of the batch that was read last.
     """
 
-    def __init__(self, num_stages: int, timeout: float) -> None:
+    def __init__(self, num_stages: int, timeout: float, start_timeout: float) -> None:
         super().__init__()
         self.num_nodes = 1
         self.timeout = timeout
+        self.start_timeout = start_timeout
         self.num_stages = num_stages
+        self.processes: Processes | None = None
+        self.fingerprint = ""
 
     @property
     def is_multiprocess(self) -> bool:
@@ -80,7 +86,7 @@ class ProcessStrategy(ParallelStrategy):
             )
         if self.is_multiprocess:
             assert self.cluster_environment is not None
-            self._launcher = ScriptLauncher(self.cluster_environment, devices, self.num_nodes)
+            self._launcher = Launcher(self.cluster_environment, devices, self.num_nodes)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment who we are (called by the Trainer)."""
@@ -95,9 +101,24 @@ class ProcessStrategy(ParallelStrategy):
         super().setup_environment()
         if self.is_multiprocess:
             self.set_world_ranks()
-            assert self.cluster_environment is not None
+            environment = self.cluster_environment
+            assert environment is not None
+            if self.num_nodes == 1:
+                # Else gloo listens at the address of the machine's name.
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             backend = "gloo" if self.root_device.type == "cpu" else f"cpu:gloo,{self.root_device.type}:nccl"
-            connect_processes(self.cluster_environment, backend, timedelta(seconds=self.timeout))
+            meet(
+                environment.main_address,
+                environment.main_port,
+                self.global_rank,
+                self.num_stages,
+                backend,
+                self.start_timeout,
+                Launcher.check,
+            )
+            rank_zero_info(f"{self.num_stages} processes, connected by {backend}")
+            self.processes = Processes(self.num_stages, self.start_timeout, self.node_rank)
+            warnings.showwarning = partial(_show_once, self.processes, os.getpid())
 
     @override
     def model_to_device(self) -> None:
@@ -105,10 +126,19 @@ class ProcessStrategy(ParallelStrategy):
         self.model.to(self.root_device)
 
     @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if self.processes is not None:
+            # Of what the loader has yielded, on the host, where it costs no synchronization.
+            self.fingerprint = fingerprint(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        if isinstance(exception, PeerError) and isinstance(self._launcher, ScriptLauncher):
-            # One of them may hang.
-            self._launcher.kill(9)
+        if self.processes is not None:
+            if isinstance(exception, SIGTERMException):
+                exception.code = 128 + signal.SIGTERM  # or Python would exit with 0
+            self.processes.fail(exception)
+        Launcher.end_children()
 
     def drain(self) -> None:
         """Finish what is under way; there is nothing here."""
@@ -117,24 +147,7 @@ class ProcessStrategy(ParallelStrategy):
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
-        if not self.is_multiprocess:
-            return [value]
-        others = range(1, self.num_stages)
-        if self.is_global_zero:
-            values = [value, *(self._exchange(dist.recv_object_list, None, rank) for rank in others)]
-            for rank in others:
-                self._exchange(dist.send_object_list, values, rank)
-            return values
-        self._exchange(dist.send_object_list, value, 0)
-        return self._exchange(dist.recv_object_list, None, 0)
-
-    def _exchange(self, function: Callable[..., Any], value: Any, rank: int) -> Any:
-        objects = [value]
-        try:
-            function(objects, rank, device=torch.device("cpu"))
-        except RuntimeError as error:
-            raise lost(rank, self.num_stages, self.timeout) from error
-        return objects[0]
+        return [value] if self.processes is None else self.processes.gather(value)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -179,6 +192,18 @@ class ProcessStrategy(ParallelStrategy):
         squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
         total = torch.tensor(sum(self.gather(squares)) ** 0.5, dtype=torch.float64, device=self.root_device)
         clip_grads_with_norm_(parameters, max_norm, total)
+
+
+_show_warning = warnings.showwarning
+
+
+def _show_once(
+    processes: Processes, process: int, message: Warning | str, category: type[Warning], *where: Any
+) -> None:
+    """Show a warning in the process that is the first to give it: all of them run the same code."""
+    is_worker = os.getpid() != process  # a data loader's, which must not use the connections it has inherited
+    if is_worker or processes.is_first(f"{category.__name__} {message}"):
+        _show_warning(message, category, *where)
 
 
 def _never() -> bool:

@@ -1,12 +1,15 @@
 """Two processes that send each other awkward messages. Run under torchrun by test_distributed.py."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from aimc_pl.distributed import Link, rank_of
+from aimc_pl.distributed import Link
+from aimc_pl.errors import UsageError
+from aimc_pl.processes import Processes
 from aimc_pl.schedule import Operation
 
 NUMBERS = torch.arange(1_000_000, dtype=torch.float32)
@@ -36,9 +39,10 @@ def same(a, b):
 def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    stage = rank_of(dist.get_rank(), 2)
     for shares_memory in (True, False):
-        link = Link(stage, 2, torch.device("cpu"), lambda _, shares=shares_memory: shares, 60)
+        processes = Processes(2, 60, node=0 if shares_memory else dist.get_rank())
+        assert processes.is_near(1 - processes.rank) == shares_memory
+        link, stage = Link(processes, torch.device("cpu")), processes.stage
         # More messages than are kept on their way, in both directions, some of them in inference mode.
         for turn in range(4):
             with torch.inference_mode(turn % 2 == 1):
@@ -61,7 +65,23 @@ def main():
         else:
             with pytest.raises(RuntimeError, match="has sent micro-batch 3"):
                 link.receive(Operation("B", 0, 4))
+        link.announce(f"read by stage {stage}", "batch 7")
+        if stage == 0:
+            link.send(Operation("F", 1, 5), ())
+        else:
+            with pytest.raises(
+                UsageError, match=r"rank 1 \(stage 0\) and rank 0 \(stage 1\) .* different data in batch 7"
+            ):
+                link.receive(Operation("F", 1, 5))
+        assert ("/memfd:aimc_pl ring" in Path("/proc/self/maps").read_text()) or not shares_memory
         dist.barrier()
+    assert processes.gather({"rank": processes.rank, "value": NUMBERS[:3]})[1]["rank"] == 1
+    processes._exchanges += processes.rank
+    with pytest.raises(UsageError, match="do not take the same way"):
+        processes.gather(None)
+    if processes.rank == 0:  # which has raised before it has answered
+        processes._send(None, [1])
+    dist.barrier()
 
 
 if __name__ == "__main__":

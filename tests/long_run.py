@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -19,6 +20,9 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 class Slowly(Callback):
     def __init__(self, folder):
         self.folder = folder
+
+    def on_fit_start(self, *args):
+        warnings.warn("given by every process", stacklevel=1)
 
     def on_train_batch_end(self, trainer, *args):
         time.sleep(0.03)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aimc_pl.distributed import rank_of
+from aimc_pl.processes import rank_of
 
 
 def test_messages_arrive_as_they_were_sent(tmp_path):
-    before = {path.name for path in Path("/dev/shm").glob("aimc_pl_*")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
         [*torchrun, str(Path(__file__).parent / "link_exchange.py")],
@@ -22,7 +21,6 @@ def test_messages_arrive_as_they_were_sent(tmp_path):
         timeout=200,
     )
     assert run.returncode == 0, run.stderr
-    assert {path.name for path in Path("/dev/shm").glob("aimc_pl_*")} == before
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 5])

@@ -4,8 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage], documented
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +20,7 @@ from aimc_pl.private_torch import (
     count_function_modes,
     count_saved_tensor_hooks,
     current_function_mode,
+    default_store,
     has_backward_hooks,
     is_checkpointing,
     is_in_functorch,
@@ -366,3 +369,13 @@ def test_trees():
     tree = {"a": (1, [2]), "b": 3}
     assert tree_leaves(tree) == [1, 2, 3]
     assert tree_map(lambda leaf: leaf + 1, tree) == {"a": (2, [3]), "b": 4}
+
+
+def test_the_store_of_the_processes():
+    store = HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        default_store().set("key", "value")
+    finally:
+        dist.destroy_process_group()
+    assert store.num_keys() > 0

@@ -1853,7 +1853,7 @@ class ReadsOutputs(Plain):
         logits = self(x)
         return {"loss": F.cross_entropy(logits, y), "number": 6, "more": {"logits": logits}}
 
-    def on_train_batch_end(self, outputs, batch, batch_idx):
+    def on_train_batch_end(self, outputs: Any, batch, batch_idx):
         assert outputs["number"] == 6
         self.mean.copy_(outputs["more"]["logits"].mean(0))
 

@@ -34,12 +34,13 @@ from torch.nn import functional as F
 from aimc_pl import boundaries
 from aimc_pl.boundaries import Calls
 from aimc_pl.devices import convert_to_analog, soft_bounds_reference
-from aimc_pl.distributed import Link, rank_of
+from aimc_pl.distributed import Link
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.ghosts import Ghosts
 from aimc_pl.models import GPT, ResNet
 from aimc_pl.passage import StageProcess
 from aimc_pl.pipeline import Pipeline
+from aimc_pl.processes import Processes
 from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.ownership import Ownership
@@ -50,6 +51,8 @@ from aimc_pl.trial import Trials
 NUM_STAGES, NUM_MICROBATCHES = 2, 8
 SCHEDULES: tuple[ScheduleName, ...] = ("async", "sync")
 CPU = torch.device("cpu")
+TIMEOUT = 600.0
+"""Seconds to wait for the other process."""
 
 
 def mlp() -> nn.Module:
@@ -116,9 +119,8 @@ def find_boundaries(network: nn.Module, micro: MicroBatch) -> list[str]:
     trials = Trials(network, [micro.step(network)], (micro.x, micro.y))
     calls = Calls()
     trials.undivided(calls.recorded(network))
-    found: list[Any] = [boundaries.find(trials, calls, NUM_STAGES, may_share=False, repeats=3)[0]]
-    dist.broadcast_object_list(found)
-    return found[0]
+    found = boundaries.find(trials, calls, NUM_STAGES, may_share=False, repeats=3)[0]
+    return Processes(NUM_STAGES, TIMEOUT, node=0).gather(found)[0]
 
 
 def staged(network: nn.Module, split_at: Sequence[str], micro: MicroBatch, delayed: bool = True) -> StagedStep:
@@ -161,11 +163,10 @@ def two_processes(
 ) -> Callable[[], None]:
     """One mini-batch through this process's stage."""
     step = staged(network, split_at, micro)
-    rank = rank_of(dist.get_rank(), NUM_STAGES)
-    own = step.stages[rank]
-    ghosts = Ghosts(network, split_at, rank, Ownership(network, step.stages).owners)
-    link = Link(rank, NUM_STAGES, CPU, lambda _: True, 60)
-    process = StageProcess(ghosts, link, own, NUM_STAGES, delayed=name == "async")
+    processes = Processes(NUM_STAGES, TIMEOUT, node=0)
+    own = step.stages[processes.stage]
+    ghosts = Ghosts(network, split_at, own.index, Ownership(network, step.stages).owners)
+    process = StageProcess(ghosts, Link(processes, CPU), own, NUM_STAGES, delayed=name == "async")
     update, function, inputs = updates([own]), micro.step(network), (micro.x, micro.y)
     pipeline = Pipeline([own], Schedule(name, NUM_STAGES, NUM_MICROBATCHES), update)
     ghosts.free()
@@ -407,7 +408,7 @@ def report(rows: Sequence[Row]) -> None:
 def measure(csv: Path, turns: int, only: str, quick: bool) -> None:
     """In every process."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     rows: list[dict[str, Any]] = []
     for case in cases(quick, only):
         of_case = run(case, 1, divisor=8) if quick else run(case, turns)

@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table
-from aimc_pl.distributed import Link, rank_of
+from aimc_pl.distributed import Link
 from aimc_pl.ghosts import Ghosts
 from aimc_pl.passage import StageProcess
 from aimc_pl.pipeline import Pipeline
+from aimc_pl.processes import Processes
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
 from aimc_pl.studies.arguments import study_parser
@@ -86,7 +87,8 @@ def record(folder: Path, seconds: float) -> None:
     """In every process: run all cases, and write when each operation of this stage began and ended."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     num_stages = dist.get_world_size()
-    stage = rank_of(dist.get_rank(), num_stages)
+    processes = Processes(num_stages, timeout=120, node=0)
+    stage = processes.stage
     rows: list[Row] = []
     x = torch.ones(256)
     for name, duplex in PLANS:
@@ -95,7 +97,7 @@ def record(folder: Path, seconds: float) -> None:
         network = nn.Sequential(*layers)
         owners = {f"{m}.weight": m for m in range(num_stages)}
         ghosts = Ghosts(network, [*map(str, range(1, num_stages))], stage, owners)
-        link = Link(stage, num_stages, torch.device("cpu"), lambda _: True, 60)
+        link = Link(processes, torch.device("cpu"))
         own = Stage(stage, layers[stage].parameters())
         process = StageProcess(ghosts, link, own, num_stages, delayed=schedule.is_async)
         pipeline = Pipeline([own], schedule, lambda _: None)

@@ -1,5 +1,6 @@
-"""However one of three processes ends, the others end too, and the last checkpoint goes on."""
+"""However one of three processes fails, the others end too and name it, and the last checkpoint goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,44 +10,126 @@ from pathlib import Path
 
 import pytest
 import torch
+from failing_run import CASES, RANKS, SQUARE, START_TIMEOUT
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from long_run import train
 
-SCRIPT = Path(__file__).parent.parent / "long_run.py"
+TESTS = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+LIMIT = 150
 
 
-def start(folder, timeout):
-    """Three processes, once they have trained for some steps."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(find_free_network_port()),
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Exit codes and outputs by case, of one launch."""
+    folder = tmp_path_factory.mktemp("failing")
+    command = [sys.executable, str(TESTS / "failing_run.py"), str(folder)]
+    subprocess.run(command, env=ENVIRONMENT, cwd=folder, check=True, timeout=1500)
+    return {
+        tuple(case): ({int(r): code for r, code in exits.items()}, {int(r): text for r, text in outputs.items()})
+        for case, exits, outputs in json.loads((folder / "results.json").read_text())
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), str(timeout)],
-            env=environment | {"LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(3)
-    ]
+
+
+def name(rank):
+    return f"rank {rank} (stage {2 - rank})"
+
+
+@pytest.mark.parametrize(("kind", "point", "rank"), SQUARE)
+def test_the_others_end_and_name_it(kind, point, rank, runs):
+    exits, outputs = runs[kind, point, rank]
+    survivors = [other for other in RANKS if other != rank]
+    # Rank 0 is the one that the user looks at.
+    telling = survivors if rank == 0 else [0]
+    assert all(exits.get(other) == 1 for other in survivors), outputs
+    if point == "before joining" and rank == 0:
+        said = "has found no rank 0 at 127.0.0.1"
+    elif point == "before joining":
+        said = f"rank {rank} of 3 has not started within {START_TIMEOUT:g} s"
+    elif kind == "raise":
+        # The store goes with rank 0, after which the others only know that it has ended.
+        said = f"{name(rank)} has "
+    else:
+        said = f"{name(rank)} {'has ended' if kind == 'kill' else 'does not answer'}"
+    for other in telling:
+        assert said in outputs[other].splitlines()[-1], outputs[other]
+    if kind == "raise":
+        assert exits[rank] == 1
+        assert f"OSError: the disk has gone at {point}" in outputs[rank]
+        if rank and point != "before joining":
+            assert f"{name(rank)} has failed with OSError: the disk has gone at {point}" in outputs[0]
+
+
+@pytest.mark.parametrize(("kind", "point", "rank"), [case for case in CASES if case[0] == "terminate"])
+def test_a_process_that_gets_sigterm_says_so_by_its_exit_code(kind, point, rank, runs):
+    exits, outputs = runs[kind, point, rank]
+    assert exits[rank] == 128 + signal.SIGTERM
+    assert all(exits[other] == 1 for other in RANKS if other != rank), outputs
+    assert rank == 0 or f"{name(rank)} has failed with SIGTERMException" in outputs[0]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(
+    ("point", "batch"), [("batch", "batch 1 of epoch 1"), ("validation batch", "batch 0 of validate")]
+)
+def test_data_that_differ_are_refused(point, batch, rank, runs):
+    # There are three batches in an epoch. The fifth is other in one process, or the first of the second validation.
+    exits, outputs = runs["other labels", point, rank]
+    assert all(exits.values())
+    lines = [line for text in outputs.values() for line in text.splitlines()]
+    (text,) = {line for line in lines if line.startswith("aimc_pl.errors.UsageError: ")}
+    assert f"have read different data in {batch}. " in text
+    assert name(rank) in text
+
+
+def test_a_stranger_cannot_join(runs):
+    exits, outputs = runs["other secret", "before joining", 2]
+    assert all(exits.values())
+    for other in (0, 1):
+        assert "what has joined as rank 2 does not know the secret of this run" in outputs[other]
+
+
+def test_a_port_that_is_taken_and_a_listener_that_says_nothing_end_all(runs):
+    exits, outputs = runs["taken port", "before joining", 0]
+    assert set(exits) == set(RANKS)
+    assert all(exits.values())
+    assert "rank 0 cannot listen at 127.0.0.1:" in outputs[0]
+    for other in (1, 2):
+        assert "something else listens there" in outputs[other]
+
+
+def start(command, environment, folder):
+    """A run that goes on and on, once it has trained for some steps."""
+    return subprocess.Popen(
+        [sys.executable, str(TESTS / "long_run.py"), str(folder), *command],
+        env=ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(folder, processes):
     step = folder / "step"
+    deadline = time.monotonic() + LIMIT
     while not step.exists() or int(step.read_text() or 0) < 12:
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    return processes
 
 
-def outputs(processes, within):
-    """What they say until they end."""
-    deadline = time.monotonic() + within
-    try:
-        return [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def session(process):
+    """All processes that it has started, and itself."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, leader = path.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(leader) == process.pid and state != "Z":
+            found.append(int(path.parent.name))
+    return sorted(found)
 
 
 def assert_goes_on(folder):
@@ -57,28 +140,31 @@ def assert_goes_on(folder):
     assert trainer.global_step == 3 * (step // 3 + 2)
 
 
-@pytest.mark.parametrize(
-    ("rank", "ends", "timeout"),
-    [(1, signal.SIGKILL, 60), (0, signal.SIGKILL, 60), (2, signal.SIGSTOP, 5)],
-    ids=["a middle stage is killed", "the last stage is killed", "the first stage hangs"],
-)
-def test_the_others_end_and_name_it(rank, ends, timeout, tmp_path):
-    processes = start(tmp_path, timeout)
-    processes[rank].send_signal(ends)
-    others = [process for process in processes if process is not processes[rank]]
-    said = outputs(others, within=30)
-    processes[rank].kill()
-    processes[rank].wait()
-    assert all(process.returncode not in (0, None) for process in others)
-    assert any(f"rank {rank} (stage {2 - rank}) has ended or has kept" in text for text in said)
+@pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGSTOP])
+def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
+    process = start(["8"], {"MASTER_PORT": str(find_free_network_port())}, tmp_path)
+    wait_for_steps(tmp_path, [process])
+    ours = session(process)
+    ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ours if pid != process.pid}
+    (last,) = (pid for pid, environment in ranks.items() if b"LOCAL_RANK=2" in environment)
+    os.kill(last, ends)
+    said = process.communicate(timeout=LIMIT)[0]
+    assert process.returncode == 1
+    assert f"rank 2 (stage 0) {'has ended' if ends == signal.SIGKILL else 'does not answer'}" in said
+    assert session(process) == []
+    assert said.count("UserWarning: given by every process") == 1
     assert_goes_on(tmp_path)
 
 
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_to_all_ends_all(ends, tmp_path):
-    processes = start(tmp_path, 20)
+    port = str(find_free_network_port())
+    addresses = [{"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in RANKS]
+    processes = [start(["20"], address, tmp_path) for address in addresses]
+    wait_for_steps(tmp_path, processes)
     for process in processes:
         process.send_signal(ends)
-    outputs(processes, within=60)
-    assert all(process.returncode is not None for process in processes)
+    for process in processes:
+        process.communicate(timeout=LIMIT)
+        assert process.returncode != 0
     assert_goes_on(tmp_path)

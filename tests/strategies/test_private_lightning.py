@@ -2,19 +2,18 @@
 
 import random
 from contextlib import nullcontext
-from datetime import timedelta
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning_modules import MLP, loader, make_trainer
 
 from aimc_pl.strategies import private_lightning as private
@@ -173,31 +172,42 @@ def test_random_states_come_back():
     assert first[1:] == (np.random.rand(), random.random())
 
 
-def test_connect_processes(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    private.connect_processes(LightningEnvironment(), "gloo", timedelta(seconds=20))
-    try:
-        assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
-    finally:
-        dist.destroy_process_group()
-
-
-def test_script_launcher_can_end_its_processes():
-    ended = []
-
-    class Process:
-        pid = 4
-
-        def poll(self):
-            return None
-
-        def send_signal(self, number):
-            ended.append(number)
-
+def test_script_launcher_starts_its_children(monkeypatch):
+    started = []
+    monkeypatch.setattr(_SubprocessScriptLauncher, "_call_children_scripts", lambda self: started.append(self))
     launcher = private.ScriptLauncher(LightningEnvironment(), num_processes=2, num_nodes=1)
-    launcher.procs = [Process()]
-    launcher.kill(9)
-    assert ended == [9]
+    assert launcher.procs == []
+    launcher.start_children()
+    assert started == [launcher]
+
+
+def test_processes_share_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        private.share_threads(10_000)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_batches_have_names():
+    names = []
+
+    class Names(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            names.append(private.batch_name(trainer))
+
+        def on_validation_batch_start(self, trainer, *args):
+            names.append(private.batch_name(trainer))
+
+    class Validated(Module):
+        def validation_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+
+    options = {"limit_train_batches": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    fit(Validated(), loader(Module()), callbacks=[Names()], **options)
+    assert names == ["batch 0 of epoch 0", "batch 1 of epoch 0", "batch 0 of validate"]
 
 
 def test_checkpoints_are_read_in_a_context(monkeypatch):

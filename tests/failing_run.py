@@ -1,0 +1,226 @@
+"""Runs of three processes that come to grief. Forked from one process, since to import takes longer than to run.
+
+python tests/failing_run.py FOLDER
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from itertools import product
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning_modules import Attributes, loader
+
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+POINTS = (
+    "before joining",
+    "setup",
+    "first batch",
+    "first step",
+    "batch",
+    "step",
+    "after backward",
+    "callback",
+    "validation step",
+    "epoch end",
+    "checkpoint",
+    "train end",
+)
+KINDS = ("kill", "stop", "raise")
+RANKS = range(3)
+SQUARE = [(KINDS[(number + rank) % len(KINDS)], point, rank) for number, point in enumerate(POINTS) for rank in RANKS]
+"""Every point in every rank, every kind at every point, and every kind in every rank at a third of the points."""
+CASES = [
+    *SQUARE,
+    *product(("terminate",), ("step", "validation step"), RANKS),
+    *product(("other labels",), ("batch", "validation batch"), RANKS),
+    ("other secret", "before joining", 2),
+    ("taken port", "before joining", 0),
+]
+TIMEOUT, START_TIMEOUT, LIMIT = 12.0, 25.0, 150.0
+"""The last one is that of a test, for a busy machine; all others end by themselves."""
+AT_ONCE = 8
+
+
+class Trouble:
+    """What happens to one rank at one point."""
+
+    def __init__(self, kind, point, rank, own):
+        self.kind = kind
+        self.point = point if rank == own else None
+        self.trainer = None
+
+    def at(self, point, since=0):
+        """At a point, from so many optimizer steps on."""
+        if point != self.point or (self.trainer is not None and self.trainer.global_step < since):
+            return False
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.kind == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.kind == "raise":
+            raise OSError(f"the disk has gone at {point}")
+        return True
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, trouble, inner, point):
+        self.trouble = trouble
+        self.inner = inner
+        self.point = point
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        x, y = self.inner[index]
+        self.trouble.at(f"first {self.point}")
+        if self.trouble.at(self.point, since=4):
+            y = (y + 1) % 3
+        return x, y
+
+
+class Fragile(Attributes):
+    def __init__(self, trouble):
+        super().__init__()
+        self.trouble = trouble
+
+    def setup(self, stage):
+        self.trouble.at("setup")
+
+    def training_step(self, batch, batch_idx):
+        self.trouble.at("first step")
+        self.trouble.at("step", since=4)
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self):
+        self.trouble.at("after backward", since=4)
+
+    def validation_step(self, batch, batch_idx):
+        self.trouble.at("validation step", since=3)
+        return super().validation_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint):
+        self.trouble.at("checkpoint")
+
+
+class Callbacks(Callback):
+    def __init__(self, trouble):
+        self.trouble = trouble
+
+    def on_train_batch_end(self, *args):
+        self.trouble.at("callback", since=4)
+
+    def on_train_epoch_end(self, *args):
+        self.trouble.at("epoch end")
+
+    def on_train_end(self, *args):
+        self.trouble.at("train end")
+
+
+def train(folder, trouble, devices=3, max_epochs=2):
+    L.seed_everything(7, verbose=False)
+    module = Fragile(trouble).double()
+    data = loader(module)
+    training, validation = (
+        torch.utils.data.DataLoader(Data(trouble, data.dataset, point), batch_size=data.batch_size)
+        for point in ("batch", "validation batch")
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        max_epochs=max_epochs,
+        strategy=AnalogPipelineStrategy(
+            3, "async", 3, split_at=["l2", "norm"], timeout=TIMEOUT, start_timeout=START_TIMEOUT
+        ),
+        callbacks=[Callbacks(trouble), ModelCheckpoint(folder, every_n_epochs=1)],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trouble.at("before joining")
+    trouble.trainer = trainer
+    trainer.fit(module, training, validation)
+
+
+class Run:
+    """Three processes of a case."""
+
+    def __init__(self, folder, case):
+        self.case = case
+        self.folder = folder / " ".join(map(str, case))
+        self.folder.mkdir()
+        self.listener = socket.create_server(("127.0.0.1", 0)) if case[0] == "taken port" else None
+        port = self.listener.getsockname()[1] if self.listener else find_free_network_port()
+        self.processes = {self.fork(rank, port): rank for rank in RANKS}
+        self.exits = {}
+        self.start = time.monotonic()
+
+    def fork(self, rank, port):
+        process = os.fork()
+        if process:
+            return process
+        output = os.open(self.folder / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        kind, point, troubled = self.case
+        os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ["AIMC_PL_SECRET"] = "other" if kind == "other secret" and rank == troubled else "ours"
+        try:
+            train(self.folder, Trouble(kind, point, troubled, rank))
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+        sys.exit(0)
+
+    @property
+    def has_ended(self):
+        """Whether all have that can; one that is stopped never does."""
+        return len(self.exits) + (self.case[0] == "stop") >= len(RANKS)
+
+
+def main(folder):
+    """Start a few runs at a time, and write how they have ended."""
+    torch.set_num_threads(1)
+    waiting, running, results = [*CASES], [], []
+    while waiting or running:
+        if waiting and len(running) < AT_ONCE:
+            running.append(Run(folder, waiting.pop(0)))
+        time.sleep(0.1)
+        for run in [*running]:
+            if reap(run):
+                running.remove(run)
+                results.append([run.case, run.exits, {r: (run.folder / str(r)).read_text() for r in RANKS}])
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def reap(run):
+    """Note who has ended; once all have, or the time is over, end the rest."""
+    left = {process: rank for process, rank in run.processes.items() if rank not in run.exits}
+    for process, rank in left.items():
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            run.exits[rank] = os.waitstatus_to_exitcode(status)
+    if not run.has_ended and time.monotonic() - run.start < LIMIT:
+        return False
+    for process, rank in left.items():
+        if rank not in run.exits:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    return True
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
