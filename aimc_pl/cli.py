@@ -2,6 +2,7 @@
 
 import sys
 from argparse import ArgumentError
+from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from rich.console import Console
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.devices import DEVICES, get_device, plot_response
-from aimc_pl.devices.checkpoint import trust_aihwkit
 from aimc_pl.diagram import draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
 # Registers the names "aimc_none", "aimc_sync" and "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
+from aimc_pl.strategies.checkpoint_io import reading
 
 
 class AnalogCLI(LightningCLI):
@@ -47,9 +48,11 @@ class AnalogCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning's, which reads hyperparameters from the checkpoint, with aihwkit's classes admitted.
+        # Lightning's, which reads hyperparameters from the checkpoint.
         path = self.config[self.config.subcommand].get("ckpt_path")
-        with trust_aihwkit(path or ""):
+        with ExitStack() as stack:
+            if path and Path(path).is_file():
+                stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
             super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:

@@ -78,6 +78,8 @@ class Pipeline:
             (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
             then calls :meth:`updated`).
         observers: told of every operation of these stages.
+        clock: clocks before, of a run that goes on.
+        num_entered: micro-batches before.
     """
 
     def __init__(
@@ -86,12 +88,14 @@ class Pipeline:
         schedule: Schedule,
         update: Callable[[Stage], None],
         observers: Iterable[Observer] = (),
+        clock: int = 0,
+        num_entered: int = 0,
     ) -> None:
         self.stages = stages
         self.schedule = schedule
         self.observers = list(observers)
-        self.clock = 0
-        self.num_entered = 0
+        self.clock = clock
+        self.num_entered = num_entered
         self._update = update
         self._own = {stage.index: stage for stage in stages}
         self._contributions: dict[int, tuple[int, int]] = {}

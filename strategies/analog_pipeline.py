@@ -9,18 +9,21 @@ from typing import Any, override
 
 import lightning.pytorch as pl
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, describe_layers, make_analog_aware
-from aimc_pl.devices.checkpoint import trust_aihwkit
+from aimc_pl.devices.checkpoint import AnalogCheckpoint, check_devices, leave_out_contexts
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
+from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 from aimc_pl.strategies.checks import (
     check_analog_support,
+    check_finite,
     check_module,
     check_split,
     warn_about_other_package,
@@ -30,6 +33,7 @@ from aimc_pl.strategies.logbook import replaced
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
 from aimc_pl.strategies.processes import ProcessStrategy
+from aimc_pl.strategies.resuming import Resuming
 from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings
 from aimc_pl.strategies.training import Training
 
@@ -92,6 +96,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         timeout: float = 60.0,
     ) -> None:
         super().__init__(num_stages, timeout)
+        self.checkpoint_io = SealedCheckpointIO()
         warn_about_other_package()
         self.schedule = Schedule(schedule, num_stages, num_microbatches, duplex)
         self.settings = Settings(
@@ -110,7 +115,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._training: Training | None = None
         self._placement: Placement = OneProcess()
         self._is_stepping = False
-        self._resumed_split: Sequence[str] | None = None
+        self._resuming = Resuming()
+        self._resumed: dict[str, Any] = {}
 
     @classmethod
     @override
@@ -124,6 +130,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
     def pipeline(self) -> Pipeline | None:
         """The running pipeline, from the first mini-batch of a fit on."""
         return self._training.pipeline if self._training else None
+
+    @property
+    def num_entered(self) -> int:
+        """Micro-batches that have entered the pipeline, those before a resumed checkpoint included."""
+        return self._training.counters()["num_entered"] if self._training else 0
 
     # ------------------------------------------------------------------ setup
 
@@ -145,14 +156,16 @@ class AnalogPipelineStrategy(ProcessStrategy):
         super().setup(trainer)
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if not any(isinstance(callback, InTime) for callback in callbacks):
-            callbacks.insert(0, InTime(self))
-        split_at = self.settings.split_at if self.settings.split_at is not None else self._resumed_split
+            callbacks[:0] = [InTime(self), self._resuming]
+        split_at = self.settings.split_at if self.settings.split_at is not None else self._resumed.get("split_at")
         self._placement = OneProcess()
         if self.is_multiprocess:
-            self._placement = StagePerProcess(self, self._module, fitting, split_at)
+            draws = self._resumed.get("draws", {})
+            self._placement = StagePerProcess(self, self._module, fitting, split_at, draws)
         self._training = None
         if fitting:
-            self._training = Training(self._module, self.settings, self._placement, self.observers, split_at)
+            counters = self._resumed.get("counters", {})
+            self._training = Training(self._module, self.settings, self._placement, self.observers, split_at, counters)
 
     def _convert(self) -> None:
         """Make the layers analog: before a state dict is loaded, and before the optimizer is built."""
@@ -268,10 +281,16 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     # ------------------------------------------------------------ checkpoints
 
+    @ProcessStrategy.checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        if isinstance(io, AsyncCheckpointIO):
+            io.checkpoint_io = SealedCheckpointIO()
+        self._checkpoint_io = io
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self.drain()
-        return self._placement.module_state(super().lightning_module_state_dict())
+        return leave_out_contexts(self._placement.module_state(super().lightning_module_state_dict()))
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -284,23 +303,46 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._placement.end()
 
     @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if self._module.trainer.training:
+            self._resuming.note_loader(dataloader, self._module)
+        return dataloader
+
+    @override
+    def on_train_start(self) -> None:
+        if random_states := self._resumed.pop("random_states", None):
+            self._resuming.go_on(self._module.trainer, random_states)
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self._training is not None and self._training.split_at is not None:
-            checkpoint[_CHECKPOINT_KEY] = {"split_at": [*self._training.split_at]}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        check_finite(self._module, checkpoint["state_dict"], checkpoint["global_step"])
+        # First in the file, so that a reader without aimc_pl is told of this package.
+        super().save_checkpoint({_CHECKPOINT_KEY: self._state()} | checkpoint, filepath, storage_options)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides Lightning's."""
+        state: dict[str, Any] = {"analog": AnalogCheckpoint()} if analog_layers(self._module) else {}
+        if self._training is not None:
+            state |= {
+                "split_at": None if self._training.split_at is None else [*self._training.split_at],
+                "counters": self._training.counters(),
+                "draws": self._placement.draws(),
+                "random_states": self._resuming.state(self._module.trainer),
+            }
+        return state
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with trust_aihwkit(checkpoint_path):
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        split_at = checkpoint.get(_CHECKPOINT_KEY, {}).get("split_at", [])
-        if len(split_at) == self.schedule.num_stages - 1:
-            self._resumed_split = split_at
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._resumed = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+        if len(self._resumed.get("split_at") or ()) != self.schedule.num_stages - 1:
+            self._resumed.pop("split_at", None)
         return checkpoint
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._convert()
+        check_devices(self._module, checkpoint["state_dict"])
         super().load_model_state_dict(checkpoint, strict)
 
     # -------------------------------------------------------------------- end
@@ -315,7 +357,10 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def teardown(self) -> None:
         self._placement.end()
+        # What follows has the same stages, and nothing else of a checkpoint.
+        split_at = self._resumed.get("split_at")
         if self._training is not None:
             self._training.abandon()
-            self._resumed_split = self._training.split_at
+            split_at = self._training.split_at
+        self._resumed = {"split_at": split_at}
         super().teardown()

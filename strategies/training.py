@@ -1,6 +1,6 @@
 """The training of a fit: mini-batches through the pipeline, gradients to Lightning or to the stages' updates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,7 @@ class Training:
         placement: where the stages run.
         observers: told of every operation.
         split_at: overrides that of the settings.
+        counters: what :meth:`counters` gave when a checkpoint was made, to go on from.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Training:
         placement: Placement,
         observers: Sequence[Observer],
         split_at: Sequence[str] | None,
+        counters: Mapping[str, int],
     ) -> None:
         self.pipeline: Pipeline | None = None
         self.batches = Batches(module, settings)
@@ -55,6 +57,7 @@ class Training:
         self._settings = settings
         self._placement = placement
         self._observers = observers
+        self._counters = counters
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
@@ -94,6 +97,12 @@ class Training:
         step = self.batches.whole(microbatch, args, self._precision.train_step_context)
         with logging_to(self._module, discard):
             return Trials(self._module, [step]).gradients(parameters)
+
+    def counters(self) -> dict[str, int]:
+        """Clocks and micro-batches of the pipeline so far."""
+        if self.pipeline is None:
+            return {"clock": 0, "num_entered": 0, **self._counters}
+        return {"clock": self.pipeline.clock, "num_entered": self.pipeline.num_entered}
 
     def drain(self) -> None:
         """Finish the micro-batches in flight, with their updates."""
@@ -148,7 +157,7 @@ class Training:
         stages = self._placement.place(step, self._trainer.optimizers)
         for observer in self._observers:
             observer.on_start(stages)
-        return Pipeline(stages, schedule, self._update, self._observers)
+        return Pipeline(stages, schedule, self._update, self._observers, **self.counters())
 
     def _update(self, stage: Stage) -> None:
         """Lightning's order for one stage: the hooks and the clipping, the step, zero_grad."""

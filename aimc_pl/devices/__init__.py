@@ -20,6 +20,7 @@ from aimc_pl.devices.catalogue import (
     tiki_taka,
     tiki_taka_v2,
 )
+from aimc_pl.devices.checkpoint import AnalogCheckpointWarning
 from aimc_pl.devices.conversion import (
     DeviceSpec,
     analog_layers,
@@ -34,6 +35,7 @@ from aimc_pl.devices.response import plot_response, pulse_response
 
 __all__ = [
     "DEVICES",
+    "AnalogCheckpointWarning",
     "AnalogDevice",
     "Backend",
     "ConfiguredDevice",
