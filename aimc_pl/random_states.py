@@ -1,14 +1,14 @@
 """The random states that a step may draw from."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Generator, nn
+from torch import Generator
 from torch.utils._pytree import tree_leaves
 
 _SETTERS = (
@@ -19,16 +19,14 @@ _SETTERS = (
 
 
 class RandomStates:
-    """Torch's, numpy's and Python's random states, and those of generators that modules hold.
+    """Torch's, numpy's and Python's random states, and those of generators that objects hold.
 
     Args:
-        network: the modules.
-        others: further objects that may hold generators.
+        owners: modules, for example; their attributes and those of their attributes are looked at.
     """
 
-    def __init__(self, network: nn.Module, *others: object) -> None:
-        owners = [owner for owner in (*network.modules(), *others) if hasattr(owner, "__dict__")]
-        held = [value for owner in owners for value in vars(owner).values()]
+    def __init__(self, owners: Iterable[object]) -> None:
+        held = [value for owner in owners if hasattr(owner, "__dict__") for value in vars(owner).values()]
         held += [inner for value in held if hasattr(value, "__dict__") for inner in vars(value).values()]
         kinds = Generator | np.random.Generator | np.random.RandomState | random.Random
         self._generators = [value for value in held if isinstance(value, kinds)]

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -311,10 +311,16 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def on_train_start(self) -> None:
         if random_states := self._resumed.pop("random_states", None):
-            self._resuming.go_on(self._module.trainer, random_states)
+            self._resuming.go_on(self._module.trainer, random_states, self.global_rank)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._training is not None and self._training.is_cut_off:
+            rank_zero_warn(
+                "the run has ended within a mini-batch, from which some stages have learnt and others have not: this "
+                f"state is not saved as {filepath}, and the checkpoints of before stay as they are"
+            )
+            return
         check_finite(self._module, checkpoint["state_dict"], checkpoint["global_step"])
         # First in the file, so that a reader without aimc_pl is told of this package.
         super().save_checkpoint({_CHECKPOINT_KEY: self._state()} | checkpoint, filepath, storage_options)
@@ -327,7 +333,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 "split_at": None if self._training.split_at is None else [*self._training.split_at],
                 "counters": self._training.counters(),
                 "draws": self._placement.draws(),
-                "random_states": self._resuming.state(self._module.trainer),
+                "random_states": self._resuming.state(self._module.trainer, self.gather),
             }
         return state
 

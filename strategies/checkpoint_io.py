@@ -23,6 +23,8 @@ from aimc_pl.errors import UsageError
 
 _LABEL = b"sha256:"
 _COMMENT_LENGTH = len(_LABEL) + 64
+_BEFORE_ARCHIVES = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""What files begin with that torch has written before 1.6."""
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
@@ -96,7 +98,7 @@ def reading(file: IO[bytes], path: Any) -> Iterator[None]:
             f"checkpoint {path} names {found[1]}, which is not loaded because it could run code. If you trust the "
             f"file, call torch.serialization.add_safe_globals([{found[1]}]) before"
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, LookupError) as error:
         raise _no_checkpoint(path) from error
 
 
@@ -116,8 +118,13 @@ def _check_seal(file: IO[bytes], path: Any) -> None:
                 raise _damaged(path)
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                 raise _no_checkpoint(path)
-    elif file.seek(0) == 0 and file.read(2) == b"PK":
-        raise UsageError(f"checkpoint {path} is cut off: its end is missing. Use an earlier one")
+    else:
+        file.seek(0)
+        beginning = file.read(len(_BEFORE_ARCHIVES))
+        if beginning.startswith(b"PK"):
+            raise UsageError(f"checkpoint {path} is cut off: its end is missing. Use an earlier one")
+        if beginning != _BEFORE_ARCHIVES:
+            raise _no_checkpoint(path)
 
 
 def _sealed(checkpoint: dict[str, Any]) -> memoryview:

@@ -1,12 +1,14 @@
 """A resumed fit goes on with the random numbers and the batches that would have come next."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any, override
 from zlib import crc32
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from aihwkit.simulator.tiles.base import SimulatorTile
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -33,29 +35,38 @@ class Resuming(Callback):
     def note_loader(self, loader: object, module: "pl.LightningModule") -> None:
         """Called with each loader of training batches, before Lightning makes its iterator."""
         self._loaders.append(loader)
-        self._random = RandomStates(module, *self._loaders, module.trainer.datamodule)  # pyright: ignore[reportAttributeAccessIssue]
+        # A tile's random numbers are in its own state.
+        modules = [part for part in module.modules() if not isinstance(part, SimulatorTile)]
+        datamodule = module.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self._random = RandomStates([*modules, *self._loaders, datamodule])
         self._before_iterator = self._random.read()
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._watch(trainer)
 
-    def state(self, trainer: "pl.Trainer") -> dict[str, Any]:
-        """What a checkpoint needs."""
+    def state(self, trainer: "pl.Trainer", gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """What a checkpoint needs.
+
+        Args:
+            trainer: that fits.
+            gather: the values of all processes, which hold generators of other stages.
+        """
         if self._random is None:
             return {}
         loader = train_loader(trainer)
-        state = {"now": self._random.read()}
+        state = {"now": gather(self._random.read())}
         if isinstance(loader, _Watched):
             state |= {"beginning": loader.beginning, "first_batch": loader.first_batch}
         return tree_map(lambda value: value.tolist() if isinstance(value, np.ndarray) else value, state)
 
-    def go_on(self, trainer: "pl.Trainer", state: dict[str, Any]) -> None:
+    def go_on(self, trainer: "pl.Trainer", state: dict[str, Any], rank: int) -> None:
         """Set random states, and the data loaders' iterators, to where a checkpoint was made.
 
         Args:
             trainer: after its own state has been restored, at the start of the training.
             state: what :meth:`state` gave.
+            rank: of this process.
         """
         self._watch(trainer)
         loop = trainer.fit_loop
@@ -63,7 +74,9 @@ class Resuming(Callback):
         in_epoch = loop.restarting and progress.current.processed > 0 and not progress.is_last_batch
         if in_epoch and not _keep_their_place(trainer):
             self._fetch_again(trainer, state, progress.current.processed)
-        self._write(state["now"])
+        now = state["now"]
+        # With another number of processes, generators that modules hold go on as those of the last stage.
+        self._write(now[rank] if rank < len(now) else now[0])
         if not loop.restarting:
             make_iterator_in_epoch(trainer)
         elif progress.is_last_batch and progress.current.completed < progress.current.processed:

@@ -53,6 +53,8 @@ class Training:
         self.pipeline: Pipeline | None = None
         self.batches = Batches(module, settings)
         self.split_at = split_at
+        self.is_cut_off = False
+        """Whether an error has ended a mini-batch before all stages have learnt from it."""
         self._module = module
         self._settings = settings
         self._placement = placement
@@ -191,6 +193,7 @@ class Training:
             try:
                 yield
             except BaseException:
+                self.is_cut_off = self._settings.schedule.is_async
                 self.abandon()
                 raise
 

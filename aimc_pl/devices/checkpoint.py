@@ -108,7 +108,7 @@ def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming the first layer that differs, what it is in both, and what to do.
     """
-    tiles = {name: tile for name, tile in module.named_modules() if isinstance(tile, TileModule)}
+    tiles: dict[str, Any] = {name: tile for name, tile in module.named_modules() if isinstance(tile, TileModule)}
     for name, tile in tiles.items():
         saved = state.get(f"{name}.analog_tile_state")
         layer = name.partition(".analog_module")[0]
