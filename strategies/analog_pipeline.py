@@ -14,9 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.serialization import safe_globals
 
 from aimc_pl.devices import DeviceSpec, analog_layers, convert_to_analog, describe_layers, make_analog_aware
-from aimc_pl.devices.checkpoint import AnalogCheckpoint, check_devices, leave_out_contexts
+from aimc_pl.devices.checkpoint import AnalogCheckpoint, check_devices, classes_of_tiles, leave_out_contexts
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
@@ -168,7 +169,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             self._training = Training(self._module, self.settings, self._placement, self.observers, split_at, counters)
 
     def _convert(self) -> None:
-        """Make the layers analog: before a state dict is loaded, and before the optimizer is built."""
+        """Make the layers analog: before a checkpoint is loaded, and before the optimizer is built."""
         if self.device is not None and convert_to_analog(self._module, self.device, self.settings.split_at):
             rank_zero_info(describe_layers(self._module))
         if self.settings.weight_stashing and analog_layers(self._module):
@@ -339,7 +340,10 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._convert()
+        # What the program itself has configured, a file may name as well.
+        with safe_globals([*classes_of_tiles(self._module)]):
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._resumed = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
         if len(self._resumed.get("split_at") or ()) != self.schedule.num_stages - 1:
             self._resumed.pop("split_at", None)
@@ -347,7 +351,6 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._convert()
         check_devices(self._module, checkpoint["state_dict"])
         super().load_model_state_dict(checkpoint, strict)
 

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from importlib import import_module
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,23 @@ CLASSES = (AnalogCheckpoint, *(_find(module, name) for module, names in _NAMES.i
 add_safe_globals([*CLASSES])
 
 
+def classes_of_tiles(module: nn.Module) -> list[type]:
+    """The classes that the configurations of a module's tiles consist of, which may be a user's own."""
+    found, left = set(), [tile.rpu_config for tile in _tiles(module).values()]
+    while left:
+        value = left.pop()
+        if isinstance(value, type):
+            found.add(value)
+        elif isinstance(value, list | tuple):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+        elif hasattr(value, "__dict__") and not isinstance(value, Tensor | FunctionType):
+            found.add(type(value))
+            left += vars(value).values()
+    return [*found]
+
+
 def leave_out_contexts(state: dict[str, Any]) -> dict[str, Any]:
     """A module's state dict without the entries that aihwkit neither fills nor reads: they show unused memory."""
     return {
@@ -108,8 +126,7 @@ def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming the first layer that differs, what it is in both, and what to do.
     """
-    tiles: dict[str, Any] = {name: tile for name, tile in module.named_modules() if isinstance(tile, TileModule)}
-    for name, tile in tiles.items():
+    for name, tile in _tiles(module).items():
         saved = state.get(f"{name}.analog_tile_state")
         layer = name.partition(".analog_module")[0]
         if saved is not None and (differing := [*_differing(saved["rpu_config"], tile.rpu_config)]):
@@ -130,6 +147,10 @@ def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
                 f"layer {layer!r} is analog in the checkpoint ({_name(saved['rpu_config'])}), and digital here: set "
                 "device= to the checkpoint's"
             )
+
+
+def _tiles(module: nn.Module) -> dict[str, Any]:
+    return {name: tile for name, tile in module.named_modules() if isinstance(tile, TileModule)}
 
 
 def _is_digital(module: nn.Module, name: str) -> bool:

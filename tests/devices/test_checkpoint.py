@@ -58,7 +58,7 @@ def test_the_list_is_what_the_catalogue_needs(tmp_path):
     needed = set()
     for function, options in VARIANTS.values():
         torch.save(network(function(**options)).state_dict(), tmp_path / "net.ckpt")
-        needed |= get_unsafe_globals_in_checkpoint(tmp_path / "net.ckpt")
+        needed.update(get_unsafe_globals_in_checkpoint(tmp_path / "net.ckpt"))
     assert {f"{cls.__module__}.{cls.__qualname__}" for cls in CLASSES if cls is not AnalogCheckpoint} == needed
 
 
