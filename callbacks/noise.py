@@ -153,6 +153,9 @@ class DeviceNoise(Callback, Observer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not hasattr(self, "_strategy"):
+            # An evaluation, which has no noise.
+            return
         states, rank = state_dict["generators"], self._strategy.global_rank
         if len(states) == (self._strategy.num_stages if self._strategy.is_multiprocess else 1):
             self._generator.set_state(states[rank])

@@ -150,6 +150,9 @@ class StalenessMonitor(Callback, Observer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not hasattr(self, "_strategy"):
+            # An evaluation, which has no staleness.
+            return
         self.counts.update({stage: Counter(times) for stage, times in state_dict["counts"].items()})
         self.mismatches = state_dict["mismatches"] if self._strategy.is_global_zero else 0
         self._recent.update(state_dict["recent"])

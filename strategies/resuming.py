@@ -72,7 +72,7 @@ class Resuming(Callback):
         loop = trainer.fit_loop
         progress: Any = loop.epoch_loop.batch_progress
         in_epoch = loop.restarting and progress.current.processed > 0 and not progress.is_last_batch
-        if in_epoch and not _keep_their_place(trainer):
+        if in_epoch and "beginning" in state and not _keep_their_place(trainer):
             self._fetch_again(trainer, state, progress.current.processed)
         now = state["now"]
         # With another number of processes, generators that modules hold go on as those of the last stage.
@@ -85,10 +85,10 @@ class Resuming(Callback):
 
     def _watch(self, trainer: "pl.Trainer") -> None:
         loader, fetcher = train_loader(trainer), train_fetcher(trainer)
-        if not self._loaders or isinstance(loader, _Watched):
+        if not self._loaders:
             return
-        assert self._random is not None
-        loader.__class__ = type(f"Watched{type(loader).__name__}", (_Watched, type(loader)), {})
+        if not isinstance(loader, _Watched):
+            loader.__class__ = type(f"Watched{type(loader).__name__}", (_Watched, type(loader)), {})
         loader.random = self._random
         # Where the number of batches is not known, Lightning has fetched the first one together with the iterator.
         loader.beginning = [self._before_iterator] * (2 if fetcher.fetched else 1)
@@ -111,7 +111,7 @@ class Resuming(Callback):
         iter(fetcher)
         self._write(before_batches)
         for _ in range(number):
-            next(fetcher)
+            next(fetcher, None)
         # Lightning adds those that a checkpoint counts.
         fetcher.fetched -= number
         if state["first_batch"] not in (None, loader.first_batch):

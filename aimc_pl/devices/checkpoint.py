@@ -91,8 +91,8 @@ add_safe_globals([*CLASSES])
 
 
 def classes_of_tiles(module: nn.Module) -> list[type]:
-    """The classes that the configurations of a module's tiles consist of, which may be a user's own."""
-    found, left = set(), [tile.rpu_config for tile in _tiles(module).values()]
+    """The classes beyond the catalogue's that the configurations of a module's tiles consist of."""
+    found, left = set[type](), [tile.rpu_config for tile in _tiles(module).values()]
     while left:
         value = left.pop()
         if isinstance(value, type):
@@ -104,7 +104,7 @@ def classes_of_tiles(module: nn.Module) -> list[type]:
         elif hasattr(value, "__dict__") and not isinstance(value, Tensor | FunctionType):
             found.add(type(value))
             left += vars(value).values()
-    return [*found]
+    return [*found.difference(CLASSES)]
 
 
 def leave_out_contexts(state: dict[str, Any]) -> dict[str, Any]:
