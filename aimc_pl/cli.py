@@ -2,7 +2,7 @@
 
 import sys
 from argparse import ArgumentError
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
@@ -16,13 +16,13 @@ from rich.console import Console
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.devices import DEVICES, get_device, plot_response
-from aimc_pl.devices.checkpoint import trust_aihwkit
 from aimc_pl.diagram import draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
 # Registers the names "aimc_none", "aimc_sync" and "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
+from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 
 
@@ -49,8 +49,11 @@ class AnalogCLI(CheckpointReadingCLI):
         )
 
     def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
-        """Entered while hyperparameters are read from a checkpoint: its classes of aihwkit are admitted."""
-        return trust_aihwkit(path)
+        """Entered while hyperparameters are read from a checkpoint: it is checked, and cannot run code."""
+        with ExitStack() as stack:
+            if path and Path(path).is_file():
+                stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
+            return stack.pop_all()
 
     def instantiate_classes(self) -> None:
         """Instantiate what the configuration names; what its classes refuse is an error of usage."""

@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class PeerError(RuntimeError):
     """Another process of the pipeline has ended, hangs or cannot be reached."""
+
+
+class AnalogCheckpointWarning(UserWarning):
+    """A checkpoint with analog layers has been read."""

@@ -27,6 +27,7 @@ class StageProcess:
         delayed: see :class:`aimc_pl.flight.StagedStep`.
         saved: what autograd saves of parameters, where references to them would not do.
         seed: of the random numbers that micro-batches draw, the same in all processes.
+        count: micro-batches and batches of evaluation so far.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StageProcess:
         delayed: bool = False,
         saved: SavedParameters | None = None,
         seed: int = 0,
+        count: int = 0,
     ) -> None:
         self.ghosts = ghosts
         self.link = link
@@ -47,7 +49,7 @@ class StageProcess:
         self.delayed = delayed
         self.saved = saved
         self._seed = seed
-        self._count = 0
+        self.count = count
 
     def microbatch(self, function: Callable[[], Any], weight: float, inputs: Any) -> "Passage":
         """A micro-batch for the pipeline.
@@ -73,8 +75,8 @@ class StageProcess:
         return int.from_bytes(blake2b(f"{self._seed} {number}".encode(), digest_size=8).digest())
 
     def _next(self) -> int:
-        self._count += 1
-        return self._count
+        self.count += 1
+        return self.count
 
 
 class Passage:

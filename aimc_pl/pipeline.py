@@ -80,6 +80,8 @@ class Pipeline:
             (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
             then calls :meth:`updated`).
         observers: told of every operation of these stages; more may be appended to the list at any time.
+        clock: clocks before, of a run that goes on.
+        num_entered: micro-batches before.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class Pipeline:
         schedule: Schedule,
         update: Callable[[Stage], None],
         observers: Sequence[Observer] = (),
+        clock: int = 0,
+        num_entered: int = 0,
     ) -> None:
         self.stages = stages
         self.schedule = schedule
         self.observers = observers
-        self.clock = 0
-        self.num_entered = 0
+        self.clock = clock
+        self.num_entered = num_entered
         self._update = update
         self._own = {stage.index: stage for stage in stages}
         self._infos = {stage.index: stage.info() for stage in stages}

@@ -1,13 +1,13 @@
 """The random states that a step may draw from."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, nn
+from torch import Generator
 
 from aimc_pl.patches import patched
 from aimc_pl.private_torch import tree_leaves
@@ -20,10 +20,14 @@ _SETTERS = (
 
 
 class RandomStates:
-    """Torch's, numpy's and Python's random states, and those of generators that modules hold."""
+    """Torch's, numpy's and Python's random states, and those of generators that objects hold.
 
-    def __init__(self, network: nn.Module) -> None:
-        held = [value for module in network.modules() for value in vars(module).values()]
+    Args:
+        owners: modules, for example; their attributes and those of their attributes are looked at.
+    """
+
+    def __init__(self, owners: Iterable[object]) -> None:
+        held = [value for owner in owners if hasattr(owner, "__dict__") for value in vars(owner).values()]
         held += [inner for value in held if hasattr(value, "__dict__") for inner in vars(value).values()]
         kinds = Generator | np.random.Generator | np.random.RandomState | random.Random
         self._generators = [value for value in held if isinstance(value, kinds)]
@@ -34,16 +38,23 @@ class RandomStates:
         generators = [_state_of(generator) for generator in self._generators]
         return [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), generators]
 
-    def write(self, states: list[Any]) -> None:
-        """Go back to what :meth:`read` has returned."""
+    def write(self, states: list[Any]) -> bool:
+        """Go back to what :meth:`read` has returned, here or in another process.
+
+        Returns:
+            Whether there are as many generators as then; otherwise they stay as they are.
+        """
         cpu, cuda, numpys, pythons, generators = states
         torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        for index, state in enumerate(cuda[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, index)
         np.random.set_state(numpys)
         random.setstate(pythons)
+        if len(generators) != len(self._generators):
+            return False
         for generator, state in zip(self._generators, generators, strict=True):
             _set_state(generator, state)
+        return True
 
     def have_moved(self, states: list[Any]) -> bool:
         """Whether anything has been drawn since ``states`` were read."""

@@ -52,7 +52,7 @@ class Trials:
         self.network = network
         self.functions = functions
         self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._random = RandomStates(network)
+        self._random = RandomStates(network.modules())
         self._states = self._random.read()
         self._traces = Traces(network, inputs)
         self.draws = False

@@ -40,3 +40,9 @@ def attach(observer: Observer, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
 def merged(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
     """What processes know of their own stages, as one."""
     return {key: value for part in parts for key, value in part.items()}
+
+
+def gathered(callback: object, value: Any) -> list[Any]:
+    """The values of all processes, of a callback that may not have been attached yet."""
+    strategy: AnalogPipelineStrategy | None = getattr(callback, "_strategy", None)
+    return [value] if strategy is None else strategy.gather(value)

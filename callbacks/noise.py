@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from aimc_pl.callbacks.attach import attach, merged
+from aimc_pl.callbacks.attach import attach, gathered, merged
 from aimc_pl.errors import UsageError
 from aimc_pl.imperfections import Noise, ReadNoise
 from aimc_pl.pipeline import Event, Observer
@@ -57,21 +57,23 @@ class DeviceNoise(Callback, Observer):
         self.until_step = until_step
         self.seed = seed
         self._generator = Generator().manual_seed(seed)
+        self._moved: dict[str, list[float]] = defaultdict(list)
+        self._updated_at: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
             self._strategy = attach(self, trainer)
+            self._moved.clear()
+            self._updated_at.clear()
             if self._strategy.is_multiprocess:
                 self._generator.manual_seed(self.seed + self._strategy.global_rank)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._trainer = trainer
-        self._moved: dict[str, list[float]] = defaultdict(list)
         self._before: dict[str, Tensor] = {}
-        self._updated_at: dict[int, int] = {}
         self._named = {
             name: layer
             for name, layer in weight_layers(pl_module).items()
@@ -89,6 +91,12 @@ class DeviceNoise(Callback, Observer):
             self._targets[stage.index] = {name: layer for name, layer in self._named.items() if layer in on_stage}
         if not any(self._strategy.gather(any(self._targets.values()))):
             raise UsageError(f"DeviceNoise(stages={self.stages}, layers={list(self.layers)}) matches no layer")
+        # A checkpoint knows of all stages; each process goes on with its own.
+        own = {name for layers in self._targets.values() for name in layers}
+        for name in self._moved.keys() - own:
+            del self._moved[name]
+        for stage in self._updated_at.keys() - self._targets.keys():
+            del self._updated_at[stage]
         self._handles = [
             self._add_read_noise(name, layer, noise)
             for layers in self._targets.values()
@@ -138,11 +146,25 @@ class DeviceNoise(Callback, Observer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
+        return {
+            "generators": gathered(self, self._generator.get_state()),
+            "moved": merged(gathered(self, dict(self._moved))),
+            "updated_at": merged(gathered(self, self._updated_at)),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._generator.set_state(state_dict["generator"])
+        if not hasattr(self, "_strategy"):
+            # An evaluation, which has no noise.
+            return
+        states, rank = state_dict["generators"], self._strategy.global_rank
+        if len(states) == (self._strategy.num_stages if self._strategy.is_multiprocess else 1):
+            self._generator.set_state(states[rank])
+        else:
+            # As many sources as there are processes now, and none that starts again.
+            self._generator.manual_seed(crc32(states[0].numpy().tobytes()) + rank)
+        self._moved.update(state_dict["moved"])
+        self._updated_at.update(state_dict["updated_at"])
 
     def _is_active(self) -> bool:
         step = self._trainer.global_step

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from aimc_pl.callbacks.attach import attach, merged
+from aimc_pl.callbacks.attach import attach, gathered, merged
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import StageInfo
@@ -44,12 +44,16 @@ class StalenessMonitor(Callback, Observer):
         self.cosine = cosine
         self.counts: dict[int, Counter[int]] = defaultdict(Counter)
         self.mismatches = 0
+        self._here: set[int] | None = None
+        self._recent: dict[str, list[float]] = defaultdict(list)
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if stage == "fit":
             self._strategy = attach(self, trainer)
             self._schedule = self._strategy.schedule
+            self._here = None
+            self._recent.clear()
             if self.cosine and self._strategy.is_multiprocess:
                 raise UsageError(
                     "StalenessMonitor(cosine=True) compares with the gradient of the whole network, which no process "
@@ -61,11 +65,13 @@ class StalenessMonitor(Callback, Observer):
         self._module = pl_module
         self._seen: dict[tuple[int, int], Tensor] = {}
         self._samples: dict[int, tuple[Any, ...]] = {}
-        self._recent: dict[str, list[float]] = defaultdict(list)
 
     @override
     def on_start(self, stages: Sequence[StageInfo]) -> None:
         self._here = {stage.index for stage in stages}
+        # A checkpoint knows of all stages; each process goes on with its own.
+        for name in [name for name in self._recent if int(name.rpartition("_")[2]) not in self._here]:
+            del self._recent[name]
 
     @override
     def on_train_batch_start(
@@ -74,7 +80,7 @@ class StalenessMonitor(Callback, Observer):
         # Micro-batches that enter at a logged step are followed through the pipeline.
         if should_log(trainer):
             parts = self._strategy.split_batch(batch)
-            entered = self._strategy.pipeline.num_entered if self._strategy.pipeline else 0
+            entered = self._strategy.num_entered
             self._samples |= {entered + k: (part, batch_idx) for k, part in enumerate(parts)}
 
     @override
@@ -91,7 +97,7 @@ class StalenessMonitor(Callback, Observer):
         self._recent[f"drift_stage_{event.stage.index}"].append(drift.item())
         if self.cosine:
             self._recent[f"cosine_stage_{event.stage.index}"].append(self._cosine(event))
-        if event.stage.index == min(self._here):
+        if event.stage.index == min(self._here or ()):
             del self._samples[event.microbatch]
 
     @override
@@ -133,8 +139,26 @@ class StalenessMonitor(Callback, Observer):
                     values = torch.tensor(list(counts.elements()))
                     logger.experiment.add_histogram(f"staleness/stage_{stage}", values, trainer.global_step)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        counts = merged(gathered(self, self._counts_here()))
+        return {
+            "counts": {stage: dict(times) for stage, times in counts.items()},
+            "mismatches": sum(gathered(self, self.mismatches)),
+            "recent": merged(gathered(self, dict(self._recent))),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not hasattr(self, "_strategy"):
+            # An evaluation, which has no staleness.
+            return
+        self.counts.update({stage: Counter(times) for stage, times in state_dict["counts"].items()})
+        self.mismatches = state_dict["mismatches"] if self._strategy.is_global_zero else 0
+        self._recent.update(state_dict["recent"])
+
     def _counts_here(self) -> dict[int, Counter[int]]:
-        return {stage: counts for stage, counts in self.counts.items() if stage in self._here}
+        return {stage: counts for stage, counts in self.counts.items() if self._here is None or stage in self._here}
 
     def _cosine(self, event: Event) -> float:
         stale = read_gradients(self._module, event.stage.parameters)

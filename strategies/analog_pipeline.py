@@ -9,18 +9,22 @@ from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.serialization import safe_globals
 
 from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.patches import patched
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
+from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 from aimc_pl.strategies.checks import (
     check_analog_support,
+    check_finite,
     check_module,
     check_split,
     warn_about_other_package,
@@ -29,6 +33,7 @@ from aimc_pl.strategies.draining import DrainFirst
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
 from aimc_pl.strategies.processes import ProcessStrategy
+from aimc_pl.strategies.resuming import Resuming
 from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings, make_schedule
 from aimc_pl.strategies.training import Training
 
@@ -98,6 +103,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         start_timeout: float = 600.0,
     ) -> None:
         super().__init__(num_stages, timeout, start_timeout)
+        self.checkpoint_io = SealedCheckpointIO()
         warn_about_other_package()
         self.schedule = make_schedule(schedule, num_stages, num_microbatches, duplex)
         self.settings = Settings(
@@ -116,7 +122,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._training: Training | None = None
         self._placement: Placement = OneProcess()
         self._is_stepping = False
-        self._resumed_split: Sequence[str] | None = None
+        self._resuming = Resuming()
+        self._resumed: dict[str, Any] = {}
 
     @classmethod
     @override
@@ -130,6 +137,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
     def pipeline(self) -> Pipeline | None:
         """The running pipeline, from the first mini-batch of a fit on."""
         return self._training.pipeline if self._training else None
+
+    @property
+    def num_entered(self) -> int:
+        """Micro-batches that have entered the pipeline, those before a resumed checkpoint included."""
+        return self._training.counters()["num_entered"] if self._training else 0
 
     # ------------------------------------------------------------------ setup
 
@@ -151,17 +163,19 @@ class AnalogPipelineStrategy(ProcessStrategy):
         super().setup(trainer)
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if not any(isinstance(callback, DrainFirst) for callback in callbacks):
-            callbacks.insert(0, DrainFirst(self))
-        split_at = self.settings.split_at if self.settings.split_at is not None else self._resumed_split
+            callbacks[:0] = [DrainFirst(self), self._resuming]
+        split_at = self.settings.split_at if self.settings.split_at is not None else self._resumed.get("split_at")
         self._placement = OneProcess()
         if self.is_multiprocess:
-            self._placement = StagePerProcess(self, self._module, fitting, split_at)
+            draws = self._resumed.get("draws", {})
+            self._placement = StagePerProcess(self, self._module, fitting, split_at, draws)
         self._training = None
         if fitting:
-            self._training = Training(self._module, self.settings, self._placement, self.observers, split_at)
+            counters = self._resumed.get("counters", {})
+            self._training = Training(self._module, self.settings, self._placement, self.observers, split_at, counters)
 
     def _convert(self) -> None:
-        """Make the layers analog: before a state dict is loaded, and before the optimizer is built."""
+        """Make the layers analog: before a checkpoint is loaded, and before the optimizer is built."""
         if self.device is not None:
             from aimc_pl.devices import convert_to_analog, describe_layers
 
@@ -282,10 +296,19 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     # ------------------------------------------------------------ checkpoints
 
+    @ProcessStrategy.checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        """A user's own; one that saves in the background gets ours to save with."""
+        if isinstance(io, AsyncCheckpointIO):
+            io.checkpoint_io = SealedCheckpointIO()
+        self._checkpoint_io = io
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self.drain()
-        return self._placement.module_state(super().lightning_module_state_dict())
+        state = self._placement.module_state(super().lightning_module_state_dict())
+        checkpoints = _analog_checkpoints()
+        return state if checkpoints is None else checkpoints.leave_out_contexts(state)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -298,31 +321,61 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._placement.end()
 
     @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if self._module.trainer.training:
+            self._resuming.note_loader(dataloader, self._module)
+        return dataloader
+
+    @override
+    def on_train_start(self) -> None:
+        if random_states := self._resumed.pop("random_states", None):
+            self._resuming.go_on(self._module.trainer, random_states, self.global_rank)
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self._training is not None and self._training.split_at is not None:
-            checkpoint[_CHECKPOINT_KEY] = {"split_at": [*self._training.split_at]}
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if self._training is not None and self._training.is_cut_off:
+            rank_zero_warn(
+                "the run has ended within a mini-batch, from which some stages have learnt and others have not: this "
+                f"state is not saved as {filepath}, and the checkpoints of before stay as they are"
+            )
+            return
+        check_finite(self._module, checkpoint["state_dict"], checkpoint["global_step"])
+        # First in the file, so that a reader without aimc_pl is told of this package.
+        super().save_checkpoint({_CHECKPOINT_KEY: self._state()} | checkpoint, filepath, storage_options)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides Lightning's."""
+        state: dict[str, Any] = {}
+        if analog_layers(self._module) and (checkpoints := _analog_checkpoints()):
+            state["analog"] = checkpoints.AnalogCheckpoint()
+        if self._training is not None:
+            state |= {
+                "split_at": None if self._training.split_at is None else [*self._training.split_at],
+                "counters": self._training.counters(),
+                "draws": self._placement.draws(),
+                "random_states": self._resuming.state(self._module.trainer, self.gather),
+            }
+        return state
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        with self._trust_in_aihwkit(checkpoint_path):
+        self._convert()
+        with self._admitted_classes():
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        split_at = checkpoint.get(_CHECKPOINT_KEY, {}).get("split_at", [])
-        if len(split_at) == self.schedule.num_stages - 1:
-            self._resumed_split = split_at
+        self._resumed = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
+        if len(self._resumed.get("split_at") or ()) != self.schedule.num_stages - 1:
+            self._resumed.pop("split_at", None)
         return checkpoint
 
-    @staticmethod
-    def _trust_in_aihwkit(checkpoint_path: Any) -> AbstractContextManager[Any]:
-        if find_spec("aihwkit") is None:
-            return nullcontext()
-        from aimc_pl.devices.checkpoint import trust_aihwkit
-
-        return trust_aihwkit(checkpoint_path)
+    def _admitted_classes(self) -> AbstractContextManager[Any]:
+        """While it is open, a file may name what the program itself has configured as well."""
+        checkpoints = _analog_checkpoints()
+        return nullcontext() if checkpoints is None else safe_globals([*checkpoints.classes_of_tiles(self._module)])
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._convert()
+        if checkpoints := _analog_checkpoints():
+            checkpoints.check_devices(self._module, checkpoint["state_dict"])
         super().load_model_state_dict(checkpoint, strict)
 
     # -------------------------------------------------------------------- end
@@ -337,7 +390,19 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def teardown(self) -> None:
         self._placement.end()
+        # What follows has the same stages, and nothing else of a checkpoint.
+        split_at = self._resumed.get("split_at")
         if self._training is not None:
             self._training.abandon()
-            self._resumed_split = self._training.split_at
+            split_at = self._training.split_at
+        self._resumed = {"split_at": split_at}
         super().teardown()
+
+
+def _analog_checkpoints() -> Any:
+    """What knows how analog layers are kept in checkpoints; ``None`` where aihwkit is not installed."""
+    if find_spec("aihwkit") is None:
+        return None
+    from aimc_pl.devices import checkpoint
+
+    return checkpoint

@@ -1,6 +1,6 @@
 """Where the stages run: all of them in this process, or each in its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 from zlib import crc32
@@ -69,6 +69,10 @@ class Placement(Protocol):
         """The state of the whole optimizer; ``None`` if it is that of this process's."""
         ...
 
+    def draws(self) -> dict[str, int]:
+        """What the random numbers of the next micro-batches come from, if not from the global states."""
+        ...
+
     def end(self) -> None:
         """Leave this process with the whole trained module."""
         ...
@@ -117,6 +121,10 @@ class OneProcess:
         """See :class:`Placement`."""
         return None
 
+    def draws(self) -> dict[str, int]:
+        """See :class:`Placement`."""
+        return {}
+
     def end(self) -> None:
         """See :class:`Placement`."""
 
@@ -129,12 +137,18 @@ class StagePerProcess:
         module: whole.
         frees: whether to give up what other stages train.
         split_at: names of the modules with which stages 1 … M−1 begin, if they are known.
+        draws: what :meth:`draws` gave when a checkpoint was made, to go on from.
     """
 
     is_apart = True
 
     def __init__(
-        self, strategy: ProcessStrategy, module: "pl.LightningModule", frees: bool, split_at: Sequence[str] | None
+        self,
+        strategy: ProcessStrategy,
+        module: "pl.LightningModule",
+        frees: bool,
+        split_at: Sequence[str] | None,
+        draws: Mapping[str, int],
     ) -> None:
         self._strategy = strategy
         self._module = module
@@ -142,7 +156,7 @@ class StagePerProcess:
         self._split_at = split_at
         self._num_stages = strategy.num_stages
         self._stage = rank_of(strategy.global_rank, self._num_stages)
-        self._seed = crc32(torch.get_rng_state().numpy().tobytes())
+        self._draws = {"seed": crc32(torch.get_rng_state().numpy().tobytes()), "count": 0, **draws}
         self._ownership: Ownership | None = None
         self._process: StageProcess | None = None
 
@@ -166,7 +180,7 @@ class StagePerProcess:
         link = Link(strategy.processes, device)
         strategy.processes.timeout = strategy.timeout
         self._process = StageProcess(
-            ghosts, link, own, self._num_stages, delayed=step.delayed, saved=step.saved, seed=self._seed
+            ghosts, link, own, self._num_stages, delayed=step.delayed, saved=step.saved, **self._draws
         )
         if self._frees:
             ghosts.free()
@@ -232,6 +246,10 @@ class StagePerProcess:
         if self._ownership is None:
             return None
         return self._ownership.merge_optimizer(optimizer, self._stage, self._strategy.gather)
+
+    def draws(self) -> dict[str, int]:
+        """See :class:`Placement`."""
+        return self._draws if self._process is None else self._draws | {"count": self._process.count}
 
     def end(self) -> None:
         """See :class:`Placement`."""

@@ -5,6 +5,7 @@ from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -115,3 +116,24 @@ def saves_by_metric(trainer: "pl.Trainer", step: int) -> bool:
     """Whether a checkpoint that a metric decides about is due at a global step."""
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return any(c.monitor and c._every_n_train_steps and step % c._every_n_train_steps == 0 for c in savers)
+
+
+def train_loader(trainer: "pl.Trainer") -> Any:
+    """The CombinedLoader of a fit, which is iterated once per epoch."""
+    return trainer.fit_loop._combined_loader
+
+
+def train_fetcher(trainer: "pl.Trainer") -> Any:
+    """What fetches batches from the CombinedLoader, and counts them in ``fetched``."""
+    return trainer.fit_loop._data_fetcher
+
+
+def set_epoch(trainer: "pl.Trainer") -> None:
+    """Tell the samplers the number of the epoch that is going on."""
+    for loader in train_loader(trainer).flattened:
+        _set_sampler_epoch(loader, trainer.current_epoch)
+
+
+def make_iterator_in_epoch(trainer: "pl.Trainer") -> None:
+    """Let the first epoch of a resumed fit make its iterator where later ones do, and not take the one there is."""
+    trainer.fit_loop._resuming_from_checkpoint = False

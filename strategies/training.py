@@ -1,6 +1,6 @@
 """The training of a fit: mini-batches through the pipeline, gradients to Lightning or to the stages' updates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ class Training:
         placement: where the stages run.
         observers: told of every operation.
         split_at: overrides that of the settings.
+        counters: what :meth:`counters` gave when a checkpoint was made, to go on from.
     """
 
     def __init__(
@@ -46,14 +47,18 @@ class Training:
         placement: Placement,
         observers: Sequence[Observer],
         split_at: Sequence[str] | None,
+        counters: Mapping[str, int],
     ) -> None:
         self.pipeline: Pipeline | None = None
         self.batches = Batches(module, settings)
         self.split_at = split_at
+        self.is_cut_off = False
+        """Whether an error has ended a mini-batch before all stages have learnt from it."""
         self._module = module
         self._settings = settings
         self._placement = placement
         self._observers = observers
+        self._counters = counters
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
@@ -97,6 +102,12 @@ class Training:
         step = self.batches.whole(microbatch, args, self._precision.train_step_context)
         with logging_to(self._module, discard):
             return Trials(self._module, [step]).gradients(parameters)
+
+    def counters(self) -> dict[str, int]:
+        """Clocks and micro-batches of the pipeline so far."""
+        if self.pipeline is None:
+            return {"clock": 0, "num_entered": 0, **self._counters}
+        return {"clock": self.pipeline.clock, "num_entered": self.pipeline.num_entered}
 
     def drain(self) -> None:
         """Finish the micro-batches in flight, with their updates."""
@@ -154,7 +165,7 @@ class Training:
             return None
         self.split_at = [*step.boundaries]
         stages = self._placement.place(step, self._trainer.optimizers)
-        return Pipeline(stages, schedule, self._update, self._observers)
+        return Pipeline(stages, schedule, self._update, self._observers, **self.counters())
 
     def _trained_besides(self) -> list[Any]:
         """What the optimizer trains that is no parameter of the module: plain tensors, modules in lists."""
@@ -195,6 +206,7 @@ class Training:
             try:
                 yield
             except BaseException:
+                self.is_cut_off = self._settings.schedule.is_async
                 self.abandon()
                 raise
 

@@ -54,7 +54,7 @@ def _states_of_their_own():
 def test_what_is_drawn_is_noticed_and_drawn_again(source):
     net, draw = Network(), DRAWS[source]
     draw(net)
-    random_states = RandomStates(net)
+    random_states = RandomStates(net.modules())
     states = random_states.read()
     assert not random_states.have_moved(states)
     drawn = []
@@ -70,7 +70,7 @@ def test_what_is_drawn_is_noticed_and_drawn_again(source):
 def test_sources_do_not_depend_on_each_other():
     """What has been read once may be written in another order, as micro-batches take turns."""
     net = Network()
-    random_states = RandomStates(net)
+    random_states = RandomStates(net.modules())
     first = random_states.read()
     expected = [[draw(net) for draw in DRAWS.values()] for _ in range(2)]
     random_states.write(first)
@@ -85,7 +85,7 @@ def test_sources_do_not_depend_on_each_other():
 def test_the_generators_stay_the_same_objects():
     net = Network()
     before = [net.inner.generator, net.rng, net.old_rng, net.pythons, net.augment.rng]
-    random_states = RandomStates(net)
+    random_states = RandomStates(net.modules())
     random_states.write(random_states.read())
     after = [net.inner.generator, net.rng, net.old_rng, net.pythons, net.augment.rng]
     assert all(a is b for a, b in zip(before, after, strict=True))
@@ -113,7 +113,7 @@ SETTERS = {
 @pytest.mark.parametrize("setter", SETTERS)
 def test_seeding_is_noticed_and_does_what_it_does(setter):
     """From the same states it leaves the states that it leaves when nobody looks."""
-    random_states = RandomStates(nn.Module())
+    random_states = RandomStates([])
     states = random_states.read()
     SETTERS[setter]()
     expected = random_states.read()

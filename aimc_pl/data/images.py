@@ -27,7 +27,8 @@ class InMemoryImages(pl.LightningDataModule, ABC):
         augment: shift training images by up to an eighth of their size and flip half of them left to right.
         drop_last: leave out an uneven last training mini-batch.
         split_seed: chooses the validation images.
-        num_workers: loader processes; 0 loads in the main one.
+        num_workers: loader processes, which start anew with every epoch, so that a resumed run draws what the whole
+            one did; 0 loads in the main one.
 
     Raises:
         UsageError: for a batch size or fraction out of range.
@@ -98,7 +99,6 @@ class InMemoryImages(pl.LightningDataModule, ABC):
             shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             collate_fn=_as_is,
         )
 

@@ -1,0 +1,203 @@
+"""Checkpoint files: written whole or not at all, and read only if they are what was written."""
+
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, override
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from aimc_pl.errors import AnalogCheckpointWarning, UsageError
+
+_LABEL = b"sha256:"
+_COMMENT_LENGTH = len(_LABEL) + 64
+_BEFORE_ARCHIVES = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""What files begin with that torch has written before 1.6."""
+
+
+class SealedCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files with a checksum, replaced in one step.
+
+    A checkpoint is what :func:`torch.save` writes, a ZIP archive. Its checksum is the archive's comment, which other
+    readers pass over. Files without one, as plain Lightning writes them, are read too.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a file beside the old one, and let it take its name when all of it is on the disk.
+
+        Raises:
+            UsageError: if it cannot be written; the old file is as it was.
+        """
+        system, local = fsspec.core.url_to_fs(str(path))
+        if not isinstance(system, LocalFileSystem):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = _sealed(checkpoint)
+        try:
+            _replace(Path(local), content)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write checkpoint {local}: {error.strerror or error}. What was there before is untouched"
+            ) from error
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file, or what an address with a scheme (``https://…``) gives.
+
+        Args:
+            path: of the file.
+            map_location: see :func:`torch.load`.
+            weights_only: ``False`` lets the file run code; otherwise it cannot, wherever it is.
+
+        Raises:
+            UsageError: if there is no such file, or it is damaged, no checkpoint, or names a class that is not known.
+        """
+        with _opened(path) as file, reading(file, path):
+            checkpoint = torch.load(file, map_location, weights_only=weights_only is not False)
+        if not isinstance(checkpoint, dict):
+            raise _no_checkpoint(path)
+        return checkpoint
+
+
+@contextmanager
+def reading(file: IO[bytes], path: Any) -> Iterator[None]:
+    """Inside, a checkpoint is read, and what is wrong with it said in a line.
+
+    Args:
+        file: the checkpoint.
+        path: for the message.
+
+    Raises:
+        UsageError: if it is damaged, no checkpoint, or names a class that is not known.
+    """
+    _check_seal(file, path)
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            # It tells others to load what is loaded here.
+            warnings.simplefilter("ignore", AnalogCheckpointWarning)
+            yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise _no_checkpoint(path) from error
+        raise UsageError(
+            f"checkpoint {path} names {found[1]}, which is not loaded because it could run code. If you trust the "
+            f"file, call torch.serialization.add_safe_globals([{found[1]}]) before"
+        ) from error
+    except (RuntimeError, EOFError, LookupError) as error:
+        raise _no_checkpoint(path) from error
+
+
+def _check_seal(file: IO[bytes], path: Any) -> None:
+    """See that a file is as it was written, if it has a checksum."""
+    size = max(file.seek(0, os.SEEK_END) - _COMMENT_LENGTH, 0)
+    file.seek(size)
+    comment = file.read()
+    file.seek(0)
+    if comment.startswith(_LABEL):
+        if comment != _LABEL + _digest(file, size):
+            raise _damaged(path)
+    elif is_zipfile(file):
+        with _archive(file, path) as archive:
+            # Plain Lightning's have no comment.
+            if archive.comment:
+                raise _damaged(path)
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                raise _no_checkpoint(path)
+    else:
+        file.seek(0)
+        beginning = file.read(len(_BEFORE_ARCHIVES))
+        if beginning.startswith(b"PK"):
+            raise UsageError(f"checkpoint {path} is cut off: its end is missing. Use an earlier one")
+        if beginning != _BEFORE_ARCHIVES:
+            raise _no_checkpoint(path)
+
+
+def _sealed(checkpoint: dict[str, Any]) -> memoryview:
+    """A checkpoint as a file."""
+    buffer = BytesIO()
+    torch.save(checkpoint, buffer)
+    # An archive ends with the length of its comment, which is 0 so far.
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(_COMMENT_LENGTH.to_bytes(2, "little"))
+    buffer.write(_LABEL + sha256(buffer.getbuffer()).hexdigest().encode())
+    return buffer.getbuffer()
+
+
+def _replace(path: Path, content: memoryview) -> None:
+    """Give a file new content: all of it, or, whenever this is interrupted, none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with beside.open("wb") as file:
+            flock(file, LOCK_EX)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        # The new name is on the disk only with the folder.
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the files of writers that were killed: those that nobody holds a lock on."""
+    for leftover in folder.glob(".*.unfinished"):
+        with suppress(BlockingIOError, FileNotFoundError), leftover.open("rb") as file:
+            flock(file, LOCK_EX | LOCK_NB)
+            leftover.unlink()
+
+
+@contextmanager
+def _opened(path: Any) -> Iterator[IO[bytes]]:
+    system, local = fsspec.core.url_to_fs(str(path))
+    is_local = isinstance(system, LocalFileSystem)
+    try:
+        with Path(local).open("rb") if is_local else BytesIO(system.cat_file(local)) as file:
+            yield file
+    except OSError as error:
+        raise UsageError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+
+
+def _digest(file: IO[bytes], size: int) -> bytes:
+    """Of the first bytes of a file."""
+    digest, left = sha256(), size
+    while left and (part := file.read(min(left, 1 << 20))):
+        digest.update(part)
+        left -= len(part)
+    return digest.hexdigest().encode()
+
+
+def _archive(file: IO[bytes], path: Any) -> ZipFile:
+    try:
+        return ZipFile(file)
+    except BadZipFile as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Any) -> UsageError:
+    return UsageError(f"checkpoint {path} is damaged: it is not what was written. Use an earlier one")
+
+
+def _no_checkpoint(path: Any) -> UsageError:
+    return UsageError(f"{path} is no checkpoint, or only a part of one: give ckpt_path another file")

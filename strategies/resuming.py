@@ -1,0 +1,164 @@
+"""A resumed fit goes on with the random numbers and the batches that would have come next."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, override
+from zlib import crc32
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from aimc_pl.analog import analog_layers
+from aimc_pl.private_torch import tree_leaves, tree_map
+from aimc_pl.random_states import RandomStates
+from aimc_pl.strategies.private_lightning import make_iterator_in_epoch, set_epoch, train_fetcher, train_loader
+
+
+class Resuming(Callback):
+    """Knows how the epoch began, so that a resumed fit can come to the same place in it.
+
+    Batches are no part of a checkpoint. A fit that goes on in mid-epoch sets the random states to what they were when
+    the epoch began, and fetches the epoch's batches up to that place once more. That takes any data loader which
+    gives the same batches from the same random states.
+    """
+
+    def __init__(self) -> None:
+        self._loaders: list[Any] = []
+        self._random: RandomStates | None = None
+        self._before_iterator: list[Any] = []
+
+    def note_loader(self, loader: object, module: "pl.LightningModule") -> None:
+        """Called with each loader of training batches, before Lightning makes its iterator."""
+        self._loaders.append(loader)
+        # A tile's random numbers are in its own state.
+        tiles = {id(part) for layer in analog_layers(module) for part in layer.modules() if part is not layer}
+        modules = [part for part in module.modules() if id(part) not in tiles]
+        datamodule = module.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        self._random = RandomStates([*modules, *self._loaders, datamodule])
+        self._before_iterator = self._random.read()
+
+    @override
+    def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._watch(trainer)
+
+    def state(self, trainer: "pl.Trainer", gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+        """What a checkpoint needs.
+
+        Args:
+            trainer: that fits.
+            gather: the values of all processes, which hold generators of other stages.
+        """
+        if self._random is None:
+            return {}
+        loader = train_loader(trainer)
+        state = {"now": gather(self._random.read())}
+        if isinstance(loader, _Watched):
+            state |= {"beginning": loader.beginning, "first_batch": loader.first_batch}
+        return tree_map(lambda value: value.tolist() if isinstance(value, np.ndarray) else value, state)
+
+    def go_on(self, trainer: "pl.Trainer", state: dict[str, Any], rank: int) -> None:
+        """Set random states, and the data loaders' iterators, to where a checkpoint was made.
+
+        Args:
+            trainer: after its own state has been restored, at the start of the training.
+            state: what :meth:`state` gave.
+            rank: of this process.
+        """
+        self._watch(trainer)
+        loop = trainer.fit_loop
+        progress: Any = loop.epoch_loop.batch_progress
+        in_epoch = loop.restarting and progress.current.processed > 0 and not progress.is_last_batch
+        if in_epoch and "beginning" in state and not _keep_their_place(trainer):
+            self._fetch_again(trainer, state, progress.current.processed)
+        now = state["now"]
+        # With another number of processes, generators that modules hold go on as those of the last stage.
+        self._write(now[rank] if rank < len(now) else now[0])
+        if not loop.restarting:
+            make_iterator_in_epoch(trainer)
+        elif progress.is_last_batch and progress.current.completed < progress.current.processed:
+            # Saved within the epoch's last mini-batch: the next epoch begins, with the iterator that there is.
+            iter(train_fetcher(trainer))
+
+    def _watch(self, trainer: "pl.Trainer") -> None:
+        loader, fetcher = train_loader(trainer), train_fetcher(trainer)
+        if not self._loaders or self._random is None:
+            return
+        if not isinstance(loader, _Watched):
+            loader.__class__ = type(f"Watched{type(loader).__name__}", (_Watched, type(loader)), {})
+        loader.random = self._random
+        # Where the number of batches is not known, Lightning has fetched the first one together with the iterator.
+        loader.beginning = [self._before_iterator] * (2 if fetcher.fetched else 1)
+        self._loaders = []
+
+    def _write(self, states: list[Any]) -> None:
+        assert self._random is not None
+        if not self._random.write(states):
+            rank_zero_warn(
+                "the module and the data loaders hold other random generators than when the checkpoint was made: "
+                "theirs begin anew"
+            )
+
+    def _fetch_again(self, trainer: "pl.Trainer", state: dict[str, Any], number: int) -> None:
+        """Make the epoch's iterator again, and fetch its first batches."""
+        loader, fetcher = train_loader(trainer), train_fetcher(trainer)
+        before_iterator, before_batches = state["beginning"]
+        set_epoch(trainer)
+        self._write(before_iterator)
+        iter(fetcher)
+        self._write(before_batches)
+        for _ in range(number):
+            next(fetcher, None)
+        # Lightning adds those that a checkpoint counts.
+        fetcher.fetched -= number
+        if state["first_batch"] not in (None, loader.first_batch):
+            rank_zero_warn(
+                "the data loader gives other batches than when this epoch began, so that some will repeat and others "
+                "not come: resume from the end of an epoch, or use a data loader with state_dict and load_state_dict"
+            )
+        # Lightning says so of every loader that does not keep its place itself.
+        warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is")
+
+
+class _Watched(CombinedLoader):
+    """Lightning's loader of training batches, which remembers how an epoch began.
+
+    Attributes:
+        beginning: the random states before the iterator was made, and before its first batch was fetched.
+        first_batch: a checksum; ``None`` if it is not known.
+    """
+
+    random: RandomStates
+    beginning: list[list[Any]]
+    first_batch: int | None = None
+
+    @override
+    def __iter__(self) -> Any:
+        self.beginning = [self.random.read()]
+        return super().__iter__()
+
+    @override
+    def __next__(self) -> Any:
+        if len(self.beginning) > 1:
+            return super().__next__()
+        self.beginning.append(self.random.read())
+        fetched = super().__next__()
+        self.first_batch = _checksum(fetched[0])
+        return fetched
+
+
+def _keep_their_place(trainer: "pl.Trainer") -> bool:
+    return all(hasattr(loader, "load_state_dict") for loader in train_loader(trainer).flattened)
+
+
+def _checksum(batch: Any) -> int:
+    """Of a batch's tensors."""
+    checksum = 0
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            checksum = crc32(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
+    return checksum

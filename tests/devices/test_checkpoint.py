@@ -1,0 +1,111 @@
+"""Which classes checkpoints may name, and whether a state dict is of the same devices."""
+
+from inspect import signature
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, get_unsafe_globals_in_checkpoint
+
+from aimc_pl.devices import (
+    DEVICES,
+    Backend,
+    analog_layers,
+    convert_to_analog,
+    make_analog_aware,
+    soft_bounds,
+    tiki_taka,
+)
+from aimc_pl.devices.catalogue import Material
+from aimc_pl.devices.checkpoint import CLASSES, AnalogCheckpoint, check_devices, leave_out_contexts
+from aimc_pl.errors import UsageError
+
+VARIANTS = {
+    f"{name} {value or ''}": (function, {argument: value} if value else {})
+    for name, function in DEVICES.items()
+    for argument, values in (("backend", get_args(Backend)), ("material", get_args(Material)), ("", (None,)))
+    if argument in signature(function).parameters or (not argument and not signature(function).parameters)
+    for value in values
+}
+
+
+def network(device, seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
+    convert_to_analog(net, device)
+    return net
+
+
+def train(net):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    make_analog_aware(optimizer)
+    net(torch.rand(5, 1, 4, 4)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def unregistered():
+    """torch's own list of classes only."""
+    registered = get_safe_globals()
+    clear_safe_globals()
+    yield
+    add_safe_globals(registered)
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_the_list_is_what_the_catalogue_needs(tmp_path):
+    needed = set()
+    for function, options in VARIANTS.values():
+        torch.save(network(function(**options)).state_dict(), tmp_path / "net.ckpt")
+        needed.update(get_unsafe_globals_in_checkpoint(tmp_path / "net.ckpt"))
+    assert {f"{cls.__module__}.{cls.__qualname__}" for cls in CLASSES if cls is not AnalogCheckpoint} == needed
+
+
+def test_the_list_has_classes_only():
+    assert all(isinstance(cls, type) for cls in CLASSES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_trained_network_comes_back(variant, tmp_path):
+    function, options = VARIANTS[variant]
+    net, other = network(function(**options)), network(function(**options), seed=1)
+    train(net)
+    state = leave_out_contexts(net.state_dict())
+    assert [key for key in net.state_dict() if key not in state] == [
+        "0.analog_module.analog_ctx",
+        "2.analog_module.analog_ctx",
+    ]
+    torch.save(state, tmp_path / "net.ckpt")
+    loaded = torch.load(tmp_path / "net.ckpt")
+    check_devices(other, loaded)
+    other.load_state_dict(loaded)
+    for ours, theirs in zip(analog_layers(other), analog_layers(net), strict=True):
+        assert all(map(torch.equal, ours.get_weights(), theirs.get_weights()))
+
+
+@pytest.mark.parametrize(
+    ("saved", "configured", "message"),
+    [
+        (
+            soft_bounds(tau=9.0),
+            soft_bounds(),
+            r"device.w_max=9.0, device.w_min=-9.0 there, device.dw_min=.* device.w_max=1.0",
+        ),
+        (DEVICES["ecram"](), soft_bounds(), "EcRamPresetDevice in a MeanFieldRPUConfig there, SoftBoundsDevice in a"),
+        (soft_bounds(backend="aihwkit"), soft_bounds(), "in a SingleRPUConfig there, SoftBoundsDevice in a MeanField"),
+        (soft_bounds(backend="bits"), soft_bounds(), "sample_pulses=True there, sample_pulses=False here"),
+        (tiki_taka("EcRam"), tiki_taka("ReRamSB"), "TikiTakaEcRamPreset there, .* TikiTakaReRamSBPreset here"),
+        (soft_bounds(perfect_io=True), soft_bounds(), "forward.is_perfect=True there, .*forward.is_perfect=False here"),
+        (None, soft_bounds(), "layer '0' is digital in the checkpoint, and analog here .*: leave out device="),
+        (soft_bounds(), None, r"analog in the checkpoint \(SoftBoundsDevice in a .*\), and digital here: set device="),
+    ],
+)
+def test_other_devices_are_refused(saved, configured, message):
+    nets = [nn.Sequential(nn.Linear(8, 3)), nn.Sequential(nn.Linear(8, 3))]
+    for net, device in zip(nets, (saved, configured), strict=True):
+        if device is not None:
+            convert_to_analog(net, device)
+    with pytest.raises(UsageError, match=message) as error:
+        check_devices(nets[1], nets[0].state_dict())
+    assert "\n" not in str(error.value)

@@ -1,0 +1,190 @@
+"""Runs that are interrupted and go on, each in a process (or in as many as stages) that is forked for it.
+
+python tests/resuming_cases.py FOLDER PART+PART PORT...    with LOCAL_RANK for one of two processes
+"""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning_modules import OPTIMIZERS, Attributes, Samples
+from torch.utils.data import DataLoader
+
+from aimc_pl.callbacks import ClockMonitor, DeviceNoise, Drift, StalenessMonitor, WriteNoise
+from aimc_pl.devices import soft_bounds
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+SCHEDULES = {
+    "none": {"schedule": "none"},
+    "sync": {"schedule": "sync"},
+    "1f1b": {"schedule": "1f1b"},
+    "async": {"schedule": "async"},
+    "async, full duplex": {"schedule": "async", "duplex": "full"},
+}
+NETWORKS = ("momentum", "adamw", "mean field")
+NOISY = "dropout and noise"
+"""Draws by stages, which are others with another number of processes."""
+
+LAST_STEP = 10
+PLACES = {"in the epoch": 2, "at the epoch's end": 5}
+"""The global steps of checkpoints; an epoch has five."""
+
+CASES = [(schedule, network) for schedule in SCHEDULES for network in (*NETWORKS, NOISY)]
+CROSSING = [case for case in CASES if case[1] == "mean field" or (case[0] == "async" and case[1] != NOISY)]
+"""What goes on with another number of processes."""
+
+TRAINED = {1: CASES, 2: [case for case in CASES if case in CROSSING or case[1] == NOISY]}
+"""What is trained, by the number of processes."""
+
+INTERRUPTIONS = {"SIGTERM": 3, "Ctrl-C": 6, "kill -9": 8}
+"""The global steps of the checkpoints that are left, of which only the first is made because of the signal."""
+
+INTERRUPTED = {
+    1: [case for case in CASES if case[0] == "async" or case[1] == NOISY],
+    2: [("async", NOISY)],
+}
+"""What is interrupted, by the number of processes."""
+
+
+class Augmented(Samples):
+    """Draws from all global random states."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + 0.1 * torch.rand(()) + 0.1 * np.random.rand(), y
+
+
+class Noisy(Attributes):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(()))
+
+    def on_train_epoch_start(self):
+        self.shift.fill_(torch.rand(()))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(F.dropout(x, 0.3) + self.shift), y)
+
+
+class Interrupt(Callback):
+    """Sends a signal to its own process, and lets the pipeline drain where SIGTERM will."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.kind == "SIGTERM" and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.kind == "Ctrl-C" and trainer.global_step == 6:
+            pl_module.l3.register_forward_hook(lambda *args: os.kill(os.getpid(), signal.SIGINT))
+        if self.kind == "kill -9" and trainer.global_step == 8 and trainer.is_global_zero:
+            pl_module.l3.register_forward_hook(lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == INTERRUPTIONS["SIGTERM"]:
+            trainer.strategy.drain()
+
+
+def train(folder, schedule, network, interruption=None, ckpt_path=None, **processes):
+    """Two epochs, with a checkpoint at every second step and after every epoch; the result is saved as well."""
+    # What is resumed may have come to another state.
+    L.seed_everything(7 if ckpt_path is None else 8)
+    module = (Noisy if network == NOISY else Attributes)().double()
+    module.optimizer = network if network in OPTIMIZERS else "momentum"
+    dataset, settings, noise = Augmented(length=35), SCHEDULES[schedule], []
+    if network == "mean field":
+        module, dataset.x = module.float(), dataset.x.float()
+        settings = settings | {"device": soft_bounds(device_to_device=0.1, write_noise=0.5)}
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    if network == NOISY:
+        noise = [DeviceNoise([WriteNoise(0.01), Drift(0.001)])]
+    savers = {"every_n_train_steps": 2, "save_on_exception": True}, {"every_n_epochs": 1}
+    clock, staleness = ClockMonitor(), StalenessMonitor()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        log_every_n_steps=3,
+        **processes,
+        strategy=AnalogPipelineStrategy(2, num_microbatches=3, split_at=["l3"], **settings),
+        callbacks=[Interrupt(interruption), clock, staleness, *noise]
+        + [ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **saver) for saver in savers],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(dataset, 8, shuffle=True), ckpt_path=ckpt_path)
+    weights = {}
+    for name, value in module.state_dict().items():
+        if name.endswith("analog_tile_state"):
+            value = value["analog_tile_weights"]
+        if not name.endswith("analog_ctx"):
+            weights[name] = value
+    if trainer.is_global_zero:
+        result = {
+            "weights": weights,
+            "step": trainer.global_step,
+            "clock": clock.state_dict(),
+            "staleness": {stage: dict(counts) for stage, counts in staleness.counts.items()},
+            "logged": {name: float(value) for name, value in trainer.logged_metrics.items()},
+            "random": torch.get_rng_state(),
+        }
+        torch.save(result, folder / "result.pt")
+
+
+def checkpoint(folder, step):
+    return folder / f"step={step}.ckpt"
+
+
+def runs(folder, world):
+    """Parts of the script, and keyword arguments of :func:`train`, in an order in which checkpoints come first."""
+    here, there = ("one", "two")[:: 1 if world == 1 else -1]
+    for schedule, network in TRAINED[world]:
+        case = Path(schedule) / network
+        run = {"schedule": schedule, "network": network}
+        yield "own", run | {"folder": folder / here / case / "whole"}
+        for place, step in PLACES.items():
+            if (schedule, network) in CROSSING:
+                resumed = run | {"ckpt_path": checkpoint(folder / there / case / "whole", step)}
+                yield "from the other", resumed | {"folder": folder / here / case / f"{place}, from {there}"}
+            if world == 1 or network == NOISY:
+                resumed = run | {"ckpt_path": checkpoint(folder / here / case / "whole", step)}
+                yield "own", resumed | {"folder": folder / here / case / place}
+        if (schedule, network) in INTERRUPTED[world]:
+            for interruption, step in INTERRUPTIONS.items():
+                ended = folder / here / case / f"{interruption}, ended"
+                yield "own", run | {"folder": ended, "interruption": interruption}
+                resumed = run | {"ckpt_path": checkpoint(ended, step)}
+                yield "own", resumed | {"folder": folder / here / case / interruption}
+
+
+def main():
+    folder, parts, ports = Path(sys.argv[1]), sys.argv[2].split("+"), iter(sys.argv[3:])
+    world = 2 if "LOCAL_RANK" in os.environ else 1
+    torch.set_num_threads(1)
+    # A shell starts background jobs with Ctrl-C ignored, and tests may run in one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for part, run in runs(folder, world):
+        if part not in parts:
+            continue
+        os.environ["MASTER_PORT"] = next(ports, "")
+        if not (child := os.fork()):
+            try:
+                train(devices=world, **run)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main()

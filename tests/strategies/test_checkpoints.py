@@ -1,0 +1,290 @@
+"""What checkpoints of a Trainer hold, who can load them, and what is refused."""
+
+import copy
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from aihwkit.simulator.configs import InferenceRPUConfig
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from lightning_modules import MLP, Attributes, Samples, loader, make_trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from aimc_pl.cli import main
+from aimc_pl.data import Digits
+from aimc_pl.devices import AnalogCheckpointWarning, convert_to_analog, soft_bounds
+from aimc_pl.errors import UsageError
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+
+class Analog(Attributes):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def module(seed=4):
+    torch.manual_seed(seed)
+    return Analog()
+
+
+def data(length=19):
+    samples = Samples(length=length)
+    samples.x = samples.x.float()
+    return DataLoader(samples, 8)
+
+
+def strategy(device=None, num_stages=2, schedule="sync"):
+    return AnalogPipelineStrategy(num_stages, schedule, 2, device, ["l2", "l3", "l4"][: num_stages - 1])
+
+
+def trainer(strategy="auto", **options):
+    return make_trainer(strategy, precision="32-true", **{"max_epochs": 1} | options)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """By what they are of."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, device in {"digital": None, "analog": "soft_bounds", "inference": InferenceRPUConfig()}.items():
+        ours = trainer(strategy(device))
+        ours.fit(module(), data())
+        ours.save_checkpoint(folder / f"{name}.ckpt")
+    return folder
+
+
+# ------------------------------------------------------------------- content
+
+
+def test_no_unused_memory(checkpoints):
+    state = torch.load(checkpoints / "analog.ckpt")["state_dict"]
+    assert [key for key in state if key.endswith("analog_ctx")] == []
+
+
+@pytest.mark.parametrize(("num_stages", "schedule"), [(3, "async"), (1, "none"), (4, "1f1b")])
+def test_other_stages_and_schedules_go_on(num_stages, schedule, checkpoints):
+    resumed = trainer(strategy("soft_bounds", num_stages, schedule), max_epochs=2)
+    resumed.fit(module(), data(), ckpt_path=checkpoints / "analog.ckpt")
+    assert resumed.global_step == 6
+
+
+def test_configurations_beyond_the_catalogue_go_on(checkpoints):
+    resumed = trainer(strategy(InferenceRPUConfig()), max_epochs=2)
+    resumed.fit(module(), data(), ckpt_path=checkpoints / "inference.ckpt")
+    assert resumed.global_step == 6
+
+
+# ------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize("entry", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("saved", "device", "message"),
+    [
+        ("analog", soft_bounds(tau=9.0), "layer 'l1' has another device than in the checkpoint: SoftBoundsDevice in a"),
+        ("analog", "ecram", "SoftBoundsDevice in a MeanFieldRPUConfig there, EcRamPresetDevice in a"),
+        ("analog", soft_bounds(backend="aihwkit"), "MeanFieldRPUConfig there, SoftBoundsDevice in a SingleRPUConfig"),
+        ("analog", None, "layer 'l1' is analog in the checkpoint .* set device="),
+        ("digital", "soft_bounds", "layer 'l1' is digital in the checkpoint, and analog here .* leave out device="),
+        ("inference", None, "names aihwkit.simulator.configs.configs.InferenceRPUConfig, which is not loaded"),
+    ],
+)
+def test_other_devices_are_refused(saved, device, message, entry, checkpoints):
+    with pytest.raises(UsageError, match=message):
+        getattr(trainer(strategy(device), max_epochs=2), entry)(
+            module(), data(), ckpt_path=checkpoints / f"{saved}.ckpt"
+        )
+
+
+def test_the_command_says_it_in_a_line(checkpoints, tmp_path, capsys):
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes((checkpoints / "digital.ckpt").read_bytes()[:-300])
+    for path in (damaged, tmp_path / "none.ckpt"):
+        with pytest.raises(SystemExit) as end:
+            main(["fit", "--config=digits_sync.yaml", "--trainer.logger=false", f"--ckpt_path={path}"])
+        assert str(end.value).startswith("aimc-pl: error: ")
+        assert str(path) in str(end.value)
+        assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("device", [None, "ideal"])
+@pytest.mark.parametrize("monitor", [None, "loss"])
+def test_a_diverged_module_is_not_saved(monitor, device, tmp_path):
+    class Diverge(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2 and device is None:
+                pl_module.l3.weight.data[0, 0] = torch.nan
+            elif trainer.current_epoch == 2:
+                weight, bias = pl_module.l3.get_weights()
+                weight[0, 0] = torch.nan
+                pl_module.l3.set_weights(weight, bias)
+
+    saver = ModelCheckpoint(tmp_path, monitor=monitor, save_last=True)
+    ours = trainer(strategy(device), max_epochs=5, enable_checkpointing=True, callbacks=[Diverge(), saver])
+    # A loss that is not a number is never the best, and nothing is saved.
+    ends = nullcontext() if monitor else pytest.raises(UsageError, match="after step 9 the weights of 'l")
+    with ends:
+        ours.fit(module(), data())
+    files = {path.name: torch.load(path)["global_step"] for path in tmp_path.iterdir()}
+    assert files["last.ckpt"] == 6
+    assert set(files.values()) <= {3, 6}
+    assert len(files) == 2
+
+
+# ------------------------------------------------------------------- readers
+
+
+def test_digital_ones_are_plain_lightnings(checkpoints, recwarn):
+    path = checkpoints / "digital.ckpt"
+    loaded = Analog.load_from_checkpoint(path)
+    (found,) = trainer().validate(module(), data(), ckpt_path=path, verbose=False)
+    (expected,) = trainer().validate(loaded, data(), verbose=False)
+    assert found == expected
+    assert not [w for w in recwarn if w.category is AnalogCheckpointWarning]
+
+
+def test_analog_ones_are_loaded_by_analog_modules(checkpoints):
+    """Others are told how; the strategy, which knows, says nothing."""
+    path, ready = checkpoints / "analog.ckpt", module(seed=5)
+    convert_to_analog(ready, "soft_bounds")
+    with pytest.warns(AnalogCheckpointWarning, match="strategy=AnalogPipelineStrategy.*convert_to_analog"):
+        trainer().validate(ready, data(), ckpt_path=path, verbose=False)
+    with pytest.warns(AnalogCheckpointWarning), pytest.raises(RuntimeError, match="analog_module"):
+        Analog.load_from_checkpoint(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AnalogCheckpointWarning)
+        ours = trainer(strategy("soft_bounds"))
+        ours.validate(module(), data(), ckpt_path=path, verbose=False)
+    for layer in ("l1", "l4"):
+        assert torch.equal(
+            getattr(ready, layer).get_weights()[0], getattr(ours.lightning_module, layer).get_weights()[0]
+        )
+
+
+# -------------------------------------------------------- places in the data
+
+
+class Stream(IterableDataset):
+    """Of a length that is not known, and shuffled."""
+
+    def __iter__(self):
+        samples = Samples(length=35)
+        return iter([samples[index] for index in torch.randperm(35)])
+
+
+class Once:
+    """A loader that goes on where it was, whatever the random states are."""
+
+    def __init__(self):
+        self.batches = list(loader(None, shuffle=False, length=200))
+        self.next = 0
+
+    def __len__(self):
+        return 5
+
+    def __iter__(self):
+        for _ in range(5):
+            self.next += 1
+            yield self.batches[self.next - 1]
+
+
+class Keeping(Once):
+    """It keeps its place itself."""
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+    def __iter__(self):
+        while self.next < 10:
+            self.next += 1
+            yield self.batches[self.next - 1]
+            if self.next == 5:
+                return
+
+
+class Noisy(Samples):
+    """Draws in the process that loads it."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()), y
+
+
+class Repeating(Once):
+    """Any object that gives the same batches."""
+
+    def __iter__(self):
+        return iter(self.batches[:5])
+
+
+LOADERS = {
+    "any iterable": Repeating,
+    "a generator of its own": lambda: DataLoader(
+        Samples(length=35), 8, shuffle=True, generator=torch.Generator().manual_seed(3)
+    ),
+    "worker processes": lambda: DataLoader(Noisy(length=35), 8, shuffle=True, num_workers=2),
+    "stream": lambda: DataLoader(Stream(), 8),
+    "two loaders": lambda: CombinedLoader(
+        {name: DataLoader(Noisy(length=length), 8, shuffle=True) for name, length in (("long", 40), ("short", 16))},
+        "max_size_cycle",
+    ),
+    "keeping": Keeping,
+}
+
+
+class Plain(Attributes):
+    def training_step(self, batch, batch_idx):
+        if isinstance(batch, dict):
+            return super().training_step(batch["long"], batch_idx) + self(batch["short"][0]).square().mean()
+        return super().training_step(batch, batch_idx)
+
+
+def second_epoch(make_loader, folder, ckpt_path=None):
+    torch.manual_seed(4 if ckpt_path is None else 5)
+    plain = Plain().double()
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    ours = AnalogPipelineStrategy(2, "sync", 1, split_at=["l3"])
+    fitted = make_trainer(ours, callbacks=[saver], enable_checkpointing=True, max_epochs=2)
+    fitted.fit(plain, make_loader(), ckpt_path=ckpt_path)
+    assert fitted.global_step == 10
+    return plain.state_dict()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_loaders_come_to_their_place(kind, tmp_path, recwarn):
+    whole = second_epoch(LOADERS[kind], tmp_path)
+    resumed = second_epoch(LOADERS[kind], tmp_path / "rest", tmp_path / "step=7.ckpt")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert not [w for w in recwarn if "resum" in str(w.message) or "repeat" in str(w.message)]
+
+
+def test_a_loader_that_cannot_is_warned_about(tmp_path):
+    second_epoch(Once, tmp_path)
+    with pytest.warns(UserWarning, match="gives other batches than when this epoch began, so that some will repeat"):
+        second_epoch(Once, tmp_path / "rest", tmp_path / "step=7.ckpt")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("step", [3, 10])
+def test_our_images_with_augmentation_come_to_their_place(step, num_workers, tmp_path):
+    runs = []
+    for ckpt_path in (None, tmp_path / f"step={step}.ckpt"):
+        torch.manual_seed(3 if ckpt_path is None else 8)
+        net = MLP()
+        net.net[0] = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8))
+        net.net[-1] = torch.nn.Linear(8, 10)
+        digits = Digits(batch_size=256, augment=True, num_workers=num_workers)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        options = {"callbacks": [saver]} if ckpt_path is None else {}
+        ours = AnalogPipelineStrategy(2, "async", 2, split_at=["net.4"])
+        # Both drain after every step.
+        drains = type("Drains", (Callback,), {"on_train_batch_end": lambda self, t, *args: t.strategy.drain()})()
+        options["callbacks"] = [drains, *options.get("callbacks", [])]
+        fitted = trainer(ours, max_epochs=3, limit_val_batches=0, enable_checkpointing=ckpt_path is None, **options)
+        fitted.fit(net, datamodule=digits, ckpt_path=ckpt_path)
+        runs.append(copy.deepcopy(net.state_dict()))
+    assert all(torch.equal(runs[1][name], value) for name, value in runs[0].items())

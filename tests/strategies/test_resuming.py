@@ -1,0 +1,89 @@
+"""A resumed run is the uninterrupted one that drains where checkpoints are made."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from resuming_cases import CASES, CROSSING, INTERRUPTED, INTERRUPTIONS, LAST_STEP, NOISY, PLACES
+
+SCRIPT = Path(__file__).parent.parent / "resuming_cases.py"
+
+
+def launch(folder, world, parts):
+    ports = [str(find_free_network_port()) for _ in range(100)] if world > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), parts, *ports],
+            env=environment | ({"LOCAL_RANK": str(rank)} if world > 1 else {}),
+            stdout=(folder / f"{world} {parts} {rank}.txt").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world)
+    ]
+    try:
+        assert all(process.wait(900) == 0 for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where all runs have left their results."""
+    folder = tmp_path_factory.mktemp("resuming")
+    launch(folder, 2, "own")
+    launch(folder, 1, "own+from the other")
+    launch(folder, 2, "from the other")
+    return folder
+
+
+def results(path):
+    if not (path / "result.pt").exists():
+        pytest.fail("\n".join(log.read_text()[-2000:] for log in path.parents[3].glob("*.txt")))
+    return torch.load(path / "result.pt", weights_only=False)
+
+
+def assert_same(found, expected, tolerance=0.0):
+    assert found["step"] == expected["step"] == LAST_STEP
+    assert (found["clock"], found["staleness"]) == (expected["clock"], expected["staleness"])
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=tolerance, atol=tolerance, msg=name)
+    assert torch.equal(found["random"], expected["random"])
+    # The mean over an epoch that has been interrupted is Lightning's, over what came after.
+    for name in expected["logged"].keys() - {"loss_epoch"}:
+        assert found["logged"][name] == pytest.approx(expected["logged"][name], rel=tolerance), name
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("processes", "schedule", "network"),
+    [("one", *case) for case in CASES] + [("two", *case) for case in CASES if case[1] == NOISY],
+)
+def test_goes_on_bit_for_bit(processes, schedule, network, place, folder):
+    case = folder / processes / schedule / network
+    assert_same(results(case / place), results(case / "whole"))
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+@pytest.mark.parametrize(
+    ("processes", "schedule", "network"),
+    [(name, *case) for world, name in ((1, "one"), (2, "two")) for case in INTERRUPTED[world]],
+)
+def test_goes_on_after_an_interruption(processes, schedule, network, interruption, folder):
+    case = folder / processes / schedule / network
+    assert not (case / f"{interruption}, ended" / "result.pt").exists()
+    assert_same(results(case / interruption), results(case / "whole"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("schedule", "network"), CROSSING)
+@pytest.mark.parametrize(("here", "there"), [("one", "two"), ("two", "one")])
+def test_goes_on_with_another_number_of_processes(here, there, schedule, network, place, folder):
+    case = folder / here / schedule / network
+    found, expected = results(case / f"{place}, from {there}"), results(case / "whole")
+    assert_same(found, expected, tolerance=0.0 if network == "mean field" else 1e-12)
