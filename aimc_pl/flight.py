@@ -4,8 +4,9 @@ A *boundary* is a module of the network that opens a stage when the step calls i
 greenlet; where it comes to the next boundary it waits, until the schedule lets the next stage begin.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -95,6 +96,8 @@ class StagedStep:
     def running(self) -> Iterator[None]:
         """While micro-batches are under way: one mini-batch, or a drain."""
         self._carry()
+        if self.delayed:
+            self._follow_parameters()
         handles = [
             self.network.get_submodule(name).register_forward_pre_hook(hook, prepend=True)
             for name, hook in zip(self.boundaries, self._arrivals, strict=True)
@@ -134,8 +137,12 @@ class StagedStep:
         """Entered around the forward of a stage."""
         return nullcontext() if self.saved is None else self.saved.hooks(self.stages[stage].version)
 
-    def own(self, leaves: Sequence[Sequence[Tensor]]) -> None:
+    def own(self, leaves: Sequence[Sequence[Tensor]], opened: Container[int]) -> None:
         """Give the leaf tensors that a micro-batch's stages have used to these stages.
+
+        Args:
+            leaves: of each stage.
+            opened: the stages that have begun with the module that opens them.
 
         Raises:
             UsageError: if they are of several stages and may not.
@@ -151,6 +158,12 @@ class StagedStep:
                     shared.append((owner.index, stage.index, leaf))
         if shared and not self.may_share:
             first, second, parameter = min(shared, key=lambda use: use[:2])
+            if (latest := max(first, second)) not in opened:
+                raise UsageError(
+                    f"the step did not call {self.boundaries[latest - 1]!r}, with which stage {latest} begins, so that "
+                    f"stage {second} used {_name(self.network, parameter)} of stage {first}: name a module that every "
+                    "step calls"
+                )
             raise _shared_parameter(self.network, parameter, first, second)
 
     def settle(self) -> None:
@@ -213,6 +226,18 @@ class StagedStep:
         for flight in self.waiting:
             flight.keep(self.attributes.select(self._left, changed))
 
+    def _follow_parameters(self) -> None:
+        """Know parameters that have been replaced, or have come in addition, since the last mini-batch."""
+        before, self.parameters = self.parameters, [*self.network.parameters()]
+        if len(before) == len(self.parameters) and all(map(is_, before, self.parameters)):
+            return
+        gone = set(map(id, before)) - set(map(id, self.parameters))
+        for stage in self.stages:
+            stage.parameters = [parameter for parameter in stage.parameters if id(parameter) not in gone]
+        self._owners = {parameter: stage for parameter, stage in self._owners.items() if parameter not in gone}
+        if self.saved is not None:
+            self.saved.follow(self.parameters)
+
 
 class Flight:
     """A micro-batch on its way through the stages (see :class:`aimc_pl.pipeline.MicroBatch`).
@@ -232,7 +257,8 @@ class Flight:
         self._weight = weight
         self._call = SuspendableCall(function, owner=self)
         self._graph = CutGraph(step.anchor)
-        self._versions: list[list[int]] = []
+        self._opened = {0}
+        self._versions: list[tuple[list[nn.Parameter], list[int]]] = []
         self._attributes: dict[Place, Any] = {}
         self._random_states: list[Any] | None = None
 
@@ -240,21 +266,20 @@ class Flight:
         """Run the step to where the next stage begins; from the last stage, to its end."""
         step, self.stage = self._step, stage
         self._graph.begin_stage()
-        if stage == 0 or self._call.is_suspended:
-            with step.saving(stage), self._own_attributes(), self._own_random_states(), _explained(stage):
-                result = self._call.resume() if stage else self._call.start()
-            if not self._call.is_suspended:
-                self.loss = result
+        with self._own_versions():
+            if stage == 0 or self._call.is_suspended:
+                with step.saving(stage), self._own_attributes(), self._own_random_states(), _explained(stage):
+                    result = self._call.resume() if stage else self._call.start()
+                if not self._call.is_suspended:
+                    self.loss = result
         self._graph.end_stage()
-        if step.delayed:
-            self._versions.append(versions_of(step.parameters))
         if stage == len(step.stages) - 1:
             self._close()
 
     def backward(self, stage: int) -> None:
         """Backpropagate through a stage, adding to the parameters' gradients (and to the tiles' pending pairs)."""
         step = self._step
-        weights = current_weights(step.parameters, self._versions[stage]) if step.delayed else nullcontext()
+        weights = current_weights(*self._versions[stage]) if step.delayed else nullcontext()
         with weights, own_pending_errors(step.stages[stage].parameters), _explained(stage):
             self._graph.backward(stage)
 
@@ -272,6 +297,7 @@ class Flight:
         """The step calls the module with which a stage begins: wait for the schedule."""
         if self.stage >= index or (self._step.with_gradients and not torch.is_grad_enabled()):
             return
+        self._opened.add(index)
         name = self._step.boundaries[index - 1]
         if torch.is_inference_mode_enabled():
             raise UsageError(
@@ -304,8 +330,19 @@ class Flight:
             return
         check_loss(loss)
         self.leaves = self._graph.close(loss, torch.full_like(loss, self._weight))
-        self._step.own(self.leaves)
+        self._step.own(self.leaves, self._opened)
         self.loss = loss.detach()
+
+    @contextmanager
+    def _own_versions(self) -> Iterator[None]:
+        """Updates since the last stage do not count: autograd would make views of parameters anew, in this stage."""
+        step = self._step
+        if not step.delayed:
+            yield
+            return
+        with current_weights(*self._versions[-1]) if self._versions else nullcontext():
+            yield
+            self._versions.append((step.parameters, versions_of(step.parameters)))
 
     @contextmanager
     def _own_attributes(self) -> Iterator[None]:
@@ -362,10 +399,9 @@ def _explained(stage: int) -> Iterator[None]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise UsageError(
-            f"stage {stage} cannot differentiate, as a tensor that a forward used was changed in place since then: a "
-            "buffer by another micro-batch, or, where the step itself calls torch.autograd.grad over several stages "
-            "under schedule='async', weights. Use the out-of-place operation, one stage for it, or schedule='sync'. "
-            f"({str(error).splitlines()[0]})"
+            f"stage {stage} cannot differentiate, as a tensor that a forward used was changed in place since then, a "
+            "buffer by another micro-batch for example: use the out-of-place operation, one stage for it, or "
+            f"schedule='sync' ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -384,11 +420,15 @@ def check_loss(loss: Tensor) -> None:
 
 def _shared_parameter(network: nn.Module, parameter: Tensor, first: int, second: int) -> UsageError:
     """What to raise where two stages that update apart use a parameter."""
-    name = next((name for name, p in network.named_parameters() if p is parameter), "a leaf tensor")
     return UsageError(
-        f"parameter {name!r} is used by stages {first} and {second}, which update their weights at different times or "
+        f"{_name(network, parameter)} is used by stages {first} and {second}, which update their weights at different times or "
         "in different processes: keep both uses on one stage with split_at, or use schedule='sync' and devices=1"
     )
+
+
+def _name(network: nn.Module, parameter: Tensor) -> str:
+    names = [name for name, p in network.named_parameters() if p is parameter]
+    return f"parameter {names[0]!r}" if names else "a leaf tensor"
 
 
 def _arrival(index: int) -> Callable[..., Any]:

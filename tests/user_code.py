@@ -2014,3 +2014,77 @@ class SilencesWarnings(Plain):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return super().training_step(batch, batch_idx)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = perceptron(), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.net(x) * self.scale
+
+
+class ScaledAtTheEnd(Plain):
+    """As CLIP: a parameter of the module around all layers, used after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Scaled()
+
+
+class ViewOfAParameter(Plain):
+    """As CaiT: made in the first stage, used in the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 8))
+
+    def forward(self, x):
+        token = self.token.expand(len(x), -1)
+        return self.net[4:](self.net[:4](x) + token)
+
+
+class SkipsLayersAtRandom(Plain):
+    """LayerDrop of the layers with which stages begin."""
+
+    def forward(self, x):
+        x = self.net[0](x)
+        for layer in (self.net[2], self.net[4]):
+            if random.random() < 0.5:
+                x = layer(torch.tanh(x))
+        return self.net[6](x)
+
+
+class PenaltyLater(Plain):
+    """On a layer of another stage, not from the start."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net[0].weight.square().mean() if self.current_epoch else 0)
+
+
+class ReplacesAParameter(Plain):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net[2].weight = nn.Parameter(self.net[2].weight.detach() * 0.5)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class ReplacesALayer(Plain):
+    """The one with which a stage begins."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            torch.manual_seed(0)
+            self.net[2] = nn.Linear(8, 8).to(self.net[0].weight)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class AddsALayer(Plain):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            torch.manual_seed(0)
+            layer = nn.Linear(8, 8).to(self.net[0].weight)
+            self.net[1] = nn.Sequential(nn.Tanh(), layer)
+            self.trainer.optimizers[0].add_param_group({"params": [*layer.parameters()]})

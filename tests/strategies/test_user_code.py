@@ -69,7 +69,7 @@ CASES = {
     "gradient penalty of one call": Case(u.PenaltyOfOneCall, EQUAL, EQUAL, EITHER),
     "gradient penalty in one stage": Case(u.PenaltyInTheLastStage),
     "adversarial": Case(u.Adversarial, EQUAL, EQUAL, EITHER),
-    "balanced losses": Case(u.BalancesLosses, EQUAL, MICRO, "cannot differentiate"),
+    "balanced losses": Case(u.BalancesLosses, EQUAL, MICRO, MICRO),
     "tensor hooks": Case(u.TensorHooks),
     "parameter hooks": Case(u.ParameterHooks),
     "hooks after accumulation": Case(u.GradientsAfterAccumulation, EQUAL, MICRO, RUNS),
@@ -229,6 +229,12 @@ CASES = {
     "frozen stages": Case(u.FrozenStages),
     "unfreezes later": Case(u.UnfreezesLater),
     "unused sometimes": Case(u.UnusedSometimes),
+    "scaled at the end, boundaries found": Case(u.ScaledAtTheEnd, split_at=None),
+    "scaled at the end": Case(u.ScaledAtTheEnd, split_at=("net.net.2", "net.net.4")),
+    "view of a parameter": Case(u.ViewOfAParameter),
+    "replaces a parameter": Case(u.ReplacesAParameter),
+    "replaces a layer": Case(u.ReplacesALayer),
+    "adds a layer": Case(u.AddsALayer),
     # the code
     "depends on values": Case(u.DependsOnValues, EQUAL, MICRO, MICRO),
     "tries": Case(u.Tries, stale="is used by stages"),
@@ -367,6 +373,8 @@ def test_a_compiled_lightning_module_is_refused():
         (u.AuxiliaryLater, "sync", "the step sets 'aux' in stage"),
         (u.AuxiliaryLater, "async", "the step sets 'aux' in stage"),
         (u.ChangesTheOrder, "async", "is used by stages 1 and 2"),
+        (u.PenaltyLater, "async", "parameter 'net.0.weight' is used by stages 0 and 2"),
+        (u.SkipsLayersAtRandom, "async", "did not call 'net.4', with which stage 2 begins"),
     ],
 )
 def test_what_shows_later_is_refused_when_it_shows(make, schedule, message):
