@@ -515,6 +515,7 @@ def test_a_view_of_a_parameter_belongs_to_the_stage_that_makes_it(view, reader):
 
     step = make_step(net, ["b", "c"], lambda: function(inputs[0]), delayed=True, may_share=False)
     flights = [Flight(step, lambda x=x: function(x)) for x in inputs]
+    losses, gradients = [], []
     with step.running():
         for stage in range(3):
             for flight in flights:

@@ -2016,7 +2016,7 @@ class SilencesWarnings(Plain):
             return super().training_step(batch, batch_idx)
 
 
-class Scaled(nn.Module):
+class PerceptronWithScale(nn.Module):
     def __init__(self):
         super().__init__()
         self.net, self.scale = perceptron(), nn.Parameter(torch.ones(()))
@@ -2030,7 +2030,7 @@ class ScaledAtTheEnd(Plain):
 
     def __init__(self):
         super().__init__()
-        self.net = Scaled()
+        self.net = PerceptronWithScale()
 
 
 class ViewOfAParameter(Plain):
