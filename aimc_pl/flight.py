@@ -74,7 +74,9 @@ class StagedStep:
         self.carried: set[Place] = set()
         """Attributes that have been set between mini-batches, and by no step."""
         self._writers: dict[Place, set[int]] = {}
-        self._is_settled = False
+        self.is_settled = False
+        self.hands_on_views = False
+        """Whether a stage seems to use views of parameters that an earlier one has made."""
         self._arrivals = [_arrival(index + 1) for index in range(len(boundaries))]
         self._owners: dict[int, Stage] = {}
         self._called_without_gradients: list[tuple[Stage, nn.Module]] = []
@@ -107,7 +109,7 @@ class StagedStep:
         finally:
             for handle in handles:
                 handle.remove()
-            if self.attributes is not None and self._is_settled:
+            if self.attributes is not None and self.is_settled:
                 self._left = self.attributes.read()
 
     @contextmanager
@@ -188,7 +190,7 @@ class StagedStep:
                         raise _shared_parameter(self.network, parameter, stage.index, owner.index)
         for stage in self.stages:
             stage.parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
-        self._is_settled = True
+        self.is_settled = True
 
     def note_writes(self, stage: int, places: Iterable[Place]) -> None:
         """Know in which stages attributes are set.
@@ -199,7 +201,7 @@ class StagedStep:
         for place in places:
             self.carried.discard(place)
             writers = self._writers.setdefault(place, set())
-            if stage not in writers and self._is_settled and writers:
+            if stage not in writers and self.is_settled and writers:
                 assert self.attributes is not None
                 raise UsageError(
                     f"the step sets {self.attributes.name(place)!r} in stage {stage}, and has so far set it "
@@ -272,6 +274,8 @@ class Flight:
                     result = self._call.resume() if stage else self._call.start()
                 if not self._call.is_suspended:
                     self.loss = result
+            if step.delayed:
+                self._versions.append((step.parameters, versions_of(step.parameters)))
         self._graph.end_stage()
         if stage == len(step.stages) - 1:
             self._close()
@@ -331,18 +335,12 @@ class Flight:
         check_loss(loss)
         self.leaves = self._graph.close(loss, torch.full_like(loss, self._weight))
         self._step.own(self.leaves, self._opened)
+        self._step.hands_on_views |= not self._step.is_settled and self._graph.has_views_across
         self.loss = loss.detach()
 
-    @contextmanager
-    def _own_versions(self) -> Iterator[None]:
+    def _own_versions(self) -> AbstractContextManager[Any]:
         """Updates since the last stage do not count: autograd would make views of parameters anew, in this stage."""
-        step = self._step
-        if not step.delayed:
-            yield
-            return
-        with current_weights(*self._versions[-1]) if self._versions else nullcontext():
-            yield
-            self._versions.append((step.parameters, versions_of(step.parameters)))
+        return current_weights(*self._versions[-1]) if self._step.hands_on_views and self._versions else nullcontext()
 
     @contextmanager
     def _own_attributes(self) -> Iterator[None]:
@@ -399,9 +397,10 @@ def _explained(stage: int) -> Iterator[None]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise UsageError(
-            f"stage {stage} cannot differentiate, as a tensor that a forward used was changed in place since then, a "
-            "buffer by another micro-batch for example: use the out-of-place operation, one stage for it, or "
-            f"schedule='sync' ({str(error).splitlines()[0]})"
+            f"stage {stage} cannot differentiate, as a tensor that a forward used was changed in place since then: a "
+            "buffer by another micro-batch, or, where the step itself calls torch.autograd.grad over several stages "
+            "under schedule='async', weights. Use the out-of-place operation, one stage for it, or schedule='sync'. "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -422,7 +421,8 @@ def _shared_parameter(network: nn.Module, parameter: Tensor, first: int, second:
     """What to raise where two stages that update apart use a parameter."""
     return UsageError(
         f"{_name(network, parameter)} is used by stages {first} and {second}, which update their weights at different "
-        "times or in different processes: keep both uses on one stage with split_at, or use schedule='sync' and devices=1"
+        "times or in different processes: keep both uses on one stage with split_at, or use schedule='sync' and "
+        "devices=1"
     )
 
 
