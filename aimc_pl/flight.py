@@ -22,6 +22,7 @@ from aimc_pl.random_states import RandomStates
 from aimc_pl.saved import SavedParameters, current_weights, versions_of
 from aimc_pl.stage import Stage
 from aimc_pl.suspension import SuspendableCall
+from aimc_pl.switches import Switch, switches_for
 
 
 class StagedStep:
@@ -62,6 +63,8 @@ class StagedStep:
         self.may_share = may_share
         self.with_gradients = with_gradients
         self.attributes = Attributes(network) if overlaps else None
+        self.switches = switches_for(network) if overlaps else []
+        """Settings of the process to keep apart: until the step is settled all, then those that it switches."""
         self.random: RandomStates | None = None
         """Random states to keep apart, where the step sets them."""
         self.parameters = [*network.parameters()]
@@ -81,6 +84,7 @@ class StagedStep:
         self._owners: dict[int, Stage] = {}
         self._called_without_gradients: list[tuple[Stage, nn.Module]] = []
         self._left: Snapshot | None = None
+        self._switched: set[Switch] = set()
         for stage in stages:
             self._owners |= {id(parameter): stage for parameter in stage.parameters}
 
@@ -106,6 +110,10 @@ class StagedStep:
         ]
         try:
             yield
+        except BaseException:
+            for flight in [*self.waiting]:
+                flight.abort()  # leaves what it has entered
+            raise
         finally:
             for handle in handles:
                 handle.remove()
@@ -190,6 +198,7 @@ class StagedStep:
                         raise _shared_parameter(self.network, parameter, stage.index, owner.index)
         for stage in self.stages:
             stage.parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
+        self.switches = [switch for switch in self.switches if switch in self._switched]
         self.is_settled = True
 
     def note_writes(self, stage: int, places: Iterable[Place]) -> None:
@@ -209,6 +218,21 @@ class StagedStep:
                     "or use num_microbatches=1 with schedule='sync'"
                 )
             writers.add(stage)
+
+    def note_switches(self, stage: int, switches: Iterable[Switch]) -> None:
+        """Know what the step has switched for the whole process when it waits after a stage.
+
+        Raises:
+            UsageError: if it cannot be set aside.
+        """
+        for switch in switches:
+            if switch.write is None:
+                raise UsageError(
+                    f"training_step still holds {switch.name} where {self.boundaries[stage]!r} begins stage "
+                    f"{stage + 1}, and micro-batches overlap: leave it before, choose other stages with split_at, or "
+                    "use num_microbatches=1 with schedule='sync'"
+                )
+            self._switched.add(switch)
 
     def set_in(self, stage: int) -> list[Place]:
         """The attributes that a stage sets, at times."""
@@ -263,6 +287,7 @@ class Flight:
         self._versions: list[tuple[list[nn.Parameter], list[int]]] = []
         self._attributes: dict[Place, Any] = {}
         self._random_states: list[Any] | None = None
+        self._switched: dict[Switch, Any] = {}
 
     def forward(self, stage: int) -> None:
         """Run the step to where the next stage begins; from the last stage, to its end."""
@@ -270,7 +295,13 @@ class Flight:
         self._graph.begin_stage()
         with self._own_versions():
             if stage == 0 or self._call.is_suspended:
-                with step.saving(stage), self._own_attributes(), self._own_random_states(), _explained(stage):
+                with (
+                    step.saving(stage),
+                    self._own_attributes(),
+                    self._own_random_states(),
+                    self._own_switches(),
+                    _explained(stage),
+                ):
                     result = self._call.resume() if stage else self._call.start()
                 if not self._call.is_suspended:
                     self.loss = result
@@ -289,7 +320,8 @@ class Flight:
 
     def abort(self) -> None:
         """End the step where it waits."""
-        self._call.abort()
+        with self._own_switches():
+            self._call.abort()
         if self in self._step.waiting:
             self._step.waiting.remove(self)
 
@@ -386,6 +418,23 @@ class Flight:
         self._random_states = random.read()
         if self.stage:
             random.write(outside)
+
+    @contextmanager
+    def _own_switches(self) -> Iterator[None]:
+        """What the step has switched for the whole process is set aside while it waits."""
+        switches = self._step.switches
+        outside = {switch: switch.read() for switch in switches}
+        for switch, value in self._switched.items():
+            switch.set(value)
+        yield
+        self._switched = {}
+        if self._call.is_suspended:
+            now = {switch: switch.read() for switch in switches}
+            switched = {switch: value for switch, value in now.items() if value != outside[switch]}
+            self._step.note_switches(self.stage, switched)
+            self._switched = switched
+            for switch in self._switched:
+                switch.set(outside[switch])
 
 
 @contextmanager

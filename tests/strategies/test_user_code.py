@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,9 +10,11 @@ from dataclasses import dataclass, field
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 import user_code as u
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_modules import make_trainer
+from torch.autograd.graph import saved_tensors_hooks
 
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -252,6 +255,15 @@ CASES = {
     "skips a boundary": Case(u.SkipsABoundary),
     "detects anomalies": Case(u.DetectsAnomalies),
     "silences warnings": Case(u.SilencesWarnings),
+    "redirects output": Case(u.RedirectsOutput),
+    "switches backends": Case(u.SwitchesBackends),
+    "sets threads": Case(u.SetsThreads),
+    "forbids saved-tensor hooks": Case(u.ForbidsSavedTensorHooks),
+    "patches a function": Case(u.PatchesAFunction),
+    "holds a lock": Case(u.HoldsALock, EQUAL, *["still holds the lock 'lock' where 'net.2'"] * 2),
+    "holds a reentrant lock": Case(u.HoldsAReentrantLock),
+    "runs a coroutine": Case(u.RunsACoroutine, EQUAL, *["still holds the event loop of asyncio.run"] * 2),
+    "differentiates forward": Case(u.DifferentiatesForward, EQUAL, *["dual_level"] * 2),
     "vmap over a boundary": Case(u.Vectorised, EITHER, EITHER, EITHER),
 }
 
@@ -290,7 +302,9 @@ def state(module):
 def process_state():
     """What blocks of code switch on for a while."""
     switches = torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")
-    return switches, torch.get_default_dtype(), [*warnings.filters]
+    backends = torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(), torch.get_num_threads()
+    with saved_tensors_hooks(lambda x: x, lambda x: x):  # raises if forbidden
+        return switches, backends, torch.get_default_dtype(), [*warnings.filters], sys.stdout, F.cross_entropy
 
 
 def same(a, b):
