@@ -2172,3 +2172,15 @@ class AddsALayer(Plain):
             layer = nn.Linear(8, 8).to(self.net[0].weight)
             self.net[1] = nn.Sequential(nn.Tanh(), layer)
             self.trainer.optimizers[0].add_param_group({"params": [*layer.parameters()]})
+
+
+class DividesByAFixedNumber(Plain):
+    """A sum that the step divides by the size of the mini-batch, beside dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y, reduction="sum") / self.batch_size

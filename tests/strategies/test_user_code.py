@@ -397,6 +397,15 @@ def test_what_shows_later_is_refused_when_it_shows(make, schedule, message):
     assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_a_split_that_changes_the_loss_is_told_beside_dropout(schedule):
+    for make, changes in ((u.DividesByAFixedNumber, True), (u.Dropout, False)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(Case(make), AnalogPipelineStrategy(3, schedule, 2, split_at=("net.2", "net.4")))
+        assert any("splitting the mini-batch changes its loss" in str(warning.message) for warning in told) == changes
+
+
 def test_a_mean_over_other_things_than_samples_equals_plain_with_its_weights():
     case = Case(u.MaskedMean, **BY_MICROBATCH)
     strategy = AnalogPipelineStrategy(
