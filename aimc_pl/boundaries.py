@@ -134,8 +134,11 @@ def find(
             costs = [min(pair) for pair in zip(costs, _measure(flight, parts), strict=True)]
             for used, leaves in zip(uses, flight.leaves, strict=True):
                 used.update(map(id, leaves))
+    # As StagedStep.settle has it: where the graph shows no use, the call of the module counts.
+    shown = set().union(*uses)
     for used, part in zip(uses, parts, strict=True):
-        used.update(id(parameter) for module in part.modules for parameter in module.parameters(recurse=False))
+        own = [parameter for module in part.modules for parameter in module.parameters(recurse=False)]
+        used.update(id(parameter) for parameter in own if id(parameter) not in shown)
     cuts = _allowed(uses, calls.names, may_share)
     if len(cuts) < num_stages - 1:
         raise BoundaryError(

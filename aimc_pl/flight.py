@@ -4,8 +4,9 @@ A *boundary* is a module of the network that opens a stage when the step calls i
 greenlet; where it comes to the next boundary it waits, until the schedule lets the next stage begin.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from aimc_pl.random_states import RandomStates
 from aimc_pl.saved import SavedParameters, current_weights, versions_of
 from aimc_pl.stage import Stage
 from aimc_pl.suspension import SuspendableCall
+from aimc_pl.switches import Switch, switches_for
 
 
 class StagedStep:
@@ -63,6 +65,8 @@ class StagedStep:
         self.may_share = may_share
         self.with_gradients = with_gradients
         self.attributes = Attributes(network) if overlaps else None
+        self.switches = switches_for(network) if overlaps else []
+        """Settings of the process to keep apart: until the step is settled all, then those that it switches."""
         self.random: RandomStates | None = None
         """Random states to keep apart, where the step sets them."""
         self.parameters: list[Any] = [*network.parameters(), *trained]
@@ -75,11 +79,14 @@ class StagedStep:
         self.carried: set[Place] = set()
         """Attributes that have been set between mini-batches, and by no step."""
         self._writers: dict[Place, set[int]] = {}
-        self._is_settled = False
+        self.is_settled = False
+        self.hands_on_views = False
+        """Whether a stage seems to use views of parameters that an earlier one has made."""
         self._arrivals = [_arrival(index + 1) for index in range(len(boundaries))]
         self._owners: dict[int, Stage] = {}
         self._called_without_gradients: list[tuple[Stage, nn.Module]] = []
         self._left: Snapshot | None = None
+        self._switched: set[Switch] = set()
         for stage in stages:
             self._owners |= {id(parameter): stage for parameter in stage.parameters}
 
@@ -97,16 +104,22 @@ class StagedStep:
     def running(self) -> Iterator[None]:
         """While micro-batches are under way: one mini-batch, or a drain."""
         self._carry()
+        if self.delayed:
+            self._follow_parameters()
         handles = [
             self.network.get_submodule(name).register_forward_pre_hook(hook, prepend=True)
             for name, hook in zip(self.boundaries, self._arrivals, strict=True)
         ]
         try:
             yield
+        except BaseException:
+            for flight in [*self.waiting]:
+                flight.abort()  # leaves what it has entered
+            raise
         finally:
             for handle in handles:
                 handle.remove()
-            if self.attributes is not None and self._is_settled:
+            if self.attributes is not None and self.is_settled:
                 self._left = self.attributes.read()
 
     @contextmanager
@@ -136,8 +149,12 @@ class StagedStep:
         """Entered around the forward of a stage."""
         return nullcontext() if self.saved is None else self.saved.hooks(self.stages[stage].version)
 
-    def own(self, leaves: Sequence[Sequence[Tensor]]) -> None:
+    def own(self, leaves: Sequence[Sequence[Tensor]], opened: Container[int]) -> None:
         """Give the leaf tensors that a micro-batch's stages have used to these stages.
+
+        Args:
+            leaves: of each stage.
+            opened: the stages that have begun with the module that opens them.
 
         Raises:
             UsageError: if they are of several stages and may not.
@@ -153,6 +170,12 @@ class StagedStep:
                     shared.append((owner.index, stage.index, leaf))
         if shared and not self.may_share:
             first, second, parameter = min(shared, key=lambda use: use[:2])
+            if (latest := max(first, second)) not in opened:
+                raise UsageError(
+                    f"the step did not call {self.boundaries[latest - 1]!r}, with which stage {latest} begins, so that "
+                    f"stage {second} used {_name(self.network, parameter)} of stage {first}: name a module that every "
+                    "step calls"
+                )
             raise _shared_parameter(self.network, parameter, first, second)
 
     def settle(self) -> None:
@@ -177,7 +200,8 @@ class StagedStep:
                         raise _shared_parameter(self.network, parameter, stage.index, owner.index)
         for stage in self.stages:
             stage.parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
-        self._is_settled = True
+        self.switches = [switch for switch in self.switches if switch in self._switched]
+        self.is_settled = True
 
     def note_writes(self, stage: int, places: Iterable[Place]) -> None:
         """Know in which stages attributes are set.
@@ -188,7 +212,7 @@ class StagedStep:
         for place in places:
             self.carried.discard(place)
             writers = self._writers.setdefault(place, set())
-            if stage not in writers and self._is_settled and writers:
+            if stage not in writers and self.is_settled and writers:
                 assert self.attributes is not None
                 raise UsageError(
                     f"the step sets {self.attributes.name(place)!r} in stage {stage}, and has so far set it "
@@ -196,6 +220,21 @@ class StagedStep:
                     "or use num_microbatches=1 with schedule='sync'"
                 )
             writers.add(stage)
+
+    def note_switches(self, stage: int, switches: Iterable[Switch]) -> None:
+        """Know what the step has switched for the whole process when it waits after a stage.
+
+        Raises:
+            UsageError: if it cannot be set aside.
+        """
+        for switch in switches:
+            if switch.write is None:
+                raise UsageError(
+                    f"training_step still holds {switch.name} where {self.boundaries[stage]!r} begins stage "
+                    f"{stage + 1}, and micro-batches overlap: leave it before, choose other stages with split_at, or "
+                    "use num_microbatches=1 with schedule='sync'"
+                )
+            self._switched.add(switch)
 
     def set_in(self, stage: int) -> list[Place]:
         """The attributes that a stage sets, at times."""
@@ -214,6 +253,18 @@ class StagedStep:
         self.carried.update(changed)
         for flight in self.waiting:
             flight.keep(self.attributes.select(self._left, changed))
+
+    def _follow_parameters(self) -> None:
+        """Know parameters that have been replaced, or have come in addition, since the last mini-batch."""
+        before, self.parameters = self.parameters, [*self.network.parameters()]
+        if len(before) == len(self.parameters) and all(map(is_, before, self.parameters)):
+            return
+        gone = set(map(id, before)) - set(map(id, self.parameters))
+        for stage in self.stages:
+            stage.parameters = [parameter for parameter in stage.parameters if id(parameter) not in gone]
+        self._owners = {parameter: stage for parameter, stage in self._owners.items() if parameter not in gone}
+        if self.saved is not None:
+            self.saved.follow(self.parameters)
 
 
 class Flight:
@@ -234,35 +285,45 @@ class Flight:
         self._weight = weight
         self._call = SuspendableCall(function, owner=self)
         self._graph = CutGraph(step.anchor)
-        self._versions: list[list[int]] = []
+        self._opened = {0}
+        self._versions: list[tuple[list[nn.Parameter], list[int]]] = []
         self._attributes: dict[Place, Any] = {}
         self._random_states: list[Any] | None = None
+        self._switched: dict[Switch, Any] = {}
 
     def forward(self, stage: int) -> None:
         """Run the step to where the next stage begins; from the last stage, to its end."""
         step, self.stage = self._step, stage
         self._graph.begin_stage()
-        if stage == 0 or self._call.is_suspended:
-            with step.saving(stage), self._own_attributes(), self._own_random_states(), _explained(stage):
-                result = self._call.resume() if stage else self._call.start()
-            if not self._call.is_suspended:
-                self.loss = result
+        with self._own_versions():
+            if stage == 0 or self._call.is_suspended:
+                with (
+                    step.saving(stage),
+                    self._own_attributes(),
+                    self._own_random_states(),
+                    self._own_switches(),
+                    _explained(stage),
+                ):
+                    result = self._call.resume() if stage else self._call.start()
+                if not self._call.is_suspended:
+                    self.loss = result
+            if step.delayed:
+                self._versions.append((step.parameters, versions_of(step.parameters)))
         self._graph.end_stage()
-        if step.delayed:
-            self._versions.append(versions_of(step.parameters))
         if stage == len(step.stages) - 1:
             self._close()
 
     def backward(self, stage: int) -> None:
         """Backpropagate through a stage, adding to the parameters' gradients (and to the tiles' pending pairs)."""
         step = self._step
-        weights = current_weights(step.parameters, self._versions[stage]) if step.delayed else nullcontext()
+        weights = current_weights(*self._versions[stage]) if step.delayed else nullcontext()
         with weights, own_pending_errors(step.stages[stage].parameters), _explained(stage):
             self._graph.backward(stage)
 
     def abort(self) -> None:
         """End the step where it waits."""
-        self._call.abort()
+        with self._own_switches():
+            self._call.abort()
         if self in self._step.waiting:
             self._step.waiting.remove(self)
 
@@ -274,6 +335,7 @@ class Flight:
         """The step calls the module with which a stage begins: wait for the schedule."""
         if self.stage >= index or (self._step.with_gradients and not torch.is_grad_enabled()):
             return
+        self._opened.add(index)
         name = self._step.boundaries[index - 1]
         if torch.is_inference_mode_enabled():
             raise UsageError(
@@ -306,8 +368,13 @@ class Flight:
             return
         check_loss(loss)
         self.leaves = self._graph.close(loss, torch.full_like(loss, self._weight))
-        self._step.own(self.leaves)
+        self._step.own(self.leaves, self._opened)
+        self._step.hands_on_views |= not self._step.is_settled and self._graph.has_views_across
         self.loss = loss.detach()
+
+    def _own_versions(self) -> AbstractContextManager[Any]:
+        """Updates since the last stage do not count: autograd would make views of parameters anew, in this stage."""
+        return current_weights(*self._versions[-1]) if self._step.hands_on_views and self._versions else nullcontext()
 
     @contextmanager
     def _own_attributes(self) -> Iterator[None]:
@@ -354,6 +421,23 @@ class Flight:
         if self.stage:
             random.write(outside)
 
+    @contextmanager
+    def _own_switches(self) -> Iterator[None]:
+        """What the step has switched for the whole process is set aside while it waits."""
+        switches = self._step.switches
+        outside = {switch: switch.read() for switch in switches}
+        for switch, value in self._switched.items():
+            switch.set(value)
+        yield
+        self._switched = {}
+        if self._call.is_suspended:
+            now = {switch: switch.read() for switch in switches}
+            switched = {switch: value for switch, value in now.items() if value != outside[switch]}
+            self._step.note_switches(self.stage, switched)
+            self._switched = switched
+            for switch in self._switched:
+                switch.set(outside[switch])
+
 
 @contextmanager
 def _explained(stage: int) -> Iterator[None]:
@@ -386,11 +470,16 @@ def check_loss(loss: Tensor) -> None:
 
 def _shared_parameter(network: nn.Module, parameter: Tensor, first: int, second: int) -> UsageError:
     """What to raise where two stages that update apart use a parameter."""
-    name = next((name for name, p in network.named_parameters() if p is parameter), "a leaf tensor")
     return UsageError(
-        f"parameter {name!r} is used by stages {first} and {second}, which update their weights at different times or "
-        "in different processes: keep both uses on one stage with split_at, or use schedule='sync' and devices=1"
+        f"{_name(network, parameter)} is used by stages {first} and {second}, which update their weights at different "
+        "times or in different processes: keep both uses on one stage with split_at, or use schedule='sync' and "
+        "devices=1"
     )
+
+
+def _name(network: nn.Module, parameter: Tensor) -> str:
+    names = [name for name, p in network.named_parameters() if p is parameter]
+    return f"parameter {names[0]!r}" if names else "a leaf tensor"
 
 
 def _arrival(index: int) -> Callable[..., Any]:

@@ -94,6 +94,12 @@ class CutGraph:
         self._pending[self._stage_of(root, sequence_number(root))][root, seen[root]] = gradient
         return [[leaf.variable for leaf in uses] for uses in leaves]  # pyright: ignore[reportAttributeAccessIssue], leaves have it
 
+    @property
+    def has_views_across(self) -> bool:
+        """Whether a stage uses what an earlier one has made of a single leaf tensor, as views are."""
+        edges = [edge for crossing in self._crossing for edges in crossing.values() for _, _, edge in edges]
+        return any(_is_made_of_a_leaf(node) for node, _ in edges if sequence_number(node) != LEAF)
+
     def backward(self, stage: int) -> None:
         """Backpropagate through a stage, from the last to the first; every stage once.
 
@@ -145,6 +151,15 @@ class CutGraph:
                     self._guards[stage].append(GradientEdge(guard, outputs[guard]))
                     for node, index in edges:
                         self._crossing[stage].setdefault(node, []).append((index, first[leaf], (leaf, 0)))
+
+
+def _is_made_of_a_leaf(node: Node) -> bool:
+    while sequence_number(node) != LEAF:
+        following = [function for function, _ in node.next_functions if function is not None]
+        if len(following) != 1:
+            return False
+        (node,) = following
+    return True
 
 
 class _StageIsOver(Exception):  # noqa: N818, an event and no error

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, Node
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage], documented
+from torch.nn import attention
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 from torch.overrides import (
@@ -74,6 +76,34 @@ def count_saved_tensor_hooks() -> int:
     hooks = pop_saved_tensor_hooks()
     push_saved_tensor_hooks(hooks)
     return len(hooks)
+
+
+def why_no_saved_tensor_hooks() -> str | None:
+    """The message of the innermost :func:`torch.autograd.graph.disable_saved_tensors_hooks`, if any."""
+    return _autograd._saved_tensors_hooks_get_disabled_error_message()
+
+
+def set_why_no_saved_tensor_hooks(message: str | None) -> None:
+    """Set what :func:`why_no_saved_tensor_hooks` gives."""
+    if message is None:
+        _autograd._saved_tensors_hooks_enable()
+    else:
+        _autograd._saved_tensors_hooks_disable(message)
+
+
+def dual_level() -> int:
+    """How many levels of forward-mode differentiation are entered, less one."""
+    return forward_ad._current_level
+
+
+def sdpa_backends() -> list[Any]:
+    """What :func:`torch.nn.attention.sdpa_kernel` allows, by priority."""
+    return attention._cur_sdpa_kernel_backends(with_priority=True)
+
+
+def set_sdpa_backends(backends: list[Any]) -> None:
+    """Allow these, by priority."""
+    attention._sdpa_kernel(backends, set_priority=True)
 
 
 def is_checkpointing() -> bool:

@@ -64,8 +64,12 @@ class SavedParameters:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, stash: bool) -> None:
-        self._parameters = {id(parameter): parameter for parameter in parameters}
         self._stash = stash
+        self.follow(parameters)
+
+    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """From now on these are the parameters."""
+        self._parameters = {id(parameter): parameter for parameter in parameters}
         self._copies: dict[int, tuple[int, Tensor]] = {}
 
     def hooks(self, version: int) -> AbstractContextManager[Any]:

@@ -24,6 +24,7 @@ Function = Callable[[], Tensor | None]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 0.02
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,19 @@ class Trials:
         )
 
     def losses(self, functions: Sequence[Function]) -> list[Tensor] | None:
-        """The losses of several batches, each from the same state; ``None`` if one has none."""
+        """The losses of several batches, each from the same state; ``None`` if one has none, or is random.
+
+        If the step draws random numbers, without the layers for dropout: perhaps no others do.
+        """
         found: list[Tensor] = []
         for function in functions:
             with self.fresh():
+                for module in self.network.modules():
+                    if self.draws and isinstance(module, _DROPOUT):
+                        module.eval()
                 loss = function()
-            if loss is None:
-                return None
+                if loss is None or self._random.have_moved(self._states):
+                    return None
             found.append(loss.detach())
         return found
 

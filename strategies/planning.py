@@ -90,7 +90,7 @@ def settle(
         trials.check_memory(step, reference)
         verify(trials, step, reference)
     if schedule.num_microbatches > 1:
-        comparable = settings.verify and not trials.draws and are_seeded(module)
+        comparable = settings.verify and are_seeded(module)
         check_microbatches(
             module, trials.losses([*steps, whole]) if comparable else None, steps, settings, splits_by_sample
         )

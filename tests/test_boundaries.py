@@ -150,6 +150,25 @@ def test_a_parameter_that_is_used_without_its_module_is_seen():
     assert names == ["3"]
 
 
+def test_a_parameter_of_the_module_around_the_layers_belongs_where_it_is_used():
+    """Not where the module is called, which is before its layers."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (Slow(1) for _ in range(3))
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x))) * self.scale
+
+    network = nn.ModuleDict({"model": Scaled()})
+    x = torch.randn(3, 2, dtype=torch.float64)
+    for may_share in (True, False):
+        names, _ = found(network, 3, function=lambda: network["model"](x).sum(), may_share=may_share)
+        assert names == ["model.b", "model.c"]
+
+
 def test_frozen_layers_count_as_layers():
     network = nn.Sequential(Slow(1), Slow(1).requires_grad_(False), Slow(1))
     assert found(network, 3)[0] == ["1", "2"]

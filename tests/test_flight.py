@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight
+from aimc_pl.private_torch import set_versions
 
 
 class Network(nn.Module):
@@ -496,6 +497,97 @@ def test_shared_parameters_under_delayed_updates(used):
     make_step(net, ["b", "c"], function)
     with pytest.raises(UsageError, match=r"'a\.weight' is used by stages 0 and 2"):
         make_step(net, ["b", "c"], function, delayed=True, may_share=False)
+
+
+@pytest.mark.parametrize("reader", [1, 2])
+@pytest.mark.parametrize(
+    "view", [lambda token: token[1], lambda token: token.unbind(0)[0], lambda token: token.expand(3, 2, 4)[2, 0]]
+)
+def test_a_view_of_a_parameter_belongs_to_the_stage_that_makes_it(view, reader):
+    """It shows the weights of the moment at which it is read, and its gradient comes back to its stage."""
+    net, inputs = Network(), make_inputs(2)
+    net.token = nn.Parameter(torch.randn(2, 4, dtype=torch.float64))
+
+    def function(x):
+        h, part = net.a(x), view(net.token)
+        h = net.b(h) + (part if reader == 1 else 0)
+        return net.loss(net.c(h) + (part if reader == 2 else 0))
+
+    step = make_step(net, ["b", "c"], lambda: function(inputs[0]), delayed=True, may_share=False)
+    flights = [Flight(step, lambda x=x: function(x)) for x in inputs]
+    losses, gradients = [], []
+    with step.running():
+        for stage in range(3):
+            for flight in flights:
+                flight.forward(stage)
+            if stage == reader:
+                losses = [function(x) for x in inputs]
+                gradients = [torch.autograd.grad(loss, net.token)[0] for loss in losses]
+            with torch.no_grad():
+                net.token.add_(0.5)
+        assert [flight.loss.item() for flight in flights] == [loss.item() for loss in losses]
+        for flight, gradient in zip(flights, gradients, strict=True):
+            net.token.grad = None
+            flight.backward(2)
+            flight.backward(1)
+            assert net.token.grad is None
+            flight.backward(0)
+            torch.testing.assert_close(net.token.grad, gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("what", ["parameter", "layer", "further layer"])
+def test_parameters_that_come_between_mini_batches_are_followed(what):
+    net = Network()
+    net.a = nn.Sequential(net.a)
+    x, *inputs = make_inputs(3)
+
+    def function(x):
+        return net.loss(net.c(torch.tanh(net.b(torch.tanh(net.a(x))))))
+
+    step = make_step(net, ["b", "c"], lambda: function(x), delayed=True, may_share=False)
+    fly(step, [lambda: function(x)])
+    with torch.no_grad():
+        new = nn.Linear(4, 4).double()
+        if what == "parameter":
+            net.b.weight = new.weight
+        elif what == "layer":
+            net.b = new
+        else:
+            net.a.append(new)
+    net.zero_grad()
+    sum(function(x) for x in inputs).backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    flights = [Flight(step, lambda x=x: function(x)) for x in inputs]
+    order = overlapping(3, 2)
+    with step.running():
+        for kind, stage, k in order:
+            (flights[k].forward if kind == "F" else flights[k].backward)(stage)
+            set_versions([*net.parameters()], [parameter._version + 1 for parameter in net.parameters()])
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-15)
+    held = [set(map(id, stage.parameters)) for stage in step.stages]
+    assert held == [set(map(id, layer.parameters())) for layer in (net.a, net.b, net.c)]
+
+
+def test_a_step_that_leaves_out_the_module_that_opens_a_stage_is_told_so():
+    net = Network()
+    x, *_ = make_inputs(1)
+
+    def function(skip):
+        h = net.a(x)
+        return net.loss(net.c(h if skip else net.b(h)) @ torch.ones(4, 1, dtype=torch.float64) + net.d(h))
+
+    net.d = nn.Linear(4, 1).double()
+    step = make_step(net, ["b", "c", "d"], lambda: function(False), delayed=True, may_share=False)
+    fly(step, [lambda: function(True)])  # stage 1 has nothing to do
+
+    def without_c():
+        return net.loss(net.d(net.b(net.a(x))))
+
+    step = make_step(net, ["b", "c"], lambda: function(False), delayed=True, may_share=False)
+    with pytest.raises(UsageError, match=r"did not call 'c', with which stage 2 begins, so that stage 1 used .* 'd\."):
+        fly(step, [without_c])
 
 
 def test_the_earliest_stages_that_share_a_parameter_are_named():

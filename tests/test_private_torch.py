@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.forward_ad import dual_level as enter_dual_level
+from torch.autograd.graph import disable_saved_tensors_hooks, get_gradient_edge, saved_tensors_hooks
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage], documented
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +23,7 @@ from aimc_pl.private_torch import (
     count_saved_tensor_hooks,
     current_function_mode,
     default_store,
+    dual_level,
     has_backward_hooks,
     is_checkpointing,
     is_in_functorch,
@@ -30,13 +33,17 @@ from aimc_pl.private_torch import (
     pop_saved_tensor_hooks,
     push_function_modes,
     push_saved_tensor_hooks,
+    sdpa_backends,
     sequence_number,
+    set_sdpa_backends,
     set_versions,
+    set_why_no_saved_tensor_hooks,
     show_steps_to_schedulers,
     storage_of,
     tree_leaves,
     tree_map,
     version,
+    why_no_saved_tensor_hooks,
     without_backward_hooks,
     without_functions,
     without_subclass_functions,
@@ -379,3 +386,35 @@ def test_the_store_of_the_processes():
     finally:
         dist.destroy_process_group()
     assert store.num_keys() > 0
+
+
+def test_disabled_saved_tensor_hooks_are_told_and_set():
+    with disable_saved_tensors_hooks("not here"):
+        assert why_no_saved_tensor_hooks() == "not here"
+        set_why_no_saved_tensor_hooks(None)
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            pass
+        set_why_no_saved_tensor_hooks("nor here")
+        with pytest.raises(RuntimeError, match="nor here"), saved_tensors_hooks(lambda x: x, lambda x: x):
+            pass
+    assert why_no_saved_tensor_hooks() is None
+
+
+def test_levels_of_forward_mode_are_counted():
+    assert dual_level() == -1
+    with enter_dual_level():
+        assert dual_level() == 0
+    assert dual_level() == -1
+
+
+def test_backends_of_attention_are_told_and_set():
+    before = sdpa_backends()
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
+        assert sdpa_backends() == backends
+        set_sdpa_backends(before)
+        assert sdpa_backends() == before
+        set_sdpa_backends([SDPBackend.MATH])
+        assert torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert sdpa_backends() == before

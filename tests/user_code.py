@@ -1,7 +1,10 @@
 """LightningModules as users write them, none of them with a pipeline in mind."""
 
+import asyncio
+import contextlib
 import copy
 import functools
+import io
 import itertools
 import pickle
 import random
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import lightning as L
 import numpy as np
@@ -22,8 +26,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.utilities import grad_norm
 from lightning_modules import Samples
 from torch import nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -2174,5 +2180,169 @@ class DetectsAnomalies(Plain):
 class SilencesWarnings(Plain):
     def training_step(self, batch, batch_idx):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.filterwarnings("ignore", "of this step")
             return super().training_step(batch, batch_idx)
+
+
+class RedirectsOutput(Plain):
+    def training_step(self, batch, batch_idx):
+        with contextlib.redirect_stdout(io.StringIO()) as written:
+            print(batch_idx)
+            loss = super().training_step(batch, batch_idx)
+            print(batch_idx)
+        return loss * len(written.getvalue())
+
+
+class SwitchesBackends(Plain):
+    def training_step(self, batch, batch_idx):
+        with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel([SDPBackend.MATH]):
+            return super().training_step(batch, batch_idx)
+
+
+class SetsThreads(Plain):
+    def training_step(self, batch, batch_idx):
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            torch.set_num_threads(before)
+
+
+class ForbidsSavedTensorHooks(Plain):
+    def training_step(self, batch, batch_idx):
+        with disable_saved_tensors_hooks("not here"):
+            return super().training_step(batch, batch_idx)
+
+
+class PatchesAFunction(Plain):
+    """Another function for the time of the step, made of the one that it replaces."""
+
+    def training_step(self, batch, batch_idx):
+        cross_entropy = F.cross_entropy
+        with mock.patch.object(F, "cross_entropy", lambda logits, y: 2 * cross_entropy(logits, y)):
+            return super().training_step(batch, batch_idx)
+
+
+class HoldsALock(Plain):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def training_step(self, batch, batch_idx):
+        with self.lock:
+            return super().training_step(batch, batch_idx)
+
+
+class HoldsAReentrantLock(Plain):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.RLock()
+
+    def training_step(self, batch, batch_idx):
+        with self.lock:
+            return super().training_step(batch, batch_idx)
+
+
+class RunsACoroutine(Plain):
+    def training_step(self, batch, batch_idx):
+        async def step():
+            return Plain.training_step(self, batch, batch_idx)
+
+        return asyncio.run(step())
+
+
+class DifferentiatesForward(Plain):
+    """A directional derivative in the loss."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with dual_level():
+            logits, slope = unpack_dual(self(make_dual(x, torch.ones_like(x))))
+        return F.cross_entropy(logits, y) + 0.1 * slope.square().mean()
+
+
+class PerceptronWithScale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = perceptron(), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.net(x) * self.scale
+
+
+class ScaledAtTheEnd(Plain):
+    """As CLIP: a parameter of the module around all layers, used after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = PerceptronWithScale()
+
+
+class ViewOfAParameter(Plain):
+    """As CaiT: made in the first stage, used in the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 8))
+
+    def forward(self, x):
+        token = self.token.expand(len(x), -1)
+        return self.net[4:](self.net[:4](x) + token)
+
+
+class SkipsLayersAtRandom(Plain):
+    """LayerDrop of the layers with which stages begin."""
+
+    def forward(self, x):
+        x = self.net[0](x)
+        for layer in (self.net[2], self.net[4]):
+            if random.random() < 0.5:
+                x = layer(torch.tanh(x))
+        return self.net[6](x)
+
+
+class PenaltyLater(Plain):
+    """On a layer of another stage, not from the start."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.net[0].weight.square().mean() if self.current_epoch else 0)
+
+
+class ReplacesAParameter(Plain):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net[2].weight = nn.Parameter(self.net[2].weight.detach() * 0.5)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class ReplacesALayer(Plain):
+    """The one with which a stage begins."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            torch.manual_seed(0)
+            self.net[2] = nn.Linear(8, 8).to(self.net[0].weight)
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class AddsALayer(Plain):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            torch.manual_seed(0)
+            layer = nn.Linear(8, 8).to(self.net[0].weight)
+            self.net[1] = nn.Sequential(nn.Tanh(), layer)
+            self.trainer.optimizers[0].add_param_group({"params": [*layer.parameters()]})
+
+
+class DividesByAFixedNumber(Plain):
+    """A sum that the step divides by the size of the mini-batch, beside dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y, reduction="sum") / self.batch_size

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,9 +10,11 @@ from dataclasses import dataclass, field
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 import user_code as u
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_modules import make_trainer
+from torch.autograd.graph import saved_tensors_hooks
 
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -238,6 +241,12 @@ CASES = {
     "frozen stages": Case(u.FrozenStages),
     "unfreezes later": Case(u.UnfreezesLater),
     "unused sometimes": Case(u.UnusedSometimes),
+    "scaled at the end, boundaries found": Case(u.ScaledAtTheEnd, split_at=None),
+    "scaled at the end": Case(u.ScaledAtTheEnd, split_at=("net.net.2", "net.net.4")),
+    "view of a parameter": Case(u.ViewOfAParameter),
+    "replaces a parameter": Case(u.ReplacesAParameter),
+    "replaces a layer": Case(u.ReplacesALayer),
+    "adds a layer": Case(u.AddsALayer),
     # the code
     "depends on values": Case(u.DependsOnValues, EQUAL, MICRO, MICRO),
     "tries": Case(u.Tries, stale="is used by stages"),
@@ -255,6 +264,15 @@ CASES = {
     "skips a boundary": Case(u.SkipsABoundary),
     "detects anomalies": Case(u.DetectsAnomalies),
     "silences warnings": Case(u.SilencesWarnings),
+    "redirects output": Case(u.RedirectsOutput),
+    "switches backends": Case(u.SwitchesBackends),
+    "sets threads": Case(u.SetsThreads),
+    "forbids saved-tensor hooks": Case(u.ForbidsSavedTensorHooks),
+    "patches a function": Case(u.PatchesAFunction),
+    "holds a lock": Case(u.HoldsALock, EQUAL, *["still holds the lock 'lock' where 'net.2'"] * 2),
+    "holds a reentrant lock": Case(u.HoldsAReentrantLock),
+    "runs a coroutine": Case(u.RunsACoroutine, EQUAL, *["still holds the event loop of asyncio.run"] * 2),
+    "differentiates forward": Case(u.DifferentiatesForward, EQUAL, *["dual_level"] * 2),
     "vmap over a boundary": Case(u.Vectorised, EITHER, EITHER, EITHER),
 }
 
@@ -293,7 +311,9 @@ def state(module):
 def process_state():
     """What blocks of code switch on for a while."""
     switches = torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")
-    return switches, torch.get_default_dtype(), [*warnings.filters]
+    backends = torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(), torch.get_num_threads()
+    with saved_tensors_hooks(lambda x: x, lambda x: x):  # raises if forbidden
+        return switches, backends, torch.get_default_dtype(), [*warnings.filters], sys.stdout, F.cross_entropy
 
 
 def same(a, b):
@@ -383,12 +403,23 @@ def test_a_compiled_lightning_module_is_refused():
         (u.AuxiliaryLater, "sync", "the step sets 'aux' in stage"),
         (u.AuxiliaryLater, "async", "the step sets 'aux' in stage"),
         (u.ChangesTheOrder, "async", "is used by stages 1 and 2"),
+        (u.PenaltyLater, "async", "parameter 'net.0.weight' is used by stages 0 and 2"),
+        (u.SkipsLayersAtRandom, "async", "did not call 'net.4', with which stage 2 begins"),
     ],
 )
 def test_what_shows_later_is_refused_when_it_shows(make, schedule, message):
     error = fit(Case(make), AnalogPipelineStrategy(3, schedule, 2, split_at=("net.2", "net.4")))[-1]
     assert message in str(error)
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_a_split_that_changes_the_loss_is_told_beside_dropout(schedule):
+    for make, changes in ((u.DividesByAFixedNumber, True), (u.Dropout, False)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fit(Case(make), AnalogPipelineStrategy(3, schedule, 2, split_at=("net.2", "net.4")))
+        assert any("splitting the mini-batch changes its loss" in str(warning.message) for warning in told) == changes
 
 
 def test_a_mean_over_other_things_than_samples_equals_plain_with_its_weights():
