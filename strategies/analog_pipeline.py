@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, override
@@ -28,7 +28,7 @@ from aimc_pl.strategies.checks import (
 from aimc_pl.strategies.draining import InTime
 from aimc_pl.strategies.logbook import replaced
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
-from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
+from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode, hooks_before_step_inside
 from aimc_pl.strategies.processes import ProcessStrategy
 from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings
 from aimc_pl.strategies.training import Training
@@ -202,7 +202,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
             # Each stage has called the hooks that follow a backward, before its update.
             return loss.detach()
         self._training.add_gradients()
-        return self.precision_plugin.post_backward(loss, self._module)
+        with self._placement.gradients_known():
+            return self.precision_plugin.post_backward(loss, self._module)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -212,17 +213,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
                 with replaced(self, "_is_stepping", True):
                     return closure()
-        with ExitStack() as patches:
-            if self.is_multiprocess:
-                patches.enter_context(replaced(self.precision_plugin, "clip_grad_by_norm", self._clip_by_total_norm))
+        with hooks_before_step_inside(self.precision_plugin, self._placement.gradients_known):
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.pipeline is not None:
             self.pipeline.updated()
         return result
-
-    def _clip_by_total_norm(self, optimizer: Optimizer, max_norm: float) -> None:
-        if max_norm > 0:
-            self.clip_by_total_norm([*self.precision_plugin.main_params(optimizer)], max_norm)
 
     def split_batch(self, batch: Any) -> list[Any]:
         """The micro-batches of a mini-batch."""

@@ -1,14 +1,18 @@
 """What we need of Lightning that has no public name, each with a test that notices when it goes."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 from torch.optim import Optimizer
+
+from aimc_pl.strategies.logbook import replaced
 
 
 def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
@@ -16,6 +20,19 @@ def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
     module, precision = trainer.lightning_module, trainer.precision_plugin
     precision.post_backward(torch.zeros((), device=module.device), module)
     precision._after_closure(module, optimizer)
+
+
+def hooks_before_step_inside(
+    precision: Precision, context: Callable[[], AbstractContextManager[Any]]
+) -> AbstractContextManager[None]:
+    """While it is open, Lightning's hooks and clipping before an optimizer's step run inside a context."""
+    after_closure = precision._after_closure
+
+    def inside(*args: Any) -> None:
+        with context():
+            after_closure(*args)
+
+    return replaced(precision, "_after_closure", inside)
 
 
 def last_batch_before_look(trainer: "pl.Trainer") -> bool:
