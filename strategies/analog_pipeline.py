@@ -23,6 +23,7 @@ from aimc_pl.strategies.checks import (
     check_analog_support,
     check_module,
     check_split,
+    evaluates_the_loss,
     warn_about_other_package,
 )
 from aimc_pl.strategies.draining import InTime
@@ -175,11 +176,9 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 "return one with several parameter groups"
             ) from error
         step = signature(type(self.optimizers[0]).step).parameters
-        if self.schedule.is_async and "closure" in step and step["closure"].default is Parameter.empty:
-            raise UsageError(
-                f"{type(self.optimizers[0]).__name__} evaluates the loss itself, which stages under schedule='async' "
-                "cannot: use another optimizer, or schedule='sync'"
-            )
+        stands_apart = self.schedule.is_async or self.is_multiprocess
+        if stands_apart and "closure" in step and step["closure"].default is Parameter.empty:
+            raise evaluates_the_loss(self.optimizers[0])
         make_analog_aware(self.optimizers[0])
 
     # --------------------------------------------------------------- training
