@@ -18,7 +18,6 @@ from torch.serialization import safe_globals
 
 from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
-from aimc_pl.patches import patched
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
@@ -27,11 +26,12 @@ from aimc_pl.strategies.checks import (
     check_finite,
     check_module,
     check_split,
+    evaluates_the_loss,
     warn_about_other_package,
 )
 from aimc_pl.strategies.draining import DrainFirst
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
-from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode
+from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode, hooks_before_step_inside
 from aimc_pl.strategies.processes import ProcessStrategy
 from aimc_pl.strategies.resuming import Resuming
 from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings, make_schedule
@@ -198,11 +198,9 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 "return one with several parameter groups"
             ) from error
         step = signature(type(self.optimizers[0]).step).parameters
-        if self.schedule.is_async and "closure" in step and step["closure"].default is Parameter.empty:
-            raise UsageError(
-                f"{type(self.optimizers[0]).__name__} evaluates the loss itself, which stages under schedule='async' "
-                "cannot: use another optimizer, or schedule='sync'"
-            )
+        stands_apart = self.schedule.is_async or self.is_multiprocess
+        if stands_apart and "closure" in step and step["closure"].default is Parameter.empty:
+            raise evaluates_the_loss(self.optimizers[0])
         if any(map(is_analog, self._module.parameters())):
             from aimc_pl.devices import make_analog_aware
 
@@ -228,7 +226,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
             # Each stage has called the hooks that follow a backward, before its update.
             return loss.detach()
         self._training.backward()
-        return self.precision_plugin.post_backward(loss, self._module)
+        with self._placement.gradients_known():
+            return self.precision_plugin.post_backward(loss, self._module)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -241,16 +240,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
                     return closure()
                 finally:
                     self._is_stepping = False
-        clipping = (self.precision_plugin, "clip_grad_by_norm", self._clip_by_total_norm)
-        with patched(clipping) if self.is_multiprocess else nullcontext():
+        with hooks_before_step_inside(self.precision_plugin, self._placement.gradients_known):
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.pipeline is not None:
             self.pipeline.updated()
         return result
-
-    def _clip_by_total_norm(self, optimizer: Optimizer, max_norm: float) -> None:
-        if max_norm > 0:
-            self.clip_by_total_norm([*self.precision_plugin.main_params(optimizer)], max_norm)
 
     def split_batch(self, batch: Any) -> list[Any]:
         """The micro-batches of a mini-batch."""

@@ -1,7 +1,9 @@
 """What cannot work in a pipeline, said before training starts."""
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,14 +12,17 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import Loss
 from aimc_pl.schedule import Schedule
+from aimc_pl.stage import Stage
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 
@@ -93,6 +98,64 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
                 )
     if precision.precision not in ("32-true", "bf16-mixed"):
         raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
+
+
+def check_optimizer(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], stage: Stage) -> None:
+    """Refuse an optimizer that updates a stage by the gradients of others, which its process does not have.
+
+    Copies of the optimizer make two steps, one of them with larger gradients of the other stages. Optimizers of analog
+    layers, whose tiles would change, are not looked at.
+
+    Args:
+        optimizer: of all stages.
+        gradients: of all parameters.
+        stage: one of several.
+
+    Raises:
+        UsageError: naming the optimizer.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(hasattr(parameter, "analog_tile") for parameter in parameters):
+        return
+    of_stage = set(map(id, stage.parameters))
+    own = [id(parameter) in of_stage for parameter in parameters]
+    calls = count()
+    results = []
+    for scale in (1.0, 1e6):
+        twin, copies = _copy_of(optimizer, parameters)
+        for parameter, copied, is_own in zip(parameters, copies, own, strict=True):
+            gradient = gradients.get(parameter)
+            if gradient is not None:
+                copied.grad = gradient.clone() if is_own else gradient * scale
+        with isolate_rng():
+            for _ in range(2):
+                twin.step(lambda: float(next(calls)))
+        results.append([copied for copied, is_own in zip(copies, own, strict=True) if is_own])
+    if next(calls) > 4:
+        raise evaluates_the_loss(optimizer)
+    if not all(map(torch.equal, *results)):
+        raise UsageError(
+            f"{type(optimizer).__name__} updates a stage by the gradients of other stages, which are in other "
+            "processes: use another optimizer (gradient_clip_val of the Trainer clips over all stages), or devices=1"
+        )
+
+
+def evaluates_the_loss(optimizer: Optimizer) -> UsageError:
+    """What to raise where an optimizer's step runs forward and backward as often as it likes."""
+    return UsageError(
+        f"{type(optimizer).__name__} evaluates the loss itself, which stages under schedule='async', or in processes "
+        "of their own, cannot: use another optimizer, or schedule='sync' with devices=1"
+    )
+
+
+def _copy_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[Optimizer, list[nn.Parameter]]:
+    """With parameters of its own, and without hooks. ``copy.deepcopy`` leaves out the attributes of subclasses."""
+    memo: dict[int, Any] = {}
+    copies = [copy.deepcopy(parameter, memo) for parameter in parameters]
+    own = {name: value for name, value in vars(optimizer).items() if name != "step" and not name.endswith("_hooks")}
+    twin = object.__new__(type(optimizer))
+    twin.__setstate__(copy.deepcopy(own, memo))
+    return twin, copies
 
 
 def check_microbatches(

@@ -10,9 +10,10 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
+from aimc_pl.analog import is_analog
 from aimc_pl.distributed import Link
 from aimc_pl.flight import Flight, StagedStep
-from aimc_pl.ghosts import Ghosts
+from aimc_pl.ghosts import Exchange, Ghosts, gradients_known
 from aimc_pl.passage import StageProcess
 from aimc_pl.patches import patched
 from aimc_pl.pipeline import MicroBatch
@@ -55,6 +56,10 @@ class Placement(Protocol):
 
     def result(self, output: Any, is_async: bool) -> Any:
         """What Lightning is to take for training_step's result."""
+        ...
+
+    def gradients_known(self) -> AbstractContextManager[None]:
+        """Entered while hooks may compute with the gradients of all stages."""
         ...
 
     def evaluate(self, function: Callable[[], Any], inputs: Any) -> Any:
@@ -108,6 +113,10 @@ class OneProcess:
     def result(self, output: Any, is_async: bool) -> Any:
         """See :class:`Placement`."""
         return output
+
+    def gradients_known(self) -> AbstractContextManager[None]:
+        """See :class:`Placement`."""
+        return nullcontext()
 
     def evaluate(self, function: Callable[[], Any], inputs: Any) -> Any:
         """See :class:`Placement`."""
@@ -213,6 +222,14 @@ class StagePerProcess:
             return output
         # The loss is not known here, and Lightning updates for a loss only.
         return None if is_async else torch.full((), torch.nan, device=self._strategy.root_device)
+
+    def gradients_known(self) -> AbstractContextManager[None]:
+        """See :class:`Placement`."""
+        parameters = self._module.named_parameters()
+        return gradients_known(
+            {name: parameter for name, parameter in parameters if not is_analog(parameter)},
+            Exchange(self._stage, lambda value: self._strategy.gather(value)[::-1]),
+        )
 
     def evaluate(self, function: Callable[[], Any], inputs: Any) -> Any:
         """See :class:`Placement`."""

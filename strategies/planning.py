@@ -13,7 +13,7 @@ from aimc_pl.boundaries import Calls
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import StagedStep
 from aimc_pl.stage import Stage
-from aimc_pl.strategies.checks import check_microbatches
+from aimc_pl.strategies.checks import check_microbatches, check_optimizer
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 from aimc_pl.trial import Trials, verify
@@ -89,6 +89,10 @@ def settle(
     if settings.verify and schedule.num_stages > 1 and are_seeded(module):
         trials.check_memory(step, reference)
         verify(trials, step, reference)
+        if apart and not schedule.is_async:
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            gradients = dict(zip(trained, reference.gradients, strict=True))
+            check_optimizer(module.trainer.optimizers[0], gradients, step.stages[-1])
     if schedule.num_microbatches > 1:
         comparable = settings.verify and are_seeded(module)
         check_microbatches(

@@ -1,5 +1,6 @@
 """What we need of Lightning that has no public name, each with a test that notices when it goes."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, override
 
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,6 +43,19 @@ def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
     module, precision = trainer.lightning_module, trainer.precision_plugin
     precision.post_backward(torch.zeros((), device=module.device), module)
     precision._after_closure(module, optimizer)
+
+
+def hooks_before_step_inside(
+    precision: Precision, context: Callable[[], AbstractContextManager[Any]]
+) -> AbstractContextManager[None]:
+    """While it is open, Lightning's hooks and clipping before an optimizer's step run inside a context."""
+    after_closure = precision._after_closure
+
+    def inside(*args: Any) -> None:
+        with context():
+            after_closure(*args)
+
+    return patched((precision, "_after_closure", inside))
 
 
 def last_batch_before_look(trainer: "pl.Trainer") -> bool:

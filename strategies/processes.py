@@ -11,8 +11,6 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 from torchmetrics import Metric
 
 from aimc_pl.analog import is_analog
@@ -185,13 +183,6 @@ class ProcessStrategy(ParallelStrategy):
             metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
             known = self.broadcast(metrics)
             update_callback_metrics(trainer, known)
-
-    def clip_by_total_norm(self, parameters: list[Tensor], max_norm: float) -> None:
-        """Clip the gradients of all stages by the norm of all of them together."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        squares = sum(float(gradient.double().square().sum()) for gradient in gradients)
-        total = torch.tensor(sum(self.gather(squares)) ** 0.5, dtype=torch.float64, device=self.root_device)
-        clip_grads_with_norm_(parameters, max_norm, total)
 
 
 _show_warning = warnings.showwarning

@@ -11,7 +11,9 @@ import lightning as L
 import torch
 from aihwkit.optim.context import AnalogContext
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import grad_norm
 from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
 from aimc_pl.callbacks import ClockMonitor, DeviceNoise, DeviceVariation, StalenessMonitor, StuckAt
@@ -27,8 +29,30 @@ SCHEDULES = {
     "async, stashing": {"schedule": "async", "weight_stashing": True},
 }
 STAGES = (2, 3, 4)
+
+
+class ComputesWithGradients(Attributes):
+    """Clips, logs and skips by norms of the gradients of all stages, and decays all weights."""
+
+    def on_after_backward(self):
+        clip_grad_norm_(self.parameters(), 0.3)
+
+    def on_before_optimizer_step(self, optimizer):
+        if not self.trainer.strategy.schedule.is_async:  # where a hook sees the gradients of one stage
+            self.log_dict(grad_norm(self, 2))
+        if torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm() < 0.25:
+            for parameter in self.parameters():
+                parameter.grad = None
+
+    def on_before_zero_grad(self, optimizer):
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.99)
+
+
 SPLITS = {
     Attributes: {2: ["l3"], 3: ["l2", "norm"], 4: ["l2", "l3", "l4"]},
+    ComputesWithGradients: {3: ["l2", "norm"]},
     ConvNet: {2: ["features.4"], 3: ["features.2", "features.4"], 4: ["features.2", "features.4", "head"]},
     DictBatch: {3: ["backbone.1", "backbone.3"]},
 }
@@ -151,6 +175,8 @@ CASES |= {
     "clipped by norm": (3, digital(3, "sync", gradient_clip_val=0.05)),
     "clipped by norm, async": (3, digital(3, "async", gradient_clip_val=0.01)),
     "clipped by value": (2, digital(2, "sync", gradient_clip_val=0.01, gradient_clip_algorithm="value")),
+    "computes with gradients": (3, digital(3, "sync", ComputesWithGradients)),
+    "computes with gradients, async": (3, digital(3, "async", ComputesWithGradients)),
     "accumulated": (3, digital(3, "sync", accumulate_grad_batches=2)),
     "validation within the epoch": (4, digital(4, "async", val_check_interval=1)),
     "stopped early": (3, digital(3, "async", max_epochs=6, callbacks=[stop_early])),

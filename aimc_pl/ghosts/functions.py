@@ -44,6 +44,8 @@ _KINDS = {
     Kind.GRADIENT: "backward grad",
 }
 _BY_NAME = {name: kind for kind, names in _KINDS.items() for name in names.split()}
+KNOWN = (Kind.METADATA, Kind.DEVICE, Kind.HOOK)
+"""What can be answered without values."""
 _OPERATIONS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _DEVICES = frozenset({"device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_mkldnn"})
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from aimc_pl.ghosts import refusals
+from aimc_pl.ghosts.apart import ForeignParameter
 from aimc_pl.ghosts.arrivals import name, name_of_value
 from aimc_pl.ghosts.shapes import describe
 from aimc_pl.ghosts.state import State
 from aimc_pl.ghosts.values import (
-    ForeignParameter,
     Ghost,
     Key,
     Unknown,

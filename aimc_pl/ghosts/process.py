@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aimc_pl.ghosts.apart import ForeignParameter
 from aimc_pl.ghosts.learning import Learned
 from aimc_pl.ghosts.parts import Part, glue_of, parts_of
 from aimc_pl.ghosts.run import Done, Message, Run
 from aimc_pl.ghosts.state import Setting
-from aimc_pl.ghosts.values import ForeignParameter, Key, OpaqueError, give_class, is_ghost, running, signature
+from aimc_pl.ghosts.values import Key, OpaqueError, give_class, is_ghost, running, signature
 from aimc_pl.patches import patched
 
 _CPU = torch.device("cpu")

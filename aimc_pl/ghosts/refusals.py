@@ -29,6 +29,22 @@ def reads(stage: int, what: str) -> ReadsValueError:
     )
 
 
+def foreign(what: str, parameter: str, stage: int) -> UsageError:
+    """Code outside of the step reads a weight that is elsewhere."""
+    return UsageError(
+        f"{what} outside of training_step reads {parameter!r}, which only the process of stage {stage} has: train with "
+        "devices=1, or look at the weights after the fit, or in a checkpoint"
+    )
+
+
+def other_hook(here: str, own: int, there: str, stage: int) -> UsageError:
+    """Hooks of two processes ask for different things."""
+    return UsageError(
+        f"the processes do not compute the same with gradients: stage {own} calls {here} where stage {stage} calls "
+        f"{there}, or of other parameters. Hooks must do the same in all processes"
+    )
+
+
 def spans_stages(what: str) -> UsageError:
     """Something that must be computed as a whole lies in several stages."""
     return UsageError(f"{what} spans stages: keep it inside one module, or use schedule='sync' with devices=1")

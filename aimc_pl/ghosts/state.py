@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from aimc_pl.ghosts import refusals
+from aimc_pl.ghosts.apart import ForeignParameter
 from aimc_pl.ghosts.arrivals import Arrivals, name_of_value
 from aimc_pl.ghosts.learning import Learned
 from aimc_pl.ghosts.trail import Trail
-from aimc_pl.ghosts.values import SIMPLE, ForeignParameter, Ghost, Key, Unknown, tensors_in
+from aimc_pl.ghosts.values import SIMPLE, Ghost, Key, Unknown, tensors_in
 from aimc_pl.private_torch import without_functions
 
 

@@ -1,4 +1,4 @@
-"""What stands for the values of other stages: ghosts, parameters that are elsewhere, numbers that nobody here knows."""
+"""What stands for the values of other stages: ghosts, and numbers that nobody here knows."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,10 +7,10 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import TypeIs
 
-from aimc_pl.ghosts.functions import Kind, kind_of
+from aimc_pl.ghosts.functions import KNOWN, kind_of
 from aimc_pl.private_torch import without_subclass_functions
 
 Key = tuple[int, int, int]
@@ -55,8 +55,6 @@ class Home(Protocol):
         """The value of a ghost."""
         ...
 
-
-_KNOWN = (Kind.METADATA, Kind.DEVICE, Kind.HOOK)
 
 running: list[Interceptor] = []
 """The forwards under way in this process, innermost last."""
@@ -113,25 +111,12 @@ class Ghost(Tensor):
         args = replace(args, _recall)
         named = replace(kwargs or {}, _recall)
         if any(map(is_ghost, tensors_in(args, named))):
-            return plainly(func, args, named) if kind_of(func) in _KNOWN else Unknown()
+            return plainly(func, args, named) if kind_of(func) in KNOWN else Unknown()
         return func(*args, **named)
 
 
 def _recall(value: Any) -> Any:
     return value.home.recall(value) if is_ghost(value) else value
-
-
-class ForeignParameter(nn.Parameter):
-    """A parameter of another stage, without memory of its own."""
-
-    stage: int
-    label: str
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return running[-1].intercept(func, args, kwargs or {}) if running else plainly(func, args, kwargs or {})
 
 
 class Unknown:

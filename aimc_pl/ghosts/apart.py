@@ -1,0 +1,189 @@
+"""Parameters and gradients of the stages where user code outside of the step computes with them: in hooks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aimc_pl.ghosts import refusals
+from aimc_pl.ghosts.functions import KNOWN, Kind, kind_of, name_of
+from aimc_pl.ghosts.shapes import NeedsValuesError, Outcome, Outcomes, Slot
+from aimc_pl.ghosts.values import give_class, plainly, running, tensors_in
+
+_outcomes = Outcomes()
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How processes that do the same give each other what they have.
+
+    Attributes:
+        stage: of this process.
+        gather: returns the values of all stages, given this stage's. All processes call it.
+    """
+
+    stage: int
+    gather: Callable[[Any], list[Any]]
+
+
+class ForeignParameter(nn.Parameter):
+    """A parameter of another stage, without memory of its own."""
+
+    stage: int
+    label: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return running[-1].intercept(func, args, kwargs or {}) if running else _compute(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise refusals.foreign("copy.deepcopy", self.label, self.stage)
+
+
+class Apart(Tensor):
+    """A gradient, or what comes of one: a value in the process of its stage, in the others a shape.
+
+    What is computed of values of one stage is again a value of that stage, and what is written to them only its own
+    process writes. Where values of several stages meet, or Python reads one, all processes exchange them, and they
+    become plain tensors. As all processes run the same hooks, they do so alike.
+
+    Attributes:
+        stage: whose value it is.
+        label: the parameter that it comes of.
+        exchange: ``None`` if its own process has it as a plain tensor and would not take part: what comes of a weight.
+    """
+
+    stage: int
+    label: str
+    exchange: Exchange | None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _compute(func, args, kwargs or {})
+
+
+@contextmanager
+def gradients_known(parameters: Mapping[str, nn.Parameter], exchange: Exchange) -> Iterator[None]:
+    """While it is open, parameters of all stages have gradients, so that norms over all of them are right.
+
+    Args:
+        parameters: of all stages, by name.
+        exchange: between their processes.
+    """
+    own = {
+        name: parameter.grad
+        for name, parameter in parameters.items()
+        if not isinstance(parameter, ForeignParameter) and parameter.grad is not None
+    }
+    for stage, names in enumerate(exchange.gather([*own])):
+        for name in names:
+            gradient, parameter = own.get(name), parameters[name]
+            if gradient is None:
+                parameter.grad = gradient = _stand_in(parameter.shape, parameter.dtype, parameter)
+            _be_of(gradient, stage, name, exchange)
+    try:
+        yield
+    finally:
+        for parameter in parameters.values():
+            if isinstance(parameter, ForeignParameter):
+                parameter.grad = None
+            elif type(parameter.grad) is Apart:
+                give_class(parameter.grad, Tensor)
+
+
+def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What comes of a torch function of parameters of other stages, and of gradients."""
+    kind = kind_of(func)
+    if kind in KNOWN:
+        return plainly(func, args, kwargs)
+    if name_of(func) == "equal" and any(isinstance(value, ForeignParameter) for value in args):
+        # Lightning asks so whether an optimizer has a parameter already.
+        return args[0] is args[1]
+    given = tensors_in(*args, *kwargs.values())
+    apart = [tensor for tensor in given if isinstance(tensor, Apart | ForeignParameter)]
+    first = apart[0]
+    outcome = _outcome(kind, func, args, kwargs)
+    if outcome is None or any(value.stage != first.stage for value in apart) or _leaks(outcome, given, first):
+        _share(name_of(func), apart)
+        return func(*args, **kwargs)
+    if _is_here(first):
+        result = plainly(func, args, kwargs)
+    else:
+        result = outcome.fill(lambda slot: _imagined(slot, given, first))
+    exchange = None if None in map(_exchange_of, apart) else _exchange_of(first)
+    for tensor in tensors_in(result):
+        if type(tensor) is Tensor:
+            _be_of(tensor, first.stage, first.label, exchange)
+    return result
+
+
+def _outcome(kind: Kind, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome | None:
+    """What is known of the outcome without values; ``None`` if nothing is."""
+    if kind not in (Kind.OPERATION, Kind.RANDOM):
+        return None
+    try:
+        return _outcomes.of_operation(func, args, kwargs, tensors_in(*args, *kwargs.values()))
+    except NeedsValuesError:
+        return None
+
+
+def _leaks(outcome: Outcome, given: list[Tensor], first: Apart | ForeignParameter) -> bool:
+    """Whether what all processes have would become one stage's by being written to."""
+    changed = [given[number] for number in outcome.changed]
+    own = (Apart, ForeignParameter, nn.Parameter) if _is_here(first) else (Apart, ForeignParameter)
+    return not all(isinstance(tensor, own) for tensor in changed)
+
+
+def _share(what: str, values: list[Any]) -> None:
+    """Let all processes have values of several stages.
+
+    Raises:
+        UsageError: if they cannot.
+    """
+    values = [*{id(value): value for value in values}.values()]
+    for value in values:
+        if _exchange_of(value) is None:
+            raise refusals.foreign(what, value.label, value.stage)
+    exchange: Exchange = values[0].exchange
+    labels = [value.label for value in values]
+    for value in values:
+        give_class(value, Tensor)
+    everyone = exchange.gather((what, labels, [value.detach() for value in values if value.stage == exchange.stage]))
+    for stage, (their_what, their_labels, _) in enumerate(everyone):
+        if (their_what, their_labels) != (what, labels):
+            raise refusals.other_hook(what, exchange.stage, their_what, stage)
+    received = [iter(tensors) for _, _, tensors in everyone]
+    for value in values:
+        tensor = next(received[value.stage])
+        if value.stage != exchange.stage:
+            value.data = tensor.to(value.device)
+
+
+def _is_here(value: Apart | ForeignParameter) -> bool:
+    exchange = _exchange_of(value)
+    return exchange is not None and value.stage == exchange.stage
+
+
+def _exchange_of(value: Apart | ForeignParameter) -> Exchange | None:
+    return None if isinstance(value, ForeignParameter) else value.exchange
+
+
+def _imagined(slot: Slot, given: list[Tensor], like: Tensor) -> Tensor:
+    return _stand_in(slot.spec.shape, slot.spec.dtype, like) if slot.same is None else given[slot.same]
+
+
+def _stand_in(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """One element that stands for all."""
+    return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
+
+
+def _be_of(tensor: Tensor, stage: int, label: str, exchange: Exchange | None) -> None:
+    value = give_class(tensor, Apart)
+    value.stage, value.label, value.exchange = stage, label, exchange
