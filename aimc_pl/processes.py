@@ -150,9 +150,7 @@ class Processes:
             culprit = [0]  # which serves the store
         names = " and ".join(map(self.name, culprit))
         if len(culprit) > 1:
-            what = (
-                "wait for each other: do all processes read as many batches, and validate and save at the same steps?"
-            )
+            what = "wait for each other: all must read as many batches, and validate and save at the same steps"
         else:
             what = "has ended" if self.has_ended(*culprit) else "does not answer"
         told = self.tell(f"{names} {what}")

@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 
 import lightning as L
+import omegaconf  # noqa: F401, checkpoints load it: here, once for all runs
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -43,6 +44,7 @@ CASES = [
     *SQUARE,
     *product(("terminate",), ("step", "validation step"), RANKS),
     *product(("other labels",), ("batch", "validation batch"), RANKS),
+    *product(("fewer batches",), ("length",), RANKS),
     ("other secret", "before joining", 2),
     ("taken port", "before joining", 0),
 ]
@@ -81,7 +83,7 @@ class Data(torch.utils.data.Dataset):
         self.point = point
 
     def __len__(self):
-        return len(self.inner)
+        return len(self.inner) - 11 * self.trouble.at("length")
 
     def __getitem__(self, index):
         x, y = self.inner[index]

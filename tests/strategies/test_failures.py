@@ -82,6 +82,17 @@ def test_data_that_differ_are_refused(point, batch, rank, runs):
     assert name(rank) in text
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_loaders_of_other_lengths_are_refused(rank, runs):
+    exits, outputs = runs["fewer batches", "length", rank]
+    assert all(exits.values())
+    # Validation of one process meets training of another, or each waits for what the other will not send.
+    if rank == 2:
+        assert "rank 1 (stage 1) and rank 2 (stage 0) wait for each other: all must read as many batches" in outputs[0]
+    else:
+        assert "have read different data in batch 0 of validate" in outputs[0]
+
+
 def test_a_stranger_cannot_join(runs):
     exits, outputs = runs["other secret", "before joining", 2]
     assert all(exits.values())
