@@ -88,6 +88,7 @@ class Resuming(Callback):
         loader, fetcher = train_loader(trainer), train_fetcher(trainer)
         if not self._loaders or self._random is None:
             return
+        assert self._random is not None
         if not isinstance(loader, _Watched):
             loader.__class__ = type(f"Watched{type(loader).__name__}", (_Watched, type(loader)), {})
         loader.random = self._random
