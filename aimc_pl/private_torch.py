@@ -1,5 +1,6 @@
 """What we need of torch that has no public name, each with a test that notices when it goes."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -142,6 +143,19 @@ takes longer than a small layer, as the class has so many subclasses."""
 def call_of(module: nn.Module) -> Callable[..., Any]:
     """What the call of a module does, hooks included."""
     return module.__dict__.get(CALL) or module._call_impl
+
+
+def registration_of(hook: Any) -> Any:
+    """What the hooks of one :func:`torch.autograd.graph.register_multi_grad_hook` share; ``None`` for other hooks."""
+    code = getattr(hook, "__code__", None)
+    if code is None or not code.co_qualname.startswith("register_multi_grad_hook."):
+        return None
+    return inspect.getclosurevars(hook).nonlocals["lock"]
+
+
+def hooks_of(tensor: Tensor) -> list[Callable[[Tensor], Any]]:
+    """The hooks of a leaf tensor."""
+    return [*(tensor._backward_hooks or {}).values()]
 
 
 def version(tensor: Tensor) -> int:
