@@ -4,20 +4,23 @@ A *boundary* is a module of the network that opens a stage when the step calls i
 greenlet; where it comes to the next boundary it waits, until the schedule lets the next stage begin.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from aimc_pl.analog import own_pending_errors
 from aimc_pl.attributes import Attributes, Place, Snapshot
 from aimc_pl.errors import UsageError
 from aimc_pl.graph import CutGraph
-from aimc_pl.private_torch import is_checkpointing, is_in_functorch
+from aimc_pl.private_torch import hooks_of, is_checkpointing, is_in_functorch, registration_of, sequence_number
 from aimc_pl.random_states import RandomStates
 from aimc_pl.saved import SavedParameters, current_weights, versions_of
 from aimc_pl.stage import Stage
@@ -87,6 +90,8 @@ class StagedStep:
         self._called_without_gradients: list[tuple[Stage, nn.Module]] = []
         self._left: Snapshot | None = None
         self._switched: set[Switch] = set()
+        self.hooked: defaultdict[Any, set[int]] = defaultdict(set)
+        """The stages of the tensors of each hook of several tensors."""
         for stage in stages:
             self._owners |= {id(parameter): stage for parameter in stage.parameters}
 
@@ -139,9 +144,17 @@ class StagedStep:
             known.add(id(module))
             stage.modules.append(module)
 
+        def register_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+            flight, registration = SuspendableCall.current(), registration_of(hook)
+            if isinstance(flight, Flight) and registration is not None and tensor.grad_fn is not None:
+                self.hooked[registration].add(flight.stage_that_made(tensor.grad_fn))
+            return register(tensor, hook)
+
+        register = Tensor.register_hook
         handle = register_module_forward_pre_hook(note)
         try:
-            yield
+            with patch.object(Tensor, "register_hook", register_hook):
+                yield
         finally:
             handle.remove()
 
@@ -182,7 +195,8 @@ class StagedStep:
         """After a whole step: parameters that the graph does not show belong to the stage that calls their module.
 
         Raises:
-            UsageError: if that is one stage, and another one is seen to use them.
+            UsageError: if that is one stage, and another one is seen to use them; if a hook waits for the gradients of
+                several stages.
         """
         order = {id(parameter): place for place, parameter in enumerate(self.parameters)}
         called = [(stage, module) for stage in self.stages for module in stage.modules]
@@ -198,10 +212,24 @@ class StagedStep:
                 for parameter in module.parameters(recurse=False):
                     if parameter.requires_grad and (owner := self._owners[id(parameter)]) is not stage:
                         raise _shared_parameter(self.network, parameter, stage.index, owner.index)
+        if self.with_gradients:
+            self._check_hooks()
         for stage in self.stages:
             stage.parameters.sort(key=lambda parameter: order.get(id(parameter), len(order)))
         self.switches = [switch for switch in self.switches if switch in self._switched]
         self.is_settled = True
+
+    def _check_hooks(self) -> None:
+        for parameter in self.parameters:
+            for registration in filter(None, map(registration_of, hooks_of(parameter))):
+                if id(parameter) in self._owners:
+                    self.hooked[registration].add(self._owners[id(parameter)].index)
+        spans = [stages for stages in self.hooked.values() if len(stages) > 1]
+        if spans:
+            raise UsageError(
+                f"a hook of register_multi_grad_hook spans stages {min(spans[0])} and {max(spans[0])}, and would be "
+                "called by the backward of each: register hooks of single tensors, or one for every stage"
+            )
 
     def note_writes(self, stage: int, places: Iterable[Place]) -> None:
         """Know in which stages attributes are set.
@@ -318,7 +346,7 @@ class Flight:
         step = self._step
         weights = current_weights(*self._versions[stage]) if step.delayed else nullcontext()
         with weights, own_pending_errors(step.stages[stage].parameters), _explained(stage):
-            self._graph.backward(stage)
+            self._graph.backward(stage, hooked=bool(step.hooked))
 
     def abort(self) -> None:
         """End the step where it waits."""
@@ -361,6 +389,10 @@ class Flight:
             if self._step.network.get_submodule(name) is module:
                 return index
         return self.stage
+
+    def stage_that_made(self, node: Node) -> int:
+        """The stage in whose forward a node of the graph was made."""
+        return self._graph.stage_that_made(sequence_number(node))
 
     def _close(self) -> None:
         loss = self.loss

@@ -88,7 +88,7 @@ class CutGraph:
                     todo.append((following, following_number))
                 if following_number < start:
                     # The stage it belongs to is found when it is visited; a sentinel is never reached.
-                    into = max(bisect_right(self._starts, following_number) - 1, 0)
+                    into = max(self.stage_that_made(following_number), 0)
                     self._crossing[stage].setdefault(node, []).append((index, into, (following, output)))
         self._share_leaves(leaves, seen)
         self._pending[self._stage_of(root, sequence_number(root))][root, seen[root]] = gradient
@@ -100,11 +100,16 @@ class CutGraph:
         edges = [edge for crossing in self._crossing for edges in crossing.values() for _, _, edge in edges]
         return any(_is_made_of_a_leaf(node) for node, _ in edges if sequence_number(node) != LEAF)
 
-    def backward(self, stage: int) -> None:
+    def backward(self, stage: int, *, hooked: bool = False) -> None:
         """Backpropagate through a stage, from the last to the first; every stage once.
 
         The leaf tensors' gradients are added to. A leaf that several stages use gets its gradient with the first of
         these stages, once. Without :meth:`close` there is nothing to do.
+
+        Args:
+            stage: 0 … M−1.
+            hooked: whether there are hooks of several tensors. torch tells these that a node will be executed, but of
+                a root only if it is not alone.
         """
         pending, self._pending[stage] = self._pending[stage], {}
         crossing, self._crossing[stage] = self._crossing[stage], {}
@@ -116,7 +121,7 @@ class CutGraph:
             return
         edges = [GradientEdge(*edge) for edge in pending]
         gradients = [*pending.values()]
-        if stage:
+        if stage or hooked:
             sentinel = self._sentinels[stage]
             assert sentinel.grad_fn is not None
             edges += [GradientEdge(sentinel.grad_fn, 0), *guards]
@@ -128,8 +133,12 @@ class CutGraph:
         except _StageIsOver:
             pass
 
+    def stage_that_made(self, number: int) -> int:
+        """The stage in whose forward a node of this sequence number was made; −1 if none."""
+        return bisect_right(self._starts, number) - 1
+
     def _stage_of(self, node: Node, number: int) -> int:
-        stage = bisect_right(self._starts, number) - 1
+        stage = self.stage_that_made(number)
         if stage < 0 or number >= self._ends[stage]:
             raise UsageError(
                 f"the loss depends on a value ({node.name()}) that was computed outside of this micro-batch's "

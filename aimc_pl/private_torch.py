@@ -1,5 +1,6 @@
 """What we need of torch that has no public name, each with a test that notices when it goes."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -155,6 +156,19 @@ def call_of(module: nn.Module) -> Callable[..., Any]:
 def default_store() -> Store:
     """What the processes of torch.distributed have met by."""
     return dist.distributed_c10d._get_default_store()
+
+
+def registration_of(hook: Any) -> Any:
+    """What the hooks of one :func:`torch.autograd.graph.register_multi_grad_hook` share; ``None`` for other hooks."""
+    code = getattr(hook, "__code__", None)
+    if code is None or not code.co_qualname.startswith("register_multi_grad_hook."):
+        return None
+    return inspect.getclosurevars(hook).nonlocals["lock"]
+
+
+def hooks_of(tensor: Tensor) -> list[Callable[[Tensor], Any]]:
+    """The hooks of a leaf tensor."""
+    return [*(tensor._backward_hooks or {}).values()]
 
 
 def version(tensor: Tensor) -> int:

@@ -7,7 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.forward_ad import dual_level as enter_dual_level
-from torch.autograd.graph import disable_saved_tensors_hooks, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import (
+    disable_saved_tensors_hooks,
+    get_gradient_edge,
+    register_multi_grad_hook,
+    saved_tensors_hooks,
+)
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage], documented
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -25,6 +30,7 @@ from aimc_pl.private_torch import (
     default_store,
     dual_level,
     has_backward_hooks,
+    hooks_of,
     is_checkpointing,
     is_in_functorch,
     next_sequence_number,
@@ -33,6 +39,7 @@ from aimc_pl.private_torch import (
     pop_saved_tensor_hooks,
     push_function_modes,
     push_saved_tensor_hooks,
+    registration_of,
     sdpa_backends,
     sequence_number,
     set_sdpa_backends,
@@ -418,3 +425,17 @@ def test_backends_of_attention_are_told_and_set():
         assert torch.backends.cuda.math_sdp_enabled()
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()
     assert sdpa_backends() == before
+
+
+@pytest.mark.parametrize("mode", ["all", "any"])
+def test_hooks_over_several_tensors_are_told_from_others(mode):
+    a, b, c = (torch.ones(2, requires_grad=True) for _ in range(3))
+    register_multi_grad_hook((a, b), print, mode=mode)
+    register_multi_grad_hook((c,), print, mode=mode)
+    first, second, other = (registration_of(*hooks_of(tensor)) for tensor in (a, b, c))
+    assert first is second is not None
+    assert other is not None
+    assert other is not first
+    c.register_hook(print)
+    assert registration_of(hooks_of(c)[1]) is None
+    assert hooks_of(torch.ones(1)) == []

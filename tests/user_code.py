@@ -27,7 +27,7 @@ from lightning.pytorch.utilities import grad_norm
 from lightning_modules import Samples
 from torch import nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
-from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, register_multi_grad_hook, save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
@@ -342,6 +342,41 @@ class TensorHooks(Layered):
         if h.requires_grad:
             h.register_hook(lambda grad: 0.5 * grad)
         return h
+
+
+class HookOfSeveralTensors(Layered):
+    """Measures what flows back through all layers, once per backward."""
+
+    mode, last = "all", None
+
+    def training_step(self, batch, batch_idx):
+        self.hidden = []
+        loss = super().training_step(batch, batch_idx)
+        register_multi_grad_hook(self.hidden[: self.last], self.measure, mode=self.mode)
+        return loss
+
+    def between(self, index, h):
+        self.hidden.append(h)
+        return h
+
+    def measure(self, gradients):
+        self.log("norm", sum(gradient.norm() for gradient in gradients if gradient is not None))
+
+
+class HookOfAnyTensor(HookOfSeveralTensors):
+    mode = "any"
+
+
+class HookInTheFirstStage(HookOfSeveralTensors):
+    last = 2
+
+    def measure(self, gradients):
+        assert all(gradient is not None for gradient in gradients)
+
+
+class HookOfAllParameters(Plain):
+    def on_fit_start(self):
+        register_multi_grad_hook([*self.parameters()], lambda gradients: None)
 
 
 class ParameterHooks(Plain):
