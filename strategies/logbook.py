@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from aimc_pl.ghosts import Unknown, delivered
 from aimc_pl.strategies.training_step import TrainingStep
 
 _LOG = signature(pl.LightningModule.log)
@@ -27,7 +28,13 @@ class Logbook:
         self._entries: dict[str, tuple[list[Any], list[int], Any, dict[str, Any]]] = {}
 
     def record(self, size: int, name: str, value: Any, **kwargs: Any) -> None:
-        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch of ``size`` samples."""
+        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch of ``size`` samples.
+
+        Raises:
+            UsageError: for a number that only the process of another stage knows.
+        """
+        if isinstance(value, Unknown):
+            raise value.error
         values, sizes, _, _ = self._entries.get(name, ([], [], None, {}))
         values.append(value._forward_cache if isinstance(value, Metric) else value)
         sizes.append(kwargs.pop("batch_size", None) or size)
@@ -68,11 +75,26 @@ def logging_to(module: "pl.LightningModule", record: Callable[..., None]) -> Ite
         if step is None:
             log(*args, **kwargs)
         else:
-            arguments = _LOG.bind(module, *args, **kwargs).arguments
-            record(step, **{name: value for name, value in arguments.items() if name != "self"})
+            record(step, **_named(module, args, kwargs))
 
     with replaced(module, "log", log_in_step):
         yield
+
+
+@contextmanager
+def logging_after(module: "pl.LightningModule") -> Iterator[None]:
+    """Log what a step in stages logs when it has ended: what Lightning computes to log is no part of the step."""
+    log, logged = module.log, []
+    with replaced(module, "log", lambda *args, **kwargs: logged.append(_named(module, args, kwargs))):
+        yield
+    for arguments in logged:
+        log(**arguments)
+
+
+def _named(module: "pl.LightningModule", args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``log`` by name, with a value that is known in the last stage."""
+    arguments = _LOG.bind(module, *args, **kwargs).arguments
+    return {name: delivered(value) for name, value in arguments.items() if name != "self"}
 
 
 def discard(*args: Any, **kwargs: Any) -> None:
