@@ -100,6 +100,22 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
         raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
 
 
+def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse parameters of optimizers that the module does not know, so that no stage can be told to have them.
+
+    Raises:
+        UsageError: with the shape of the first.
+    """
+    known = set(map(id, module.parameters()))
+    for parameter in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
+        if id(parameter) not in known:
+            raise UsageError(
+                f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that is none of "
+                f"{type(module).__name__}.parameters(), so that no process knows whose it is: keep modules as "
+                "attributes or in a ModuleList, not in a plain list"
+            )
+
+
 def check_optimizer(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], stage: Stage) -> None:
     """Refuse an optimizer that updates a stage by the gradients of others, which its process does not have.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from aimc_pl.ghosts import Unknown, delivered
 from aimc_pl.patches import patched
 from aimc_pl.strategies.private_torchmetrics import last_value, set_last_value
 from aimc_pl.strategies.training_step import TrainingStep
@@ -30,7 +31,13 @@ class Logbook:
         self._entries: dict[tuple[str, int], tuple[list[Any], list[int], Any, dict[str, Any]]] = {}
 
     def record(self, step: TrainingStep, name: str, value: Any, **kwargs: Any) -> None:
-        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch."""
+        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch.
+
+        Raises:
+            UsageError: for a number that only the process of another stage knows.
+        """
+        if isinstance(value, Unknown):
+            raise value.error
         key = name, step.num_logged[name]
         step.num_logged[name] += 1
         values, sizes, _, _ = self._entries.get(key, ([], [], None, {}))
@@ -73,11 +80,26 @@ def logging_to(module: "pl.LightningModule", record: Callable[..., None]) -> Ite
         if step is None:
             log(*args, **kwargs)
         else:
-            arguments = _LOG.bind(module, *args, **kwargs).arguments
-            record(step, **{name: value for name, value in arguments.items() if name != "self"})
+            record(step, **_named(module, args, kwargs))
 
     with patched((module, "log", log_in_step)):
         yield
+
+
+@contextmanager
+def logging_after(module: "pl.LightningModule") -> Iterator[None]:
+    """Log what a step in stages logs when it has ended: what Lightning computes to log is no part of the step."""
+    log, logged = module.log, []
+    with patched((module, "log", lambda *args, **kwargs: logged.append(_named(module, args, kwargs)))):
+        yield
+    for arguments in logged:
+        log(**arguments)
+
+
+def _named(module: "pl.LightningModule", args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``log`` by name, with a value that is known in the last stage."""
+    arguments = _LOG.bind(module, *args, **kwargs).arguments
+    return {name: delivered(value) for name, value in arguments.items() if name != "self"}
 
 
 def discard(*args: Any, **kwargs: Any) -> None:

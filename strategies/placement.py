@@ -19,7 +19,8 @@ from aimc_pl.patches import patched
 from aimc_pl.pipeline import MicroBatch
 from aimc_pl.processes import rank_of
 from aimc_pl.stage import Stage
-from aimc_pl.strategies.logbook import discard
+from aimc_pl.strategies.checks import check_parameters
+from aimc_pl.strategies.logbook import discard, logging_after
 from aimc_pl.strategies.ownership import Ownership
 from aimc_pl.strategies.planning import settle_evaluation
 from aimc_pl.strategies.private_lightning import batch_name
@@ -181,6 +182,7 @@ class StagePerProcess:
     def place(self, step: StagedStep, optimizers: Sequence[Optimizer]) -> Sequence[Stage]:
         """See :class:`Placement`."""
         strategy, device = self._strategy, self._strategy.root_device
+        check_parameters(self._module, optimizers)
         self._ownership = Ownership(self._module, step.stages)
         own = step.stages[self._stage]
         own.parameters = [p for p in self._module.parameters() if self._ownership.stage_of(p) == self._stage]
@@ -245,7 +247,7 @@ class StagePerProcess:
                 self.place(step, [])
             assert self._process is not None
             self._announce(self._process)
-            with self._process.ghosts.intercepting():
+            with logging_after(self._module), self._process.ghosts.intercepting():
                 return self._process.infer(function, inputs)
 
     def _announce(self, process: StageProcess) -> None:

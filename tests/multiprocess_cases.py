@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from aihwkit.optim.context import AnalogContext
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import grad_norm
@@ -50,9 +51,20 @@ class ComputesWithGradients(Attributes):
                 parameter.mul_(0.99)
 
 
+class LogsInEveryStage(Attributes):
+    def forward(self, x):
+        hidden = torch.tanh(self.l1(x))
+        self.log("first", hidden.abs().mean(), on_step=False, on_epoch=True)
+        hidden = hidden + F.gelu(self.l2(hidden))
+        hidden = torch.tanh(self.l3(hidden))
+        self.log("third", hidden.detach().std(), on_step=False, on_epoch=True, reduce_fx="max")
+        return self.l4(self.norm(hidden))
+
+
 SPLITS = {
     Attributes: {2: ["l3"], 3: ["l2", "norm"], 4: ["l2", "l3", "l4"]},
     ComputesWithGradients: {3: ["l2", "norm"]},
+    LogsInEveryStage: {4: ["l2", "l3", "l4"]},
     ConvNet: {2: ["features.4"], 3: ["features.2", "features.4"], 4: ["features.2", "features.4", "head"]},
     DictBatch: {3: ["backbone.1", "backbone.3"]},
 }
@@ -185,6 +197,7 @@ CASES |= {
     "evaluated only": (2, digital(2, "async", evaluate=True, max_epochs=0)),
     "with a noise callback": (3, digital(3, "sync", callbacks=[imperfect_devices])),
     "best step saved": (3, digital(3, "async", callbacks=[save_the_best])),
+    "logs in every stage": (4, digital(4, "async", LogsInEveryStage)),
     "few steps": (4, digital(4, "async", max_steps=4)),
     "dict batch, layers around": (3, digital(3, "async", DictBatch)),
     "convolutions": (4, digital(4, "sync", ConvNet)),

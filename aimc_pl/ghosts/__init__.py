@@ -2,6 +2,6 @@
 
 from aimc_pl.ghosts.apart import Exchange, gradients_known
 from aimc_pl.ghosts.process import Flight, Ghosts, Message
-from aimc_pl.ghosts.values import Ghost, Unknown
+from aimc_pl.ghosts.values import Ghost, Unknown, delivered
 
-__all__ = ["Exchange", "Flight", "Ghost", "Ghosts", "Message", "Unknown", "gradients_known"]
+__all__ = ["Exchange", "Flight", "Ghost", "Ghosts", "Message", "Unknown", "delivered", "gradients_known"]

@@ -247,10 +247,10 @@ class Elsewhere:
             self._used.update(id(tensor) for tensor in tensors if _has_key(tensor))
         if self._state.stretch > self._state.own:
             for tensor in tensors:
-                self._need(tensor)
+                self.need(tensor)
 
-    def _need(self, tensor: Tensor) -> None:
-        """A later stage computes with a value."""
+    def need(self, tensor: Tensor) -> None:
+        """A later stage computes with a value, or logs it."""
         if is_ghost(tensor):
             self._need_ghost(tensor)
         elif not isinstance(tensor, nn.Parameter):

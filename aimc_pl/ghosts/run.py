@@ -108,6 +108,18 @@ class Run(TorchFunctionMode):
         if guessed is not None and not isinstance(error, UsageError):
             raise guessed from error
 
+    def deliver(self, value: Tensor) -> Tensor:
+        """Have a value in the last stage; returns it there.
+
+        Raises:
+            UsageError: if it cannot be had.
+        """
+        with without_functions():
+            if self._setting.own == len(self._setting.boundaries):
+                return self._here.resolve(value)
+            self._elsewhere.need(value)
+            return value
+
     def close(self) -> None:
         """Let go of what the backward does not need."""
         self.arrivals.sent = {}

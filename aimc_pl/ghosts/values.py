@@ -47,6 +47,8 @@ class Interceptor(Protocol):
         """What the function returns."""
         ...
 
+    def deliver(self, value: Tensor) -> Tensor: ...
+
 
 class Home(Protocol):
     """Where the value of a ghost may be."""
@@ -163,6 +165,11 @@ for _name in (*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), *_OTHERS):
     setattr(Unknown, f"__{_name}__", _same)
 for _name in _DECISIONS:
     setattr(Unknown, f"__{_name}__", _decide)
+
+
+def delivered(value: Any) -> Any:
+    """A value of a step, which is to be known in the last stage, where it is logged."""
+    return running[-1].deliver(value) if running and isinstance(value, Tensor) else value
 
 
 def is_ghost(value: Any) -> TypeIs[Ghost]:

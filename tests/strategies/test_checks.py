@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
-from aimc_pl.strategies.checks import check_optimizer
+from aimc_pl.strategies.checks import check_optimizer, check_parameters
 
 
 class Normalized(Optimizer):
@@ -103,6 +103,13 @@ def test_optimizers_that_evaluate_the_loss_are_refused():
     net = network()
     with pytest.raises(UsageError, match="SharpnessAware evaluates the loss itself"):
         check(net, SharpnessAware(net.parameters(), lr=0.1), 0)
+
+
+def test_parameters_of_a_module_in_a_plain_list_are_refused():
+    net, hidden = network(), nn.Linear(2, 7)
+    check_parameters(net, [SGD(net.parameters(), lr=0.1)])
+    with pytest.raises(UsageError, match=r"a parameter of shape \(7, 2\) that is none of Sequential.parameters"):
+        check_parameters(net, [SGD([*net.parameters(), *hidden.parameters()], lr=0.1)])
 
 
 def test_the_check_leaves_no_trace():
