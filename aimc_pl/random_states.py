@@ -1,14 +1,13 @@
 """The random states that a step may draw from."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Generator, nn
 from torch.utils._pytree import tree_leaves
 
 _SETTERS = (
@@ -19,13 +18,10 @@ _SETTERS = (
 
 
 class RandomStates:
-    """Torch's, numpy's and Python's random states, and those of generators that modules hold."""
+    """Torch's, numpy's and Python's random states, and those of further generators."""
 
-    def __init__(self, network: nn.Module) -> None:
-        held = [value for module in network.modules() for value in vars(module).values()]
-        held += [inner for value in held if hasattr(value, "__dict__") for inner in vars(value).values()]
-        kinds = Generator | np.random.Generator | np.random.RandomState | random.Random
-        self._generators = [value for value in held if isinstance(value, kinds)]
+    def __init__(self, generators: Sequence[Any] = ()) -> None:
+        self._generators = generators
 
     def read(self) -> list[Any]:
         """The states of this moment."""

@@ -22,6 +22,7 @@ from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies.checks import (
     check_analog_support,
     check_module,
+    check_optimizer,
     check_split,
     warn_about_other_package,
 )
@@ -174,6 +175,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 "the pipeline trains with one optimizer, and configure_optimizers returns several: "
                 "return one with several parameter groups"
             ) from error
+        check_optimizer(self._module, self.optimizers[0])
         step = signature(type(self.optimizers[0]).step).parameters
         if self.schedule.is_async and "closure" in step and step["closure"].default is Parameter.empty:
             raise UsageError(

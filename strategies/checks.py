@@ -16,6 +16,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.loss import _Loss
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from aimc_pl.devices import analog_layers
 from aimc_pl.errors import UsageError
@@ -74,6 +76,34 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
                 )
     if tiles and precision.precision not in ("32-true", "bf16-mixed"):
         raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
+
+
+def check_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse a fit whose optimizer, with which the stages update, updates nothing.
+
+    Raises:
+        UsageError: saying so.
+    """
+    parameters = set(map(id, module.parameters()))
+    if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            "configure_optimizers returns no optimizer of the module's parameters, and hooks cannot update them in the "
+            "pipeline's backward: return one"
+        )
+
+
+def check_initialized(module: nn.Module, split_at: Sequence[str]) -> None:
+    """Refuse stages that begin where micro-batches that overlap would initialize a lazy module, each anew.
+
+    Raises:
+        UsageError: naming it.
+    """
+    for name in split_at:
+        if any(is_lazy(value) for value in module.get_submodule(name).parameters(recurse=False)):
+            raise UsageError(
+                f"{name!r} is lazy, and no stage can begin there before it has its parameters: call the network once "
+                "in configure_model, or name another module in split_at"
+            )
 
 
 def check_microbatches(

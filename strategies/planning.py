@@ -11,10 +11,10 @@ from aimc_pl.boundaries import Calls
 from aimc_pl.devices.tiles import are_seeded
 from aimc_pl.flight import StagedStep
 from aimc_pl.stage import Stage
-from aimc_pl.strategies.checks import check_microbatches
+from aimc_pl.strategies.checks import check_initialized, check_microbatches
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
-from aimc_pl.trial import Trials, verify
+from aimc_pl.trial import Function, Trials, verify
 
 
 def settle(
@@ -53,7 +53,7 @@ def settle(
         functions = [*steps[first:], *steps[:first]]
         # One micro-batch alone would not show what overlapping ones share.
         functions += [other] if len(steps) == 1 and schedule.is_async else []
-        trials = Trials(module, functions, [step.inputs for step in (*functions, whole)])
+        trials = trials_of(module, functions, [step.inputs for step in (*functions, whole)])
         calls = Calls()
         reference = trials.undivided(calls.recorded(module))
         if reference is not None:
@@ -62,6 +62,9 @@ def settle(
         return None
     may_share = not (schedule.is_async or apart)
     split_at, found = _divide(trials, calls, schedule.num_stages, split_at, may_share, agree)
+    overlaps = schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1)
+    if overlaps:
+        check_initialized(module, split_at)
     step = StagedStep(
         module,
         split_at,
@@ -69,15 +72,17 @@ def settle(
         delayed=schedule.is_async,
         weight_stashing=settings.weight_stashing,
         may_share=may_share,
-        overlaps=schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1),
+        overlaps=overlaps,
     )
     if trials.casts:
         step.follow_casts()
     trials.record(step)
     boundaries.check_stages(step.stages, split_at)
-    if settings.verify and schedule.num_stages > 1 and are_seeded(module):
-        trials.check_memory(step, reference)
-        verify(trials, step, reference)
+    if settings.verify and are_seeded(module):
+        trials.check_repeats(reference)
+        if schedule.num_stages > 1:
+            trials.check_memory(step, reference)
+            verify(trials, step, reference)
     if schedule.num_microbatches > 1:
         comparable = settings.verify and not trials.draws and are_seeded(module)
         check_microbatches(
@@ -85,6 +90,13 @@ def settle(
         )
     rank_zero_info(f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: split_at={split_at}{found}")
     return step
+
+
+def trials_of(module: "pl.LightningModule", functions: Sequence[Function], inputs: Any = None) -> Trials:
+    """Runs of a step that leave no trace in the module, nor in the trainer's optimizers and their schedulers."""
+    trainer = module.trainer
+    beside = [("optimizers", trainer.optimizers), ("lr_schedulers", trainer.lr_scheduler_configs)]
+    return Trials(module, functions, inputs, beside, outside=[trainer])
 
 
 def settle_evaluation(
@@ -112,7 +124,7 @@ def settle_evaluation(
     def without_loss() -> None:
         function()
 
-    trials = Trials(module, [without_loss], inputs)
+    trials = trials_of(module, [without_loss], inputs)
     calls = Calls(with_gradients=False)
     with calls.recorded(module), trials.fresh():
         function()

@@ -17,7 +17,7 @@ from aimc_pl.stage import Stage
 from aimc_pl.strategies.batches import Batches
 from aimc_pl.strategies.logbook import Logbook, discard, logging_to
 from aimc_pl.strategies.placement import Placement
-from aimc_pl.strategies.planning import settle
+from aimc_pl.strategies.planning import settle, trials_of
 from aimc_pl.strategies.private_lightning import (
     last_batch_before_look,
     logging_in,
@@ -26,7 +26,6 @@ from aimc_pl.strategies.private_lightning import (
 )
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep, merge_outputs
-from aimc_pl.trial import Trials
 
 
 class Training:
@@ -93,7 +92,7 @@ class Training:
         args = (batch_idx,) if takes_index else ()
         step = self.batches.whole(microbatch, args, self._precision.train_step_context)
         with logging_to(self._module, discard):
-            return Trials(self._module, [step]).gradients(parameters)
+            return trials_of(self._module, [step]).gradients(parameters)
 
     def drain(self) -> None:
         """Finish the micro-batches in flight, with their updates."""
