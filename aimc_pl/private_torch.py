@@ -143,19 +143,17 @@ def without_backward_hooks(module: nn.Module) -> Iterator[None]:
             inner._backward_hooks, inner._backward_pre_hooks = hooks
 
 
-def hooks_of(tensor: Tensor) -> list[dict[int, Any] | None]:
+def hooks_of(tensor: Tensor) -> list[dict[int, Any]]:
     """The hooks that are registered with a tensor, those on its gradient and those after its accumulation."""
     there: Any = tensor
-    return [hooks and dict(hooks) for hooks in (there._backward_hooks, there._post_accumulate_grad_hooks)]
+    return [dict(hooks or {}) for hooks in (there._backward_hooks, there._post_accumulate_grad_hooks)]
 
 
-def set_hooks(tensor: Tensor, hooks: Sequence[dict[int, Any] | None]) -> None:
-    """Let a tensor have the hooks that :func:`hooks_of` has returned."""
-    for name, before in zip(("_backward_hooks", "_post_accumulate_grad_hooks"), hooks, strict=True):
-        now = getattr(tensor, name)
-        if now is not None and before is not None:
-            # The handles of hooks refer to it.
+def set_hooks(tensor: Tensor, hooks: Sequence[dict[int, Any]]) -> None:
+    """Let a tensor have the hooks that :func:`hooks_of` has returned, of those that have ever been registered."""
+    there: Any = tensor
+    for now, before in zip((there._backward_hooks, there._post_accumulate_grad_hooks), hooks, strict=True):
+        if now is not None:
+            # Autograd and the handles of hooks refer to it.
             now.clear()
             now.update(before)
-        elif now is not before:
-            setattr(tensor, name, before)

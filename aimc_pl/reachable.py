@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -28,15 +29,16 @@ GENERATORS = (Generator, np.random.Generator, np.random.RandomState, random.Rand
 """Kinds of random generators."""
 
 _CLOSED = (ModuleType, Dataset, DataLoader, threading.Thread, BaseProcess, np.memmap)
+_PACKAGES = {"site-packages", "dist-packages"}
 _NOT_IN_THE_STEP = ("__init__", "setup", "prepare_data", "configure_model", "configure_optimizers")
 
 
 @dataclass(frozen=True, eq=False)
-class GlobalVariables:
-    """Some of the global variables of a module."""
+class GlobalVariable:
+    """A global variable of a module."""
 
     all: dict[str, Any]
-    names: list[str]
+    name: str
 
 
 def reachable(roots: Iterable[Named], outside: Iterable[Any] = ()) -> Iterator[Named]:
@@ -50,12 +52,13 @@ def reachable(roots: Iterable[Named], outside: Iterable[Any] = ()) -> Iterator[N
         outside: what to leave out.
     """
     todo = deque(roots)
-    seen = {id(value): value for value in outside}
+    seen: dict[Any, Any] = {id(value): value for value in outside}
     while todo:
         name, value = todo.popleft()
-        if type(value) in PLAIN or id(value) in seen or _is_closed(value):
+        key = (id(value.all), value.name) if isinstance(value, GlobalVariable) else id(value)
+        if type(value) in PLAIN or key in seen or _is_closed(value):
             continue
-        seen[id(value)] = value  # as long as it is held, nothing else has its id
+        seen[key] = value  # as long as it is held, nothing else has its id
         yield name, value
         todo.extend(_inside(name, value))
 
@@ -70,7 +73,7 @@ def _inside(name: str, value: Any) -> Iterator[Named]:
     if isinstance(value, dict):
         yield from ((f"{name}.{key}", held) for key, held in dict.items(value))
     elif isinstance(value, CONTAINERS):
-        yield from ((f"{name}.{number}", held) for number, held in enumerate(contents_of(value) or ()))
+        yield from ((f"{name}.{number}", held) for number, held in enumerate(contents_of(value)))
     elif isinstance(value, nn.Module):
         held = (value.named_parameters(recurse=False), value.named_buffers(recurse=False), value.named_children())
         yield from ((joined(name, key), inner) for key, inner in chain(*held))
@@ -80,7 +83,7 @@ def _inside(name: str, value: Any) -> Iterator[Named]:
         yield from (value.__kwdefaults__ or {}).items()
         if is_own(value.__module__):
             names = [key for key in _names(value.__code__) if key in value.__globals__]
-            yield "", GlobalVariables(value.__globals__, names)
+            yield from ((key, GlobalVariable(value.__globals__, key)) for key in names)
     elif isinstance(value, MethodType | BuiltinMethodType):
         yield from ((name, value.__self__), (name, getattr(value, "__func__", None)))
     elif isinstance(value, partial):
@@ -93,25 +96,27 @@ def _inside(name: str, value: Any) -> Iterator[Named]:
     for key, held in variables_of(value).items():
         if not isinstance(value, type) or not (key in _NOT_IN_THE_STEP or key.endswith("_dataloader")):
             yield joined(name, key), held
-            # Of static and class methods, and of properties.
-            yield from ((key, inner) for inner in (getattr(held, "__func__", None), getattr(held, "fget", None)))
+            if isinstance(held, staticmethod | classmethod):
+                yield key, held.__func__
+            elif isinstance(held, property):
+                yield key, held.fget
 
 
 def variables_of(value: Any) -> dict[str, Any]:
-    """The attributes of an object or a class; global variables; the variable in a cell of a closure, under ``""``."""
+    """The attributes of an object or a class; under ``""`` a global variable, or that in a cell of a closure."""
     if isinstance(value, CellType):
         try:
             return {"": value.cell_contents}
         except ValueError:  # it has not been bound yet
             return {}
-    if isinstance(value, GlobalVariables):
-        return {name: value.all[name] for name in value.names if name in value.all}
+    if isinstance(value, GlobalVariable):
+        return {"": value.all[value.name]} if value.name in value.all else {}
     return dict(vars(value)) if hasattr(value, "__dict__") else {}
 
 
 def joined(name: str, key: str) -> str:
     """The name of an attribute."""
-    return ".".join(part for part in (name, str(key).lstrip("_")) if part)
+    return ".".join(part for part in (name, str(key).strip("_")) if part)
 
 
 @cache
@@ -120,8 +125,8 @@ def is_own(module: str | None) -> bool:
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     if file is None:
         return module == "__main__"
-    installed = tuple(sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib"))
-    return not file.startswith(installed) and not _is_ours(module)
+    installed = _PACKAGES.intersection(Path(file).parts) or file.startswith(sysconfig.get_path("stdlib"))
+    return not installed and not _is_ours(module)
 
 
 def _is_ours(module: str | None) -> bool:
@@ -136,7 +141,7 @@ def _is_closed(value: Any) -> bool:
         return hasattr(value, "analog_tile")  # the context of an analog tile
     if isinstance(value, type):
         return not is_own(value.__module__)
-    if isinstance(value, (nn.Module, GlobalVariables, *GENERATORS)):
+    if isinstance(value, (nn.Module, GlobalVariable, *GENERATORS)):
         return False
     home = getattr(value, "__module__", None)
     if isinstance(home, str) and (home.startswith("torch._") or _is_ours(home)):

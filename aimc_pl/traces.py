@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from aimc_pl.attributes import CONTAINERS, contents_of, fill
 from aimc_pl.devices.conversion import reset_pending_updates
 from aimc_pl.private_torch import hooks_of, set_hooks
-from aimc_pl.reachable import GENERATORS, GlobalVariables, Named, joined, reachable, variables_of
+from aimc_pl.reachable import GENERATORS, GlobalVariable, Named, joined, reachable, variables_of
 
 Change = tuple[int, str]
 """The number of something that has changed, and which of its variables."""
@@ -143,15 +143,16 @@ class _Variables(_Saved):
         elif isinstance(value, type):
             delattr(value, variable) if before is _MISSING else setattr(value, variable, before)
         else:
-            values = value.all if isinstance(value, GlobalVariables) else vars(value)
-            values.pop(variable, None)
+            is_global = isinstance(value, GlobalVariable)
+            values, key = (value.all, value.name) if is_global else (vars(value), variable)
+            values.pop(key, None)
             if before is not _MISSING:
-                values[variable] = before
+                values[key] = before
 
     def _read(self) -> dict[str, Any]:
         kind = (
             {}
-            if isinstance(self._value, CellType | GlobalVariables | type | Tensor)
+            if isinstance(self._value, CellType | GlobalVariable | type | Tensor)
             else {"__class__": type(self._value)}
         )
         return variables_of(self._value) | kind
@@ -236,7 +237,7 @@ def _saved(found: Iterable[Named]) -> list[_Saved]:
                 saved.append(_Array(name, value))
         elif isinstance(value, CONTAINERS) and not isinstance(value, tuple):
             saved.append(_Contents(name, value))
-        if hasattr(value, "__dict__") or isinstance(value, CellType | GlobalVariables):
+        if hasattr(value, "__dict__") or isinstance(value, CellType | GlobalVariable):
             saved.append(_Variables(name, value))
     return saved
 

@@ -17,6 +17,7 @@ from aimc_pl.private_torch import (
     count_saved_tensor_hooks,
     current_function_mode,
     has_backward_hooks,
+    hooks_of,
     is_checkpointing,
     is_in_functorch,
     next_sequence_number,
@@ -25,6 +26,7 @@ from aimc_pl.private_torch import (
     push_function_modes,
     push_saved_tensor_hooks,
     sequence_number,
+    set_hooks,
     set_versions,
     storage_of,
     version,
@@ -314,3 +316,26 @@ def test_backward_hooks_can_be_left_out():
     assert calls == []
     module(torch.ones(1, 2)).sum().backward()
     assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize("had_hooks", [False, True])
+def test_hooks_of_tensors_are_put_back(had_hooks):
+    """Those that came later are called no more, and those that were there are called and can be removed."""
+    parameter, calls = nn.Parameter(torch.ones(2)), []
+    handles = []
+    if had_hooks:
+        handles.append(parameter.register_hook(lambda gradient: calls.append("before")))
+        handles.append(parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("before, after")))
+    hooks = hooks_of(parameter)
+    for _ in range(2):
+        parameter.register_hook(lambda gradient: calls.append("later"))
+        parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("later, after"))
+        assert hooks_of(parameter) != hooks
+        set_hooks(parameter, hooks)
+        assert hooks_of(parameter) == hooks
+        parameter.sum().backward()
+    assert calls == 2 * had_hooks * ["before", "before, after"]
+    for handle in handles:
+        handle.remove()
+    parameter.sum().backward()
+    assert len(calls) == 4 * had_hooks
