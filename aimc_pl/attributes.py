@@ -1,15 +1,18 @@
 """What code leaves on modules while it runs: plain attributes, and what lists, dicts and sets there hold."""
 
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterable
 from operator import is_
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor, nn
 
 from aimc_pl.private_torch import parameters_of
+
+CONTAINERS = (dict, list, set, deque, tuple)
+PLAIN = (bool, int, float, str, type(None))
+"""Types of values that cannot change."""
 
 _OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
 _FLAGS = "requires_grad of parameters"
@@ -44,12 +47,10 @@ class Attributes:
 
     Args:
         network: whose attributes.
-        deep: whether to look into large containers too.
     """
 
-    def __init__(self, network: nn.Module, *, deep: bool = False) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self._names, self._modules = zip(*network.named_modules(), strict=True)
-        self._most = sys.maxsize if deep else _MANY
         self._looks = [self._look(module) for module in self._modules]
 
     def read(self) -> Snapshot:
@@ -60,7 +61,7 @@ class Attributes:
             if not _is_same(_fingerprint(module), look.fingerprint):
                 look = self._looks[number] = self._look(module)
             held = vars(module)
-            containers = {name: _freeze(held[name], self._most) for name in look.containers}
+            containers = {name: _freeze(held[name]) for name in look.containers}
             snapshot.append((look, containers))
         return snapshot
 
@@ -72,15 +73,15 @@ class Attributes:
                 held = vars(module)
                 for name, frozen in containers.items():
                     if not _is_unchanged(frozen, held[name]):
-                        changed[number, name] = _freeze(held[name], self._most)
+                        changed[number, name] = _freeze(held[name])
                 continue
             now = _values(module)
             for name, frozen in (look.values | containers).items():
                 value = now.pop(name, _MISSING)
                 if value is not frozen and not _is_unchanged(frozen, value):
-                    changed[number, name] = _freeze(value, self._most)
+                    changed[number, name] = _freeze(value)
             for name, value in now.items():
-                changed[number, name] = _freeze(value, self._most)
+                changed[number, name] = _freeze(value)
         return changed
 
     @staticmethod
@@ -94,7 +95,7 @@ class Attributes:
 
     def current(self, places: Iterable[Place]) -> dict[Place, Any]:
         """The frozen values that some attributes have now."""
-        return {(number, name): _freeze(self._value(number, name), self._most) for number, name in places}
+        return {(number, name): _freeze(self._value(number, name)) for number, name in places}
 
     def write(self, values: dict[Place, Any]) -> None:
         """Set attributes (and fill containers) to frozen values."""
@@ -120,33 +121,8 @@ class Attributes:
     def _look(self, module: nn.Module) -> _Look:
         values = _values(module)
         containers = [name for name, value in values.items() if _can_change(value) and name not in _BY_FINGERPRINT]
-        frozen = {name: _freeze(value, self._most) for name, value in values.items() if name not in containers}
+        frozen = {name: _freeze(value) for name, value in values.items() if name not in containers}
         return _Look(_fingerprint(module), frozen, containers)
-
-
-class Contents:
-    """What containers and plain objects hold, however deep, to be put back.
-
-    Args:
-        value: a mini-batch, for example.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self._frozen = [_freeze(held, sys.maxsize) for held in (value, *_attributes_of_objects(value))]
-
-    def tensors(self) -> list[Tensor | np.ndarray[Any, Any]]:
-        """The tensors and arrays among them."""
-        return _arrays_in(self._frozen)
-
-    def put_back(self) -> None:
-        """Fill all containers as they were."""
-        for frozen in self._frozen:
-            _thaw(frozen)
-
-
-def arrays_in(snapshot: Snapshot) -> list[Tensor | np.ndarray[Any, Any]]:
-    """The tensors and NumPy arrays among the attributes, those in containers included."""
-    return _arrays_in([value for look, containers in snapshot for value in (look.values | containers).values()])
 
 
 def is_alike(a: Any, b: Any) -> bool:
@@ -203,27 +179,47 @@ def _set_flags(module: nn.Module, flags: str) -> None:
             parameter.requires_grad_(flag == "1")
 
 
-def _contents(value: Any) -> list[Any] | None:
-    if isinstance(value, dict):
-        return [item for pair in value.items() for item in pair]
-    return [*value] if isinstance(value, list | set | deque | tuple) else None
+def contents_of(container: Any) -> list[Any]:
+    """What a list, set, deque or tuple holds; the keys and values of a dict, in turns."""
+    # The methods of the built-in class: those of the user's own may do something else.
+    base = _built_in(container)
+    return (
+        [held for pair in base.items(container) for held in pair]
+        if issubclass(base, dict)
+        else [*base.__iter__(container)]
+    )
+
+
+def fill(container: Any, contents: list[Any]) -> None:
+    """Let a list, dict, set or deque hold what :func:`contents_of` has returned."""
+    base = _built_in(container)
+    base.clear(container)
+    if issubclass(base, dict):
+        for key, value in zip(contents[::2], contents[1::2], strict=True):
+            base.__setitem__(container, key, value)
+    elif base is set:
+        set.update(container, contents)
+    else:
+        base.extend(container, contents)
+
+
+def _built_in(container: Any) -> Any:
+    return next(kind for kind in (OrderedDict, *CONTAINERS) if isinstance(container, kind))
 
 
 def _can_change(value: Any) -> bool:
     # Most attributes are plain; a test of the exact type is fastest.
-    if type(value) in _PLAIN or not isinstance(value, _CONTAINERS):
+    if type(value) in PLAIN or not isinstance(value, CONTAINERS):
         return False
-    return not isinstance(value, tuple) or not all(type(item) in _PLAIN for item in value)
+    return not isinstance(value, tuple) or not all(type(item) in PLAIN for item in value)
 
 
-def _freeze(value: Any, most: int, around: tuple[int, ...] = ()) -> Any:
+def _freeze(value: Any, around: tuple[int, ...] = ()) -> Any:
     if not _can_change(value) or id(value) in around:
         return value
-    if len(value) > most:
+    if len(value) > _MANY:
         return _Large(value, len(value))
-    contents = _contents(value)
-    assert contents is not None
-    return _Container(value, [_freeze(item, most, (*around, id(value))) for item in contents])
+    return _Container(value, [_freeze(item, (*around, id(value))) for item in contents_of(value)])
 
 
 def _is_unchanged(frozen: Any, value: Any) -> bool:
@@ -233,8 +229,7 @@ def _is_unchanged(frozen: Any, value: Any) -> bool:
         return frozen is value
     if frozen.value is not value:
         return False
-    contents = _contents(value)
-    assert contents is not None
+    contents = contents_of(value)
     return len(contents) == len(frozen.contents) and all(map(_is_unchanged, frozen.contents, contents))
 
 
@@ -243,45 +238,7 @@ def _thaw(frozen: Any) -> Any:
         return frozen.value
     if type(frozen) is not _Container:
         return frozen
-    value, contents = frozen.value, [_thaw(item) for item in frozen.contents]
-    if isinstance(value, dict):
-        # Key by key: a Counter's update adds, and dict's own would leave an OrderedDict in its old order.
-        value.clear()
-        for key, item in zip(contents[::2], contents[1::2], strict=True):
-            value[key] = item
-    elif isinstance(value, set):
-        value.clear()
-        value.update(contents)
-    elif not isinstance(value, tuple):
-        value.clear()
-        value.extend(contents)
-    return value
-
-
-def _arrays_in(frozen: Iterable[Any]) -> list[Tensor | np.ndarray[Any, Any]]:
-    todo, found = [*frozen], []
-    while todo:
-        value = todo.pop()
-        if type(value) is _Container:
-            todo.extend(value.contents)
-        elif isinstance(value, Tensor | np.ndarray):
-            found.append(value)
-    return found
-
-
-def _attributes_of_objects(value: Any) -> Iterator[dict[str, Any]]:
-    """The attribute dicts of plain objects (dataclasses, say) among what a value holds."""
-    todo, seen = [value], set()
-    while todo:
-        value = todo.pop()
-        if id(value) in seen or isinstance(value, type | nn.Module):
-            continue
-        seen.add(id(value))
-        todo.extend(_contents(value) or ())
-        if hasattr(value, "__dict__") and not isinstance(value, Tensor):
-            yield vars(value)
-            todo.extend(vars(value).values())
-
-
-_PLAIN = (bool, int, float, str, type(None))
-_CONTAINERS = (dict, list, set, deque, tuple)
+    contents = [_thaw(item) for item in frozen.contents]
+    if not isinstance(frozen.value, tuple):
+        fill(frozen.value, contents)
+    return frozen.value

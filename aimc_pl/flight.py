@@ -221,7 +221,7 @@ class StagedStep:
 
     def _check_hooks(self) -> None:
         for parameter in self.parameters:
-            for registration in filter(None, map(registration_of, hooks_of(parameter))):
+            for registration in filter(None, map(registration_of, hooks_of(parameter)[0].values())):
                 if id(parameter) in self._owners:
                     self.hooked[registration].add(self._owners[id(parameter)].index)
         spans = [stages for stages in self.hooked.values() if len(stages) > 1]

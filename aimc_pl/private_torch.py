@@ -166,11 +166,6 @@ def registration_of(hook: Any) -> Any:
     return inspect.getclosurevars(hook).nonlocals["lock"]
 
 
-def hooks_of(tensor: Tensor) -> list[Callable[[Tensor], Any]]:
-    """The hooks of a leaf tensor."""
-    return [*(tensor._backward_hooks or {}).values()]
-
-
 def version(tensor: Tensor) -> int:
     """Grows when a tensor is changed in place; tensors of inference mode do not tell."""
     return 0 if tensor.is_inference() else tensor._version
@@ -215,3 +210,19 @@ def without_backward_hooks(module: nn.Module) -> AbstractContextManager[None]:
     """While it is open, a module can be called with inputs without a graph."""
     hooked = [inner for inner in module.modules() if has_backward_hooks(inner)]
     return patched(*((inner, name, {}) for inner in hooked for name in ("_backward_hooks", "_backward_pre_hooks")))
+
+
+def hooks_of(tensor: Tensor) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The hooks that are registered with a leaf tensor: those on its gradient, and those after its accumulation."""
+    there: Any = tensor
+    return dict(there._backward_hooks or {}), dict(there._post_accumulate_grad_hooks or {})
+
+
+def set_hooks(tensor: Tensor, hooks: Sequence[dict[int, Any]]) -> None:
+    """Let a tensor have the hooks that :func:`hooks_of` has returned, of those that have ever been registered."""
+    there: Any = tensor
+    for now, before in zip((there._backward_hooks, there._post_accumulate_grad_hooks), hooks, strict=True):
+        if now is not None:
+            # Autograd and the handles of hooks refer to it.
+            now.clear()
+            now.update(before)

@@ -1,13 +1,12 @@
 """The random states that a step may draw from."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator
 
 from aimc_pl.patches import patched
 from aimc_pl.private_torch import tree_leaves
@@ -20,17 +19,10 @@ _SETTERS = (
 
 
 class RandomStates:
-    """Torch's, numpy's and Python's random states, and those of generators that objects hold.
+    """Torch's, numpy's and Python's random states, and those of further generators."""
 
-    Args:
-        owners: modules, for example; their attributes and those of their attributes are looked at.
-    """
-
-    def __init__(self, owners: Iterable[object]) -> None:
-        held = [value for owner in owners if hasattr(owner, "__dict__") for value in vars(owner).values()]
-        held += [inner for value in held if hasattr(value, "__dict__") for inner in vars(value).values()]
-        kinds = Generator | np.random.Generator | np.random.RandomState | random.Random
-        self._generators = [value for value in held if isinstance(value, kinds)]
+    def __init__(self, generators: Sequence[Any] = ()) -> None:
+        self._generators = generators
 
     def read(self) -> list[Any]:
         """The states of this moment."""

@@ -1,45 +1,54 @@
 """What runs of a step change, and how to put it back."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
+from types import CellType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from aimc_pl.analog import is_analog, reset_pending_updates
-from aimc_pl.attributes import Attributes, Contents, Place, arrays_in
+from aimc_pl.attributes import CONTAINERS, contents_of, fill
+from aimc_pl.private_torch import hooks_of, set_hooks
+from aimc_pl.reachable import GENERATORS, GlobalVariable, Named, joined, reachable, variables_of
+
+Change = tuple[int, str]
+"""The number of something that has changed, and which of its variables."""
+
+_MISSING = object()
 
 
 class Traces:
-    """What runs of a step may change: tensors and arrays in place, attributes, gradients, the batch, iterators.
+    """What runs of a step may change: all that can be reached from its modules, gradients, the batch, iterators.
 
     Iterators that modules hold become copies that give the same.
 
     Args:
         network: all modules that the step calls.
         inputs: what it is given.
+        beside: what else the step can reach: optimizers and their schedulers, for example.
+        outside: what it can reach and what is not looked into.
     """
 
-    def __init__(self, network: nn.Module, inputs: Any = None) -> None:
+    def __init__(
+        self, network: nn.Module, inputs: Any = None, beside: Sequence[Named] = (), outside: Sequence[Any] = ()
+    ) -> None:
         self._network = network
         held = [(vars(module), name) for module in network.modules() for name in vars(module)]
         self._holders = [(values, name, id(values[name])) for values, name in held if _is_iterator(values[name])]
         # One for all modules that hold the same.
         self._iterators = {key: tee(values[name], 1)[0] for values, name, key in self._holders}
         self._rewind()
-        self._attributes = Attributes(network, deep=True)
-        self._before = self._attributes.read()
-        self._inputs = Contents(inputs)
-        self._input_arrays = set(map(id, self._inputs.tensors()))
-        arrays = [*network.parameters(), *network.buffers(), *arrays_in(self._before), *self._inputs.tensors()]
-        arrays = {id(array): array for array in arrays}.values()  # a buffer is among the attributes too
-        self._arrays = [array for array in arrays if isinstance(array, np.ndarray) or _has_value(array)]
-        with torch.no_grad():
-            self._values = [array.clone() if isinstance(array, Tensor) else array.copy() for array in self._arrays]
-        self._watched = range(len(self._arrays))
+        found = [*reachable([("", network), *beside], outside)]
+        self.generators = [value for _, value in found if isinstance(value, GENERATORS)]
+        """Random generators that the step can reach."""
+        self._kept = _saved(found)
+        self._inputs = _saved(reachable([("batch", inputs)], [*outside, *(value for _, value in found)]))
+        self._watched = range(len(self._kept))
         self._gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
         contexts: list[Any] = [parameter for parameter in network.parameters() if is_analog(parameter)]
         self._pending = [(context, context.analog_input, context.analog_grad_output) for context in contexts]
@@ -56,8 +65,8 @@ class Traces:
         for change in changes:
             self.undo_one(change)
         # To compare all weights takes as long as a small step: those that the first run leaves alone are trusted.
-        weights = set(map(id, self._network.parameters()))
-        self._watched = [k for k in self._watched if k in changes or id(self._arrays[k]) not in weights]
+        changed = {number for number, _ in changes}
+        self._watched = [k for k in self._watched if k in changed or not self._kept[k].is_parameter]
         self.undo_inputs()
         self._rewind()
         self.clear_gradients()
@@ -68,36 +77,23 @@ class Traces:
 
     def undo_inputs(self) -> None:
         """Put the batch back."""
-        self._inputs.put_back()
-        for number in self._watched:
-            array = self._arrays[number]
-            if id(array) in self._input_arrays and not _is_same(array, self._values[number]):
-                self.undo_one(number)
+        for saved in self._inputs:
+            for variable in saved.changes():
+                saved.put_back(variable)
 
-    def changed(self) -> list[Place | int]:
-        """The attributes that have changed, and the numbers of arrays."""
-        arrays = [number for number in self._watched if not _is_same(self._arrays[number], self._values[number])]
-        return [*self._attributes.changes(self._before), *arrays]
+    def changed(self) -> list[Change]:
+        """What has changed."""
+        return [(number, variable) for number in self._watched for variable in self._kept[number].changes()]
 
-    def undo_one(self, change: Place | int) -> None:
+    def undo_one(self, change: Change) -> None:
         """Put one of :meth:`changed` back."""
-        if not isinstance(change, int):
-            self._attributes.write(self._attributes.select(self._before, [change]))
-            return
-        array, value = self._arrays[change], self._values[change]
-        if isinstance(array, Tensor):
-            with torch.no_grad():
-                array.copy_(value)  # pyright: ignore[reportArgumentType], both are tensors
-        else:
-            np.copyto(array, value)  # pyright: ignore[reportArgumentType], both are arrays
+        number, variable = change
+        self._kept[number].put_back(variable)
 
-    def describe(self, change: Place | int) -> str:
+    def describe(self, change: Change) -> str:
         """One of :meth:`changed` in words."""
-        if not isinstance(change, int):
-            return repr(self._attributes.name(change))
-        named = [*self._network.named_parameters(), *self._network.named_buffers()]
-        array = self._arrays[change]
-        return next((repr(name) for name, value in named if value is array), "a tensor or array kept on a module")
+        number, variable = change
+        return repr(joined(self._kept[number].name, variable))
 
     def _rewind(self) -> None:
         copies = {key: copy.copy(iterator) for key, iterator in self._iterators.items()}
@@ -105,15 +101,147 @@ class Traces:
             values[name] = copies[key]
 
 
+class _Saved:
+    """Something that can change, and how it was."""
+
+    is_parameter = False
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name = name
+        self._value = value
+
+    def changes(self) -> list[str]:
+        """The variables that have changed; ``""`` for the whole."""
+        return [] if self._is_as_before() else [""]
+
+    def put_back(self, variable: str) -> None:
+        """Make one of them what it was."""
+        raise NotImplementedError
+
+    def _is_as_before(self) -> bool:
+        raise NotImplementedError
+
+
+class _Variables(_Saved):
+    """The attributes of an object or a class, global variables, or a variable in a closure."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(name, value)
+        self._before = self._read()
+
+    def changes(self) -> list[str]:
+        now, before = self._read(), self._before
+        names = [name for name in before | now if before.get(name, _MISSING) is not now.get(name, _MISSING)]
+        return [name for name in names if not _is_iterator(before.get(name)) or not _is_iterator(now.get(name))]
+
+    def put_back(self, variable: str) -> None:
+        value, before = self._value, self._before.get(variable, _MISSING)
+        if variable == "__class__":
+            value.__class__ = before
+        elif isinstance(value, CellType):
+            value.cell_contents = before
+        elif isinstance(value, type):
+            delattr(value, variable) if before is _MISSING else setattr(value, variable, before)
+        else:
+            is_global = isinstance(value, GlobalVariable)
+            values, key = (value.all, value.name) if is_global else (vars(value), variable)
+            values.pop(key, None)
+            if before is not _MISSING:
+                values[key] = before
+
+    def _read(self) -> dict[str, Any]:
+        kind = (
+            {}
+            if isinstance(self._value, CellType | GlobalVariable | type | Tensor)
+            else {"__class__": type(self._value)}
+        )
+        return variables_of(self._value) | kind
+
+
+class _Contents(_Saved):
+    """What a list, dict, set or deque holds."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(name, value)
+        self._before = contents_of(value)
+
+    def put_back(self, variable: str) -> None:
+        fill(self._value, self._before)
+
+    def _is_as_before(self) -> bool:
+        now = contents_of(self._value)
+        return len(now) == len(self._before) and all(a is b for a, b in zip(now, self._before, strict=True))
+
+
+class _Tensor(_Saved):
+    """Value, shape, flag and hooks of a tensor; it may have no value yet (be lazy)."""
+
+    def __init__(self, name: str, value: Tensor) -> None:
+        super().__init__(name, value)
+        self.is_parameter = isinstance(value, nn.Parameter)
+        self._kind = type(value)
+        self._before = None if is_lazy(value) else value.detach().clone()
+        self._flag, self._hooks = value.requires_grad, hooks_of(value)
+
+    def put_back(self, variable: str) -> None:
+        tensor = self._value
+        set_hooks(tensor, self._hooks)
+        if self._before is None:
+            tensor.data = tensor.data.new_empty(0)
+            tensor.__class__ = self._kind
+        elif self._is_another_shape():
+            tensor.data = self._before.clone()
+        elif not torch.equal(tensor, self._before):
+            with torch.no_grad():
+                tensor.copy_(self._before)
+        if tensor.requires_grad != self._flag:
+            tensor.requires_grad_(self._flag)
+
+    def _is_as_before(self) -> bool:
+        tensor = self._value
+        if tensor.requires_grad != self._flag or hooks_of(tensor) != self._hooks:
+            return False
+        if self._before is None:
+            return type(tensor) is self._kind
+        return not self._is_another_shape() and torch.equal(tensor, self._before)
+
+    def _is_another_shape(self) -> bool:
+        assert self._before is not None
+        return (self._value.shape, self._value.dtype) != (self._before.shape, self._before.dtype)
+
+
+class _Array(_Saved):
+    """The values of a NumPy array."""
+
+    def __init__(self, name: str, value: np.ndarray[Any, Any]) -> None:
+        super().__init__(name, value)
+        self._before = value.copy()
+
+    def put_back(self, variable: str) -> None:
+        np.copyto(self._value, self._before)
+
+    def _is_as_before(self) -> bool:
+        return np.array_equal(self._value, self._before)
+
+
+def _saved(found: Iterable[Named]) -> list[_Saved]:
+    saved: list[_Saved] = []
+    for name, value in found:
+        if isinstance(value, GENERATORS):
+            continue
+        if isinstance(value, Tensor):
+            if value.is_leaf and value.layout == torch.strided:  # not what a run has left with its graph
+                saved.append(_Tensor(name, value))
+        elif isinstance(value, np.ndarray):
+            if value.flags.writeable and not value.dtype.hasobject:
+                saved.append(_Array(name, value))
+        elif isinstance(value, CONTAINERS) and not isinstance(value, tuple):
+            saved.append(_Contents(name, value))
+        if hasattr(value, "__dict__") or isinstance(value, CellType | GlobalVariable):
+            saved.append(_Variables(name, value))
+    return saved
+
+
 def _is_iterator(value: Any) -> bool:
     """Of Python itself: a generator, a zip, a count."""
     return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")
-
-
-def _has_value(tensor: Tensor) -> bool:
-    # Not the contexts of analog tiles, nor what a run has left with its graph.
-    return tensor.is_leaf and not is_analog(tensor)
-
-
-def _is_same(array: Any, value: Any) -> bool:
-    return torch.equal(array, value) if isinstance(array, Tensor) else np.array_equal(array, value)

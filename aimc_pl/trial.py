@@ -1,6 +1,5 @@
 """Runs of a training step that leave no trace: to look at it, to measure it, to verify that stages change nothing."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from aimc_pl.analog import is_analog
 from aimc_pl.attributes import is_alike
@@ -15,6 +15,7 @@ from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight, StagedStep, check_loss
 from aimc_pl.private_torch import set_versions
 from aimc_pl.random_states import RandomStates, seeding_noticed
+from aimc_pl.reachable import Named
 from aimc_pl.saved import casts_parameters, versions_of
 from aimc_pl.traces import Traces
 from aimc_pl.weights import gradients_of, read_gradients
@@ -47,15 +48,27 @@ class Trials:
         network: all modules that the step calls.
         functions: the step on the first micro-batches.
         inputs: what these are given.
+        beside: what else they can reach: optimizers and their schedulers, for example.
+        outside: what they can reach and what is not looked into.
     """
 
-    def __init__(self, network: nn.Module, functions: Sequence[Function], inputs: Any = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        functions: Sequence[Function],
+        inputs: Any = None,
+        beside: Sequence[Named] = (),
+        outside: Sequence[Any] = (),
+    ) -> None:
         self.network = network
         self.functions = functions
-        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._random = RandomStates(network.modules())
+        learning = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+        self.names = [*learning]
+        """Of the parameters that require grad."""
+        self._parameters = [*learning.values()]
+        self._traces = Traces(network, inputs, beside, outside)
+        self._random = RandomStates(self._traces.generators)
         self._states = self._random.read()
-        self._traces = Traces(network, inputs)
         self.draws = False
         """Whether a step has been seen to draw random numbers."""
         self.casts = False
@@ -90,10 +103,12 @@ class Trials:
                 watched = None
                 if loss is None and not losses:
                     return None
+                self._check_backward()
                 if loss is not None:
                     check_loss(loss)
                     self.casts = self.casts or casts_parameters(loss)
                     gradients = self._accumulate(loss, gradients)
+                    self._check_parameters()
                 losses.append(None if loss is None else loss.detach().clone())
         return Outcome(losses, gradients)
 
@@ -144,6 +159,17 @@ class Trials:
                     drawing(k, flight.backward, stage)
             return Outcome([flight.loss for flight in flights], self._gradients())
 
+    def check_repeats(self, reference: Outcome) -> None:
+        """Refuse a step that does not give the same from the same state.
+
+        Raises:
+            UsageError: if its loss is another one.
+        """
+        with self.fresh():
+            again = self._loss_again()
+        if not is_close(again, reference.losses[0]):
+            raise does_not_repeat(f"a loss of {_shown(again)} in the place of {_shown(reference.losses[0])}")
+
     def check_memory(self, step: StagedStep, reference: Outcome) -> None:
         """Refuse a step whose result depends on what the step before it has left.
 
@@ -153,7 +179,7 @@ class Trials:
         expected = reference.losses[0]
         with self.fresh():
             for parameter, gradient in zip(self._parameters, reference.gradients, strict=True):
-                if not is_analog(parameter):
+                if not is_analog(parameter) and not is_lazy(parameter):
                     parameter.grad = gradient.clone()
             if not is_close(self._loss_again(), expected):
                 raise UsageError(
@@ -226,6 +252,25 @@ class Trials:
                     "starting it anew: set it anew in every step, or use num_microbatches=1 with schedule='sync'"
                 )
 
+    def _check_backward(self) -> None:
+        """Refuse gradients that the step itself has computed: Lightning clears them before its backward."""
+        for name, parameter in zip(self.names, self._parameters, strict=True):
+            if parameter.grad is not None:
+                raise UsageError(
+                    f"training_step calls backward itself, which leaves a gradient on {name!r}, where the pipeline "
+                    "adds those of its stages: use torch.autograd.grad inside of training_step"
+                )
+
+    def _check_parameters(self) -> None:
+        """Refuse parameters that the step creates to learn them: the stages could not know them."""
+        known = set(map(id, self._parameters))
+        for name, parameter in self.network.named_parameters():
+            if parameter.grad is not None and id(parameter) not in known:
+                raise UsageError(
+                    f"training_step creates the parameter {name!r}, which neither the optimizer nor the stages can "
+                    "know beforehand: create it in __init__ or configure_model"
+                )
+
     def _accumulate(self, loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients after a further backward."""
         digital = [not is_analog(parameter) for parameter in self._parameters]
@@ -248,17 +293,13 @@ def verify(trials: Trials, step: StagedStep, reference: Outcome) -> None:
     Raises:
         UsageError: if losses or gradients differ.
     """
-    difference = _difference(trials.network, trials.staged(step), reference)
+    difference = _difference(trials.names, trials.staged(step), reference)
     if difference is None:
         return
     again = trials.undivided()
-    if again is None or _difference(trials.network, again, reference) is not None:
-        warnings.warn(
-            "training_step does not give the same twice from the same random states, so that its stages cannot be "
-            "verified",
-            stacklevel=2,
-        )
-        return
+    change = "no loss" if again is None else _difference(trials.names, again, reference)
+    if change is not None:
+        raise does_not_repeat(change)
     raise UsageError(
         f"training_step gives {difference} when it runs in stages beside another micro-batch: something that it reads "
         "or changes is shared between micro-batches. Keep it within one module, choose other stages with split_at, or "
@@ -266,11 +307,19 @@ def verify(trials: Trials, step: StagedStep, reference: Outcome) -> None:
     )
 
 
-def _difference(network: nn.Module, ours: Outcome, theirs: Outcome) -> str | None:
+def does_not_repeat(difference: str) -> UsageError:
+    """What to raise where a step has left something behind that cannot be put back."""
+    return UsageError(
+        f"training_step gives {difference} when it runs again from the same state: it keeps something where it cannot "
+        "be put back, or draws random numbers from a generator that no module holds, so that the runs before the first "
+        "update would change the training. Keep it in an attribute of a module"
+    )
+
+
+def _difference(names: Sequence[str], ours: Outcome, theirs: Outcome) -> str | None:
     for a, b in zip(ours.losses, theirs.losses, strict=True):
         if not is_close(a, b):
             return f"a loss of {_shown(a)} in the place of {_shown(b)}"
-    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
     scale = max((float(gradient.norm()) for gradient in theirs.gradients), default=0.0)
     for name, a, b in zip(names, ours.gradients, theirs.gradients, strict=True):
         tolerance = _TOLERANCE.get(a.dtype, _COARSE) if not torch.is_autocast_enabled("cpu") else _COARSE

@@ -26,6 +26,7 @@ from aimc_pl.strategies.checks import (
     check_finite,
     check_module,
     check_split,
+    check_updates,
     evaluates_the_loss,
     warn_about_other_package,
 )
@@ -197,6 +198,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
                 "the pipeline trains with one optimizer, and configure_optimizers returns several: "
                 "return one with several parameter groups"
             ) from error
+        check_updates(self._module, self.optimizers[0])
         step = signature(type(self.optimizers[0]).step).parameters
         stands_apart = self.schedule.is_async or self.is_multiprocess
         if stands_apart and "closure" in step and step["closure"].default is Parameter.empty:

@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from aimc_pl.analog import analog_layers
+from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import Loss
 from aimc_pl.schedule import Schedule
@@ -131,7 +132,7 @@ def check_optimizer(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tenso
         UsageError: naming the optimizer.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(hasattr(parameter, "analog_tile") for parameter in parameters):
+    if any(map(is_analog, parameters)):
         return
     of_stage = set(map(id, stage.parameters))
     own = [id(parameter) in of_stage for parameter in parameters]
@@ -172,6 +173,34 @@ def _copy_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[
     twin = object.__new__(type(optimizer))
     twin.__setstate__(copy.deepcopy(own, memo))
     return twin, copies
+
+
+def check_updates(module: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse a fit whose optimizer, with which the stages update, updates nothing.
+
+    Raises:
+        UsageError: saying so.
+    """
+    parameters = set(map(id, module.parameters()))
+    if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            "configure_optimizers returns no optimizer of the module's parameters, and hooks cannot update them in the "
+            "pipeline's backward: return one"
+        )
+
+
+def check_initialized(module: nn.Module, split_at: Sequence[str]) -> None:
+    """Refuse stages that begin where micro-batches that overlap would initialize a lazy module, each anew.
+
+    Raises:
+        UsageError: naming it.
+    """
+    for name in split_at:
+        if any(is_lazy(value) for value in module.get_submodule(name).parameters(recurse=False)):
+            raise UsageError(
+                f"{name!r} is lazy, and no stage can begin there before it has its parameters: call the network once "
+                "in configure_model, or name another module in split_at"
+            )
 
 
 def check_microbatches(

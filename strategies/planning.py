@@ -10,13 +10,12 @@ from torch import Tensor
 from aimc_pl import boundaries
 from aimc_pl.analog import are_seeded
 from aimc_pl.boundaries import Calls
-from aimc_pl.errors import UsageError
 from aimc_pl.flight import StagedStep
 from aimc_pl.stage import Stage
-from aimc_pl.strategies.checks import check_microbatches, check_optimizer
+from aimc_pl.strategies.checks import check_initialized, check_microbatches, check_optimizer
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
-from aimc_pl.trial import Trials, verify
+from aimc_pl.trial import Function, Trials, verify
 
 
 def settle(
@@ -53,17 +52,11 @@ def settle(
         UsageError: if the step cannot be divided so, or does not give the same in stages.
     """
     schedule = settings.schedule
-    if trained and apart:
-        raise UsageError(
-            f"the optimizer trains a tensor of shape {tuple(trained[0].shape)} that is no parameter of "
-            f"{type(module).__name__}, and other processes cannot find it: make it an nn.Parameter, or keep its module "
-            "in an nn.ModuleList or nn.ModuleDict"
-        )
     for first in range(len(steps)):
         functions = [*steps[first:], *steps[:first]]
         # One micro-batch alone would not show what overlapping ones share.
         functions += [other] if len(steps) == 1 and schedule.is_async else []
-        trials = Trials(module, functions, [step.inputs for step in (*functions, whole)])
+        trials = trials_of(module, functions, [step.inputs for step in (*functions, whole)])
         calls = Calls()
         reference = trials.undivided(calls.recorded(module))
         if reference is not None:
@@ -72,6 +65,9 @@ def settle(
         return None
     may_share = not (schedule.is_async or apart)
     split_at, found = _divide(trials, calls, schedule.num_stages, split_at, may_share, agree)
+    overlaps = schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1)
+    if overlaps:
+        check_initialized(module, split_at)
     step = StagedStep(
         module,
         split_at,
@@ -79,19 +75,21 @@ def settle(
         delayed=schedule.is_async,
         weight_stashing=settings.weight_stashing,
         may_share=may_share,
-        overlaps=schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1),
+        overlaps=overlaps,
         trained=trained,
     )
     if trials.casts:
         step.follow_casts()
     trials.record(step)
     boundaries.check_stages(step.stages, split_at)
-    if settings.verify and schedule.num_stages > 1 and are_seeded(module):
-        trials.check_memory(step, reference)
-        verify(trials, step, reference)
+    if settings.verify and are_seeded(module):
+        trials.check_repeats(reference)
+        if schedule.num_stages > 1:
+            trials.check_memory(step, reference)
+            verify(trials, step, reference)
         if apart and not schedule.is_async:
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            gradients = dict(zip(trained, reference.gradients, strict=True))
+            learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            gradients = dict(zip(learning, reference.gradients, strict=True))
             check_optimizer(module.trainer.optimizers[0], gradients, step.stages[-1])
     if schedule.num_microbatches > 1:
         comparable = settings.verify and are_seeded(module)
@@ -100,6 +98,13 @@ def settle(
         )
     rank_zero_info(f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: split_at={split_at}{found}")
     return step
+
+
+def trials_of(module: "pl.LightningModule", functions: Sequence[Function], inputs: Any = None) -> Trials:
+    """Runs of a step that leave no trace in the module, nor in the trainer's optimizers and their schedulers."""
+    trainer = module.trainer
+    beside = [("optimizers", trainer.optimizers), ("lr_schedulers", trainer.lr_scheduler_configs)]
+    return Trials(module, functions, inputs, beside, outside=[trainer])
 
 
 def settle_evaluation(
@@ -127,7 +132,7 @@ def settle_evaluation(
     def without_loss() -> None:
         function()
 
-    trials = Trials(module, [without_loss], inputs)
+    trials = trials_of(module, [without_loss], inputs)
     calls = Calls(with_gradients=False)
     with calls.recorded(module), trials.fresh():
         function()

@@ -1,7 +1,7 @@
 """A resumed fit goes on with the random numbers and the batches that would have come next."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, override
 from zlib import crc32
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from aimc_pl.analog import analog_layers
 from aimc_pl.private_torch import tree_leaves, tree_map
 from aimc_pl.random_states import RandomStates
+from aimc_pl.reachable import GENERATORS
 from aimc_pl.strategies.private_lightning import make_iterator_in_epoch, set_epoch, train_fetcher, train_loader
 
 
@@ -39,7 +40,7 @@ class Resuming(Callback):
         tiles = {id(part) for layer in analog_layers(module) for part in layer.modules() if part is not layer}
         modules = [part for part in module.modules() if id(part) not in tiles]
         datamodule = module.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        self._random = RandomStates([*modules, *self._loaders, datamodule])
+        self._random = RandomStates(_generators_of([*modules, *self._loaders, datamodule]))
         self._before_iterator = self._random.read()
 
     @override
@@ -150,6 +151,13 @@ class _Watched(CombinedLoader):
         fetched = super().__next__()
         self.first_batch = _checksum(fetched[0])
         return fetched
+
+
+def _generators_of(owners: Iterable[object]) -> list[Any]:
+    """Random generators among the objects' attributes, and among the attributes of those."""
+    held = [value for owner in owners if hasattr(owner, "__dict__") for value in vars(owner).values()]
+    held += [inner for value in held if hasattr(value, "__dict__") for inner in vars(value).values()]
+    return [value for value in held if isinstance(value, GENERATORS)]
 
 
 def _keep_their_place(trainer: "pl.Trainer") -> bool:

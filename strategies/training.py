@@ -15,7 +15,7 @@ from aimc_pl.stage import Stage
 from aimc_pl.strategies.batches import Batches
 from aimc_pl.strategies.logbook import Logbook, discard, logging_to
 from aimc_pl.strategies.placement import Placement
-from aimc_pl.strategies.planning import settle
+from aimc_pl.strategies.planning import settle, trials_of
 from aimc_pl.strategies.private_lightning import (
     last_batch_before_look,
     logging_in,
@@ -25,7 +25,6 @@ from aimc_pl.strategies.private_lightning import (
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.stage_optimizer import StageOptimizer
 from aimc_pl.strategies.training_step import TrainingStep, merge_outputs
-from aimc_pl.trial import Trials
 
 
 class Training:
@@ -101,7 +100,7 @@ class Training:
         args = (batch_idx,) if takes_index else ()
         step = self.batches.whole(microbatch, args, self._precision.train_step_context)
         with logging_to(self._module, discard):
-            return Trials(self._module, [step]).gradients(parameters)
+            return trials_of(self._module, [step]).gradients(parameters)
 
     def counters(self) -> dict[str, int]:
         """Clocks and micro-batches of the pipeline so far."""

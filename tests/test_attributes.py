@@ -1,16 +1,13 @@
 """What is read of modules is what is written back."""
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from dataclasses import dataclass, field
-from itertools import count
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from aimc_pl.attributes import Attributes, Contents, arrays_in, is_alike
+from aimc_pl.attributes import Attributes, is_alike
 
 
 class Holder(nn.Module):
@@ -187,30 +184,25 @@ def test_a_parameter_that_two_modules_share_is_frozen_for_both():
     assert holder.inner.bias.requires_grad
 
 
-def test_large_containers_are_looked_into_on_demand():
-    """Otherwise only their number counts: to compare a vocabulary in every step takes too long."""
-    for deep in (False, True):
-        holder = Holder()
-        attributes = Attributes(holder, deep=deep)
-        before = attributes.read()
-        holder.large[0] = holder.index[0] = -1
-        changed = attributes.changes(before)
-        assert {attributes.name(place) for place in changed} == ({"large", "index"} if deep else set())
-        attributes.write(attributes.select(before, changed))
-        assert (holder.large[0], holder.index[0]) == ((0, 0) if deep else (-1, -1))
-        # Their number is seen; what has been added to one that is not looked into stays.
-        holder.large.append(1)
-        changed = attributes.changes(before)
-        assert "large" in {attributes.name(place) for place in changed}
-        attributes.write(attributes.select(before, changed))
-        assert len(holder.large) == (257 if deep else 258)
-        # One of 256 elements is looked into either way.
-        holder.large.pop(0)
-        del holder.large[256:]
-        before = attributes.read()
-        holder.large[1] = -2
-        attributes.write(attributes.select(before, attributes.changes(before)))
-        assert holder.large[1] == 2
+def test_large_containers_are_not_looked_into():
+    """Only their number counts: to compare a vocabulary in every step takes too long."""
+    holder = Holder()
+    attributes = Attributes(holder)
+    before = attributes.read()
+    holder.large[0] = holder.index[0] = -1
+    assert attributes.changes(before) == {}
+    # Their number is seen; what has been added stays.
+    holder.large.append(1)
+    changed = attributes.changes(before)
+    assert {attributes.name(place) for place in changed} == {"large"}
+    attributes.write(attributes.select(before, changed))
+    assert len(holder.large) == 258
+    # One of 256 elements is looked into.
+    del holder.large[256:]
+    before = attributes.read()
+    holder.large[1] = -2
+    attributes.write(attributes.select(before, attributes.changes(before)))
+    assert holder.large[1] == 1
 
 
 def test_a_counter_is_refilled_and_not_added_to():
@@ -259,76 +251,35 @@ def test_a_container_in_two_places_is_put_back_in_both():
     assert holder.pair[0] is holder.pair[1] is shared
 
 
-@dataclass
-class Sample:
-    x: torch.Tensor
-    labels: list = field(default_factory=lambda: [1, 2])
-    inner: object = None
+class Refusing(dict):
+    """Whose own methods cannot fill it again."""
+
+    def clear(self):
+        raise TypeError("cannot be cleared")
+
+    def __setitem__(self, key, value):
+        raise TypeError("is read-only")
 
 
-def test_contents_of_a_batch_are_put_back():
-    x, y, array = torch.ones(2), torch.zeros(2), np.ones(2)
-    sample = Sample(x, inner=SimpleNamespace(y=y, path=["a"]))
-    batch = {"sample": sample, "list": [array, (y, {"deep": deque([x])})], "counts": Counter(a=1)}
-    contents = Contents(batch)
-    assert {id(held) for held in contents.tensors()} == {id(x), id(y), id(array)}
-    inner, items, labels = sample.inner, batch["list"], sample.labels
-    for _ in range(2):
-        batch["list"][1][1]["deep"].clear()
-        batch.pop("list").append(1)
-        batch["sample"] = batch["new"] = None
-        batch["counts"]["a"] += 1
-        sample.x, sample.added, sample.labels = y, 1, []
-        labels.clear()
-        del inner.y
-        inner.path.append("b")
-        contents.put_back()
-        assert [*batch] == ["sample", "list", "counts"]
-        assert batch["sample"] is sample
-        assert batch["list"] is items
-        assert len(items) == 2
-        assert items[0] is array
-        assert items[1][0] is y
-        assert items[1][1] == {"deep": deque([x])}
-        assert batch["counts"] == Counter(a=1)
-        assert vars(sample) == {"x": x, "labels": [1, 2], "inner": inner}
-        assert sample.labels is labels
-        assert vars(inner) == {"y": y, "path": ["a"]}
+class Counting(list):
+    def __iter__(self):
+        return iter(range(3))
+
+    clear = extend = None
 
 
-def test_contents_of_large_and_cyclic_batches_and_of_none():
-    large = [*range(1000)]
-    sample = Sample(torch.ones(1), large)
-    sample.inner = [sample]
-    contents = Contents((sample, sample))
-    large[7] = -1
-    sample.inner = None
-    contents.put_back()
-    assert large == [*range(1000)]
-    assert sample.inner == [sample]
-    for value in (None, 3, "text", torch.ones(2), nn.Linear(2, 2), count()):
-        Contents(value).put_back()
-
-
-def test_contents_leave_modules_and_classes_alone():
-    """They are not part of a batch, even if it refers to them."""
-    module, kind = nn.Linear(2, 2), type("Kind", (), {"a": 1})
-    contents = Contents([module, kind, SimpleNamespace(module=module)])
-    module.note, kind.b = 1, 2
-    contents.put_back()
-    assert module.note == 1
-    assert kind.b == 2
-    assert contents.tensors() == []
-
-
-def test_arrays_in():
+def test_containers_with_methods_of_their_own():
+    """What they hold is put back without them."""
     holder = Holder()
-    holder.inner.outputs["a"].append({"deep": holder.kept, "array": np.ones(1)})
-    parameters = [*holder.inner.parameters()]
-    arrays = [holder.grid, holder.inner.outputs["a"][-1]["array"]]
-    inside = [holder.items[0], holder.pair[2], holder.tensor, holder.kept, holder.kept, *parameters, *arrays]
-    found = arrays_in(Attributes(holder).read())
-    assert sorted(map(id, found)) == sorted(map(id, inside))
+    holder.refusing, holder.counting = Refusing(a=1), Counting([5, 6])
+    attributes = Attributes(holder)
+    before = attributes.read()
+    dict.__setitem__(holder.refusing, "b", 2)
+    holder.counting.append(7)
+    changed = attributes.changes(before)
+    assert {attributes.name(place) for place in changed} == {"refusing", "counting"}
+    attributes.write(attributes.select(before, changed))
+    assert (repr(holder.refusing), holder.counting[:]) == ("{'a': 1}", [5, 6])
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from aimc_pl.private_torch import (
     registration_of,
     sdpa_backends,
     sequence_number,
+    set_hooks,
     set_sdpa_backends,
     set_versions,
     set_why_no_saved_tensor_hooks,
@@ -432,10 +433,33 @@ def test_hooks_over_several_tensors_are_told_from_others(mode):
     a, b, c = (torch.ones(2, requires_grad=True) for _ in range(3))
     register_multi_grad_hook((a, b), print, mode=mode)
     register_multi_grad_hook((c,), print, mode=mode)
-    first, second, other = (registration_of(*hooks_of(tensor)) for tensor in (a, b, c))
+    first, second, other = (registration_of(*hooks_of(tensor)[0].values()) for tensor in (a, b, c))
     assert first is second is not None
     assert other is not None
     assert other is not first
     c.register_hook(print)
-    assert registration_of(hooks_of(c)[1]) is None
-    assert hooks_of(torch.ones(1)) == []
+    assert registration_of([*hooks_of(c)[0].values()][1]) is None
+    assert hooks_of(torch.ones(1)) == ({}, {})
+
+
+@pytest.mark.parametrize("had_hooks", [False, True])
+def test_hooks_of_tensors_are_put_back(had_hooks):
+    """Those that came later are called no more, and those that were there are called and can be removed."""
+    parameter, calls = nn.Parameter(torch.ones(2)), []
+    handles = []
+    if had_hooks:
+        handles.append(parameter.register_hook(lambda gradient: calls.append("before")))
+        handles.append(parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("before, after")))
+    hooks = hooks_of(parameter)
+    for _ in range(2):
+        parameter.register_hook(lambda gradient: calls.append("later"))
+        parameter.register_post_accumulate_grad_hook(lambda parameter: calls.append("later, after"))
+        assert hooks_of(parameter) != hooks
+        set_hooks(parameter, hooks)
+        assert hooks_of(parameter) == hooks
+        parameter.sum().backward()
+    assert calls == 2 * had_hooks * ["before", "before, after"]
+    for handle in handles:
+        handle.remove()
+    parameter.sum().backward()
+    assert len(calls) == 4 * had_hooks

@@ -1,7 +1,11 @@
 """All that a step may change is found, named and put back."""
 
+import random
+import threading
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import getclosurevars
 from itertools import chain, count, cycle
 from types import SimpleNamespace
 
@@ -9,12 +13,27 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.utils.data import TensorDataset
 
 from aimc_pl.devices import convert_to_analog
 from aimc_pl.traces import Traces
 
+GLOBAL = 0
+
+
+class Owner(SimpleNamespace):
+    pass
+
+
+class Other(SimpleNamespace):
+    pass
+
 
 class Network(nn.Module):
+    shared = 0
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
@@ -24,6 +43,21 @@ class Network(nn.Module):
         self.memory = np.zeros(3)
         self.nested = {"a": [torch.zeros(2), np.zeros(2)]}
         self.losses, self.count, self.large = [], 0, [*range(1000)]
+        inner = SimpleNamespace(count=0, array=np.zeros(2))
+        self.owner = Owner(inner=inner, modules=[nn.Linear(2, 2)])
+        self.function = partial(print, items=[1, 2])
+        number = 0
+
+        def counter():
+            nonlocal number
+            number += 1
+            return number
+
+        self.counter = counter
+
+    def use_globals(self):
+        global GLOBAL
+        GLOBAL += 1
 
     def state(self):
         """What the tests below change, as plain values."""
@@ -34,6 +68,12 @@ class Network(nn.Module):
             "nested": (sorted(self.nested), [(id(value), value.tolist()) for value in self.nested["a"]]),
             "plain": (list(self.losses), self.count, list(self.large), hasattr(self, "new")),
             "modes": [module.training for module in self.modules()],
+            "owner": (type(self.owner), self.owner.inner.count, self.owner.inner.array.tolist()),
+            "hidden": self.owner.modules[0].bias.tolist(),
+            "function": list(self.function.keywords["items"]),
+            "variables": (getclosurevars(self.counter).nonlocals, GLOBAL, Network.shared),
+            "hooks": (len(self.layer._forward_hooks), len(self.layer.weight._backward_hooks or ())),
+            "modules": [(name, type(module)) for name, module in self.named_modules()],
             "frozen": [parameter.requires_grad for parameter in self.parameters()],
         }
 
@@ -43,16 +83,14 @@ def assign(target, value):
         target.copy_(value)
 
 
-KEPT = "a tensor or array kept on a module"
-
 CHANGES = {
     "a parameter": (lambda net: assign(net.layer.weight, torch.ones(2, 2)), ["layer.weight"]),
     "a parameter's data": (lambda net: net.layer.weight.data.add_(1), ["layer.weight"]),
     "a buffer": (lambda net: net.norm.running_mean.add_(1), ["norm.running_mean"]),
-    "a tensor": (lambda net: net.kept.add_(1), [KEPT]),
-    "an array": (lambda net: net.memory.__setitem__(1, 5), [KEPT]),
-    "a tensor in a container": (lambda net: net.nested["a"][0].add_(1), [KEPT]),
-    "an array in a container": (lambda net: net.nested["a"][1].__iadd__(1), [KEPT]),
+    "a tensor": (lambda net: net.kept.add_(1), ["kept"]),
+    "an array": (lambda net: net.memory.__setitem__(1, 5), ["memory"]),
+    "a tensor in a container": (lambda net: net.nested["a"][0].add_(1), ["nested.a.0"]),
+    "an array in a container": (lambda net: net.nested["a"][1].__iadd__(1), ["nested.a.1"]),
     "a number": (lambda net: setattr(net, "count", 3), ["count"]),
     "a list": (lambda net: net.losses.append(1.0), ["losses"]),
     "a large list": (lambda net: net.large.__setitem__(500, -1), ["large"]),
@@ -60,8 +98,24 @@ CHANGES = {
     "a new attribute": (lambda net: setattr(net, "new", 3), ["new"]),
     "a frozen parameter": (
         lambda net: net.layer.bias.requires_grad_(False),
-        ["layer.requires_grad of parameters"],
+        ["layer.bias"],
     ),
+    "a hook": (lambda net: net.layer.register_forward_hook(print), ["layer.forward_hooks"]),
+    "a hook of a parameter": (lambda net: net.layer.weight.register_hook(print), ["layer.weight"]),
+    "a new layer": (lambda net: setattr(net, "other", nn.Linear(1, 1)), ["modules"]),
+    "a shape": (lambda net: net.kept.resize_(3).fill_(1), ["kept"]),
+    "a parametrization": (
+        lambda net: parametrize.register_parametrization(net.layer, "bias", nn.Identity()),
+        ["layer.class", "layer.parameters", "layer.modules"],
+    ),
+    "a number in objects": (lambda net: setattr(net.owner.inner, "count", 3), ["owner.inner.count"]),
+    "an array in objects": (lambda net: net.owner.inner.array.fill(3), ["owner.inner.array"]),
+    "a class of an object": (lambda net: setattr(net.owner, "__class__", Other), ["owner.class"]),
+    "a list in a partial": (lambda net: net.function.keywords["items"].append(3), ["function.items"]),
+    "a variable in a closure": (lambda net: net.counter(), ["number"]),
+    "a global variable": (lambda net: net.use_globals(), ["GLOBAL"]),
+    "a class": (lambda net: setattr(Network, "shared", 3), ["Network.shared"]),
+    "a hidden module": (lambda net: assign(net.owner.modules[0].bias, torch.ones(2)), ["owner.modules.0.bias"]),
     "a mode": (lambda net: net.norm.eval(), ["norm.training"]),
     "a forward": (
         lambda net: net.norm(torch.randn(4, 2).double()),
@@ -80,7 +134,7 @@ def test_changes_are_named_and_undone(change):
     for _ in range(2):
         act(net)
         changed = traces.changed()
-        assert [traces.describe(one) for one in changed] == [name if name is KEPT else f"'{name}'" for name in names]
+        assert [traces.describe(one) for one in changed] == [f"'{name}'" for name in names]
         assert (net.state() == before) == (not names)
         traces.undo()
         assert net.state() == before
@@ -264,3 +318,59 @@ def test_changes_of_iterators_are_no_changes_of_attributes():
     traces = Traces(net)
     next(net.source)
     assert traces.changed() == []
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_lazy_layers_are_lazy_again(calls):
+    net = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d(affine=False))
+    parameters, weight = [*net.parameters()], None
+    traces = Traces(net)
+    for _ in range(2):
+        for _ in range(calls):
+            torch.manual_seed(1)
+            net(torch.ones(2, 4)).sum().backward()
+        weight = net[0].weight.detach().clone()
+        assert weight.shape == (3, 4)
+        traces.undo()
+        assert [type(layer) for layer in net] == [nn.LazyLinear, nn.LazyBatchNorm1d]
+        assert all(map(is_lazy, [*net.parameters(), net[1].running_mean]))
+        assert all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+    torch.manual_seed(1)
+    net(torch.ones(5, 4))
+    assert weight is not None
+    assert torch.equal(net[0].weight, weight)
+
+
+def test_what_is_beside_is_put_back_and_what_is_outside_is_not():
+    net = Network()
+    optimizer = torch.optim.SGD(net.layer.parameters(), 0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    net.trainer = SimpleNamespace(count=0)
+    traces = Traces(net, None, [("optimizers", [optimizer]), ("schedulers", [scheduler])], [net.trainer])
+    optimizer.step()
+    scheduler.step()
+    net.trainer.count = 1
+    assert (optimizer.param_groups[0]["lr"], scheduler.last_epoch) == (0.25, 1)
+    traces.undo()
+    assert (optimizer.param_groups[0]["lr"], scheduler.last_epoch) == (0.5, 0)
+    assert net.trainer.count == 1
+
+
+def test_random_generators_are_found():
+    net = Network()
+    generators = [torch.Generator(), np.random.default_rng(), np.random.RandomState(), random.Random()]
+    net.generators, net.norm.held = {"a": generators[:1]}, SimpleNamespace(inner=(generators[1], 3))
+    net.function, net.draw = partial(print, generators[2]), generators[3].random
+    assert sorted(map(id, Traces(net).generators)) == sorted(map(id, generators))
+
+
+def test_data_sets_and_threads_are_left_alone():
+    net = Network()
+    data, worker = TensorDataset(torch.zeros(3)), SimpleNamespace(thread=threading.Thread(), count=0)
+    net.data, net.worker = data, worker
+    traces = Traces(net)
+    data.tensors[0].fill_(1)
+    worker.count = 1
+    assert traces.changed() == []
+    traces.undo()
+    assert (data.tensors[0].tolist(), worker.count) == ([1, 1, 1], 1)

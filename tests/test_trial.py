@@ -366,11 +366,13 @@ def test_verify_refuses_another_gradient():
         verify(trials, make_step(net, ["b", "c"]), reference)
 
 
-def test_verify_accepts_what_is_right_or_cannot_be_told():
+def test_a_step_that_does_not_repeat_itself_is_refused():
     net = Network()
     inputs = make_inputs()
     trials = Trials(net, [lambda x=x: net.loss(x) for x in inputs])
-    verify(trials, make_step(net, ["b", "c"], delayed=True), trials.undivided())
+    reference = trials.undivided()
+    trials.check_repeats(reference)
+    verify(trials, make_step(net, ["b", "c"], delayed=True), reference)
     # A step that is another one each time.
     times = []
 
@@ -379,8 +381,12 @@ def test_verify_accepts_what_is_right_or_cannot_be_told():
         return net.loss(x) * len(times)
 
     trials = Trials(net, [lambda x=x: restless(x) for x in inputs])
-    with pytest.warns(UserWarning, match="does not give the same twice from the same random states"):
-        verify(trials, make_step(net, ["b", "c"]), trials.undivided())
+    reference = trials.undivided()
+    message = r"gives a loss of .* when it runs again from the same state: it keeps something where"
+    with pytest.raises(UsageError, match=message):
+        trials.check_repeats(reference)
+    with pytest.raises(UsageError, match=message):
+        verify(trials, make_step(net, ["b", "c"]), reference)
 
 
 def test_verify_looks_at_the_second_loss_too():
@@ -496,8 +502,8 @@ def warm_up(m, x):
         (hidden_state, "'hidden'"),
         (memory_queue, "'queue'"),
         (power_iteration, "'u'"),
-        (tensor_in_a_dict, "a tensor or array kept on a module"),
-        (array_in_place, "a tensor or array kept on a module"),
+        (tensor_in_a_dict, "'seen.last'"),
+        (array_in_place, "'memory'"),
         (running_mean_in_eval, "'norm.running_mean', 'norm.running_var'"),
         (warm_up, "'count'"),
         (large_dict, "'vocabulary'"),

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+from transformers import BertConfig, BertModel
 
 
 def perceptron():
@@ -2381,3 +2382,295 @@ class DividesByAFixedNumber(Plain):
     def training_step(self, batch, batch_idx):
         x, y = batch
         return F.cross_entropy(self(x), y, reduction="sum") / self.batch_size
+
+
+# ---------------------------------- what runs before the first update could leave
+
+
+class Average:
+    def __init__(self):
+        self.sum = self.count = 0.0
+
+    def update(self, value, count):
+        self.sum += value * count
+        self.count += count
+
+
+class AveragesInObjects(Plain):
+    """Objects, in a dict and with lists and arrays inside, as many training loops have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.meters = {"loss": Average()}
+        self.history = types.SimpleNamespace(values=[], inner=types.SimpleNamespace(seen=np.zeros(1)))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.meters["loss"].update(loss.item(), len(batch[0]))
+        self.history.values += [*batch[1]]
+        self.history.inner.seen += len(batch[0])
+        return loss
+
+    def on_train_epoch_end(self):
+        self.log("mean", self.meters["loss"].sum / self.meters["loss"].count)
+        self.log("number", float(len(self.history.values)))
+        self.log("seen", self.history.inner.seen.item())
+
+
+class AnnealsBy(Plain):
+    """The weight of a loss grows with the steps."""
+
+    def steps(self):
+        raise NotImplementedError
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self(x)
+        return F.cross_entropy(out, y) + self.steps() / 20 * out.square().mean()
+
+
+class Steps:
+    number = 0
+
+    def __call__(self):
+        self.number += 1
+        return self.number
+
+
+class AnnealsInAnObject(AnnealsBy):
+    def __init__(self):
+        super().__init__()
+        self.steps = Steps()
+
+
+STEPS = Counter()
+
+
+class AnnealsInAGlobal(AnnealsBy):
+    def __init__(self):
+        super().__init__()
+        STEPS.clear()
+
+    def steps(self):
+        STEPS["number"] += 1
+        return STEPS["number"]
+
+
+class AnnealsOnTheClass(AnnealsBy):
+    number = 0
+
+    def __init__(self):
+        super().__init__()
+        AnnealsOnTheClass.number = 0
+
+    def steps(self):
+        AnnealsOnTheClass.number += 1
+        return self.number
+
+
+class AnnealsInAClosure(AnnealsBy):
+    def __init__(self):
+        super().__init__()
+        number = 0
+
+        def steps():
+            nonlocal number
+            number += 1
+            return number
+
+        self.steps = steps
+
+
+class AnnealsOutOfReach(AnnealsBy):
+    """Nothing tells where an iterator in a list stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = [itertools.count(1)]
+
+    def steps(self):
+        return next(self.counts[0])
+
+
+NOISE = {}
+
+
+class GeneratorsInContainers(Plain):
+    def __init__(self):
+        super().__init__()
+        generators = [torch.Generator().manual_seed(k) for k in range(4)]
+        self.by_name, self.listed, NOISE["global"] = {"noise": generators[0]}, [generators[1]], generators[3]
+        self.noise = functools.partial(torch.rand, generator=generators[2])
+        self.nested = types.SimpleNamespace(inner=types.SimpleNamespace(generator=np.random.default_rng(1)))
+
+    def training_step(self, batch, batch_idx):
+        generators = self.by_name["noise"], self.listed[0], NOISE["global"]
+        numbers = [torch.rand((), generator=generator) for generator in generators]
+        return super().training_step(batch, batch_idx) * (
+            1 + sum(numbers) + self.noise(()) + self.nested.inner.generator.random()
+        )
+
+
+class HiddenTeacher(Plain):
+    """In a list, where it is no submodule; it follows the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [copy.deepcopy(self.net).double().requires_grad_(False)]
+        with torch.no_grad():
+            self.hidden[0][0].weight.add_(0.5)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for teacher, student in zip(self.hidden[0].parameters(), self.net.parameters(), strict=True):
+                teacher.lerp_(student, 0.1)
+            target = self.hidden[0](batch[0])
+        return F.mse_loss(self(batch[0]), target)
+
+
+class HiddenBatchNorm(Plain):
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.BatchNorm1d(6).double().requires_grad_(False)]
+
+    def forward(self, x):
+        return super().forward(self.hidden[0](x))
+
+    def on_train_epoch_end(self):
+        self.log("mean", self.hidden[0].running_mean.sum())
+
+
+class SchedulesInTheStep(Plain):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]
+
+    def training_step(self, batch, batch_idx):
+        self.lr_schedulers().step()
+        return super().training_step(batch, batch_idx)
+
+
+class SchedulesItsOwnInTheStep(SchedulesInTheStep):
+    def configure_optimizers(self):
+        (optimizer,), (self.scheduler,) = super().configure_optimizers()
+        return optimizer
+
+    def lr_schedulers(self):
+        return self.scheduler
+
+
+class OfTheFirstStep(Plain):
+    """Does something in its first step that lasts."""
+
+    is_ready = False
+
+    def training_step(self, batch, batch_idx):
+        if not self.is_ready:
+            self.prepare()
+            self.is_ready = True
+        return super().training_step(batch, batch_idx)
+
+
+class HooksOfTheFirstStep(OfTheFirstStep):
+    def prepare(self):
+        self.net[3].register_forward_hook(lambda module, args, output: output * 0.5)
+        self.net[1].register_full_backward_hook(lambda module, before, after: (before[0] * 2,))
+
+
+def halve(parameter):
+    parameter.grad *= 0.5
+
+
+class ParameterHooksOfTheFirstStep(OfTheFirstStep):
+    def prepare(self):
+        self.net[2].weight.register_hook(lambda gradient: gradient * 0.5)
+        self.net[4].weight.register_post_accumulate_grad_hook(halve)
+
+
+class WeightNormOfTheFirstStep(OfTheFirstStep):
+    def prepare(self):
+        parametrizations.weight_norm(self.net[4])
+
+
+class LayerOfTheFirstStep(OfTheFirstStep):
+    def prepare(self):
+        torch.manual_seed(0)
+        self.extra = nn.Linear(3, 3).double()
+        self.optimizers().add_param_group({"params": [*self.extra.parameters()]})
+
+    def forward(self, x):
+        return self.extra(super().forward(x))
+
+
+class HiddenStates(Plain):
+    """Transformers registers hooks in the first call that asks for hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        config = BertConfig(
+            vocab_size=4,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=8,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+
+    def training_step(self, batch, batch_idx):
+        output = self.bert(inputs_embeds=self.net[0](batch[0]).unsqueeze(1), output_hidden_states=True)
+        self.log("number", float(len(output.hidden_states)))
+        logits = self.net[6](output.last_hidden_state[:, 0])
+        return F.cross_entropy(logits, batch[1]) + output.hidden_states[1].square().mean()
+
+
+class Lazy(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net[0], self.net[4] = nn.LazyLinear(8), nn.LazyLinear(8)
+
+
+class ResizesABuffer(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.empty(0))
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.last.resize_(logits.shape).copy_(logits.detach())
+        return F.cross_entropy(logits, batch[1])
+
+
+class ReadOnly(dict):
+    def __setitem__(self, key, value):
+        raise TypeError("is read-only")
+
+    clear = update = __setitem__
+
+
+class ContainersOfItsOwn(Plain):
+    def __init__(self):
+        super().__init__()
+        self.constants = ReadOnly(a=1)
+
+    def training_step(self, batch, batch_idx):
+        dict.__setitem__(self.constants, "b", batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+class BackwardInTheStep(Plain):
+    """Lightning clears the gradient that it leaves."""
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx).backward()
+        return super().training_step(batch, batch_idx)
+
+
+class UpdatesInTheBackward(Plain):
+    """Each parameter, as soon as its gradient is there."""
+
+    def configure_optimizers(self):
+        for parameter in self.parameters():
+            optimizer = torch.optim.SGD([parameter], self.lr)
+            parameter.register_post_accumulate_grad_hook(lambda parameter, optimizer=optimizer: optimizer.step())

@@ -47,7 +47,9 @@ class Interceptor(Protocol):
         """What the function returns."""
         ...
 
-    def deliver(self, value: Tensor) -> Tensor: ...
+    def deliver(self, value: Tensor) -> Tensor:
+        """The value as it is known in the last stage, to be logged there."""
+        ...
 
 
 class Home(Protocol):

@@ -15,6 +15,7 @@ import user_code as u
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_modules import make_trainer
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parameter import is_lazy
 
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -278,6 +279,29 @@ CASES = {
     "runs a coroutine": Case(u.RunsACoroutine, EQUAL, *["still holds the event loop of asyncio.run"] * 2),
     "differentiates forward": Case(u.DifferentiatesForward, EQUAL, *["dual_level"] * 2),
     "vmap over a boundary": Case(u.Vectorised, EITHER, EITHER, EITHER),
+    # what runs before the first update could leave
+    "averages in objects": Case(u.AveragesInObjects),
+    "anneals in an object": Case(u.AnnealsInAnObject, EQUAL, "left in 'steps.number'", "left in 'steps.number'"),
+    "anneals in a global": Case(u.AnnealsInAGlobal, EQUAL, "left in 'STEPS'", "left in 'STEPS'"),
+    "anneals on the class": Case(u.AnnealsOnTheClass, EQUAL, *["left in 'AnnealsOnTheClass.number'"] * 2),
+    "anneals in a closure": Case(u.AnnealsInAClosure, EQUAL, "left in 'number'", "left in 'number'"),
+    "anneals out of reach": Case(u.AnnealsOutOfReach, *["when it runs again from the same state"] * 3),
+    "generators in containers": Case(u.GeneratorsInContainers, **RANDOM),
+    "hidden teacher": Case(u.HiddenTeacher, EQUAL, "left in 'hidden.0.0.weight", "left in 'hidden.0.0.weight"),
+    "hidden batch norm": Case(u.HiddenBatchNorm, **BY_MICROBATCH),
+    "schedules in the step": Case(u.SchedulesInTheStep, EQUAL, MICRO, RUNS),
+    "schedules its own in the step": Case(u.SchedulesItsOwnInTheStep, EQUAL, MICRO, RUNS),
+    "hooks of the first step": Case(u.HooksOfTheFirstStep),
+    "parameter hooks of the first step": Case(u.ParameterHooksOfTheFirstStep, EQUAL, RUNS, RUNS),
+    "weight norm of the first step": Case(u.WeightNormOfTheFirstStep, *["creates the parameter 'net.4."] * 3),
+    "layer of the first step": Case(u.LayerOfTheFirstStep, *["creates the parameter 'extra.weight'"] * 3),
+    "hidden states": Case(u.HiddenStates, split_at=("bert.encoder.layer.1", "net.6")),
+    "lazy layers": Case(u.Lazy, split_at=LATE),
+    "lazy layer at a boundary": Case(u.Lazy, EQUAL, "is lazy", "is lazy"),
+    "resizes a buffer": Case(u.ResizesABuffer, EQUAL, MICRO, RUNS),
+    "containers of its own": Case(u.ContainersOfItsOwn),
+    "backward in the step": Case(u.BackwardInTheStep, *["calls backward itself"] * 3),
+    "updates in the backward": Case(u.UpdatesInTheBackward, *["no optimizer"] * 3),
 }
 
 WORDS = (EQUAL, MICRO, RUNS, STILL, EITHER)
@@ -309,7 +333,7 @@ def fit(case, strategy, *, micro=False, motion=False):
 
 def state(module):
     values = itertools.chain(module.named_parameters(), module.named_buffers())
-    return {name: value.detach().clone() for name, value in values}
+    return {name: value.detach().clone() for name, value in values if not is_lazy(value)}
 
 
 def process_state():
@@ -379,6 +403,16 @@ def test_verifying_and_measuring_leave_no_trace(num_microbatches, split_at):
     assert found == traces(strategy(verify=False))
     if num_microbatches == 1:
         assert found == traces("auto")
+
+
+@pytest.mark.parametrize("make", [u.AnnealsInAnObject, u.GeneratorsInContainers, u.HiddenTeacher, u.AveragesInObjects])
+@pytest.mark.parametrize(("split_at", "verify"), [(("net.2", "net.4"), False), ((), True)])
+def test_runs_before_the_first_update_are_as_none(make, split_at, verify):
+    """Also where nothing is verified, and in a single stage."""
+    strategy = AnalogPipelineStrategy(1 + len(split_at), "sync", 1, split_at=split_at, verify=verify)
+    reference, ours = (fit(Case(make), strategy)[1:] for strategy in ("auto", strategy))
+    assert same(ours[0], reference[0])
+    assert ours[1:] == reference[1:]
 
 
 @pytest.mark.parametrize("make", [u.Plain, u.GradModeByHand, u.SlowWeights, u.CopiesTheNetworkInTheStep])
