@@ -10,7 +10,10 @@ from torch import Tensor
 from aimc_pl import boundaries
 from aimc_pl.analog import are_seeded
 from aimc_pl.boundaries import Calls
+from aimc_pl.errors import UsageError
 from aimc_pl.flight import StagedStep
+from aimc_pl.private_torch import tree_leaves, version
+from aimc_pl.reachable import variables_of
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.checks import check_initialized, check_microbatches, check_optimizer
 from aimc_pl.strategies.settings import Settings
@@ -52,6 +55,8 @@ def settle(
         UsageError: if the step cannot be divided so, or does not give the same in stages.
     """
     schedule = settings.schedule
+    data = data_tensors(module.trainer)
+    versions = [*map(version, data)]
     for first in range(len(steps)):
         functions = [*steps[first:], *steps[:first]]
         # One micro-batch alone would not show what overlapping ones share.
@@ -59,6 +64,11 @@ def settle(
         trials = trials_of(module, functions, [step.inputs for step in (*functions, whole)])
         calls = Calls()
         reference = trials.undivided(calls.recorded(module))
+        if [*map(version, data)] != versions:
+            raise UsageError(
+                "training_step writes into the data set, which the runs before the first update cannot put back: let "
+                "it write into a copy"
+            )
         if reference is not None:
             break
     else:
@@ -105,6 +115,14 @@ def trials_of(module: "pl.LightningModule", functions: Sequence[Function], input
     trainer = module.trainer
     beside = [("optimizers", trainer.optimizers), ("lr_schedulers", trainer.lr_scheduler_configs)]
     return Trials(module, functions, inputs, beside, outside=[trainer])
+
+
+def data_tensors(trainer: "pl.Trainer") -> list[Tensor]:
+    """The tensors that are attributes of the data sets of training, alone or in a tuple."""
+    sets = [getattr(loader, "dataset", None) for loader in tree_leaves(trainer.train_dataloader)]
+    held = [value for dataset in sets for value in variables_of(dataset).values()]
+    values = [inner for value in held for inner in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def settle_evaluation(

@@ -2674,3 +2674,9 @@ class UpdatesInTheBackward(Plain):
         for parameter in self.parameters():
             optimizer = torch.optim.SGD([parameter], self.lr)
             parameter.register_post_accumulate_grad_hook(lambda parameter, optimizer=optimizer: optimizer.step())
+
+
+class WritesIntoTheDataSet(Plain):
+    def training_step(self, batch, batch_idx):
+        self.trainer.train_dataloader.dataset.x.mul_(1.01)
+        return super().training_step(batch, batch_idx)

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from aimc_pl.cli import main
 from aimc_pl.data import Digits
-from aimc_pl.devices import AnalogCheckpointWarning, convert_to_analog, soft_bounds
-from aimc_pl.errors import UsageError
+from aimc_pl.devices import convert_to_analog, soft_bounds
+from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 

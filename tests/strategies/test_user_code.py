@@ -301,6 +301,7 @@ CASES = {
     "resizes a buffer": Case(u.ResizesABuffer, EQUAL, MICRO, RUNS),
     "containers of its own": Case(u.ContainersOfItsOwn),
     "backward in the step": Case(u.BackwardInTheStep, *["calls backward itself"] * 3),
+    "writes into the data set": Case(u.WritesIntoTheDataSet, *["writes into the data set"] * 3),
     "updates in the backward": Case(u.UpdatesInTheBackward, *["no optimizer"] * 3),
 }
 
