@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight
 from aimc_pl.private_torch import set_versions
+from aimc_pl.trial import Trials
 
 
 class Network(nn.Module):
@@ -533,6 +534,31 @@ def test_a_view_of_a_parameter_belongs_to_the_stage_that_makes_it(view, reader):
             assert net.token.grad is None
             flight.backward(0)
             torch.testing.assert_close(net.token.grad, gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("factor", ["cast", "computed"])
+def test_the_backward_uses_a_cast_as_it_is_now_and_what_was_computed_as_it_was(factor):
+    net = Network()
+    net.gain = nn.Parameter(torch.full((4,), 1.5, dtype=torch.float64))
+    (x,) = make_inputs(1)
+
+    def function():
+        return (net.a(x) * (net.gain.float() if factor == "cast" else net.gain.float().exp())).sum()
+
+    trials = Trials(net, [function])
+    trials.undivided()
+    assert trials.casts
+    step = make_step(net, [], function, delayed=True)
+    step.follow_casts()
+    flight = Flight(step, function)
+    seen = net.gain.detach().clone()
+    with step.running():
+        flight.forward(0)
+        with torch.no_grad():
+            net.gain.add_(1)
+        flight.backward(0)
+    used = net.gain.detach() if factor == "cast" else seen.float().exp().double()
+    torch.testing.assert_close(net.a.bias.grad, len(x) * used, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("what", ["parameter", "layer", "further layer"])

@@ -265,6 +265,7 @@ def test_losses_are_each_from_the_same_state():
     assert trials.losses(functions) is None
     trials.undivided()
     losses = trials.losses(functions)
+    assert losses is not None
     assert net[2].training
     assert not any(loss.requires_grad for loss in losses)
     net[2].eval()
