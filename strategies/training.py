@@ -160,6 +160,8 @@ class Training:
             )
         for tensor, gradient in zip(trained, gradients, strict=True):
             tensor.grad = gradient
+        for microbatch in steps:
+            microbatch.start_anew()
         if step is None:
             return None
         self.split_at = [*step.boundaries]

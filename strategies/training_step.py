@@ -53,6 +53,11 @@ class TrainingStep:
         """The one inside which we are, if any."""
         return _current.get()
 
+    def start_anew(self) -> None:
+        """Forget an earlier run, which was a trial."""
+        self.output, self.is_finished = None, False
+        self.num_logged.clear()
+
     def run(self) -> Any:
         """Run, and return what training_step returns."""
         before = _current.set(self)

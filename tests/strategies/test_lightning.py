@@ -107,9 +107,8 @@ def test_training_step_runs_once_per_microbatch():
 
     fit(seeded(Counts), AnalogPipelineStrategy(3, "async", 3), max_epochs=1)
     expected = [(0, 3), (0, 3), (0, 2), (1, 3), (1, 3), (1, 2), (2, 1), (2, 1), (2, 1)]
-    trials, run = calls[:-9], calls[-9:]
-    assert [(i, n) for i, n, _ in run] == expected
-    assert {i for i, _, _ in trials} == {0}
+    # The runs before the first update have left nothing, here either.
+    assert [(i, n) for i, n, _ in calls] == expected
 
 
 def test_outputs_of_a_minibatch_reach_the_callbacks():
@@ -241,7 +240,7 @@ def test_batch_norm_and_dropout_equal_an_unsplit_microbatched_run(schedule):
     plain, ours = seeded(Normalised), seeded(Normalised)
     data = TensorDataset(*(torch.stack(x) for x in zip(*loader(plain, length=16).dataset, strict=True)))
     fit(plain, train=DataLoader(data, batch_size=2), accumulate_grad_batches=4)
-    with pytest.warns(UserWarning, match="BatchNorm computes its statistics per micro-batch"):
+    with pytest.warns(UserWarning, match="splitting the mini-batch changes its loss"):
         fit(ours, AnalogPipelineStrategy(1, schedule, 4), train=DataLoader(data, batch_size=8))
     assert_equal(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-14)
 
