@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from aimc_pl.private_torch import (
     count_saved_tensor_hooks,
     current_function_mode,
     has_backward_hooks,
+    has_global_backward_hooks,
     is_checkpointing,
     is_in_functorch,
     next_sequence_number,
@@ -301,6 +303,13 @@ def test_versions_grow_with_changes_in_place():
 def test_views_share_their_storage(device):
     x, other = torch.zeros(4, device=device), torch.zeros(4, device=device)
     assert storage_of(x) == storage_of(x[1:]) != storage_of(other)
+
+
+def test_backward_hooks_on_all_modules_are_seen():
+    for register in (register_module_full_backward_hook, register_module_full_backward_pre_hook):
+        assert not has_global_backward_hooks()
+        with register(lambda *_: None):
+            assert has_global_backward_hooks()
 
 
 def test_backward_hooks_can_be_left_out():
