@@ -206,6 +206,11 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def has_global_backward_hooks() -> bool:
+    """Whether such hooks are on all modules."""
+    return bool(torch.nn.modules.module._global_backward_hooks or torch.nn.modules.module._global_backward_pre_hooks)
+
+
 def without_backward_hooks(module: nn.Module) -> AbstractContextManager[None]:
     """While it is open, a module can be called with inputs without a graph."""
     hooked = [inner for inner in module.modules() if has_backward_hooks(inner)]

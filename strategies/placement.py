@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from aimc_pl.analog import is_analog
 from aimc_pl.distributed import Link
 from aimc_pl.flight import Flight, StagedStep
-from aimc_pl.ghosts import Exchange, Ghosts, gradients_known
+from aimc_pl.ghosts import Exchange, Ghosts, gradients_known, loss_of
 from aimc_pl.passage import StageProcess
 from aimc_pl.patches import patched
 from aimc_pl.pipeline import MicroBatch
@@ -223,7 +223,7 @@ class StagePerProcess:
         if self.holds_last:
             return output
         # The loss is not known here, and Lightning updates for a loss only.
-        return None if is_async else torch.full((), torch.nan, device=self._strategy.root_device)
+        return None if is_async else loss_of(self._num_stages - 1, self._strategy.root_device)
 
     def gradients_known(self) -> AbstractContextManager[None]:
         """See :class:`Placement`."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parameters_to_vector
 
 from aimc_pl.errors import UsageError
-from aimc_pl.ghosts import Exchange, Ghosts, gradients_known
+from aimc_pl.ghosts import Exchange, Ghosts, gradients_known, loss_of
 
 STAGES = 3
 OWNERS = {"0.weight": 0, "0.bias": 0, "2.weight": 1, "2.bias": 1, "4.weight": 2, "4.bias": 2, "5.weight": 2}
@@ -177,6 +177,13 @@ def copies_a_weight(net):
 def test_weights_of_other_stages_cannot_be_read(hook):
     with pytest.raises(UsageError, match=r"outside of training_step reads '.*weight', which only the process of stage"):
         in_all_stages(hook)
+
+
+def test_a_loss_elsewhere_can_be_passed_on_but_not_decided_by():
+    loss = loss_of(2, torch.device("cpu")).detach() / 2
+    assert f"{loss.item():.3f}" == "unknown"
+    with pytest.raises(UsageError, match="bool outside of training_step reads 'loss', which only the process of st"):
+        assert loss < 1
 
 
 def test_hooks_must_do_the_same_everywhere():

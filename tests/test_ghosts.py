@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_full_backward_hook
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Accuracy, MetricCollection, Precision
 
@@ -1066,6 +1067,13 @@ class HookedAround(Net):
         self.register_full_backward_hook(lambda *_: None)
 
 
+class PerSample(Net):
+    def run(self, x):
+        x = layers(self, x)
+        per_sample = torch.func.vmap(torch.func.grad(lambda row: torch.tanh(row).sum()))
+        return x + per_sample(x.detach())
+
+
 class Penalty(Net):
     def run(self, x):
         x = layers(self, x.requires_grad_())
@@ -1090,6 +1098,7 @@ class Penalty(Net):
         (ThroughAViewOfTheBatch, "a value of stage 0 was changed in place, through a view, by stage 0"),
         (LeavingBehind, "a micro-batch reads an activation that another has left behind"),
         (HookedAround, "a backward hook on HookedAround spans stages: keep it inside one module"),
+        (PerSample, "a transform of torch.func spans stages"),
         (Penalty, "grad spans stages"),
     ],
 )
@@ -1101,6 +1110,14 @@ def test_what_stages_in_processes_cannot_do_is_refused(model, match):
 
     with pytest.raises(UsageError, match=match):
         run()
+
+
+def test_backward_hooks_on_all_modules_are_refused():
+    with (
+        register_module_full_backward_hook(lambda *_: None),
+        pytest.raises(UsageError, match="a backward hook on all modules spans stages"),
+    ):
+        Pipeline(Net(), Net.boundaries[:2], Net.batch()).check(Net.batch())
 
 
 class Drifting(Net):

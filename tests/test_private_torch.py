@@ -15,6 +15,7 @@ from torch.autograd.graph import (
 )
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage], documented
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +31,7 @@ from aimc_pl.private_torch import (
     default_store,
     dual_level,
     has_backward_hooks,
+    has_global_backward_hooks,
     hooks_of,
     is_checkpointing,
     is_in_functorch,
@@ -325,6 +327,13 @@ def test_versions_grow_with_changes_in_place():
 def test_views_share_their_storage(device):
     x, other = torch.zeros(4, device=device), torch.zeros(4, device=device)
     assert storage_of(x) == storage_of(x[1:]) != storage_of(other)
+
+
+def test_backward_hooks_on_all_modules_are_seen():
+    for register in (register_module_full_backward_hook, register_module_full_backward_pre_hook):
+        assert not has_global_backward_hooks()
+        with register(lambda *_: None):
+            assert has_global_backward_hooks()
 
 
 def test_backward_hooks_can_be_left_out():

@@ -1,4 +1,4 @@
-"""Parameters and gradients of the stages where user code outside of the step computes with them: in hooks."""
+"""Parameters, gradients and the loss where user code outside of the step computes with them: in hooks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aimc_pl.ghosts import refusals
 from aimc_pl.ghosts.functions import KNOWN, Kind, kind_of, name_of
 from aimc_pl.ghosts.shapes import NeedsValuesError, Outcome, Outcomes, Slot
-from aimc_pl.ghosts.values import give_class, plainly, running, tensors_in
+from aimc_pl.ghosts.values import Unknown, give_class, plainly, running, tensors_in
 
 _outcomes = Outcomes()
 
@@ -46,7 +46,7 @@ class ForeignParameter(nn.Parameter):
 
 
 class Apart(Tensor):
-    """A gradient, or what comes of one: a value in the process of its stage, in the others a shape.
+    """A gradient, for example, or what comes of it: a value in the process of its stage, in the others a shape.
 
     What is computed of values of one stage is again a value of that stage, and what is written to them only its own
     process writes. Where values of several stages meet, or Python reads one, all processes exchange them, and they
@@ -55,7 +55,8 @@ class Apart(Tensor):
     Attributes:
         stage: whose value it is.
         label: the parameter that it comes of.
-        exchange: ``None`` if its own process has it as a plain tensor and would not take part: what comes of a weight.
+        exchange: ``None`` if its own process has it as a plain tensor and would not take part: what comes of a weight
+            or of the loss.
     """
 
     stage: int
@@ -98,6 +99,13 @@ def gradients_known(parameters: Mapping[str, nn.Parameter], exchange: Exchange) 
                 give_class(parameter.grad, Tensor)
 
 
+def loss_of(stage: int, device: torch.device) -> Tensor:
+    """The loss, in a process that does not know it because it is of another stage."""
+    loss = torch.full((), torch.nan, device=device)
+    _be_of(loss, stage, "loss", None)
+    return loss
+
+
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What comes of a torch function of parameters of other stages, and of gradients."""
     kind = kind_of(func)
@@ -109,6 +117,8 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     given = tensors_in(*args, *kwargs.values())
     apart = [tensor for tensor in given if isinstance(tensor, Apart | ForeignParameter)]
     first = apart[0]
+    if kind is Kind.NUMBER and _exchange_of(first) is None:
+        return Unknown(refusals.foreign(name_of(func), first.label, first.stage))
     outcome = _outcome(kind, func, args, kwargs)
     if outcome is None or any(value.stage != first.stage for value in apart) or _leaks(outcome, given, first):
         _share(name_of(func), apart)

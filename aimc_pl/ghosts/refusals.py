@@ -29,11 +29,11 @@ def reads(stage: int, what: str) -> ReadsValueError:
     )
 
 
-def foreign(what: str, parameter: str, stage: int) -> UsageError:
+def foreign(what: str, label: str, stage: int) -> UsageError:
     """Code outside of the step reads a weight that is elsewhere."""
     return UsageError(
-        f"{what} outside of training_step reads {parameter!r}, which only the process of stage {stage} has: train with "
-        "devices=1, or look at the weights after the fit, or in a checkpoint"
+        f"{what.strip('_')} outside of training_step reads {label!r}, which only the process of stage {stage} has: "
+        "decide by metrics that are logged, look at weights after the fit, or train with devices=1"
     )
 
 

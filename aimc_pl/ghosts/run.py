@@ -21,7 +21,13 @@ from aimc_pl.ghosts.parts import Part
 from aimc_pl.ghosts.state import Setting, State
 from aimc_pl.ghosts.trail import Trail
 from aimc_pl.ghosts.values import Ghost, Key, Unknown, is_ghost, plainly
-from aimc_pl.private_torch import current_function_mode, has_backward_hooks, without_functions
+from aimc_pl.private_torch import (
+    current_function_mode,
+    has_backward_hooks,
+    has_global_backward_hooks,
+    is_in_functorch,
+    without_functions,
+)
 
 Message = tuple[tuple[str, ...], tuple[Key, ...], tuple[Tensor, ...]]
 """What a stage sends: what has happened in every stretch so far, keys of values, values."""
@@ -74,8 +80,10 @@ class Run(TorchFunctionMode):
         """Begin the first stretch.
 
         Raises:
-            UsageError: if a module whose code is run in every process has a backward hook.
+            UsageError: if a module whose code is run in every process has a backward hook, or all modules have one.
         """
+        if has_global_backward_hooks():
+            raise refusals.spans_stages("a backward hook on all modules")
         for module in self._setting.glue:
             if has_backward_hooks(module):
                 raise refusals.spans_stages(f"a backward hook on {type(module).__name__}")
@@ -222,6 +230,8 @@ class Run(TorchFunctionMode):
             return plainly(func, args, kwargs)  # on the way out of the step
         if not is_drawn and self._are_common(args, kwargs):
             return func(*args, **kwargs)
+        if is_in_functorch() and not self._state.inside:
+            raise refusals.spans_stages("a transform of torch.func")
         if kind is Kind.ITERATION:
             return iter(self.intercept(Tensor.unbind, args, kwargs))
         if kind is Kind.OPERATION or kind is Kind.RANDOM:
