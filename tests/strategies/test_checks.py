@@ -3,8 +3,10 @@
 import copy
 
 import pytest
-import timm.optim
 import torch
+from timm.optim.lamb import Lamb
+from timm.optim.lars import Lars
+from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop, Rprop
 from torch.optim.lr_scheduler import StepLR
@@ -59,16 +61,16 @@ APART = {
     "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "noisy": lambda p: Noisy(p, lr=0.1),
     "muon": lambda p: Muon([x for x in p if x.dim() == 2], lr=0.1),
-    "lars": lambda p: timm.optim.Lars(p, lr=0.1),
-    "lamb without clipping": lambda p: timm.optim.Lamb(p, lr=0.1, max_grad_norm=None),
-    "lookahead": lambda p: timm.optim.Lookahead(SGD(p, lr=0.1), k=2),
+    "lars": lambda p: Lars(p, lr=0.1),
+    "lamb without clipping": lambda p: Lamb(p, lr=0.1, max_grad_norm=None),
+    "lookahead": lambda p: Lookahead(SGD(p, lr=0.1), k=2),
     "fused": lambda p: AdamW(p, lr=0.1, fused=True),
     **{k.__name__: lambda p, k=k: k(p, lr=0.1) for k in (Adam, NAdam, Adagrad, RMSprop, Rprop, Adafactor)},
 }
 COUPLED = {
     "normalized": lambda p: NormalizedSGD(p, lr=0.1),
     "normalized adam": lambda p: NormalizedAdam(p, lr=0.1),
-    "lamb": lambda p: timm.optim.Lamb(p, lr=0.1),
+    "lamb": lambda p: Lamb(p, lr=0.1),
 }
 
 
