@@ -265,7 +265,11 @@ class Counting(list):
     def __iter__(self):
         return iter(range(3))
 
-    clear = extend = None
+    def clear(self):
+        raise TypeError("cannot be cleared")
+
+    def extend(self, values):
+        raise TypeError("cannot be extended")
 
 
 def test_containers_with_methods_of_their_own():

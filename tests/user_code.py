@@ -2646,7 +2646,11 @@ class ReadOnly(dict):
     def __setitem__(self, key, value):
         raise TypeError("is read-only")
 
-    clear = update = __setitem__
+    def clear(self):
+        raise TypeError("is read-only")
+
+    def update(self, *args, **kwargs):
+        raise TypeError("is read-only")
 
 
 class ContainersOfItsOwn(Plain):

@@ -52,6 +52,7 @@ class Noisy(SGD):
 
 class SharpnessAware(SGD):
     def step(self, closure=None):
+        assert closure is not None
         closure()
         super().step()
         return closure()
