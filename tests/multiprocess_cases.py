@@ -45,7 +45,7 @@ class ComputesWithGradients(Attributes):
             for parameter in self.parameters():
                 parameter.grad = None
 
-    def on_before_zero_grad(self, optimizer):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.mul_(0.99)
