@@ -72,7 +72,8 @@ class StagedStep:
         """Settings of the process to keep apart: until the step is settled all, then those that it switches."""
         self.random: RandomStates | None = None
         """Random states to keep apart, where the step sets them."""
-        self.parameters: list[Any] = [*network.parameters(), *trained]
+        self._trained = [*trained]
+        self.parameters: list[Any] = [*network.parameters(), *self._trained]
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.anchor = torch.zeros((), requires_grad=True, device=device)
         self.saved = SavedParameters(self.parameters, stash=True) if weight_stashing else None
@@ -284,7 +285,7 @@ class StagedStep:
 
     def _follow_parameters(self) -> None:
         """Know parameters that have been replaced, or have come in addition, since the last mini-batch."""
-        before, self.parameters = self.parameters, [*self.network.parameters()]
+        before, self.parameters = self.parameters, [*self.network.parameters(), *self._trained]
         if len(before) == len(self.parameters) and all(map(is_, before, self.parameters)):
             return
         gone = set(map(id, before)) - set(map(id, self.parameters))

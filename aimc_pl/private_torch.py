@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage], documented
 from torch.nn import attention
 from torch.nn.modules.loss import _Loss
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.overrides import (
     TorchFunctionMode,
@@ -167,8 +168,8 @@ def registration_of(hook: Any) -> Any:
 
 
 def version(tensor: Tensor) -> int:
-    """Grows when a tensor is changed in place; tensors of inference mode do not tell."""
-    return 0 if tensor.is_inference() else tensor._version
+    """Grows when a tensor is changed in place; those of inference mode do not tell, and lazy ones have no value yet."""
+    return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -1777,7 +1777,7 @@ class ScalesBeforeBackward(Plain):
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count = 1
         self.net[2].weight.register_hook(lambda gradient: gradient / self.count)
 
     def on_before_backward(self, loss):
