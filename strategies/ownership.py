@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from aihwkit.optim.weight_view import PlaceholderDataView
-from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import nn
 from torch.optim import Optimizer
 
@@ -69,5 +67,5 @@ def without_common(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_common(value) if isinstance(value, dict) else value
         for key, value in state.items()
-        if not isinstance(value, RPUConfigBase | PlaceholderDataView)
+        if not any(kind.__module__.startswith("aihwkit.") for kind in type(value).__mro__)
     }

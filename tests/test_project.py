@@ -95,14 +95,18 @@ PYTHON = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if not path.name.startswith(("private_", "test_"))
 )
-EXCEPTIONS = {"user_code.py": "_python_dispatch"}
-"""Names that users have to import too, and do."""
+EXCEPTIONS = {
+    "user_code.py": ("_python_dispatch",),
+    "resuming_cases.py": (": _exit",),
+    "link_exchange.py": (": _exchanges", ": _send"),
+}
+"""Names that users have to import too, and do; a documented function of ``os``; our own, which a forger would use."""
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_private_names_of_other_libraries_live_in_one_file_each(path):
     found = [*foreign_private_names(ast.parse(path.read_text()))]
-    allowed = EXCEPTIONS.get(path.name, "-")
+    allowed = EXCEPTIONS.get(path.name, ())
     assert [name for name in found if not name.endswith(allowed)] == []
 
 
