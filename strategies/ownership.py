@@ -64,6 +64,7 @@ class Ownership:
 
 def without_common(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict without what every process has: the configurations of tiles, and what stands for their weights."""
+    # Told by where their classes are defined, as a digital run has no aihwkit to import.
     return {
         key: without_common(value) if isinstance(value, dict) else value
         for key, value in state.items()
