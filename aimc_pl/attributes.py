@@ -2,13 +2,13 @@
 
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable
-from operator import is_
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from aimc_pl.private_torch import parameters_of
+from aimc_pl.watch import Watch
 
 CONTAINERS = (dict, list, set, deque, tuple)
 PLAIN = (bool, int, float, str, type(None))
@@ -18,7 +18,6 @@ _OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
 _FLAGS = "requires_grad of parameters"
 """Stands among a module's attributes for what its parameters require."""
 
-_BY_FINGERPRINT = ("_buffers", "_parameters")
 _MISSING = object()
 _MANY = 256
 
@@ -26,17 +25,8 @@ Place = tuple[int, str]
 """The number of a module (some modules compare in ways of their own) and an attribute's name."""
 
 
-class _Look(NamedTuple):
-    """The attributes of a module at some moment."""
-
-    fingerprint: list[Any]
-    """What is another object where an attribute has been set."""
-    values: dict[str, Any]
-    containers: list[str]
-
-
-Snapshot = list[tuple[_Look, dict[str, Any]]]
-"""For every module its attributes, and the frozen values of those that are containers."""
+Snapshot = list[dict[str, Any]]
+"""The frozen values of every module's attributes."""
 
 
 class Attributes:
@@ -45,53 +35,51 @@ class Attributes:
     Hooks do not count. Buffers and parameters do when they are bound anew or frozen, not when they are changed in
     place. A container with more than 256 elements (a vocabulary, say) counts as changed where their number has.
 
+    Most modules never change, and are watched together. Those that have been seen to change are read one by one.
+
     Args:
         network: whose attributes.
+        besides: names of attributes that do not count.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, besides: Collection[str] = ()) -> None:
         self._names, self._modules = zip(*network.named_modules(), strict=True)
-        self._looks = [self._look(module) for module in self._modules]
+        self._left_out = _OF_TORCH.union(besides)
+        self._snapshot = [self._look(module) for module in self._modules]
+        self._restless: set[int] = set()
+        self._watch = self._watch_others()
 
     def read(self) -> Snapshot:
-        """The attributes of this moment."""
-        snapshot = []
-        for number, module in enumerate(self._modules):
-            look = self._looks[number]
-            if not _is_same(_fingerprint(module), look.fingerprint):
-                look = self._looks[number] = self._look(module)
-            held = vars(module)
-            containers = {name: _freeze(held[name]) for name in look.containers}
-            snapshot.append((look, containers))
-        return snapshot
+        """The attributes of this moment; a module that has not changed since the last call has the same dict."""
+        is_quiet = self._watch.is_unchanged()
+        if is_quiet and not self._restless:
+            return self._snapshot
+        before, self._snapshot = self._snapshot, [*self._snapshot]
+        changed = set()
+        for number in self._restless if is_quiet else range(len(before)):
+            look = self._look(self._modules[number])
+            if _differences(before[number], look):
+                changed.add(number)
+                self._snapshot[number] = look
+        if not is_quiet:
+            self._restless |= changed
+            self._watch = self._watch_others()
+        return self._snapshot
 
     def changes(self, before: Snapshot) -> dict[Place, Any]:
         """The frozen values of what has been set, filled or deleted since ``before``."""
-        changed: dict[Place, Any] = {}
-        for number, (module, (look, containers)) in enumerate(zip(self._modules, before, strict=True)):
-            if _is_same(_fingerprint(module), look.fingerprint):
-                held = vars(module)
-                for name, frozen in containers.items():
-                    if not _is_unchanged(frozen, held[name]):
-                        changed[number, name] = _freeze(held[name])
-                continue
-            now = _values(module)
-            for name, frozen in (look.values | containers).items():
-                value = now.pop(name, _MISSING)
-                if value is not frozen and not _is_unchanged(frozen, value):
-                    changed[number, name] = _freeze(value)
-            for name, value in now.items():
-                changed[number, name] = _freeze(value)
-        return changed
+        now = self.read()
+        return {
+            (number, name): now[number].get(name, _MISSING)
+            for number, (old, new) in enumerate(zip(before, now, strict=True))
+            if old is not new
+            for name in _differences(old, new)
+        }
 
     @staticmethod
     def select(snapshot: Snapshot, places: Iterable[Place]) -> dict[Place, Any]:
         """The frozen values of some attributes."""
-        found = {}
-        for number, name in places:
-            look, containers = snapshot[number]
-            found[number, name] = containers[name] if name in containers else look.values.get(name, _MISSING)
-        return found
+        return {(number, name): snapshot[number].get(name, _MISSING) for number, name in places}
 
     def current(self, places: Iterable[Place]) -> dict[Place, Any]:
         """The frozen values that some attributes have now."""
@@ -118,11 +106,22 @@ class Attributes:
         module = self._modules[number]
         return _flags(module) if name == _FLAGS else vars(module).get(name, _MISSING)
 
-    def _look(self, module: nn.Module) -> _Look:
-        values = _values(module)
-        containers = [name for name, value in values.items() if _can_change(value) and name not in _BY_FINGERPRINT]
-        frozen = {name: _freeze(value) for name, value in values.items() if name not in containers}
-        return _Look(_fingerprint(module), frozen, containers)
+    def _look(self, module: nn.Module) -> dict[str, Any]:
+        look = {name: _freeze(value) for name, value in vars(module).items() if name not in self._left_out}
+        if parameters_of(module):
+            look[_FLAGS] = _flags(module)
+        return look
+
+    def _watch_others(self) -> Watch:
+        """Watch the modules that have not changed so far."""
+        for number, look in enumerate(self._snapshot):
+            if any(map(_is_beyond_watch, look.values())):
+                self._restless.add(number)
+        quiet = [number for number in range(len(self._modules)) if number not in self._restless]
+        looks = [self._snapshot[number] for number in quiet]
+        names = [look.keys() - {_FLAGS} for look in looks]
+        views = [view for look in looks for frozen in look.values() for view in _views(frozen)]
+        return Watch([self._modules[number] for number in quiet], names, views)
 
 
 def is_alike(a: Any, b: Any) -> bool:
@@ -148,23 +147,8 @@ class _Large(NamedTuple):
     length: int
 
 
-def _fingerprint(module: nn.Module) -> list[Any]:
-    held = vars(module)
-    # A scripted module has none of its own.
-    parameters, buffers = held.get("_parameters", {}), held.get("_buffers", {})
-    flags = [parameter is not None and parameter.requires_grad for parameter in parameters.values()]
-    return [*held, *held.values(), *parameters, *parameters.values(), *buffers, *buffers.values(), *flags]
-
-
-def _is_same(a: list[Any], b: list[Any]) -> bool:
-    return len(a) == len(b) and all(map(is_, a, b))
-
-
-def _values(module: nn.Module) -> dict[str, Any]:
-    values = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-    if parameters_of(module):
-        values[_FLAGS] = _flags(module)
-    return values
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [name for name in old | new if not _is_same(old.get(name, _MISSING), new.get(name, _MISSING))]
 
 
 def _flags(module: nn.Module) -> str:
@@ -222,15 +206,31 @@ def _freeze(value: Any, around: tuple[int, ...] = ()) -> Any:
     return _Container(value, [_freeze(item, (*around, id(value))) for item in contents_of(value)])
 
 
-def _is_unchanged(frozen: Any, value: Any) -> bool:
-    if type(frozen) is _Large:
-        return frozen.value is value and frozen.length == len(value)
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two frozen values are one object, with the same contents."""
+    if type(a) is _Container and type(b) is _Container:
+        return a.value is b.value and len(a.contents) == len(b.contents) and all(map(_is_same, a.contents, b.contents))
+    if type(a) is _Large and type(b) is _Large:
+        return a.value is b.value and a.length == b.length
+    return a is b
+
+
+def _views(frozen: Any) -> Iterator[Any]:
+    """What to watch of a value: what it holds, and what its containers hold."""
+    if type(frozen) is _Container:
+        base, value = _built_in(frozen.value), frozen.value
+        yield from (base.keys(value), base.values(value)) if issubclass(base, dict) else (value,)
+        for held in frozen.contents:
+            yield from _views(held)
+
+
+def _is_beyond_watch(frozen: Any) -> bool:
+    """Whether a value has to be read: it is large, or a class of the user's own that iterates in its own way."""
     if type(frozen) is not _Container:
-        return frozen is value
-    if frozen.value is not value:
-        return False
-    contents = contents_of(value)
-    return len(contents) == len(frozen.contents) and all(map(_is_unchanged, frozen.contents, contents))
+        return type(frozen) is _Large
+    base, kind = _built_in(frozen.value), type(frozen.value)
+    own = not issubclass(base, dict) and (kind.__iter__ is not base.__iter__ or kind.__len__ is not base.__len__)
+    return own or any(map(_is_beyond_watch, frozen.contents))
 
 
 def _thaw(frozen: Any) -> Any:

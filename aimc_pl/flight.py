@@ -5,7 +5,7 @@ greenlet; where it comes to the next boundary it waits, until the schedule lets 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 from typing import Any
@@ -16,16 +16,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from aimc_pl.analog import own_pending_errors
+from aimc_pl.analog import is_analog, own_pending_errors
 from aimc_pl.attributes import Attributes, Place, Snapshot
 from aimc_pl.errors import UsageError
 from aimc_pl.graph import CutGraph
-from aimc_pl.private_torch import hooks_of, is_checkpointing, is_in_functorch, registration_of, sequence_number
+from aimc_pl.private_torch import (
+    hooks_of,
+    is_checkpointing,
+    is_in_functorch,
+    registration_of,
+    sequence_number,
+    versions_of,
+)
 from aimc_pl.random_states import RandomStates
-from aimc_pl.saved import SavedParameters, current_weights, versions_of
+from aimc_pl.saved import SavedParameters, current_weights
 from aimc_pl.stage import Stage
 from aimc_pl.suspension import SuspendableCall
 from aimc_pl.switches import Switch, switches_for
+
+_NOTHING = nullcontext()
 
 
 class StagedStep:
@@ -46,6 +55,7 @@ class StagedStep:
             modules are then kept apart.
         with_gradients: whether calls without gradients begin no stage.
         trained: leaf tensors that are trained and are no parameters of the network.
+        set_outside: names of attributes that others set on modules while steps wait.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class StagedStep:
         overlaps: bool = True,
         with_gradients: bool = True,
         trained: Iterable[Tensor] = (),
+        set_outside: Collection[str] = (),
     ) -> None:
         self.network = network
         self.boundaries = boundaries
@@ -67,13 +78,16 @@ class StagedStep:
         self.delayed = delayed
         self.may_share = may_share
         self.with_gradients = with_gradients
-        self.attributes = Attributes(network) if overlaps else None
+        self.attributes = Attributes(network, set_outside) if overlaps else None
+        self.unchanged: Snapshot | None = None
+        """The attributes after a forward, if they are as before it and no other code has run since."""
         self.switches = switches_for(network) if overlaps else []
         """Settings of the process to keep apart: until the step is settled all, then those that it switches."""
         self.random: RandomStates | None = None
         """Random states to keep apart, where the step sets them."""
         self._trained = [*trained]
         self.parameters: list[Any] = [*network.parameters(), *self._trained]
+        self.is_analog = any(map(is_analog, self.parameters))
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.anchor = torch.zeros((), requires_grad=True, device=device)
         self.saved = SavedParameters(self.parameters, stash=True) if weight_stashing else None
@@ -109,6 +123,7 @@ class StagedStep:
     @contextmanager
     def running(self) -> Iterator[None]:
         """While micro-batches are under way: one mini-batch, or a drain."""
+        self.unchanged = None
         self._carry()
         if self.delayed:
             self._follow_parameters()
@@ -161,7 +176,7 @@ class StagedStep:
 
     def saving(self, stage: int) -> AbstractContextManager[Any]:
         """Entered around the forward of a stage."""
-        return nullcontext() if self.saved is None else self.saved.hooks(self.stages[stage].version)
+        return _NOTHING if self.saved is None else self.saved.hooks(self.stages[stage].version)
 
     def own(self, leaves: Sequence[Sequence[Tensor]], opened: Container[int]) -> None:
         """Give the leaf tensors that a micro-batch's stages have used to these stages.
@@ -328,12 +343,11 @@ class Flight:
             if stage == 0 or self._call.is_suspended:
                 with (
                     step.saving(stage),
-                    self._own_attributes(),
-                    self._own_random_states(),
-                    self._own_switches(),
-                    _explained(stage),
+                    self._own_attributes() if step.attributes else _NOTHING,
+                    self._own_random_states() if step.random else _NOTHING,
+                    self._own_switches() if step.switches else _NOTHING,
                 ):
-                    result = self._call.resume() if stage else self._call.start()
+                    result = self._go_on(stage)
                 if not self._call.is_suspended:
                     self.loss = result
             if step.delayed:
@@ -345,9 +359,15 @@ class Flight:
     def backward(self, stage: int) -> None:
         """Backpropagate through a stage, adding to the parameters' gradients (and to the tiles' pending pairs)."""
         step = self._step
-        weights = current_weights(*self._versions[stage]) if step.delayed else nullcontext()
-        with weights, own_pending_errors(step.stages[stage].parameters), _explained(stage):
-            self._graph.backward(stage, hooked=bool(step.hooked))
+        step.unchanged = None  # hooks may set attributes
+        weights = current_weights(*self._versions[stage]) if step.delayed else _NOTHING
+        errors = own_pending_errors(step.stages[stage].parameters) if step.is_analog else _NOTHING
+        with weights, errors:
+            try:
+                self._graph.backward(stage, hooked=bool(step.hooked))
+            except RuntimeError as error:
+                _explain(error, stage)
+                raise
 
     def abort(self) -> None:
         """End the step where it waits."""
@@ -395,6 +415,13 @@ class Flight:
         """The stage in whose forward a node of the graph was made."""
         return self._graph.stage_that_made(sequence_number(node))
 
+    def _go_on(self, stage: int) -> Any:
+        try:
+            return self._call.resume() if stage else self._call.start()
+        except RuntimeError as error:
+            _explain(error, stage)
+            raise
+
     def _close(self) -> None:
         loss = self.loss
         if loss is None:
@@ -407,21 +434,19 @@ class Flight:
 
     def _own_versions(self) -> AbstractContextManager[Any]:
         """Updates since the last stage do not count: autograd would make views of parameters anew, in this stage."""
-        return current_weights(*self._versions[-1]) if self._step.hands_on_views and self._versions else nullcontext()
+        return current_weights(*self._versions[-1]) if self._step.hands_on_views and self._versions else _NOTHING
 
     @contextmanager
     def _own_attributes(self) -> Iterator[None]:
         """While the step runs, modules have the attributes that it has set on them."""
         step, attributes = self._step, self._step.attributes
-        if attributes is None:
-            yield
-            return
+        assert attributes is not None
         if self.stage == 0:
             step.waiting.append(self)
             self._attributes = attributes.current(step.carried)
         outside = attributes.current(self._attributes)
         attributes.write(self._attributes)
-        before = attributes.read()
+        before = attributes.read() if self._attributes or step.unchanged is None else step.unchanged
         yield
         changed = attributes.changes(before)
         step.note_writes(self.stage, changed)
@@ -438,14 +463,13 @@ class Flight:
             self._attributes = {}
             step.waiting.remove(self)
         attributes.write(left)
+        step.unchanged = None if changed or left else before
 
     @contextmanager
     def _own_random_states(self) -> Iterator[None]:
         """Where the step sets random states, those of other micro-batches stay as they are."""
         random = self._step.random
-        if random is None:
-            yield
-            return
+        assert random is not None
         outside = random.read()
         if self._random_states is not None:
             random.write(self._random_states)
@@ -472,14 +496,9 @@ class Flight:
                 switch.set(outside[switch])
 
 
-@contextmanager
-def _explained(stage: int) -> Iterator[None]:
-    """Say what it means when a tensor that autograd needs has changed."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
+def _explain(error: RuntimeError, stage: int) -> None:
+    """Raise what it means when a tensor that autograd needs has changed."""
+    if "modified by an inplace operation" in str(error):
         raise UsageError(
             f"stage {stage} cannot differentiate, as a tensor that a forward used was changed in place since then: a "
             "buffer by another micro-batch, or, where the step itself calls torch.autograd.grad over several stages "

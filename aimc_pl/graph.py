@@ -119,17 +119,16 @@ class CutGraph:
         del crossing
         if not pending:
             return
-        edges = [GradientEdge(*edge) for edge in pending]
+        roots: list[Any] = [GradientEdge(*edge) for edge in pending]
         gradients = [*pending.values()]
         if stage or hooked:
             sentinel = self._sentinels[stage]
-            assert sentinel.grad_fn is not None
-            edges += [GradientEdge(sentinel.grad_fn, 0), *guards]
-            gradients += [torch.ones_like(sentinel), *map(zeros_at, guards)]
+            roots += [sentinel, *guards]
+            gradients += [sentinel.detach(), *map(zeros_at, guards)]
         pending.clear()
         try:
             with _without_report() if torch.is_anomaly_enabled() else nullcontext():
-                torch.autograd.backward(edges, gradients)
+                torch.autograd.backward(roots, gradients)
         except _StageIsOver:
             pass
 
@@ -178,7 +177,7 @@ class _StageIsOver(Exception):  # noqa: N818, an event and no error
 class _Sentinel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride], torch passes these
-        return anchor.new_ones(())
+        return anchor.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride], torch passes these

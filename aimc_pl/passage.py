@@ -11,7 +11,8 @@ from torch import Tensor
 from aimc_pl.analog import own_pending_errors
 from aimc_pl.distributed import Link
 from aimc_pl.ghosts import Flight, Ghosts
-from aimc_pl.saved import SavedParameters, current_weights, versions_of
+from aimc_pl.private_torch import versions_of
+from aimc_pl.saved import SavedParameters, current_weights
 from aimc_pl.schedule import Operation
 from aimc_pl.stage import Stage
 

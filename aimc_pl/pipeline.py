@@ -6,6 +6,7 @@ operations of its stages. What a forward and a backward are is the micro-batch's
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from aimc_pl.schedule import Operation, Schedule
@@ -98,6 +99,7 @@ class Pipeline:
         self.observers = observers
         self.clock = clock
         self.num_entered = num_entered
+        self._operations = lru_cache(maxsize=1024)(schedule.operations)
         self._update = update
         self._own = {stage.index: stage for stage in stages}
         self._infos = {stage.index: stage.info() for stage in stages}
@@ -167,7 +169,7 @@ class Pipeline:
 
     def _run_until(self, clock: int) -> None:
         while self._clock_since_fill < clock:
-            operations = self.schedule.operations(self._clock_since_fill, self._num_since_fill)
+            operations = self._operations(self._clock_since_fill, self._num_since_fill)
             own = [operation for operation in operations if operation.stage in self._own]
             for operation in own:
                 (self._forward if operation.kind == "F" else self._backward)(operation)

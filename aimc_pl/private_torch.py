@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -170,6 +171,17 @@ def registration_of(hook: Any) -> Any:
 def version(tensor: Tensor) -> int:
     """Grows when a tensor is changed in place; those of inference mode do not tell, and lazy ones have no value yet."""
     return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
+
+
+_version = attrgetter("_version")
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """The :func:`version` of each, sooner."""
+    try:
+        return [*map(_version, tensors)]
+    except RuntimeError:  # one of inference mode
+        return [*map(version, tensors)]
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from aimc_pl.private_torch import base_of, set_versions
+from aimc_pl.private_torch import base_of, set_versions, versions_of
 from aimc_pl.private_torch import version as version_of
 
 
@@ -23,7 +23,7 @@ def current_weights(parameters: Sequence[nn.Parameter], versions: Sequence[int])
 
     Args:
         parameters: that may have changed.
-        versions: what :func:`versions_of` gave right after the forward.
+        versions: what :func:`aimc_pl.private_torch.versions_of` gave right after the forward.
     """
     now = versions_of(parameters)
     set_versions(parameters, versions)
@@ -31,11 +31,6 @@ def current_weights(parameters: Sequence[nn.Parameter], versions: Sequence[int])
         yield
     finally:
         set_versions(parameters, now)
-
-
-def versions_of(parameters: Sequence[nn.Parameter]) -> list[int]:
-    """How often each parameter has been changed in place."""
-    return [version_of(parameter) for parameter in parameters]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ class SuspendableCall:
         self._greenlet = greenlet(function)
         self._greenlet.gr_context = contextvars.copy_context()
         self._greenlet.call = self if owner is None else owner  # pyright: ignore[reportAttributeAccessIssue]
-        self._state: _TorchState | None = None
+        self._settings: list[Any] | None = None
+        self._hooks: list[SavedTensorHooks] = []
+        self._modes: list[TorchFunctionMode] = []
 
     @staticmethod
     def current() -> Any:
@@ -74,49 +77,44 @@ class SuspendableCall:
 
     @contextmanager
     def _its_state(self) -> Iterator[None]:
-        callers = _TorchState()
-        entered = count_saved_tensor_hooks(), count_function_modes()
+        callers = _read_settings()
+        num_hooks, num_modes = count_saved_tensor_hooks(), count_function_modes()
         # Copies of weights that autocast keeps belong to one call, and to the weights of their time.
         torch.clear_autocast_cache()
-        if self._state is not None:
-            self._state.set()
+        push_saved_tensor_hooks(self._hooks)
+        push_function_modes(self._modes)
+        if self._settings is not None:
+            _switch(callers, self._settings)
         try:
             yield
         finally:
-            self._state = _TorchState().with_entered_since(*entered)
+            self._settings = _read_settings()
+            self._hooks = pop_saved_tensor_hooks(num_hooks)
+            self._modes = pop_function_modes(num_modes)
             torch.clear_autocast_cache()
-            callers.set()
+            _switch(self._settings, callers)
             if self._greenlet.dead:
                 # Each holds the other; what the call holds (a micro-batch) is to be freed without the cyclic collector.
                 self._greenlet.call = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class _TorchState:
-    """What context managers of torch set for a thread or the process."""
+_SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+    (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
+    (partial(torch.get_autocast_dtype, "cpu"), partial(torch.set_autocast_dtype, "cpu")),
+    (partial(torch.get_autocast_dtype, "cuda"), partial(torch.set_autocast_dtype, "cuda")),
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+]
+"""What context managers of torch set for a thread or the process: how to read it, and how to set it."""
 
-    def __init__(self) -> None:
-        self._grad = torch.is_grad_enabled()
-        self._dtype = torch.get_default_dtype()
-        self._autocast = [
-            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
-        ]
-        self._caches = torch.is_autocast_cache_enabled()
-        self._hooks: list[SavedTensorHooks] = []
-        self._modes: list[TorchFunctionMode] = []
 
-    def with_entered_since(self, num_hooks: int, num_modes: int) -> "_TorchState":
-        """Leave, and keep, the hooks and modes that have been entered in addition to the caller's."""
-        self._hooks = pop_saved_tensor_hooks(num_hooks)
-        self._modes = pop_function_modes(num_modes)
-        return self
+def _read_settings() -> list[Any]:
+    return [read() for read, _ in _SETTINGS]
 
-    def set(self) -> None:
-        torch.set_grad_enabled(self._grad)
-        if torch.get_default_dtype() != self._dtype:
-            torch.set_default_dtype(self._dtype)
-        for device, enabled, dtype in self._autocast:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(self._caches)
-        push_saved_tensor_hooks(self._hooks)
-        push_function_modes(self._modes)
+
+def _switch(now: list[Any], wanted: list[Any]) -> None:
+    if now != wanted:
+        for (_, write), value in zip(_SETTINGS, wanted, strict=True):
+            write(value)

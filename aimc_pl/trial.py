@@ -13,10 +13,10 @@ from aimc_pl.analog import is_analog
 from aimc_pl.attributes import is_alike
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight, StagedStep, check_loss
-from aimc_pl.private_torch import set_versions
+from aimc_pl.private_torch import set_versions, versions_of
 from aimc_pl.random_states import RandomStates, seeding_noticed
 from aimc_pl.reachable import Named
-from aimc_pl.saved import casts_parameters, versions_of
+from aimc_pl.saved import casts_parameters
 from aimc_pl.traces import Traces
 from aimc_pl.weights import gradients_of, read_gradients
 

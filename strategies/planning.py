@@ -16,6 +16,7 @@ from aimc_pl.private_torch import tree_leaves, version
 from aimc_pl.reachable import variables_of
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.checks import check_initialized, check_microbatches, check_optimizer
+from aimc_pl.strategies.private_lightning import SET_AROUND_STEPS
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 from aimc_pl.trial import Function, Trials, verify
@@ -87,6 +88,7 @@ def settle(
         may_share=may_share,
         overlaps=overlaps,
         trained=trained,
+        set_outside=SET_AROUND_STEPS,
     )
     if trials.casts:
         step.follow_casts()

@@ -14,10 +14,17 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
 from aimc_pl.patches import patched
+
+SET_AROUND_STEPS = ("log", "_current_fx_name")
+"""Attributes of a LightningModule that change while a training step waits: our ``log``, and the hook that runs."""
+
+_BEFORE_STEP = ("on_after_backward", "on_before_optimizer_step")
+_PREPARING = (*_BEFORE_STEP, "configure_gradient_clipping", "clip_gradients")
 
 
 class ScriptLauncher(_SubprocessScriptLauncher):
@@ -36,6 +43,19 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: dict[str, Any]) -> None:
     """Go back to what :func:`random_states` has returned."""
     _set_rng_states(states)
+
+
+def is_step_hooked(trainer: "pl.Trainer") -> bool:
+    """Whether :func:`prepare_step` does anything: there are hooks, or gradients are clipped."""
+    module, precision = trainer.lightning_module, type(trainer.precision_plugin)
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue], set later
+    return (
+        trainer.gradient_clip_val is not None
+        or precision.post_backward is not Precision.post_backward
+        or precision._after_closure is not Precision._after_closure
+        or any(is_overridden(hook, callback) for callback in callbacks for hook in _BEFORE_STEP)
+        or any(is_overridden(hook, module) for hook in _PREPARING)
+    )
 
 
 def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:

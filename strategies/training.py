@@ -17,6 +17,7 @@ from aimc_pl.strategies.logbook import Logbook, discard, logging_to
 from aimc_pl.strategies.placement import Placement
 from aimc_pl.strategies.planning import settle, trials_of
 from aimc_pl.strategies.private_lightning import (
+    is_step_hooked,
     last_batch_before_look,
     logging_in,
     prepare_step,
@@ -62,6 +63,8 @@ class Training:
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._optimizer: StageOptimizer | None = None
+        self._is_hooked = True
+        """Whether hooks run between a backward and the step."""
         reset_pending_updates(module)
 
     def run(self, batch: Any, args: tuple[Any, ...]) -> Any:
@@ -176,6 +179,7 @@ class Training:
 
     def _run(self, pipeline: Pipeline, microbatches: Sequence[MicroBatch]) -> None:
         if pipeline.schedule.is_async:
+            self._is_hooked = is_step_hooked(self._trainer)
             pipeline.run(microbatches)
             if last_batch_before_look(self._trainer):
                 pipeline.drain()
@@ -193,7 +197,8 @@ class Training:
             self._optimizer = StageOptimizer(trainer.optimizers[0], self.pipeline.stages)
         optimizer = self._optimizer.optimizer
         with self._optimizer.restricted_to(stage):
-            prepare_step(trainer, optimizer)
+            if self._is_hooked:
+                prepare_step(trainer, optimizer)
             self._optimizer.step()
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
 
@@ -201,8 +206,8 @@ class Training:
     def _running(self) -> Iterator[None]:
         """Inside training_step, boundaries open stages and logged values enter the logbook."""
         with (
-            self._placement.running(),
             logging_to(self._module, self._record if self._placement.holds_last else discard),
+            self._placement.running(),
         ):
             try:
                 yield

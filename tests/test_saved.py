@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from aimc_pl.saved import SavedParameters, casts_parameters, current_weights, versions_of
+from aimc_pl.private_torch import versions_of
+from aimc_pl.saved import SavedParameters, casts_parameters, current_weights
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (5, 6)),

@@ -1,9 +1,10 @@
 """What the strategy costs in one process: time per step against plain Lightning on the same micro-batches.
 
 Plain Lightning accumulates gradients over B micro-batches; the strategy runs as many in M stages. Under ``sync`` both
-do the same. Under ``async`` every micro-batch updates, which is compared with ``sync`` and the B − 1 further updates.
-All sides take turns in one run, and the medians over the turns are compared. The start is what the first step takes
-longer than others, in steps: where stages are named, and where layers are measured (split_at=None). Usage:
+do the same. Under ``async`` every stage updates after every micro-batch, which is compared with ``sync`` and (B − 1)M
+more updates. All sides take turns, step by step, and the medians of the ratios are compared. The start is what the
+first step takes longer than others, in steps: where stages are named, and where layers are measured (split_at=None).
+Usage:
 
     .venv/bin/python scripts/benchmarks/overhead.py --folder docs/results
 """
@@ -11,14 +12,16 @@ longer than others, in steps: where stages are named, and where layers are measu
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from statistics import mean, median
+from operator import itemgetter
+from statistics import median
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from greenlet import getcurrent, greenlet
 from machine import conditions, keep_freed_memory, write_measured
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,7 +32,7 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.studies.arguments import at_least_one, study_parser
 from aimc_pl.studies.rows import Row
 
-NUM_STAGES, NUM_MICROBATCHES, WARM_UP = 4, 4, 3
+NUM_STAGES, NUM_MICROBATCHES = 4, 4
 
 Batch = tuple[Tensor, Tensor]
 
@@ -71,6 +74,11 @@ def cases(quick: bool) -> list[str]:
     return [*NETWORKS][:1] if quick else [*NETWORKS]
 
 
+def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Plain SGD."""
+    return torch.optim.SGD(parameters, lr=1e-3)
+
+
 class Task(L.LightningModule):
     """Cross-entropy of a network, without logging."""
 
@@ -83,106 +91,126 @@ class Task(L.LightningModule):
         return F.cross_entropy(self.network(batch[0]).flatten(0, -2), batch[1].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        """Of all layers."""
+        return make_optimizer(self.parameters())
 
 
-class Timer(L.Callback):
-    """When the first batch began, and every batch ended."""
+def hand_over() -> None:
+    """Wait until it is this side's turn again."""
+    driver = getcurrent().parent
+    assert driver is not None
+    driver.switch()
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Once."""
-        if not self.times:
-            self.times.append(time.perf_counter())
+class Turn(L.Callback):
+    """Hands over to the other sides before the first step, and after every step.
+
+    Args:
+        num_batches: of a step.
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """All is set up."""
+        hand_over()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Each time."""
-        self.times.append(time.perf_counter())
+        """After the last batch of a step."""
+        if (batch_idx + 1) % self.num_batches == 0:
+            hand_over()
 
 
-def train(network: nn.Module, strategy: Any, batches: list[Any], accumulate: int = 1) -> tuple[float, float]:
-    """Train on the batches once; returns the milliseconds of the first step and the mean of those after the warm-up."""
-    timer = Timer()
+def fit(network: nn.Module, strategy: Any, batches: list[Any], accumulate: int = 1) -> greenlet:
+    """A fit that waits before the first step, and after every step."""
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
         max_epochs=1,
         accumulate_grad_batches=accumulate,
-        callbacks=[timer],
+        callbacks=[Turn(accumulate)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Task(network), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType]
-    times = timer.times[::accumulate]
-    steps = [1e3 * (end - start) for start, end in pairwise(times)]
-    # With the last step the pipeline drains.
-    return steps[0], mean(steps[WARM_UP:-1] or steps)
+    loader = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType], a list is one
+    side = greenlet(lambda: trainer.fit(Task(network), loader))
+    side.switch()
+    return side
 
 
-def time_update(network: nn.Module, repeats: int = 20) -> float:
-    """Milliseconds of the optimizer's step alone."""
-    optimizer = Task(network).configure_optimizers()
-    for parameter in network.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-6)
-    optimizer.step()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        optimizer.step()
-    return 1e3 * (time.perf_counter() - start) / repeats
+def updates(network: nn.Module, split_at: Sequence[str]) -> greenlet:
+    """The updates alone that follow one micro-batch: in each stage a step of the optimizer, which clears gradients."""
+    parameters = [*network.parameters()]
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    starts = [numbers[id(next(network.get_submodule(name).parameters()))] for name in split_at]
+    optimizers = [make_optimizer(parameters[start:end]) for start, end in pairwise([0, *starts, len(parameters)])]
+    gradients = [torch.full_like(parameter, 1e-6) for parameter in parameters]
+
+    def update() -> None:
+        while True:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            hand_over()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    side = greenlet(update)
+    side.switch()
+    return side
 
 
-def take_turn(
-    make: Callable[[], nn.Module], microbatches: Sequence[Batch], split_at: Sequence[str], steps: int
-) -> dict[str, float]:
-    """Every side once."""
+def run(name: str, steps: int) -> list[dict[str, Any]]:
+    """So many steps of every side, in turns; a row per step, with the milliseconds of each."""
+    make, microbatch, split_at = NETWORKS[name]
+    microbatches = [microbatch() for _ in range(NUM_MICROBATCHES)]
     whole = tuple(torch.cat(parts) for parts in zip(*microbatches, strict=True))
     names = [f"network.{name}" for name in split_at]
 
-    def piped(schedule: ScheduleName, split_at: Sequence[str] | None, steps: int) -> tuple[float, float]:
+    def piped(schedule: ScheduleName, split_at: Sequence[str] | None) -> greenlet:
         strategy = AnalogPipelineStrategy(NUM_STAGES, schedule, NUM_MICROBATCHES, split_at=split_at)
-        return train(make(), strategy, [whole] * steps)
+        return fit(make(), strategy, [whole] * (steps + 1))
 
-    _, plain = train(make(), "auto", [*microbatches] * steps, NUM_MICROBATCHES)
-    first, sync = piped("sync", names, steps)
-    measuring, _ = piped("sync", None, 1)
-    _, each = piped("async", names, steps)
-    return {
-        "plain_ms": plain,
-        "sync_ms": sync,
-        "async_ms": each,
-        "update_ms": time_update(make()),
-        "start_steps": first / sync - 1,
-        "start_steps_measuring": measuring / sync - 1,
+    sides = {
+        "plain_ms": fit(make(), "auto", [*microbatches] * (steps + 1), NUM_MICROBATCHES),
+        "sync_ms": piped("sync", names),
+        "async_ms": piped("async", names),
+        "measured_ms": piped("sync", None),
+        "update_ms": updates(make(), split_at),
     }
-
-
-def run(name: str, turns: int, steps: int) -> list[dict[str, Any]]:
-    """Turns of every side with so many timed steps; a row per turn."""
-    make, microbatch, split_at = NETWORKS[name]
-    microbatches = [microbatch() for _ in range(NUM_MICROBATCHES)]
-    return [
-        {"network": name, "turn": turn} | take_turn(make, microbatches, split_at, WARM_UP + steps + 1)
-        for turn in range(turns)
+    rows = [
+        {"network": name, "step": step} | {side: time_turn(turn) for side, turn in sides.items()}
+        for step in range(steps)
     ]
+    for turn in sides.values():
+        turn.throw()
+    return rows
+
+
+def time_turn(side: greenlet) -> float:
+    """Milliseconds of one step."""
+    start = time.perf_counter()
+    side.switch()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def report(rows: Sequence[Row]) -> None:
     """Print the medians of one network, with ratios of steps and the steps that the start takes."""
+    first, later = rows[0], rows[1:] or rows
 
-    def middle(field: str) -> float:
-        return median(row[field] for row in rows)
+    def middle(number: Callable[[Row], float]) -> float:
+        return median(map(number, later))
 
-    plain, sync, each, update = (middle(field) for field in ("plain_ms", "sync_ms", "async_ms", "update_ms"))
-    fair = sync + (NUM_MICROBATCHES - 1) * update
+    plain, sync, each, update = (middle(itemgetter(side)) for side in ("plain_ms", "sync_ms", "async_ms", "update_ms"))
+    over_plain = middle(lambda row: row["sync_ms"] / row["plain_ms"])
+    over_sync = middle(lambda row: row["async_ms"] / (row["sync_ms"] + (NUM_MICROBATCHES - 1) * row["update_ms"]))
     print(
-        f"{rows[0]['network']}: plain {plain:.2f} ms, sync {sync:.2f} ms ({sync / plain:.3f}), "
-        f"async {each:.2f} ms ({each / fair:.3f}), update {update:.3f} ms, "
-        f"start {middle('start_steps'):.2f} steps, {middle('start_steps_measuring'):.2f} with split_at=None",
+        f"{first['network']}: plain {plain:.2f} ms, sync {sync:.2f} ms ({over_plain:.3f}), "
+        f"async {each:.2f} ms ({over_sync:.3f}), update {update:.3f} ms, "
+        f"start {first['sync_ms'] / sync - 1:.2f} steps, {first['measured_ms'] / sync - 1:.2f} with split_at=None",
         flush=True,
     )
 
@@ -190,8 +218,7 @@ def report(rows: Sequence[Row]) -> None:
 def main() -> None:
     """Measure, report and write."""
     parser = study_parser(__doc__)
-    parser.add_argument("--steps", type=at_least_one, default=40, help="timed steps of one turn")
-    parser.add_argument("--turns", type=at_least_one, default=7, help="turns of each side")
+    parser.add_argument("--steps", type=at_least_one, default=200, help="of each side")
     args = parser.parse_args()
     if not args.quick:
         keep_freed_memory()
@@ -202,10 +229,10 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="BatchNorm computes its statistics per micro-batch")
 
     print(conditions(torch.get_num_threads()))
-    turns, steps = (1, 1) if args.quick else (args.turns, args.steps)
+    steps = 2 if args.quick else args.steps
     rows: list[dict[str, Any]] = []
     for name in cases(args.quick):
-        of_network = run(name, turns, steps)
+        of_network = run(name, steps)
         report(of_network)
         rows += of_network
     write_measured(args.folder / "overhead.csv", rows)

@@ -12,10 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning_modules import MLP, loader, make_trainer
 
+from aimc_pl.patches import patched
 from aimc_pl.strategies import private_lightning as private
 
 
@@ -55,6 +57,44 @@ def test_prepare_step_calls_hooks_and_clips():
     private.prepare_step(trainer, trainer.optimizers[0])
     assert calls == ["after backward", "before step"]
     assert torch.cat([weight.grad.flatten() for weight in weights]).norm() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("hook", private._PREPARING)
+def test_hooks_before_a_step_are_noticed(hook):
+    """Of the module's class, of the module itself, and of a callback where callbacks have that hook."""
+    plain = fit(Module())
+    assert not private.is_step_hooked(plain)
+    with patched((plain.lightning_module, hook, lambda *args, **kwargs: None)):
+        assert private.is_step_hooked(plain)
+    assert private.is_step_hooked(fit(type("Hooked", (Module,), {hook: lambda *args, **kwargs: None})()))
+    if hasattr(L.Callback, hook):
+        callback = type("Hooked", (L.Callback,), {hook: lambda *args: None})()
+        assert private.is_step_hooked(fit(Module(), callbacks=[callback]))
+
+
+def test_clipping_and_precisions_that_have_their_say_are_noticed():
+    class Own(Precision):
+        def _after_closure(self, *args):
+            pass
+
+    assert private.is_step_hooked(fit(Module(), gradient_clip_val=0.5))
+    plain = fit(Module())
+    plain.strategy.precision_plugin = Own()
+    assert private.is_step_hooked(plain)
+
+
+def test_lightning_sets_the_name_of_the_running_hook_on_the_module():
+    """It is an attribute that no step has set."""
+    names = []
+
+    class Hooked(Module):
+        def on_before_backward(self, loss):
+            names.append([vars(self)[name] for name in private.SET_AROUND_STEPS if name != "log"])
+
+    module = Hooked()
+    module.look = lambda trainer, batch_idx: names.append([vars(module)["_current_fx_name"]])
+    fit(module)
+    assert names == 3 * [["training_step"], ["on_before_backward"]]
 
 
 @pytest.mark.parametrize(
