@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from aimc_pl.stage import Stage
 
 _SHARED = ("params", "lr")
 """Entries of a group that are no stage's own; a learning rate may be a tensor that its scheduler changes in place."""
+
+_ABSENT = object()
 
 
 class StageOptimizer:
@@ -30,9 +33,12 @@ class StageOptimizer:
     def __init__(self, optimizer: Optimizer, stages: Sequence[Stage]) -> None:
         self.optimizer = optimizer
         self._stages = stages
-        self._groups = [[_copied(group) for group in optimizer.param_groups] for _ in stages]
-        self._left = [dict(group) for group in optimizer.param_groups]
+        self._own: list[list[dict[str, Any]]] = []
+        """Of every group, for every stage: entries that steps change, as this stage has left them."""
+        self._left: list[dict[str, Any]] = []
+        """The groups after the last step."""
         self._is_checked = False
+        self._take_over()
 
     @contextmanager
     def restricted_to(self, stage: Stage) -> Iterator[None]:
@@ -41,26 +47,27 @@ class StageOptimizer:
         The gradients of other stages are for their own updates, and are not there.
         """
         self._take_over()
-        groups = self.optimizer.param_groups
+        groups, number = self.optimizer.param_groups, self._stages.index(stage)
         whole = [group["params"] for group in groups]
         mine = set(map(id, stage.parameters))
         elsewhere = [parameter for other in self._stages if other is not stage for parameter in other.parameters]
         others = [(parameter, parameter.grad) for parameter in elsewhere if parameter.grad is not None]
-        own = self._groups[self._stages.index(stage)]
+        for group, own in zip(groups, self._own, strict=True):
+            _put(group, own[number])
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) in mine]
+        before = [*map(dict, groups)]
         try:
             for parameter, _ in others:
                 parameter.grad = None
-            for group, entries, parameters in zip(groups, own, whole, strict=True):
-                shared = {key: group[key] for key in _SHARED if key in group}
-                group.clear()
-                group.update(shared | entries)
-                group["params"] = [parameter for parameter in parameters if id(parameter) in mine]
             yield
         finally:
-            for group, entries, parameters in zip(groups, own, whole, strict=True):
-                entries.update((key, value) for key, value in group.items() if key not in _SHARED)
+            for group, own, old, parameters in zip(groups, self._own, before, whole, strict=True):
+                for key in _changed(old, group):
+                    for other in own:
+                        other.setdefault(key, old.get(key, _ABSENT))
+                    own[number][key] = group[key]
                 group["params"] = parameters
-            self._left = [dict(group) for group in groups]
+            self._left = [*map(dict, groups)]
             for parameter, gradient in others:
                 parameter.grad = gradient
 
@@ -89,19 +96,35 @@ class StageOptimizer:
             )
 
     def _take_over(self) -> None:
-        """Give all stages what has been set in the groups since the last step, and new groups."""
-        for group in self.optimizer.param_groups[len(self._left) :]:
+        """Let all stages have what has been set in the groups since the last step, and new groups."""
+        groups = self.optimizer.param_groups
+        for group, left, own in zip(groups, self._left, self._own, strict=False):
+            for key in _changed(left, group):
+                for entries in own:
+                    entries.pop(key, None)
+        for group in groups[len(self._left) :]:
+            self._own.append([_copies(group) for _ in self._stages])
             self._left.append(dict(group))
-            for groups in self._groups:
-                groups.append(_copied(group))
-        for number, (group, left) in enumerate(zip(self.optimizer.param_groups, self._left, strict=True)):
-            changed = {k: v for k, v in group.items() if k not in _SHARED and v is not left.get(k, group)}
-            for groups in self._groups if changed else ():
-                groups[number].update(changed)
 
 
-def _copied(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: copy.deepcopy(value) for key, value in group.items() if key not in _SHARED}
+def _copies(group: dict[str, Any]) -> dict[str, Any]:
+    """The entries that a step may change in place; of others ``deepcopy`` makes no copy."""
+    copies = {key: copy.deepcopy(value) for key, value in group.items() if key not in _SHARED}
+    return {key: value for key, value in copies.items() if value is not group[key]}
+
+
+def _changed(old: dict[str, Any], group: dict[str, Any]) -> list[str]:
+    if len(old) == len(group) and all(map(is_, old.values(), group.values())):
+        return []
+    return [key for key, value in group.items() if key not in _SHARED and value is not old.get(key, _ABSENT)]
+
+
+def _put(group: dict[str, Any], entries: dict[str, Any]) -> None:
+    for key, value in entries.items():
+        if value is _ABSENT:
+            group.pop(key, None)
+        else:
+            group[key] = value
 
 
 def _numbers(optimizer: Optimizer) -> dict[str, Any]:
