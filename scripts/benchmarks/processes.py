@@ -6,9 +6,10 @@ compared; the speedup is that over one process that updates as often. Usage:
     .venv/bin/python scripts/benchmarks/processes.py --folder docs/results
 
 Columns: ``own_ms`` is what the longest stage takes by itself, forward, backward and update, in an undivided run
-without any pipeline. ``efficiency`` is that over what two processes take; under ``sync``, over the part of the cycles
-in which the plan has a stage work. ``elsewhere_percent`` is what a process does besides, of its time, sending and
-waiting not counted: it passes through the code of other stages, and names what it makes.
+without any pipeline; the other process does the same meanwhile, as busy cores share their memory. ``efficiency`` is
+that over what two processes take; under ``sync``, over the part of the cycles in which the plan has a stage work.
+``elsewhere_percent`` is what a process does besides, of its time, sending and waiting not counted: it passes through
+the code of other stages, and names what it makes.
 """
 
 import copy
@@ -246,10 +247,10 @@ def ghosts_pass(network: nn.Module, step: StagedStep, micro: MicroBatch) -> Call
     def run() -> list[float]:
         flights, message, seconds = [], None, [0.0] * NUM_STAGES
         for index, process in enumerate(processes):
-            start = time.thread_time()
-            with process.intercepting():
+            with process.intercepting():  # for a whole mini-batch, otherwise
+                start = time.thread_time()
                 flight = process.forward(function, message, 0, inputs)
-            seconds[index] += time.thread_time() - start
+                seconds[index] += time.thread_time() - start
             message = _as_received(flight.outgoing)
             flights.append(flight)
         weight = torch.ones_like(flights[-1].result)
@@ -272,7 +273,7 @@ def _as_received(message: Any) -> Any:
 
 
 class Alone:
-    """One stage after the other in this process, each measured by itself, in seconds of the processor.
+    """One stage after the other, each measured by itself, in seconds of the processor that its process spends.
 
     Args:
         run: a micro-batch forward and backward; returns the seconds of each stage.
@@ -299,10 +300,12 @@ class Alone:
             total = [a + b for a, b in zip(total, seconds, strict=True)]
         self._turns.append([1e3 * taken / microbatches for taken in total])
 
-    @property
     def milliseconds(self) -> list[float]:
-        """Per micro-batch, of every stage: the median of the turns after the first."""
-        return [median(of_stage) for of_stage in zip(*self._turns[1:], strict=True)]
+        """Per micro-batch, of every stage in its process: the median of the turns after the first."""
+        mine = Processes(NUM_STAGES, TIMEOUT, node=0).stage
+        everyones: list[Any] = [None] * NUM_STAGES
+        dist.all_gather_object(everyones, (mine, median(of_turn[mine] for of_turn in self._turns[1:])))
+        return [taken for _, taken in sorted(everyones)]
 
 
 def turn(run: Callable[[], None], mini_batches: int, everyone: bool) -> float:
@@ -354,11 +357,13 @@ def run(case: str, turns: int, divisor: int = 1) -> list[dict[str, Any]]:
             took = turn(once, mini_batches, everyone=not side.startswith("one"))
             if number:
                 times[side].append(took)
-        for one in chain(*alone.values()) if dist.get_rank() == 0 else ():
+        for one in chain(*alone.values()):
+            dist.barrier()
             one.turn(mini_batches * NUM_MICROBATCHES)
+    own = {name: [one.milliseconds() for one in both] for name, both in alone.items()}
     if dist.get_rank():
         return []
-    rows = [row(case, side, times, alone, split_at) for side in sides]
+    rows = [row(case, side, times, own, split_at) for side in sides]
     return rows + [dict.fromkeys(rows[0], "") | {"case": case, "side": side, "note": missing[side]} for side in missing]
 
 
@@ -366,14 +371,14 @@ def row(
     case: str,
     side: str,
     times: dict[str, list[float]],
-    alone: dict[ScheduleName, list[Alone]],
+    own: dict[ScheduleName, list[list[float]]],
     split_at: Sequence[str],
 ) -> dict[str, Any]:
     """What was measured of one side."""
     name: ScheduleName = "async" if side.endswith("async") else "sync"
     schedule = Schedule(name, NUM_STAGES, NUM_MICROBATCHES)
     took = median(times[side])
-    plain, ghosts = (one.milliseconds for one in alone[name])
+    plain, ghosts = own[name]
     # An asynchronous pipeline stays full from one turn to the next.
     idle = 1 if schedule.is_async else schedule.num_cycles() / (2 * NUM_MICROBATCHES)
     found = {
@@ -390,7 +395,7 @@ def row(
         "note": "",
     }
     if side.startswith("two"):
-        elsewhere = max(100 * (1 - own / whole) for own, whole in zip(plain, ghosts, strict=True))
+        elsewhere = max(100 * (1 - bare / whole) for bare, whole in zip(plain, ghosts, strict=True))
         found |= {
             "own_ms": round(max(plain), 2),
             "efficiency": round(idle * max(plain) / took, 3),
