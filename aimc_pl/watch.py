@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-_END = object()
 _get: Any = _call
 _requires_grad = attrgetter("requires_grad")
 
@@ -47,5 +46,4 @@ class Watch:
             chain.from_iterable(map(_get, self._getters, self._held)),
             chain.from_iterable(self._containers),
             map(_requires_grad, self._parameters),
-            [_END],
         )

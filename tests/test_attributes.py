@@ -10,6 +10,20 @@ from torch import nn
 from aimc_pl.attributes import Attributes, is_alike
 
 
+class Backwards(list):
+    """Shows what it held first, whatever comes later."""
+
+    def __init__(self, *items):
+        super().__init__(items)
+        self.shown = items
+
+    def __iter__(self):
+        return iter(self.shown)
+
+    def __len__(self):
+        return len(self.shown)
+
+
 class Holder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -21,7 +35,10 @@ class Holder(nn.Module):
         self.seen = {1, 2}
         self.counts = defaultdict(int, {"a": 1})
         self.votes = Counter(a=2, b=1)
-        self.large, self.index = [*range(257)], {k: k for k in range(257)}
+        self.full, self.empty = [self.nothing], []
+        self.odd = nn.Module()
+        self.odd.large, self.odd.index = [*range(257)], {k: k for k in range(257)}
+        self.odd.backwards = Backwards(1, 2)
         self.grid = np.zeros(2)
         self.ordered = OrderedDict(b=1, a=2)
         self.tensor = torch.zeros(2)
@@ -92,7 +109,12 @@ CHANGES = {
     ),
     "a frozen module": (lambda m: m.requires_grad_(False), {"inner.requires_grad of parameters"}),
     "a counter": (lambda m: m.votes.update("ac"), {"votes"}),
-    "another large list": (lambda m: setattr(m, "large", [*m.large]), {"large"}),
+    "a key of the same value": (lambda m: m.inner.outputs.update(e=m.inner.outputs.pop("b")), {"inner.outputs"}),
+    "a name of the same value": (lambda m: setattr(m, "nobody", vars(m).pop("nothing")), {"nothing", "nobody"}),
+    "what a class of its own iterates differently": (lambda m: list.append(m.odd.backwards, 5), {"odd.backwards"}),
+    "what the next list gets": (lambda m: m.empty.append(m.full.pop()), {"full", "empty"}),
+    "all at once": (lambda m: m.__setattr__("__dict__", vars(m) | {"number": 2}), {"number"}),
+    "another large list": (lambda m: setattr(m.odd, "large", [*m.odd.large]), {"odd.large"}),
     "a hook": (lambda m: m.register_forward_hook(print), set()),
 }
 
@@ -117,6 +139,52 @@ def test_changes_are_found_and_undone(change):
         assert all(vars(holder)[name] is value for name, value in containers.items())
     attributes.write(changed)
     assert state(holder) == after
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_found_again_and_again(change):
+    """Also of modules that have changed before, which are looked at in another way."""
+    act, names = CHANGES[change]
+    holder = Holder()
+    attributes = Attributes(holder)
+    holder.number, holder.inner.outputs["c"] = 7, 7
+    attributes.read()
+    before = attributes.read()
+    assert attributes.changes(before) == {}
+    act(holder)
+    changed = attributes.changes(before)
+    assert {attributes.name(place) for place in changed} == names
+    attributes.write(attributes.select(before, changed))
+    assert attributes.changes(before) == {}
+    attributes.write(changed)
+    assert {attributes.name(place) for place in attributes.changes(before)} == names
+
+
+def test_a_snapshot_of_long_ago_still_tells():
+    holder = Holder()
+    attributes = Attributes(holder)
+    first = attributes.read()
+    holder.inner.hidden = 1
+    second = attributes.read()
+    holder.items.append(3)
+    holder.inner.training = False
+    assert {attributes.name(place) for place in attributes.changes(second)} == {"items", "inner.training"}
+    assert {attributes.name(place) for place in attributes.changes(first)} == {
+        "items",
+        "inner.training",
+        "inner.hidden",
+    }
+    del holder.inner.hidden
+    assert attributes.changes(first).keys() - attributes.changes(second).keys() == set()
+    assert (1, "hidden") not in attributes.changes(first)
+
+
+def test_names_left_out_do_not_count():
+    holder = Holder()
+    attributes = Attributes(holder, besides=["number", "unknown"])
+    before = attributes.read()
+    holder.number, holder.unknown, holder.name = 5, 5, "y"
+    assert {attributes.name(place) for place in attributes.changes(before)} == {"name"}
 
 
 def test_current_values_do_not_follow_what_happens_later():
@@ -189,20 +257,20 @@ def test_large_containers_are_not_looked_into():
     holder = Holder()
     attributes = Attributes(holder)
     before = attributes.read()
-    holder.large[0] = holder.index[0] = -1
+    holder.odd.large[0] = holder.odd.index[0] = -1
     assert attributes.changes(before) == {}
     # Their number is seen; what has been added stays.
-    holder.large.append(1)
+    holder.odd.large.append(1)
     changed = attributes.changes(before)
-    assert {attributes.name(place) for place in changed} == {"large"}
+    assert {attributes.name(place) for place in changed} == {"odd.large"}
     attributes.write(attributes.select(before, changed))
-    assert len(holder.large) == 258
+    assert len(holder.odd.large) == 258
     # One of 256 elements is looked into.
-    del holder.large[256:]
+    del holder.odd.large[256:]
     before = attributes.read()
-    holder.large[1] = -2
+    holder.odd.large[1] = -2
     attributes.write(attributes.select(before, attributes.changes(before)))
-    assert holder.large[1] == 1
+    assert holder.odd.large[1] == 1
 
 
 def test_a_counter_is_refilled_and_not_added_to():

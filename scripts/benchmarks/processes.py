@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -276,36 +276,34 @@ class Alone:
     """One stage after the other, each measured by itself, in seconds of the processor that its process spends.
 
     Args:
-        run: a micro-batch forward and backward; returns the seconds of each stage.
+        passes: a micro-batch forward and backward, undivided and as the processes do it, in turns; each returns the
+            seconds of every stage.
         stages: to update.
-        per_update: micro-batches from one update to the next.
     """
 
-    def __init__(self, run: Callable[[], list[float]], stages: Sequence[Stage], per_update: int) -> None:
-        self._run = run
+    def __init__(self, passes: Sequence[Callable[[], list[float]]], stages: Sequence[Stage]) -> None:
+        self._passes = passes
         self._stages = stages
-        self._per_update = per_update
         self._update = updates(stages)
-        self._turns: list[list[float]] = []
+        self._seconds: list[list[list[float]]] = []
 
     def turn(self, microbatches: int) -> None:
         """Measure."""
-        total = [0.0] * NUM_STAGES
-        for number in range(1, microbatches + 1):
-            seconds = self._run()
-            for stage in self._stages if number % self._per_update == 0 else ():
+        for _ in range(microbatches):
+            seconds = [[0.0] * NUM_STAGES, *(once() for once in self._passes)]
+            for stage in self._stages:
                 start = time.thread_time()
                 self._update(stage)
-                seconds[stage.index] += time.thread_time() - start
-            total = [a + b for a, b in zip(total, seconds, strict=True)]
-        self._turns.append([1e3 * taken / microbatches for taken in total])
+                seconds[0][stage.index] = time.thread_time() - start
+            self._seconds.append(seconds)
 
-    def milliseconds(self) -> list[float]:
-        """Per micro-batch, of every stage in its process: the median of the turns after the first."""
-        mine = Processes(NUM_STAGES, TIMEOUT, node=0).stage
+    def milliseconds(self, warm_up: int) -> list[list[float]]:
+        """Of the update and of each pass, for every stage in its process: medians of those after the warm-up."""
+        stage = Processes(NUM_STAGES, TIMEOUT, node=0).stage
+        mine = [1e3 * median(row[stage] for row in rows) for rows in zip(*self._seconds[warm_up:], strict=True)]
         everyones: list[Any] = [None] * NUM_STAGES
-        dist.all_gather_object(everyones, (mine, median(of_turn[mine] for of_turn in self._turns[1:])))
-        return [taken for _, taken in sorted(everyones)]
+        dist.all_gather_object(everyones, (stage, mine))
+        return [[*taken] for taken in zip(*(taken for _, taken in sorted(everyones)), strict=True)]
 
 
 def turn(run: Callable[[], None], mini_batches: int, everyone: bool) -> float:
@@ -346,21 +344,16 @@ def run(case: str, turns: int, divisor: int = 1) -> list[dict[str, Any]]:
     split_at = given or find_boundaries(network, micro)
     sides, missing = sides_of(network, split_at, micro)
     step = staged(network, split_at, micro)
-    passes = plain_pass(network, split_at, micro), ghosts_pass(network, step, micro)
-    alone: dict[ScheduleName, list[Alone]] = {
-        name: [Alone(once, step.stages, 1 if name == "async" else NUM_MICROBATCHES) for once in passes]
-        for name in SCHEDULES
-    }
+    alone = Alone([plain_pass(network, split_at, micro), ghosts_pass(network, step, micro)], step.stages)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(turns + 1):
         for side, once in sides.items():
             took = turn(once, mini_batches, everyone=not side.startswith("one"))
             if number:
                 times[side].append(took)
-        for one in chain(*alone.values()):
-            dist.barrier()
-            one.turn(mini_batches * NUM_MICROBATCHES)
-    own = {name: [one.milliseconds() for one in both] for name, both in alone.items()}
+        dist.barrier()
+        alone.turn(mini_batches * NUM_MICROBATCHES)
+    own = alone.milliseconds(mini_batches * NUM_MICROBATCHES)
     if dist.get_rank():
         return []
     rows = [row(case, side, times, own, split_at) for side in sides]
@@ -371,14 +364,16 @@ def row(
     case: str,
     side: str,
     times: dict[str, list[float]],
-    own: dict[ScheduleName, list[list[float]]],
+    own: list[list[float]],
     split_at: Sequence[str],
 ) -> dict[str, Any]:
     """What was measured of one side."""
     name: ScheduleName = "async" if side.endswith("async") else "sync"
     schedule = Schedule(name, NUM_STAGES, NUM_MICROBATCHES)
     took = median(times[side])
-    plain, ghosts = own[name]
+    update, *passes = own
+    share = 1 if schedule.is_async else 1 / NUM_MICROBATCHES
+    plain, ghosts = ([a + share * b for a, b in zip(taken, update, strict=True)] for taken in passes)
     # An asynchronous pipeline stays full from one turn to the next.
     idle = 1 if schedule.is_async else schedule.num_cycles() / (2 * NUM_MICROBATCHES)
     found = {
