@@ -290,12 +290,16 @@ class Alone:
     def turn(self, microbatches: int) -> None:
         """Measure."""
         for _ in range(microbatches):
-            seconds = [[0.0] * NUM_STAGES, *(once() for once in self._passes)]
-            for stage in self._stages:
-                start = time.thread_time()
-                self._update(stage)
-                seconds[0][stage.index] = time.thread_time() - start
-            self._seconds.append(seconds)
+            update, seconds = [], list[list[float]]()
+            for once in self._passes:
+                seconds.append(once())
+                update = [self._time_update(stage) for stage in self._stages]  # each pass finds no gradients
+            self._seconds.append([update, *seconds])
+
+    def _time_update(self, stage: Stage) -> float:
+        start = time.thread_time()
+        self._update(stage)
+        return time.thread_time() - start
 
     def milliseconds(self, warm_up: int) -> list[list[float]]:
         """Of the update and of each pass, for every stage in its process: medians of those after the warm-up."""
