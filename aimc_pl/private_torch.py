@@ -207,10 +207,10 @@ def show_steps_to_schedulers(optimizer: Optimizer) -> None:
     """Wrap an optimizer's ``step`` as learning-rate schedulers do, which look whether it is called before theirs."""
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue], schedulers add it
         return type(optimizer).step(optimizer, *args, **kwargs)
 
-    step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess]
+    step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess], schedulers look for it
     optimizer.step = step
 
 

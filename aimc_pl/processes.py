@@ -192,7 +192,7 @@ class Processes:
             elif self.has_ended(path[-1]):
                 break
             else:
-                time.sleep(0.05)
+                time.sleep(0.05)  # until it has told, or has ended
         return path[-1:]
 
     def _watch(self, rank: int, process: int) -> select.poll:

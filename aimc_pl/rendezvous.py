@@ -131,7 +131,7 @@ def _find(address: str, port: int, timeout: float, check: Callable[[], None]) ->
             check()
             if time.monotonic() > deadline:
                 raise TimeoutError from error
-            time.sleep(0.1)
+            time.sleep(0.1)  # rank 0 may start later
 
 
 def _join(store: Store, rank: int, world_size: int, timeout: float) -> None:
@@ -142,7 +142,7 @@ def _join(store: Store, rank: int, world_size: int, timeout: float) -> None:
         if time.monotonic() > deadline:
             missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
             raise PeerError(f"rank {missing} of {world_size} has not started within {timeout:g} s: see its own output")
-        time.sleep(0.05)
+        time.sleep(0.05)  # a wait inside the store could not say who is missing
 
 
 def _prove(rank: int, world_size: int, secret: bytes, limit: timedelta) -> None:

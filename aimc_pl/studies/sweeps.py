@@ -2,6 +2,7 @@
 
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,14 +54,21 @@ def sweep(
     parallel = Parallel(jobs or -1, return_as="generator_unordered", batch_size=1)  # pyright: ignore[reportArgumentType] (joblib is not annotated)
     finished: Any = parallel(delayed(_rows)(run, case) for case in missing)
     for new in track(finished, "runs", len(missing), disable=not missing):
+        if isinstance(new, Exception):
+            raise new
         append_rows(path, new)
     wanted = {_texts(case.values()) for case in cases}
     return [row for row in read_rows(path) if _texts(row[key] for key in keys) in wanted]
 
 
-def _rows(run: Callable[..., Sequence[Row]], case: Case) -> list[dict[str, Any]]:
-    with _one_quiet_thread():
-        return [{**case, **row} for row in run(**case)]
+def _rows(run: Callable[..., Sequence[Row]], case: Case) -> list[dict[str, Any]] | Exception:
+    """The rows of a case, or why there are none: raised here, joblib would drop the cases that have just ended."""
+    try:
+        with _one_quiet_thread():
+            return [{**case, **row} for row in run(**case)]
+    except Exception as error:
+        error.add_note(f"in the case {case}:\n{traceback.format_exc()}")  # a traceback does not leave its process
+        return error
 
 
 @contextmanager

@@ -15,11 +15,13 @@ CASES = [{"x": x, "seed": seed} for x in (1, 2, 3) for seed in (0, 1)]
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_stopped_sweep_keeps_what_ended_and_goes_on(jobs, tmp_path):
     path = tmp_path / "out.csv"
-    with pytest.raises(RuntimeError, match="no power"):
+    with pytest.raises(RuntimeError, match="no power") as caught:
         sweep(square, CASES, path, jobs)
+    assert "in the case {'x': 3, 'seed': 0}" in caught.value.__notes__[0]
+    assert "in square" in caught.value.__notes__[0]
     kept = read_rows(path)
-    # Of several processes, how many cases have been written when one fails depends on how busy they are.
-    assert len(kept) in ([8] if jobs == 1 else [0, 2, 4, 6, 8, 10])
+    # Of two processes, one may still be at an earlier case when the other fails, or ahead of it.
+    assert len(kept) in ([8] if jobs == 1 else [6, 8, 10])
     rows = sweep(square, CASES, path, jobs)
     assert len(rows) == 12
     assert rows[: len(kept)] == kept
