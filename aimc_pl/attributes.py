@@ -24,7 +24,6 @@ _MANY = 256
 Place = tuple[int, str]
 """The number of a module (some modules compare in ways of their own) and an attribute's name."""
 
-
 Snapshot = list[dict[str, Any]]
 """The frozen values of every module's attributes."""
 
@@ -39,13 +38,13 @@ class Attributes:
 
     Args:
         network: whose attributes.
-        besides: names of attributes that do not count.
+        besides: names of attributes of the network itself, not of modules inside it, that do not count.
     """
 
     def __init__(self, network: nn.Module, besides: Collection[str] = ()) -> None:
         self._names, self._modules = zip(*network.named_modules(), strict=True)
-        self._left_out = _OF_TORCH.union(besides)
-        self._snapshot = [self._look(module) for module in self._modules]
+        self._besides = _OF_TORCH.union(besides)
+        self._snapshot = [self._look(number) for number in range(len(self._modules))]
         self._restless: set[int] = set()
         self._watch = self._watch_others()
 
@@ -57,7 +56,7 @@ class Attributes:
         before, self._snapshot = self._snapshot, [*self._snapshot]
         changed = set()
         for number in self._restless if is_quiet else range(len(before)):
-            look = self._look(self._modules[number])
+            look = self._look(number)
             if _differences(before[number], look):
                 changed.add(number)
                 self._snapshot[number] = look
@@ -106,8 +105,9 @@ class Attributes:
         module = self._modules[number]
         return _flags(module) if name == _FLAGS else vars(module).get(name, _MISSING)
 
-    def _look(self, module: nn.Module) -> dict[str, Any]:
-        look = {name: _freeze(value) for name, value in vars(module).items() if name not in self._left_out}
+    def _look(self, number: int) -> dict[str, Any]:
+        module, left_out = self._modules[number], _OF_TORCH if number else self._besides
+        look = {name: _freeze(value) for name, value in vars(module).items() if name not in left_out}
         if parameters_of(module):
             look[_FLAGS] = _flags(module)
         return look

@@ -55,7 +55,7 @@ class StagedStep:
             modules are then kept apart.
         with_gradients: whether calls without gradients begin no stage.
         trained: leaf tensors that are trained and are no parameters of the network.
-        set_outside: names of attributes that others set on modules while steps wait.
+        set_outside: names of attributes of the network that others set while steps wait.
     """
 
     def __init__(
@@ -79,8 +79,6 @@ class StagedStep:
         self.may_share = may_share
         self.with_gradients = with_gradients
         self.attributes = Attributes(network, set_outside) if overlaps else None
-        self.unchanged: Snapshot | None = None
-        """The attributes after a forward, if they are as before it and no other code has run since."""
         self.switches = switches_for(network) if overlaps else []
         """Settings of the process to keep apart: until the step is settled all, then those that it switches."""
         self.random: RandomStates | None = None
@@ -123,7 +121,6 @@ class StagedStep:
     @contextmanager
     def running(self) -> Iterator[None]:
         """While micro-batches are under way: one mini-batch, or a drain."""
-        self.unchanged = None
         self._carry()
         if self.delayed:
             self._follow_parameters()
@@ -359,7 +356,6 @@ class Flight:
     def backward(self, stage: int) -> None:
         """Backpropagate through a stage, adding to the parameters' gradients (and to the tiles' pending pairs)."""
         step = self._step
-        step.unchanged = None  # hooks may set attributes
         weights = current_weights(*self._versions[stage]) if step.delayed else _NOTHING
         errors = own_pending_errors(step.stages[stage].parameters) if step.is_analog else _NOTHING
         with weights, errors:
@@ -446,7 +442,7 @@ class Flight:
             self._attributes = attributes.current(step.carried)
         outside = attributes.current(self._attributes)
         attributes.write(self._attributes)
-        before = attributes.read() if self._attributes or step.unchanged is None else step.unchanged
+        before = attributes.read()
         yield
         changed = attributes.changes(before)
         step.note_writes(self.stage, changed)
@@ -463,7 +459,6 @@ class Flight:
             self._attributes = {}
             step.waiting.remove(self)
         attributes.write(left)
-        step.unchanged = None if changed or left else before
 
     @contextmanager
     def _own_random_states(self) -> Iterator[None]:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
-from operator import call as _call
+from operator import attrgetter, call, is_, itemgetter
 from typing import Any
 
 from torch import nn
 
-_get: Any = _call
+_call: Any = call  # its type says nothing of map
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -43,7 +42,7 @@ class Watch:
             map(vars, self._modules),
             map(len, self._held),
             map(len, self._containers),
-            chain.from_iterable(map(_get, self._getters, self._held)),
+            chain.from_iterable(map(_call, self._getters, self._held)),
             chain.from_iterable(self._containers),
             map(_requires_grad, self._parameters),
         )

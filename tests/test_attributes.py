@@ -185,6 +185,9 @@ def test_names_left_out_do_not_count():
     before = attributes.read()
     holder.number, holder.unknown, holder.name = 5, 5, "y"
     assert {attributes.name(place) for place in attributes.changes(before)} == {"name"}
+    # Of modules inside, the same names are others.
+    holder.inner.number = 5
+    assert {attributes.name(place) for place in attributes.changes(before)} == {"name", "inner.number"}
 
 
 def test_current_values_do_not_follow_what_happens_later():
