@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from aimc_pl.errors import UsageError
@@ -26,12 +27,7 @@ def batch_size(batch: Any) -> int:
     Raises:
         UsageError: if there is no tensor with a first dimension, or if they disagree.
     """
-    sizes = _sizes(batch, into_lists=False) or _sizes(batch)
-    if not sizes:
-        _rows(batch, slice(0), size=-1)  # says which type is not understood, if one is the reason
-    if len(sizes) != 1:
-        raise _disagreement(sizes)
-    return sizes.pop()
+    return _layout(batch)[0]
 
 
 def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
@@ -47,6 +43,9 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
       have a row per sample themselves;
     - tensors without a dimension and values without tensors go to every micro-batch.
 
+    A batch without other tensors than in lists of one length, such as a list of images and one of targets, has as many
+    samples as these; and a list of samples that nobody has collated is split as it is.
+
     Args:
         batch: what the data loader yields.
         num_microbatches: at most this many micro-batches, fewer if there are fewer samples.
@@ -57,13 +56,69 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
     Raises:
         UsageError: as :func:`batch_size`, and for a value that holds tensors in a way that is not understood.
     """
-    size = batch_size(batch)
+    size, take = _layout(batch)
     bounds = [len(part) for part in torch.arange(size).tensor_split(min(num_microbatches, size))]
     parts, start = [], 0
     for length in bounds:
-        parts.append(_rows(batch, slice(start, start + length), size, is_batch=True))
+        parts.append(take(slice(start, start + length)))
         start += length
     return parts
+
+
+def _layout(batch: Any) -> tuple[int, Callable[[slice], Any]]:
+    """The number of samples of a batch, and the function that takes some of them."""
+    if _is_list_of_samples(batch):
+        return len(batch), lambda rows: batch[rows]
+    sizes = _sizes(batch, into_lists=False)
+    lists = [] if sizes else _lists(batch)
+    sizes = sizes or _sizes(batch)
+    if sizes and _has_list_per_value(lists):
+        size = len(lists[0])
+        if len(sizes) == 1 and all(map(_sizes, lists)) and len(lists) > 1:
+            raise _ambiguity(sizes.pop(), size)
+        if len(sizes) > 1 or not all(map(_sizes, lists)):
+            return size, lambda rows: _rows(batch, rows, size, is_batch=True, by_elements=True)
+    if not sizes:
+        _rows(batch, slice(0), size=-1)  # says which type is not understood, if one is the reason
+    if len(sizes) != 1:
+        raise _disagreement(sizes)
+    size = sizes.pop()
+    return size, lambda rows: _rows(batch, rows, size, is_batch=True)
+
+
+def _is_list_of_samples(batch: Any) -> bool:
+    """Whether each element of a list is a sample: equal structures that hold a number, or tensors of other sizes."""
+    if not _is_list(batch) or not batch or isinstance(batch[0], Tensor):
+        return False
+    keys, sizes = {(type(element), *_children(element)) for element in batch}, _sizes(batch)
+    if len(keys) != 1 or not sizes or (_is_list(batch[0]) and _has_list_per_value(batch)):
+        return False
+    children = _children(batch[0]).values()
+    if not children:
+        return len(batch) > 1 and sizes == {1}  # graphs, each of them one sample
+    has_number = any(isinstance(child, int | float | np.number) or _is_scalar(child) for child in children)
+    return has_number or len(sizes) > 1
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.dim()
+
+
+def _lists(value: Any, is_batch: bool = True) -> list[Any]:
+    """The outermost lists within a batch."""
+    if _is_list(value) and not is_batch:
+        return [value]
+    children = [] if _samples(value) is not None else _children(value).values()
+    return [found for child in children for found in _lists(child, is_batch=False)]
+
+
+def _has_list_per_value(lists: list[Any]) -> bool:
+    """Whether each list seems to have an element per sample: they are equally long, and hold one kind each."""
+
+    def kind(element: Any) -> Any:
+        return (element.dtype, element.dim()) if isinstance(element, Tensor) else type(element)
+
+    return len({len(found) for found in lists}) == 1 and all(len(set(map(kind, found))) == 1 for found in lists)
 
 
 def _sizes(value: Any, into_lists: bool = True) -> set[int]:
@@ -74,18 +129,18 @@ def _sizes(value: Any, into_lists: bool = True) -> set[int]:
     return set().union(*(_sizes(child, into_lists) for child in children if into_lists or not _is_list(child)))
 
 
-def _rows(value: Any, rows: slice, size: int, is_batch: bool = False) -> Any:
-    """The rows of a value in a batch of so many samples."""
+def _rows(value: Any, rows: slice, size: int, *, is_batch: bool = False, by_elements: bool = False) -> Any:
+    """The rows of a value in a batch of so many samples; of all lists the elements, if these are samples for sure."""
     if (samples := _samples(value)) is not None:
         count, take = samples
         if count != size:
             raise _disagreement({count, size})
         return take(rows)
-    if not is_batch and _has_element_per_sample(value, size):
+    if not is_batch and ((by_elements and _is_list(value)) or _has_element_per_sample(value, size)):
         return value[rows]
     children = _children(value)
     _refuse_tensors(value, besides=children)
-    parts = {key: _rows(child, rows, size) for key, child in children.items()}
+    parts = {key: _rows(child, rows, size, by_elements=by_elements) for key, child in children.items()}
     if all(parts[key] is child for key, child in children.items()):
         return value  # a constant
     return _with_children(value, parts)
@@ -112,7 +167,12 @@ def _tensor_rows(tensor: Tensor, rows: slice) -> Tensor:
         kind = "nested" if tensor.is_nested else "quantized" if per_channel else str(tensor.layout)
         raise _refusal(f"{_name(tensor)} ({kind})")
     # With a version counter of its own, so that autograd tells changes of one micro-batch from those of another.
-    return tensor[rows] if tensor.requires_grad else tensor.data[rows].data
+    part = tensor[rows] if tensor.requires_grad else tensor.data[rows].data
+    if type(part) is not type(tensor) and not isinstance(tensor, Parameter):
+        part = part.as_subclass(type(tensor))
+    for name, value in vars(tensor).items():
+        setattr(part, name, _rows(value, rows, tensor.size(0)))
+    return part
 
 
 def _packed_rows(packed: PackedSequence, rows: slice) -> PackedSequence:
@@ -144,6 +204,8 @@ def _has_element_per_sample(value: Any, size: int) -> bool:
     if not _is_list(value) or len(value) != size:
         return False
     sizes = _sizes(value)
+    if sizes == {size} and len({element.shape[1:] for element in value if isinstance(element, Tensor)}) > 1:
+        raise _ambiguity(size, size)
     return not sizes or (sizes != {size} and len({type(element) for element in value}) == 1)
 
 
@@ -205,7 +267,15 @@ def _refusal(what: str) -> UsageError:
 def _disagreement(sizes: set[int]) -> UsageError:
     return UsageError(
         f"A mini-batch is split along the first dimension of its tensors; here these are of size {sorted(sizes)}. "
-        "Let every tensor of the batch have one row per sample (or no dimension at all)."
+        "Let every tensor of the batch have one row per sample (or no dimension at all), or pass split_batch= to the "
+        "strategy."
+    )
+
+
+def _ambiguity(rows: int, elements: int) -> UsageError:
+    return UsageError(
+        f"The batch holds lists of {elements} tensors with {rows} rows each, and either number can be that of the "
+        "samples: pass split_batch=, a function (batch, num_microbatches) -> micro-batches, to the strategy."
     )
 
 

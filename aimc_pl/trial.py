@@ -73,6 +73,10 @@ class Trials:
         """Whether a step has been seen to draw random numbers."""
         self.casts = False
         """Whether a step has been seen to convert parameters to another type, as autocast does."""
+        self._differentiates = True
+        """Whether a forward may need gradients to be enabled, as its loss holds gradients, say."""
+        self._remembers = True
+        """Whether a run may depend on what the one before it has left."""
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
@@ -114,21 +118,26 @@ class Trials:
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The gradients of some parameters for the first micro-batch, undivided, in one vector."""
-        with self.fresh():
+        with self.fresh(), torch.enable_grad():
             loss = self.functions[0]()
             if loss is not None:
                 loss.backward()
             return read_gradients(self.network, parameters)
 
-    def record(self, step: StagedStep) -> None:
-        """Run the first micro-batch forward in stages, to see what each of them uses, calls and sets.
+    def record(self, step: StagedStep, reference: Outcome | None = None) -> None:
+        """Run the second micro-batch forward in stages, then the first, to see what each stage uses, calls and sets.
 
-        Twice: only where something has been left does a step change what it starts anew.
+        Two: only where something has been left does a step change what it starts anew.
+
+        Args:
+            step: to record.
+            reference: what :meth:`undivided` gave; then it also shows whether the first depends on the second.
         """
-        with self.fresh(), seeding_noticed(lambda: step.keep_random_states(self._random)):
-            self._forward(step, self.functions[0])
-            self._traces.undo_inputs()
-            self._forward(step, self.functions[0])
+        with self.fresh():
+            self._forward(step, self.functions[:2][-1])
+            self._start_again(reference)
+            loss = self._forward(step, self.functions[0])
+            self._remembers = reference is None or not is_close(loss, reference.losses[0])
         step.settle()
 
     def staged(self, step: StagedStep) -> Outcome:
@@ -165,10 +174,18 @@ class Trials:
         Raises:
             UsageError: if its loss is another one.
         """
+        expected = reference.losses[0]
+        try:
+            with self.fresh(), torch.no_grad():  # which takes less memory, and most steps do not notice
+                self._differentiates = not is_close(self._loss_again(), expected)
+        except Exception:  # of any kind: if it is not for the missing gradients, the next run raises it again
+            self._differentiates = True
+        if not self._differentiates:
+            return
         with self.fresh():
             again = self._loss_again()
-        if not is_close(again, reference.losses[0]):
-            raise does_not_repeat(f"a loss of {_shown(again)} in the place of {_shown(reference.losses[0])}")
+        if not is_close(again, expected):
+            raise does_not_repeat(f"a loss of {_shown(again)} in the place of {_shown(expected)}")
 
     def check_memory(self, step: StagedStep, reference: Outcome) -> None:
         """Refuse a step whose result depends on what the step before it has left.
@@ -176,11 +193,11 @@ class Trials:
         Raises:
             UsageError: naming what the step reads.
         """
+        if not self._remembers and not step.private:
+            return
         expected = reference.losses[0]
         with self.fresh():
-            for parameter, gradient in zip(self._parameters, reference.gradients, strict=True):
-                if not is_analog(parameter) and not is_lazy(parameter):
-                    parameter.grad = gradient.clone()
+            self._start_again(reference)
             if not is_close(self._loss_again(), expected):
                 raise UsageError(
                     "training_step reads gradients of parameters, and those of earlier steps are not there: with the "
@@ -213,33 +230,52 @@ class Trials:
             "schedule='sync'"
         )
 
-    def losses(self, functions: Sequence[Function]) -> list[Tensor] | None:
+    def losses(self, functions: Sequence[Function], reference: Outcome | None = None) -> list[Tensor] | None:
         """The losses of several batches, each from the same state; ``None`` if one has none, or is random.
 
         If the step draws random numbers, without the layers for dropout: perhaps no others do.
+
+        Args:
+            functions: the step on the batches.
+            reference: what :meth:`undivided` gave, not to run the first two micro-batches again.
         """
         found: list[Tensor] = []
+        known = dict(zip(self.functions, reference.losses, strict=False)) if reference and not self.draws else {}
         for function in functions:
+            if (loss := known.get(function)) is not None:
+                found.append(loss)
+                continue
             with self.fresh():
                 for module in self.network.modules():
                     if self.draws and isinstance(module, _DROPOUT):
                         module.eval()
-                loss = function()
+                with torch.set_grad_enabled(self._differentiates):
+                    loss = function()
                 if loss is None or self._random.have_moved(self._states):
                     return None
             found.append(loss.detach())
         return found
 
-    def _forward(self, step: StagedStep, function: Function) -> None:
-        with step.running(), step.recording():
+    def _forward(self, step: StagedStep, function: Function) -> Tensor | None:
+        seeded = seeding_noticed(lambda: step.keep_random_states(self._random))
+        with step.running(), step.recording(), seeded:
             flight = Flight(step, function)
             for stage in range(len(step.stages)):
                 flight.forward(stage)
+            return flight.loss
 
-    def _loss_again(self) -> Tensor | None:
+    def _start_again(self, before: Outcome | None = None) -> None:
+        """Put back the random states and the batch, and leave the gradients of the run before."""
         self._random.write(self._states)
         self._traces.undo_inputs()
-        loss = self.functions[0]()
+        for parameter, gradient in zip(self._parameters, before.gradients if before else (), strict=before is not None):
+            if not is_analog(parameter) and not is_lazy(parameter):
+                parameter.grad = gradient.clone()
+
+    def _loss_again(self) -> Tensor | None:
+        self._start_again()
+        with torch.set_grad_enabled(self._differentiates and torch.is_grad_enabled()):
+            loss = self.functions[0]()
         return None if loss is None else loss.detach()
 
     def _check_growth(self, step: StagedStep, values: dict[Any, Any]) -> None:
@@ -276,7 +312,7 @@ class Trials:
         digital = [not is_analog(parameter) for parameter in self._parameters]
         for parameter, is_digital, gradient in zip(self._parameters, digital, gradients or digital, strict=True):
             if is_digital and isinstance(gradient, Tensor):
-                parameter.grad = gradient.clone()
+                parameter.grad = gradient
         loss.backward()
         own = self._gradients()
         if not gradients:
@@ -284,7 +320,8 @@ class Trials:
         return [a if is_digital else a + b for a, b, is_digital in zip(own, gradients, digital, strict=True)]
 
     def _gradients(self) -> list[Tensor]:
-        return [gradient.detach().clone() for gradient in gradients_of(self.network, self._parameters)]
+        # The backward's own: the next run begins without them.
+        return [gradient.detach() for gradient in gradients_of(self.network, self._parameters)]
 
 
 def verify(trials: Trials, step: StagedStep, reference: Outcome) -> None:

@@ -92,7 +92,7 @@ def settle(
     )
     if trials.casts:
         step.follow_casts()
-    trials.record(step)
+    trials.record(step, reference)
     boundaries.check_stages(step.stages, split_at)
     if settings.verify and are_seeded(module):
         trials.check_repeats(reference)
@@ -105,9 +105,8 @@ def settle(
             check_optimizer(module.trainer.optimizers[0], gradients, step.stages[-1])
     if schedule.num_microbatches > 1:
         comparable = settings.verify and are_seeded(module)
-        check_microbatches(
-            module, trials.losses([*steps, whole]) if comparable else None, steps, settings, splits_by_sample
-        )
+        losses = trials.losses([*steps, whole], reference) if comparable else None
+        check_microbatches(module, losses, steps, settings, splits_by_sample)
     rank_zero_info(f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: split_at={split_at}{found}")
     return step
 

@@ -62,7 +62,7 @@ class TrainingStep:
         """Run, and return what training_step returns."""
         before = _current.set(self)
         try:
-            with torch.enable_grad(), self._context():
+            with self._context():
                 return self._function()
         finally:
             _current.reset(before)

@@ -3,6 +3,7 @@
 import sys
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import FrozenInstanceError, dataclass, field
+from itertools import chain
 from pathlib import Path
 from subprocess import run
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from torch_geometric.data import Batch, Data, HeteroData
+from torchvision import tv_tensors
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -282,10 +284,85 @@ def test_lists_of_equal_sizes_that_are_not_the_batchs_are_split_by_samples():
     assert split_batch({"image": images, "label": torch.arange(4)}, 2)[1]["image"] == images[2:]
 
 
+def detections(count):
+    images = [torch.rand(3, 8 + k, 8) for k in range(count)]
+    return images, [{"boxes": torch.rand(k, 4), "labels": torch.ones(k)} for k in range(count)]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_lists_of_images_and_targets_have_a_sample_per_element(kind, count):
+    """As detection models take them; with three images too, which have as many channels."""
+    images, targets = map(kind, detections(count))
+    parts = split_batch((images, targets), 2)
+    assert all(type(value) is kind for part in parts for value in part)
+    named = split_batch({"image": images, "target": targets, "epoch": 5}, 2)
+    for values, which, name in ((images, 0, "image"), (targets, 1, "target")):
+        for found in ([part[which] for part in parts], [part[name] for part in named]):
+            assert [*map(len, found)] == [len(rows) for rows in torch.arange(count).tensor_split(min(count, 2))]
+            assert [*map(id, chain(*found))] == [*map(id, values)]
+    assert named[-1]["epoch"] == 5
+
+
+def test_labels_in_a_list_tell_how_many_samples_there_are():
+    images, labels = [torch.rand(3, 8, 8) for _ in range(4)], ["a", "b", "c", "d"]
+    assert split_batch((images, labels), 2) == [(images[:2], labels[:2]), (images[2:], labels[2:])]
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda k: (torch.rand(3), float(k)),
+        lambda k: (torch.rand(3), torch.tensor(k)),
+        lambda k: {"image": torch.rand(3, 8), "boxes": torch.rand(k, 4)},
+        lambda k: Data(x=torch.rand(3, 2)),
+    ],
+    ids=["number", "scalar", "sizes", "graph"],
+)
+def test_samples_that_nobody_has_collated_are_split_as_they_are(sample):
+    samples = [sample(k) for k in range(4)]
+    assert split_batch(samples, 3) == [samples[:2], samples[2:3], samples[3:]]
+
+
+def test_batches_of_several_loaders_are_no_samples():
+    """As Lightning's ``CombinedLoader`` gives them."""
+    loaders = [(torch.arange(4.0).view(4, 1), torch.arange(4)) for _ in range(2)]
+    second = split_batch(loaders, 2)[1]
+    assert [[value.flatten().tolist() for value in pair] for pair in second] == [[[2, 3], [2, 3]]] * 2
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3,)])
+def test_lists_of_tensors_that_could_be_samples_or_rows_are_refused(shape):
+    lists = [torch.rand(shape) for _ in range(4)], [torch.rand(3) for _ in range(4)]
+    with pytest.raises(UsageError, match=r"lists of 4 tensors with 3 rows each.*pass split_batch="):
+        split_batch(lists, 2)
+    images = [torch.rand(3, height, 8) for height in (5, 6, 7)]
+    with pytest.raises(UsageError, match=r"lists of 3 tensors with 3 rows each.*pass split_batch="):
+        split_batch((images, torch.arange(3)), 2)
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_tensors_keep_their_type_and_attributes(requires_grad):
+    boxes = tv_tensors.BoundingBoxes(torch.rand(4, 4), format="XYXY", canvas_size=(8, 8))
+    marked = torch.rand(4, 3).as_subclass(Marked).requires_grad_(requires_grad)
+    marked.unit, marked.weights = "mm", torch.arange(4)
+    second = split_batch((boxes, marked), 2)[1]
+    assert isinstance(second[0], tv_tensors.BoundingBoxes)
+    assert (second[0].format, second[0].canvas_size) == (boxes.format, boxes.canvas_size)
+    assert torch.equal(second[0].as_subclass(torch.Tensor), boxes[2:].as_subclass(torch.Tensor))
+    assert type(second[1]) is Marked
+    assert (second[1].unit, second[1].weights.tolist(), second[1].requires_grad) == ("mm", [2, 3], requires_grad)
+    assert torch.equal(second[1], marked[2:])
+
+
 @pytest.mark.parametrize(
     "batch",
     [
-        ([torch.ones(3, 2), torch.ones(1, 2)], [torch.ones(2), torch.ones(2)]),
+        ([torch.ones(3, 2), torch.ones(1, 2)], [torch.ones(2), torch.ones(2), torch.ones(3)]),
         (torch.ones(4), [torch.ones(3), torch.ones(1), torch.ones(2)]),
         (torch.ones(2), {"pair": (torch.ones(3), [torch.ones(2)])}),
     ],

@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from contextlib import nullcontext
 from itertools import count, tee
 
 import numpy as np
@@ -278,6 +279,49 @@ def test_losses_are_each_from_the_same_state():
     trials = Trials(net, functions[:1])
     trials.undivided()
     assert trials.losses(functions) is None
+
+
+@pytest.mark.parametrize("differentiates", [False, True])
+def test_forwards_alone_run_without_gradients(differentiates):
+    """They need less memory; but a step that differentiates in its forward needs gradients."""
+    net = Network().eval()
+    inputs = make_inputs(3)
+    enabled = []
+
+    def function(x):
+        enabled.append(torch.is_grad_enabled())
+        x = x.clone().requires_grad_()
+        loss = net.loss(x)
+        return loss + torch.autograd.grad(loss, x, create_graph=True)[0].square().sum() if differentiates else loss
+
+    functions = [lambda x=x: function(x) for x in inputs]
+    trials = Trials(net, functions)
+    reference = trials.undivided()
+    trials.check_repeats(reference)
+    enabled.clear()
+    losses = trials.losses(functions, reference)
+    assert enabled == [differentiates]  # the first two are known
+    assert torch.equal(torch.stack(losses), torch.stack([function(x).detach() for x in inputs]))
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_recording_shows_whether_a_step_remembers(remembers):
+    """Only then is it looked for what; see test_memory_is_named."""
+    m = Remembering()
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        return hidden_state(m, x) if remembers else nothing(m, x)
+
+    trials = Trials(m, [lambda x=x: function(x) for x in make_inputs()])
+    reference = trials.undivided()
+    step = make_step(m, ["net.1", "net.2"])
+    trials.record(step, reference)
+    calls.clear()
+    with pytest.raises(UsageError, match="left in") if remembers else nullcontext():
+        trials.check_memory(step, reference)
+    assert bool(calls) == remembers
 
 
 SHARED = []
