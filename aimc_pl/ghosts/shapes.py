@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -103,8 +104,13 @@ class Outcomes:
 
 def describe(name: str, result: Sequence[Tensor], changed: Sequence[int]) -> int:
     """A number that differs, all but surely, where names, shapes or what is changed in place do."""
-    shapes = [tuple(spec_of(tensor).shape) for tensor in result]
-    return crc32(f"{name} {shapes} {changed}".encode()) or 1
+    shapes = [tensor.spec.shape if type(tensor) is Ghost else tensor.shape for tensor in result]
+    return _mark(name, tuple(shapes), tuple(changed))
+
+
+@lru_cache(_MOST)  # looked up, as to write it out takes longer
+def _mark(name: str, shapes: tuple[torch.Size, ...], changed: tuple[int, ...]) -> int:
+    return crc32(f"{name} {[*map(tuple, shapes)]} {changed}".encode()) or 1
 
 
 def outcome_of(
