@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.cli_errors import one_line
 from aimc_pl.devices import DEVICES, get_device, plot_response
 from aimc_pl.diagram import draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
@@ -137,7 +138,7 @@ def main(args: list[str] | None = None) -> None:
         else:
             AnalogCLI()
     except (UsageError, PeerError, MisconfigurationException, ArgumentError) as error:
-        sys.exit(f"aimc-pl: error: {' '.join(str(error).split())}")
+        sys.exit(f"aimc-pl: error: {one_line(str(error))}")
 
 
 def _usage(make: Any, *args: Any) -> Any:

@@ -21,7 +21,10 @@ from aimc_pl.strategies.training import Training
 STRATEGY = "--trainer.strategy.init_args."
 
 COMMANDS = {
-    "unknown schedule": ([STRATEGY + "schedule=fast"], "fast"),
+    "unknown schedule": (
+        [STRATEGY + "schedule=fast"],
+        "schedule: expected one of ['none', 'sync', '1f1b', 'async'] or",
+    ),
     "no stages": ([STRATEGY + "num_stages=0"], "num_stages must be a whole number of at least 1, got 0"),
     "no micro-batches": ([STRATEGY + "num_microbatches=0"], "num_microbatches must be a whole number"),
     "unknown duplex": ([STRATEGY + "duplex=both"], "both"),
@@ -66,8 +69,16 @@ COMMANDS = {
     ),
     "one layer size": (["--model.init_args.network.init_args.sizes=[64]"], "at least an input and an output size"),
     "unknown option": (["--trainer.stages=4"], "stages"),
-    "not a number": (["--trainer.max_epochs=many"], "max_epochs"),
-    "unknown class": (["--model=aimc_pl.tasks.Regressor"], "Regressor"),
+    "not a number": (["--trainer.max_epochs=many"], "error: trainer.max_epochs: expected int or null, got many"),
+    "unknown class": (
+        ["--model=aimc_pl.tasks.Regressor"],
+        "module 'aimc_pl.tasks' has no attribute 'Regressor'",
+    ),
+    "unknown callback": (["--trainer.callbacks+=Foo"], "trainer.callbacks: expected the name of a class or null, got"),
+    "a number as callback": (["--trainer.callbacks=[1]"], "callbacks: Not a valid subclass of Callback. Got value: 1"),
+    "unknown optimizer": (["--model.init_args.optimizer=Adamm"], "model.optimizer: expected the name of a class"),
+    "a word as timeout": ([STRATEGY + "timeout=soon"], "trainer.strategy.timeout: expected float, got soon"),
+    "half a stage": ([STRATEGY + "num_stages=4.5"], "trainer.strategy.num_stages: expected int, got 4.5"),
     "no data there": (["--data=aimc_pl.data.MNIST", "--data.init_args.root=nowhere"], "MNIST is not in 'nowhere'"),
     "no images there": (
         ["--data=aimc_pl.data.ImageFolder", "--data.init_args.root=nowhere"],
@@ -107,6 +118,8 @@ def test_command_line(case, monkeypatch):
     assert stop.value.code.startswith("aimc-pl: error: ")
     assert "\n" not in stop.value.code
     assert message in stop.value.code
+    assert "Union" not in stop.value.code
+    assert "Namespace" not in stop.value.code
     assert not updates
 
 

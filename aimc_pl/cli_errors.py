@@ -1,0 +1,57 @@
+"""What jsonargparse says about a bad argument, in one line.
+
+Where an argument may be one of several types, jsonargparse lists what is wrong with it as each of them, and all values
+around it. One of these reasons is what the user has to know: the first that is no mere "Expected a …".
+"""
+
+import re
+import textwrap
+from collections.abc import Sequence
+
+_UNION = re.compile(r"^Does not validate against any of the Union subtypes\n.*?^(?P<indent> *)Errors:\n", re.M | re.S)
+_PATH = re.compile(r"^(?:Parser key \"(?P<key>[^\"]*)\":|Problem with given class_path '[^']*':) *\n*")
+_EXPECTED = re.compile(
+    r"^Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|(?P<text>[^\n:]*?))(?:: [^\n]*)?(?:\. Got value: (?P<given>.*))?$"
+)
+_NOT_MEANT = re.compile(r"^(Import path .* does not correspond to a subclass of|Expected a path but) ")
+_GIVEN = re.compile(r"^ *Given value: (.*)", re.M | re.S)
+_WORDS = {"NoneType": "null", "dot import path string": "the name of a class"}
+
+
+def one_line(message: str) -> str:
+    """The innermost reason, after the dotted name of the argument."""
+    reason, keys = message.strip(), list[str]()
+    while True:
+        if path := _PATH.match(reason):
+            keys += [path["key"]] if path["key"] else []
+            reason = textwrap.dedent(reason[path.end() :])
+        elif union := _UNION.match(reason):
+            reason = _telling(reason[union.end() :], len(union["indent"]))
+        elif reason.startswith("- "):
+            reason = _telling(reason, -1)
+        else:
+            break
+    if wrong := _EXPECTED.match(reason):
+        reason = _expected([wrong], wrong["given"])
+    reason, *_ = reason.split("\nSubclass types expect one of:")
+    return " ".join(f"{'.'.join(keys)}: {reason}".removeprefix(": ").split())
+
+
+def _telling(text: str, indent: int) -> str:
+    """The reason that matters, of a list that ends where its indentation does."""
+    lines = text.splitlines()
+    indents = [len(line) - len(line.lstrip()) if line.strip() else indent + 1 for line in lines]
+    end = next((n for n, found in enumerate(indents) if found <= indent), len(lines))
+    items = re.split(r"^- ", textwrap.dedent("\n".join(lines[:end])), flags=re.M)[1:]
+    reasons = [textwrap.dedent(f"  {item}").strip() for item in items]
+    telling = [reason for reason in reasons if not _NOT_MEANT.match(reason)]
+    expected = [_EXPECTED.match(reason) for reason in telling]
+    given = _GIVEN.search("\n".join(lines[end:]))
+    found = (reason for reason, match in zip(telling, expected, strict=True) if not match)
+    return next(found, _expected([match for match in expected if match], given and given[1]))
+
+
+def _expected(types: Sequence[re.Match[str]], given: str | None) -> str:
+    names = dict.fromkeys(match["name"] or match["text"] for match in types)
+    words = [_WORDS.get(name, name).replace("typing.Literal", "one of ") for name in names]
+    return f"expected {' or '.join(words)}{f', got {given}' if given else ''}"
