@@ -11,7 +11,8 @@ from collections.abc import Sequence
 _UNION = re.compile(r"^Does not validate against any of the Union subtypes\n.*?^(?P<indent> *)Errors:\n", re.M | re.S)
 _PATH = re.compile(r"^(?:Parser key \"(?P<key>[^\"]*)\":|Problem with given class_path '[^']*':) *\n*")
 _EXPECTED = re.compile(
-    r"^Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|(?P<text>[^\n:]*?))(?:: [^\n]*)?(?:\. Got value: (?P<given>.*))?$"
+    r"^Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|(?P<text>[^\n:]*?))"
+    r"(?:: [^\n]*)?(?:\. Got value: (?P<given>.*))?$"
 )
 _NOT_MEANT = re.compile(r"^(Import path .* does not correspond to a subclass of|Expected a path but) ")
 _GIVEN = re.compile(r"^ *Given value: (.*)", re.M | re.S)
