@@ -113,6 +113,10 @@ class Pipeline:
         """Whether no micro-batch is in flight."""
         return self._num_since_fill == 0
 
+    def last_microbatch(self, stage: Stage) -> int:
+        """The micro-batch of a stage's last backward, counted over the whole run, while the stage is updated."""
+        return self._first + self._contributions[stage.index][0]
+
     def run(self, microbatches: Sequence[MicroBatch]) -> None:
         """Run one mini-batch.
 

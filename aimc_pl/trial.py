@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -358,6 +359,8 @@ def _difference(names: Sequence[str], ours: Outcome, theirs: Outcome) -> str | N
         if not is_close(a, b):
             return f"a loss of {_shown(a)} in the place of {_shown(b)}"
     scale = max((float(gradient.norm()) for gradient in theirs.gradients), default=0.0)
+    if not isfinite(scale):  # there is nothing to compare, and no update will come of it
+        return None
     for name, a, b in zip(names, ours.gradients, theirs.gradients, strict=True):
         tolerance = _TOLERANCE.get(a.dtype, _COARSE) if not torch.is_autocast_enabled("cpu") else _COARSE
         if not float((a - b).norm()) <= tolerance * (float(b.norm()) + 1e-3 * scale):

@@ -1,8 +1,8 @@
 """The Lightning Strategy: its arguments, and Lightning's hooks in the order in which they are called."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from inspect import Parameter, signature
@@ -23,7 +23,6 @@ from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 from aimc_pl.strategies.checks import (
     check_analog_support,
-    check_finite,
     check_module,
     check_split,
     check_updates,
@@ -31,11 +30,12 @@ from aimc_pl.strategies.checks import (
     warn_about_other_package,
 )
 from aimc_pl.strategies.draining import DrainFirst
+from aimc_pl.strategies.finite import check_finite
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode, hooks_before_step_inside
 from aimc_pl.strategies.processes import ProcessStrategy
 from aimc_pl.strategies.resuming import Resuming
-from aimc_pl.strategies.settings import GradientScale, LossReduction, Settings, make_schedule
+from aimc_pl.strategies.settings import GradientScale, LossReduction, OnNonfinite, Settings, make_schedule
 from aimc_pl.strategies.training import Training
 
 # aihwkit is imported where devices are made: a digital run does without it.
@@ -77,6 +77,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         split_batch: takes a mini-batch and B, and returns at most B micro-batches; a method of that name on the
             LightningModule does the same. By default the first dimension of all tensors is split.
         verify: compare the stages with an undivided run of training_step, once, before the first update.
+        on_nonfinite: whether a loss or gradient that is not finite ends the run before it reaches the weights,
+            ``"stop"``, or the first one is warned about, ``"warn"``. Hooks before a step may mend gradients.
         timeout: seconds after which a process that does not answer is taken for lost, which ends the run.
         start_timeout: the same while the processes start, up to the first mini-batch.
 
@@ -100,6 +102,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         microbatch_weight: Callable[[Any], float] | None = None,
         split_batch: Callable[[Any, int], Sequence[Any]] | None = None,
         verify: bool = True,
+        on_nonfinite: OnNonfinite = "stop",
         timeout: float = 60.0,
         start_timeout: float = 600.0,
     ) -> None:
@@ -116,6 +119,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             microbatch_weight,
             split_batch,
             verify,
+            on_nonfinite,
         )
         self.device = device
         self.observers: list[Observer] = []
@@ -242,11 +246,19 @@ class AnalogPipelineStrategy(ProcessStrategy):
                     return closure()
                 finally:
                     self._is_stepping = False
-        with hooks_before_step_inside(self.precision_plugin, self._placement.gradients_known):
+        with hooks_before_step_inside(self.precision_plugin, self._before_step):
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.pipeline is not None:
             self.pipeline.updated()
         return result
+
+    @contextmanager
+    def _before_step(self) -> Iterator[None]:
+        """Around the hooks and the clipping before a step of the optimizer for all stages."""
+        with self._placement.gradients_known():
+            yield
+        if self._training is not None:
+            self._training.check_gradients()
 
     def split_batch(self, batch: Any) -> list[Any]:
         """The micro-batches of a mini-batch."""

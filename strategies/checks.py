@@ -284,29 +284,3 @@ def check_split(module: nn.Module, split_at: Sequence[str] | None) -> None:
             f"split_at names {name!r}, which is no submodule of {type(module).__name__}{hint}"
             f"{'' if hint else '; it has ' + ', '.join(known[:20])}"
         )
-
-
-def check_finite(module: nn.Module, state: Mapping[str, Any], step: int) -> None:
-    """Refuse to save a module that has diverged.
-
-    Args:
-        module: whose trained parameters and tiles are looked at.
-        state: its state dict.
-        step: for the message.
-
-    Raises:
-        UsageError: naming the first weights that are not finite.
-    """
-    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name in state]
-    weights = {name: state[name] for name in trained}
-    weights |= {
-        name.rpartition(".analog_module.")[0]: tile["analog_tile_weights"]
-        for name, tile in state.items()
-        if name.endswith(".analog_tile_state")
-    }
-    for name, values in weights.items():
-        if not torch.isfinite(values).all():
-            raise UsageError(
-                f"after step {step} the weights of {name!r} are not finite: nothing is saved, and the checkpoints of "
-                "before stay as they are. Resume from one of them, with a lower learning rate for example"
-            )

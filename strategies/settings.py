@@ -9,6 +9,7 @@ from aimc_pl.schedule import Duplex, Schedule, ScheduleName, check_order
 
 GradientScale = Literal["minibatch", "microbatch"]
 LossReduction = Literal["mean", "sum"]
+OnNonfinite = Literal["stop", "warn"]
 
 
 def make_schedule(
@@ -53,9 +54,11 @@ class Settings:
     microbatch_weight: Callable[[Any], float] | None
     split_batch: Callable[[Any, int], Sequence[Any]] | None
     verify: bool
+    on_nonfinite: OnNonfinite
 
     def __post_init__(self) -> None:
-        for name, allowed in (("gradient_scale", GradientScale), ("loss_reduction", LossReduction)):
+        choices = {"gradient_scale": GradientScale, "loss_reduction": LossReduction, "on_nonfinite": OnNonfinite}
+        for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise UsageError(
                     f"unknown {name}={getattr(self, name)!r}: choose one of {', '.join(get_args(allowed))}"

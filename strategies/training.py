@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import MicroBatch, Observer, Pipeline
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.batches import Batches
+from aimc_pl.strategies.finite import NumberCheck
 from aimc_pl.strategies.logbook import Logbook, discard, logging_to
 from aimc_pl.strategies.placement import Placement
 from aimc_pl.strategies.planning import settle, trials_of
@@ -63,6 +65,9 @@ class Training:
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._optimizer: StageOptimizer | None = None
+        self._numbers = NumberCheck(module, settings.on_nonfinite, None if placement.is_apart else self._running_again)
+        self._num_learnt = 0
+        """Micro-batches before the last update of all stages."""
         self._is_hooked = True
         """Whether hooks run between a backward and the step."""
         reset_pending_updates(module)
@@ -70,17 +75,20 @@ class Training:
     def run(self, batch: Any, args: tuple[Any, ...]) -> Any:
         """One mini-batch; returns what the micro-batches returned that have gone through all stages since the last."""
         steps = self.batches.steps(batch, args, self._precision.train_step_context)
+        for number, step in enumerate(steps, self.counters()["num_entered"]):
+            step.number = number
         if self._placement.holds_last:
             self._steps += steps
         if self.pipeline is None:
             self.pipeline = self._begin(steps, batch, args)
+            self._num_learnt = self.counters()["num_entered"]
         with self._running():
             if self.pipeline is None:
                 for step in steps:
                     step()
             else:
                 self._run(self.pipeline, [self._placement.microbatch(step) for step in steps])
-        finished = self._take_finished()
+            finished = self._take_finished()
         self._write_log()
         output = merge_outputs(finished, self._settings.loss_reduction)
         result = self._placement.result(output, self._settings.schedule.is_async)
@@ -96,6 +104,20 @@ class Training:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._gradients = []
+
+    def check_gradients(self) -> None:
+        """Before an update of all stages.
+
+        Raises:
+            UsageError: if they are not finite, or a loss is not.
+        """
+        if self.pipeline is None:
+            return
+        clock, first, last = self.pipeline.clock, self._num_learnt, self.pipeline.num_entered - 1
+        which = f"micro-batch {last}" if first == last else f"micro-batches {first} to {last}"
+        for stage in reversed(self.pipeline.stages):
+            self._numbers.gradients(stage, clock, which, [])
+        self._num_learnt = last + 1
 
     def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The gradients of some parameters for a micro-batch, if all stages had their present weights."""
@@ -117,7 +139,7 @@ class Training:
             return
         with self._running():
             self.pipeline.drain()
-        self._take_finished()
+            self._take_finished()
         if self._trainer.training:
             with logging_in(self._module, "training_step"):
                 self._write_log()
@@ -199,6 +221,9 @@ class Training:
         with self._optimizer.restricted_to(stage):
             if self._is_hooked:
                 prepare_step(trainer, optimizer)
+            which = f"micro-batch {self.pipeline.last_microbatch(stage)}"
+            finished = [step for step in self._steps if step.is_finished]
+            self._numbers.gradients(stage, self.pipeline.clock, which, finished)
             self._optimizer.step()
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
 
@@ -243,4 +268,12 @@ class Training:
     def _take_finished(self) -> list[TrainingStep]:
         finished = [step for step in self._steps if step.is_finished]
         self._steps = [step for step in self._steps if not step.is_finished]
+        if self.pipeline is not None:
+            self._numbers.losses(finished, self.pipeline.clock)
         return finished
+
+    @contextmanager
+    def _running_again(self) -> Iterator[None]:
+        """Inside, a micro-batch may run once more, undivided, and leaves no trace."""
+        with logging_to(self._module, discard), trials_of(self._module, []).fresh(), torch.no_grad():
+            yield

@@ -43,6 +43,8 @@ class TrainingStep:
         self.weight = weight
         self.output: Any = None
         self.is_finished = False
+        self.number = 0
+        """Counted over the whole run."""
         self.num_logged: Counter[str] = Counter()
         """How often each name has been logged."""
         self._function = function
@@ -57,6 +59,11 @@ class TrainingStep:
         """Forget an earlier run, which was a trial."""
         self.output, self.is_finished = None, False
         self.num_logged.clear()
+
+    @property
+    def loss(self) -> Any:
+        """Of the run, without its graph; ``None`` before, or where training_step skips the micro-batch."""
+        return self.output.get("loss") if isinstance(self.output, Mapping) else self.output
 
     def run(self) -> Any:
         """Run, and return what training_step returns."""

@@ -48,11 +48,16 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_config_runs_two_steps(config, command, monkeypatch, capsys):
-    """On the real digits; on noise where the data would have to be downloaded."""
+def test_config_runs(config, command, monkeypatch, capsys):
+    """Two steps on the real digits, or on noise where the data would have to be downloaded."""
     for name in ("MNIST", "CIFAR10", "CIFAR100"):
         monkeypatch.setattr(torchvision.datasets, name, type(name, (Fake,), {}))
-    command("fit", "--config", config, "--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false")
+    options = ["--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false"]
+    if "resnet" in config:
+        options.append("--data.init_args.batch_size=16")
+    if "resnet34" in config:  # of a size for a GPU
+        options += ["--trainer.fast_dev_run=1", "--trainer.strategy.init_args.num_microbatches=2"]
+    command("fit", "--config", config, *options)
     printed = capsys.readouterr().out
     assert "test/loss" in printed
     assert "over no pipeline" in printed

@@ -1,0 +1,162 @@
+"""Numbers that are not finite: they end a run before they reach weights or checkpoints."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import get_total_norm
+
+from aimc_pl.analog import is_analog
+from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import tree_leaves
+from aimc_pl.stage import Stage
+from aimc_pl.strategies.settings import OnNonfinite
+from aimc_pl.strategies.training_step import TrainingStep
+
+_REMEDY = "Lower the learning rate or clip gradients; on_nonfinite='warn' goes on"
+
+
+class NumberCheck:
+    """Looks at losses and gradients before every update.
+
+    Args:
+        module: that is trained.
+        on_nonfinite: whether a number that is not finite ends the run; otherwise the first one is warned about.
+        running_again: entered to run a micro-batch once more; ``None`` where a process does not have all stages.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        on_nonfinite: OnNonfinite,
+        running_again: Callable[[], AbstractContextManager[None]] | None,
+    ) -> None:
+        self._module = module
+        self._running_again = running_again
+        self._on_nonfinite: OnNonfinite = on_nonfinite
+        self._has_warned = False
+
+    def gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
+        """Of a stage that is to be updated.
+
+        Args:
+            stage: with the gradients of its parameters, and the errors that wait for its tiles.
+            clock: of the run.
+            microbatches: whose gradients they are.
+            steps: micro-batches whose losses have not been looked at.
+
+        Raises:
+            UsageError: naming stage, clock, micro-batch and layer, if one is not finite.
+        """
+        if self._has_warned:
+            return
+        learnt = [(parameter, value) for parameter in stage.parameters for value in _learnt_by(parameter)]
+        # A norm may overflow, too.
+        if not learnt or get_total_norm([value for _, value in learnt]).isfinite():
+            return
+        wrong = {id(parameter) for parameter, value in learnt if not value.isfinite().all()}
+        if not wrong:
+            return
+        self.losses(steps, clock)  # says more
+        names = [name for name, parameter in self._module.named_parameters() if id(parameter) in wrong]
+        # The backward comes to the last one first.
+        layer = f"of {_layer(names[-1])!r} " if names else ""
+        self._report(f"the gradient {layer}is not finite (stage {stage.index}, {microbatches}, clock {clock})")
+
+    def losses(self, steps: Sequence[TrainingStep], clock: int) -> None:
+        """Of micro-batches that have gone through all stages.
+
+        Raises:
+            UsageError: naming micro-batch and clock of the first that is not finite, and where that comes from.
+        """
+        wrong = next((step for step in steps if step.loss is not None and not step.loss.isfinite().all()), None)
+        if wrong is not None and not self._has_warned:
+            cause = self._cause(wrong)
+            self._report(f"the loss is not finite{cause} (micro-batch {wrong.number}, clock {clock})")
+
+    def _cause(self, step: TrainingStep) -> str:
+        """Where the first number comes from that is not finite, as far as can be told."""
+        if not _is_finite(step.inputs):
+            return ", as the batch holds such numbers"
+        for name, parameter in self._module.named_parameters():
+            if parameter.is_floating_point() and not parameter.isfinite().all():
+                return f", as are the weights of {_layer(name)!r}"
+        name = self._first_output(step)
+        return "" if name is None else f", first in the output of {name!r}"
+
+    def _first_output(self, step: TrainingStep) -> str | None:
+        """The first module whose output is not finite, when the micro-batch runs once more."""
+        if self._running_again is None:
+            return None
+        names = {id(part): name for name, part in self._module.named_modules() if name}
+        found: list[str] = []
+
+        def note(part: nn.Module, args: Any, output: Any) -> None:
+            if not found and id(part) in names and not _is_finite(output):
+                found.append(names[id(part)])
+
+        handle = register_module_forward_hook(note)
+        try:
+            # What else goes wrong now does not matter: the loss is what is reported.
+            with suppress(Exception), self._running_again():
+                step()
+        finally:
+            handle.remove()
+        return found[0] if found else None
+
+    def _report(self, what: str) -> None:
+        message = f"{what}. {_REMEDY}"
+        if self._on_nonfinite == "stop":
+            raise UsageError(message)
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(message, stacklevel=2)
+
+
+def check_finite(module: nn.Module, state: Mapping[str, Any], step: int) -> None:
+    """Refuse to save a module that has diverged.
+
+    Args:
+        module: whose trained parameters and tiles are looked at.
+        state: its state dict.
+        step: for the message.
+
+    Raises:
+        UsageError: naming the first weights that are not finite.
+    """
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name in state]
+    weights = {name: state[name] for name in trained}
+    weights |= {
+        name.rpartition(".analog_module.")[0]: tile["analog_tile_weights"]
+        for name, tile in state.items()
+        if name.endswith(".analog_tile_state")
+    }
+    for name, values in weights.items():
+        if not torch.isfinite(values).all():
+            raise UsageError(
+                f"after step {step} the weights of {name!r} are not finite: nothing is saved, and the checkpoints of "
+                "before stay as they are. Resume from one of them, with a lower learning rate for example"
+            )
+
+
+def _learnt_by(parameter: Any) -> Iterator[Tensor]:
+    """The gradient of a parameter; of a tile's, the errors that wait for its update."""
+    if is_analog(parameter):
+        yield from parameter.analog_grad_output
+    elif parameter.grad is not None:
+        yield parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
+
+
+def _is_finite(value: Any) -> bool:
+    """Of all tensors in a nested value that have fractions."""
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return all(bool(leaf.isfinite().all()) for leaf in leaves)
+
+
+def _layer(name: str) -> str:
+    """The name of a parameter, without what aihwkit puts between a layer and its tile."""
+    return name.partition(".analog_module.")[0]

@@ -1,0 +1,173 @@
+"""Losses and gradients that are not finite end the run, before they reach the weights."""
+
+import lightning as L
+import pytest
+import torch
+from lightning_modules import make_trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from aimc_pl.errors import UsageError
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+NAN, INF = float("nan"), float("inf")
+
+
+class SpoilsGradient(torch.autograd.Function):
+    """Gives back its input; the gradient becomes a number that is not finite."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        ctx.value = value
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return torch.full_like(grad_output, ctx.value), None
+
+
+class Spoils(nn.Module):
+    """Adds a number that is not finite to its output, or makes it the gradient of its input, when it is told to."""
+
+    what, value = None, NAN
+
+    def forward(self, x):
+        if self.what == "output":
+            return x + self.value
+        return SpoilsGradient.apply(x, self.value) if self.what == "gradient" else x.tanh()
+
+
+class Diverges(L.LightningModule):
+    """One micro-batch has something that is not finite.
+
+    Args:
+        what: ``"batch"``, the ``"output"`` of the layer ``net.3``, the ``"loss"``, the ``"gradient"`` of ``net.3``.
+        at: the micro-batch, which is its samples' number.
+        value: the number.
+    """
+
+    def __init__(self, what, at, value=NAN):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), Spoils(), nn.Linear(4, 4), nn.Linear(4, 1)
+        )
+        self.what, self.at, self.value = what, at, value
+
+    def training_step(self, batch):
+        x, numbers = batch
+        is_now = bool((numbers == self.at).any())
+        if self.what == "batch" and is_now:
+            x[0, 0] = self.value
+        self.net[3].what, self.net[3].value = self.what if is_now else None, self.value
+        loss = self.net(x).square().mean()
+        self.log("loss", loss)
+        return loss * self.value if self.what == "loss" and is_now else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Mends(Diverges):
+    """Its hook makes gradients finite."""
+
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def batches(num=4):
+    """Mini-batches of eight samples, so that a quarter of one has two; each sample has its micro-batch's number."""
+    torch.manual_seed(1)
+    numbers = torch.arange(4 * num).repeat_interleave(2).split(8)
+    return DataLoader([(torch.randn(8, 3), number) for number in numbers], batch_size=None)
+
+
+def fit(module, schedule, num=4, num_microbatches=4, **options):
+    strategy = AnalogPipelineStrategy(2, schedule, num_microbatches, split_at=["net.2"], **options)
+    trainer = make_trainer(strategy, precision="32-true", max_epochs=1)
+    trainer.fit(module, batches(num))
+    return module
+
+
+def weights(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "async"])
+@pytest.mark.parametrize(
+    ("what", "value", "cause"),
+    [
+        ("batch", NAN, ", as the batch holds such numbers"),
+        ("output", NAN, ", first in the output of 'net.3'"),
+        ("output", -INF, ", first in the output of 'net.3'"),
+        ("loss", NAN, ""),
+        ("loss", INF, ""),
+    ],
+)
+def test_a_loss_ends_the_run(what, value, cause, schedule):
+    module = Diverges(what, at=6, value=value)
+    with pytest.raises(UsageError) as error:
+        fit(module, schedule)
+    text = str(error.value)
+    assert text.startswith(f"the loss is not finite{cause} (micro-batch 6, clock ")
+    assert text.endswith("Lower the learning rate or clip gradients; on_nonfinite='warn' goes on")
+    assert len(text) <= 200
+    assert weights(module).isfinite().all()
+    if schedule != "async":
+        assert torch.equal(weights(module), weights(fit(Diverges(None, at=6), schedule, num=1)))
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "async"])
+@pytest.mark.parametrize("at", [0, 6, 15])
+def test_a_gradient_ends_the_run_before_the_update(schedule, at):
+    module = Diverges("gradient", at)
+    first = 4 * (at // 4)
+    which = f"micro-batch {at}" if schedule == "async" else f"micro-batches {first} to {first + 3}"
+    with pytest.raises(
+        UsageError, match=rf"the gradient of 'net\.2\.bias' is not finite \(stage 1, {which}, clock \d+"
+    ):
+        fit(module, schedule)
+    assert weights(module).isfinite().all()
+
+
+def test_the_clock_is_that_of_the_backward():
+    """Under ``async`` the last stage of two takes the backward of micro-batch k in the clock 2k + 2."""
+    with pytest.raises(UsageError, match=r"stage 1, micro-batch 6, clock 14\)"):
+        fit(Diverges("gradient", at=6), "async")
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_gradients_that_a_hook_mends_are_finite(schedule):
+    assert weights(fit(Mends("gradient", at=6), schedule)).isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_warning_goes_on_and_comes_once(what, schedule):
+    module = Diverges(what, at=6)
+    with pytest.warns(UserWarning, match="is not finite") as record:
+        fit(module, schedule, on_nonfinite="warn")
+    assert len([warning for warning in record if "is not finite" in str(warning.message)]) == 1
+    assert not weights(module).isfinite().all()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_norms_that_overflow_are_not_taken_for_gradients(large):
+    """Squares of 1e30 are infinite in single precision."""
+    module = Diverges("gradient", at=6, value=1e30 if large else 0.0)
+    fit(module, "sync", num=2)
+    assert weights(module).isfinite().all()
+
+
+def test_errors_that_wait_for_tiles_are_looked_at():
+    """Before they become pulses, which are bounded: the weights would be finite, and wrong."""
+    module = Diverges("gradient", at=6)
+    with pytest.raises(UsageError, match=r"the gradient of 'net\.2\S*' is not finite \(stage 1, micro-batch 6"):
+        fit(module, "async", device="soft_bounds")
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(UsageError, match="unknown on_nonfinite='ignore': choose one of stop, warn"):
+        AnalogPipelineStrategy(2, on_nonfinite="ignore")
