@@ -314,10 +314,11 @@ def make_optimizer(parameters: Any, learning: Learning) -> Optimizer:
 
 
 def clip(parameters: Sequence[nn.Parameter], learning: Learning) -> None:
-    if learning.clip is not None:
+    learnt = [parameter for parameter in parameters if parameter.grad is not None]
+    if learning.clip is not None and learnt:  # torch takes no empty list
         algorithm, value = learning.clip
         function = nn.utils.clip_grad_norm_ if algorithm == "norm" else nn.utils.clip_grad_value_
-        function([parameter for parameter in parameters if parameter.grad is not None], value)
+        function(learnt, value)
 
 
 def draw_weights(network: nn.Module, generator: torch.Generator) -> None:
