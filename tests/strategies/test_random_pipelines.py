@@ -1,9 +1,9 @@
 """Random networks, pipelines and fits against a recomputation in plain torch, which knows no clock and no stage code.
 
-Under the schedules with one update per mini-batch the reference is autograd on whole mini-batches. Under ``"async"`` it
-is written by hand from the closed forms of the versions: micro-batch k, counted from the last fill, is forwarded through
-stage m of M with the weights that this stage had after max(0, k − delay) updates, where the delay is M−1−m (twice that
-in full duplex), and goes back with those after k updates.
+Under the schedules with one update per mini-batch the reference is autograd on whole mini-batches. Under ``"async"``
+it is written by hand from the closed forms of the versions: micro-batch k, counted from the last fill, goes through
+stage m of M with the weights that this stage had after max(0, k − delay) updates, where the delay is M−1−m (twice
+that in full duplex), and back with those after k updates.
 
 ``AIMC_PL_EXAMPLES=20000`` draws that many examples in the place of 560.
 """
