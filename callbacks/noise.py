@@ -143,6 +143,8 @@ class DeviceNoise(Callback, Observer):
             for name, squares in merged(self._strategy.gather(dict(self._moved))).items():
                 pl_module.log(f"noise/{name}", (sum(squares) / len(squares)) ** 0.5, on_step=True, on_epoch=False)
             self._moved.clear()
+        elif not trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue], set later
+            self._moved.clear()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -120,6 +120,8 @@ class StalenessMonitor(Callback, Observer):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not should_log(trainer):
+            if not trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue], set later
+                self._recent.clear()
             return
         recent = merged(self._strategy.gather(dict(self._recent)))
         values = {name: sum(measured) / len(measured) for name, measured in recent.items()}

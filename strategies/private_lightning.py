@@ -62,7 +62,13 @@ def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
     """What Lightning does between a backward and the optimizer's step: its hooks, and the clipping."""
     module, precision = trainer.lightning_module, trainer.precision_plugin
     precision.post_backward(torch.zeros((), device=module.device), module)
-    precision._after_closure(module, optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(parameter.grad is not None for parameter in parameters):
+        precision._after_closure(module, optimizer)
+    else:
+        # A stage that is frozen, or all analog: torch does not clip no gradients by value.
+        with patched((precision, "clip_grad_by_value", lambda *args, **kwargs: None)):
+            precision._after_closure(module, optimizer)
 
 
 def hooks_before_step_inside(

@@ -59,6 +59,22 @@ def test_prepare_step_calls_hooks_and_clips():
     assert torch.cat([weight.grad.flatten() for weight in weights]).norm() == pytest.approx(0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_prepare_step_takes_parameters_without_gradients(algorithm):
+    """As of a stage that is frozen, or all analog; torch's own clip_grad_value_ takes no empty list."""
+    calls = []
+
+    class Hooked(Module):
+        def on_before_optimizer_step(self, optimizer):
+            calls.append("before step")
+
+    trainer = fit(Hooked(), gradient_clip_val=0.5, gradient_clip_algorithm=algorithm)
+    calls.clear()
+    trainer.optimizers[0].zero_grad()
+    private.prepare_step(trainer, trainer.optimizers[0])
+    assert calls == ["before step"]
+
+
 @pytest.mark.parametrize("hook", private._PREPARING)
 def test_hooks_before_a_step_are_noticed(hook):
     """Of the module's class, of the module itself, and of a callback where callbacks have that hook."""
