@@ -17,6 +17,8 @@ from aimc_pl.stage import Stage
 from aimc_pl.strategies.settings import OnNonfinite
 from aimc_pl.strategies.training_step import TrainingStep
 
+_FIRST_UPDATES = 20
+_GROWTH = 1.5
 _REMEDY = "Lower the learning rate or clip gradients; on_nonfinite='warn' goes on"
 
 
@@ -39,6 +41,9 @@ class NumberCheck:
         self._running_again = running_again
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self._has_warned = False
+        self._norms: dict[int, float] = {}
+        """Of the weights of each layer, by ``id``, at its stage's last update."""
+        self._has_grown = False
 
     def gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
         """Of a stage that is to be updated.
@@ -66,6 +71,32 @@ class NumberCheck:
         # The backward comes to the last one first.
         layer = f"of {_layer(names[-1])!r} " if names else ""
         self._report(f"the gradient {layer}is not finite (stage {stage.index}, {microbatches}, clock {clock})")
+
+    def growth(self, stage: Stage) -> None:
+        """Of the weights of a stage that is to be updated by itself, at the first updates.
+
+        Its micro-batches in flight go backward through the weights of now, and through what their forward has kept:
+        a normalization that has divided by the size of the activations of then, say. If an update has made weights
+        larger by a factor, it makes errors larger by that factor, which the next update is then made of. So warn.
+        """
+        if self._has_grown or stage.version > _FIRST_UPDATES:
+            return
+        for weight in stage.parameters:
+            if weight.dim() < 2 or is_analog(weight):
+                continue
+            before, now = self._norms.get(id(weight)), weight.detach().norm().item()
+            # What begins at zero grows at first by any factor.
+            self._norms[id(weight)] = 0.0 if before == 0.0 else now
+            if before and now > _GROWTH * before:
+                name = next(name for name, parameter in self._module.named_parameters() if parameter is weight)
+                self._has_grown = True
+                warnings.warn(
+                    f"one update has made {name!r} of stage {stage.index} {now / before:.1f} times as large: "
+                    "micro-batches in flight go backward through it under schedule='async', and gradients may "
+                    "explode. Lower the learning rate, warm it up, or clip gradients",
+                    stacklevel=2,
+                )
+                return
 
     def losses(self, steps: Sequence[TrainingStep], clock: int) -> None:
         """Of micro-batches that have gone through all stages.

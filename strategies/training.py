@@ -224,6 +224,7 @@ class Training:
             which = f"micro-batch {self.pipeline.last_microbatch(stage)}"
             finished = [step for step in self._steps if step.is_finished]
             self._numbers.gradients(stage, self.pipeline.clock, which, finished)
+            self._numbers.growth(stage)
             self._optimizer.step()
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
 

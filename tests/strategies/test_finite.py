@@ -1,5 +1,8 @@
 """Losses and gradients that are not finite end the run, before they reach the weights."""
 
+import re
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -166,6 +169,61 @@ def test_errors_that_wait_for_tiles_are_looked_at():
     module = Diverges("gradient", at=6)
     with pytest.raises(UsageError, match=r"the gradient of 'net\.2\S*' is not finite \(stage 1, micro-batch 6"):
         fit(module, "async", device="soft_bounds")
+
+
+class Normalized(L.LightningModule):
+    """Many layers before normalizations, with a learning rate that is too large at the start."""
+
+    def __init__(self, lr, zero=False):
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = (nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh()) for _ in range(12))
+        self.net = nn.Sequential(*blocks, nn.Linear(8, 3))
+        self.lr = lr
+        if zero:
+            nn.init.zeros_(self.net[-1].weight)
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+GROWS = r"one update has made 'net\.\d+\.0\.weight' of stage \d \d+\.\d times as large: .*Lower the learning rate"
+
+
+def fit_normalized(lr, schedule, zero=False):
+    torch.manual_seed(1)
+    data = [(torch.randn(32, 8), torch.randint(3, (32,))) for _ in range(10)]
+    module = Normalized(lr, zero)
+    strategy = AnalogPipelineStrategy(4, schedule, 4, split_at=["net.3", "net.6", "net.9"])
+    trainer = make_trainer(strategy, precision="32-true", max_epochs=1)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(module, DataLoader(data, batch_size=None))
+        except UsageError as error:
+            return str(error), [str(warning.message) for warning in record]
+    return None, [str(warning.message) for warning in record]
+
+
+def test_weights_that_grow_at_the_start_are_warned_of_before_gradients_explode():
+    """Stale normalizations: the asynchronous pipeline diverges where the synchronous one does not."""
+    error, warned = fit_normalized(10.0, "async")
+    assert error is not None
+    assert len([text for text in warned if re.match(GROWS, text)]) == 1
+    error, warned = fit_normalized(10.0, "sync")
+    assert error is None
+    assert not any("times as large" in text for text in warned)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_usual_learning_rates_are_not_warned_of(zero):
+    """Nor are layers that begin at zero."""
+    error, warned = fit_normalized(0.1, "async", zero)
+    assert error is None
+    assert not any("times as large" in text for text in warned)
 
 
 def test_an_unknown_choice_is_refused():
