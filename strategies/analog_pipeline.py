@@ -280,6 +280,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         """Finish the micro-batches in flight, with their updates."""
         if self._training is not None:
             self._training.drain()
+            self._training.check_saturation()
 
     # ------------------------------------------------------------- evaluation
 

@@ -1,8 +1,9 @@
-"""Numbers that are not finite: they end a run before they reach weights or checkpoints."""
+"""Numbers that go wrong: what is not finite ends a run before it reaches weights or checkpoints."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from aimc_pl.strategies.training_step import TrainingStep
 
 _FIRST_UPDATES = 20
 _GROWTH = 1.5
+_SATURATED = 0.1
 _REMEDY = "Lower the learning rate or clip gradients; on_nonfinite='warn' goes on"
 
 
@@ -44,6 +46,7 @@ class NumberCheck:
         self._norms: dict[int, float] = {}
         """Of the weights of each layer, by ``id``, at its stage's last update."""
         self._has_grown = False
+        self._has_saturated = False
 
     def gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
         """Of a stage that is to be updated.
@@ -97,6 +100,23 @@ class NumberCheck:
                     stacklevel=2,
                 )
                 return
+
+    def saturation(self, stages: Sequence[Stage]) -> None:
+        """Warn, once, of a layer of which many weights are at the bounds of their devices."""
+        layers = [module for stage in stages for module in stage.modules if is_analog(module)]
+        if self._has_saturated or not layers:
+            return
+        from aimc_pl.devices.saturation import saturated_fraction  # with aihwkit, which is there when a layer is analog
+
+        fraction, layer = max(((saturated_fraction(layer), layer) for layer in layers), key=itemgetter(0))
+        if fraction > _SATURATED:
+            self._has_saturated = True
+            name = next(name for name, module in self._module.named_modules() if module is layer)
+            warnings.warn(
+                f"{100 * fraction:.0f} % of the weights of {name!r} are at the bounds of their devices, where pulses "
+                "in one direction hardly move them: use devices of a wider range, or a lower learning rate",
+                stacklevel=2,
+            )
 
     def losses(self, steps: Sequence[TrainingStep], clock: int) -> None:
         """Of micro-batches that have gone through all stages.

@@ -119,6 +119,11 @@ class Training:
             self._numbers.gradients(stage, clock, which, [])
         self._num_learnt = last + 1
 
+    def check_saturation(self) -> None:
+        """Warn of analog layers whose weights are at the bounds of their devices."""
+        if self.pipeline is not None:
+            self._numbers.saturation(self.pipeline.stages)
+
     def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The gradients of some parameters for a micro-batch, if all stages had their present weights."""
         takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)

@@ -10,6 +10,8 @@ from lightning_modules import make_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from aimc_pl.devices import constant_step, soft_bounds
+from aimc_pl.devices.saturation import saturated_fraction
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -224,6 +226,40 @@ def test_usual_learning_rates_are_not_warned_of(zero):
     error, warned = fit_normalized(0.1, "async", zero)
     assert error is None
     assert not any("times as large" in text for text in warned)
+
+
+class Drifts(L.LightningModule):
+    """Its loss drives all weights of its first layer in one direction."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Identity(), nn.Linear(8, 2))
+
+    def training_step(self, batch):
+        return self.net[0](torch.ones_like(batch[0])).mean() + 0 * self.net(batch[0]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("device", [soft_bounds(tau=0.6), constant_step(w_max=0.6)], ids=["soft", "hard"])
+@pytest.mark.parametrize("num", [1, 400])
+def test_weights_at_their_bounds_are_warned_of_once(device, num):
+    """All of the first layer's weights come to the lower bound, and those of the last one stay."""
+    data = DataLoader([(torch.randn(8, 8), None) for _ in range(num)], batch_size=None)
+    module = Drifts()
+    strategy = AnalogPipelineStrategy(2, "sync", 1, device, split_at=["net.2"])
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        make_trainer(strategy, precision="32-true", max_epochs=2).fit(module, data)
+    texts = [str(warning.message) for warning in record if "at the bounds" in str(warning.message)]
+    saturated = saturated_fraction(module.net[0])
+    assert saturated == (1.0 if num > 1 else pytest.approx(0.0, abs=0.1))
+    assert saturated_fraction(module.net[2]) < 0.1
+    assert [text[:52] for text in texts] == (
+        ["100 % of the weights of 'net.0' are at the bounds of"] if num > 1 else []
+    )
 
 
 def test_an_unknown_choice_is_refused():
