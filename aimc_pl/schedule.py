@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
+
+from aimc_pl.arguments import check_choice, check_number
+from aimc_pl.errors import UsageError
 
 ScheduleName = Literal["none", "sync", "1f1b", "async"]
 Duplex = Literal["half", "full"]
@@ -51,7 +54,7 @@ class Schedule:
     Micro-batches are counted from the last fill, and K (by default B) is how many enter before the pipeline drains.
 
     Raises:
-        ValueError: if a number is below 1, a name is unknown, or ``duplex="full"`` is asked of another schedule.
+        UsageError: if a number is below 1, a name is unknown, or ``duplex="full"`` is asked of another schedule.
     """
 
     name: ScheduleName
@@ -60,16 +63,12 @@ class Schedule:
     duplex: Duplex = "half"
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ScheduleName):
-            raise ValueError(f"unknown schedule {self.name!r}: choose one of {', '.join(get_args(ScheduleName))}")
-        if self.duplex not in get_args(Duplex):
-            raise ValueError(f"unknown duplex {self.duplex!r}: choose one of {', '.join(get_args(Duplex))}")
+        check_choice("schedule", self.name, ScheduleName)
+        check_choice("duplex", self.duplex, Duplex)
         if self.duplex == "full" and self.name != "async":
-            raise ValueError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
-        for field in ("num_stages", "num_microbatches"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+            raise UsageError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
+        check_number("num_stages", self.num_stages, at_least=1, whole=True)
+        check_number("num_microbatches", self.num_microbatches, at_least=1, whole=True)
 
     @property
     def is_async(self) -> bool:

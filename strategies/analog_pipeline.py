@@ -77,11 +77,12 @@ class AnalogPipelineStrategy(ProcessStrategy):
         split_batch: takes a mini-batch and B, and returns at most B micro-batches; a method of that name on the
             LightningModule does the same. By default the first dimension of all tensors is split.
         verify: compare the stages with an undivided run of training_step, once, before the first update.
-        timeout: seconds after which a process that does not answer is taken for lost, which ends the run.
+        timeout: seconds after which a process that does not answer is taken for lost, which ends the run;
+            above 0, at most 10⁹.
         start_timeout: the same while the processes start, up to the first mini-batch.
 
     Raises:
-        UsageError: if arguments exclude each other.
+        UsageError: if an argument is out of range, or some exclude each other.
     """
 
     strategy_name = "aimc_pipeline"
