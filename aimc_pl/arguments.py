@@ -38,8 +38,9 @@ def check_number(
     Raises:
         UsageError: with the name, the value and the range.
     """
+    numbers: Any = Integral if whole else Real
     allowed = (
-        isinstance(value, Integral if whole else Real)
+        isinstance(value, numbers)
         and not isinstance(value, bool)
         and -inf < value < inf
         and (above is None or value > above)

@@ -81,10 +81,11 @@ def check_config(path: Path) -> None:
         raise UsageError(f"config {path} must have lines NAME: VALUE, got {shown(root.value)}")
     for mapping in _mappings(root, set()):
         lines: dict[str, int] = {}
-        for key, _ in mapping.value:
+        for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+            if key.value in lines:
                 raise UsageError(f"config {path} has {key.value!r} twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
 
 
 def _mappings(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.MappingNode]:

@@ -112,10 +112,8 @@ class ImageFolder(InMemoryImages):
         """See :meth:`InMemoryImages.load`."""
         train, test = self._open("train"), self._open("test")
         if odd := sorted(set(train.classes) ^ set(test.classes)):
-            has, lacks = ("train", "test") if odd[0] in train.classes else ("test", "train")
-            raise UsageError(
-                f"{self.root / has} has class {odd[0]!r} and {self.root / lacks} has not: give both the same"
-            )
+            part = "train" if odd[0] in train.classes else "test"
+            raise UsageError(f"{self.root} has class {odd[0]!r} in {part} only: train and test need the same classes")
         return self._read(train), self._read(test)
 
     def _open(self, part: str) -> torchvision.datasets.ImageFolder:

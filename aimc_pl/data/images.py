@@ -28,8 +28,8 @@ class InMemoryImages(pl.LightningDataModule, ABC):
         augment: shift training images by up to an eighth of their size and flip half of them left to right.
         drop_last: leave out an uneven last training mini-batch.
         split_seed: chooses the validation images.
-        num_workers: loader processes, at most 256, which start anew with every epoch, so that a resumed run draws what the whole
-            one did; 0 loads in the main one.
+        num_workers: loader processes, at most 256, which start anew with every epoch, so that a resumed run draws what
+            the whole one did; 0 loads in the main one.
 
     Raises:
         UsageError: for a number out of range, or, from ``setup``, if no image is left to train on.
