@@ -20,7 +20,7 @@ from aimc_pl.arguments import check_number, shown
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.cli_errors import check_config, one_line
 from aimc_pl.devices import DEVICES, get_device, plot_response
-from aimc_pl.diagram import MAX_CLOCKS, MAX_STAGES, draw_figure, draw_text
+from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
@@ -28,6 +28,12 @@ from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+
+_EXPECTED = (
+    *(UsageError, PeerError, MisconfigurationException, ArgumentError, OmegaConfBaseException),
+    *(NotADirectoryError, FileExistsError, PermissionError),
+)
+"""What ends in one line; the last row are folders that cannot be written to."""
 
 
 class AnalogCLI(CheckpointReadingCLI):
@@ -100,11 +106,11 @@ def schedule(
         duplex: of async, one operation in a clock (half) or a forward and a backward (full).
         png: draw into this file instead, in the format that its name ends with.
     """
-    check_number("num_stages", num_stages, at_least=1, at_most=MAX_STAGES, whole=True)
+    check_number("num_stages", num_stages, at_least=1, at_most=MAX_DRAWN_STAGES, whole=True)
     table = Schedule(schedule, num_stages, num_microbatches, duplex)
-    if table.num_clocks() > MAX_CLOCKS:
+    if table.num_clocks() > MAX_DRAWN_CLOCKS:
         raise UsageError(
-            f"num_stages={num_stages} and num_microbatches={shown(num_microbatches)} take more than {MAX_CLOCKS} "
+            f"num_stages={num_stages} and num_microbatches={shown(num_microbatches)} take more than {MAX_DRAWN_CLOCKS} "
             "clocks, which is too much for a table: lower one"
         )
     if png is None:
@@ -148,7 +154,7 @@ def main(args: list[str] | None = None) -> None:
             auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
         else:
             AnalogCLI()
-    except (UsageError, PeerError, MisconfigurationException, ArgumentError, OmegaConfBaseException) as error:
+    except _EXPECTED as error:
         sys.exit(f"aimc-pl: error: {one_line(str(error))}")
 
 

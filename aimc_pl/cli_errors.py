@@ -77,8 +77,8 @@ def check_config(path: Path) -> None:
         raise UsageError(f"config {path} is not YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UsageError(f"config {path} is not YAML: {error}") from error
-    if not isinstance(root, yaml.MappingNode | None):
-        raise UsageError(f"config {path} must have lines NAME: VALUE, got {shown(root.value)}")
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"config {path} must have lines NAME: VALUE, got {shown(root.value) if root else 'nothing'}")
     for mapping in _mappings(root, set()):
         lines: dict[str, int] = {}
         for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
@@ -88,9 +88,9 @@ def check_config(path: Path) -> None:
             lines[key.value] = line
 
 
-def _mappings(node: yaml.Node | None, seen: set[int]) -> Iterator[yaml.MappingNode]:
+def _mappings(node: yaml.Node, seen: set[int]) -> Iterator[yaml.MappingNode]:
     """All mappings of a document, each once, however many aliases it has."""
-    if node is None or id(node) in seen:
+    if id(node) in seen:
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):

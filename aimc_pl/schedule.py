@@ -26,6 +26,10 @@ from aimc_pl.errors import UsageError
 ScheduleName = Literal["none", "sync", "1f1b", "async"]
 Duplex = Literal["half", "full"]
 
+MAX_STAGES = 1000
+MAX_MICROBATCHES = 100_000
+"""More is a slip of the pen, and would keep the planning of a run busy for minutes."""
+
 
 class Operation(NamedTuple):
     """The forward (``"F"``) or backward (``"B"``) of one micro-batch at one stage."""
@@ -43,8 +47,8 @@ class Schedule:
         name: ``"none"`` (one stage works at a time), ``"sync"`` (fill-drain), ``"1f1b"`` (the same clocks as
             ``"sync"``, fewer activations in flight) or ``"async"`` (every stage updates after each of its backwards
             and the pipeline stays full from one mini-batch to the next).
-        num_stages: M, at least 1.
-        num_microbatches: B, at least 1.
+        num_stages: M, from 1 to 1,000.
+        num_microbatches: B, from 1 to 100,000.
         duplex: of ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock; ``"full"``: one
             forward and one backward, and such a clock lasts two clock cycles.
 
@@ -54,7 +58,7 @@ class Schedule:
     Micro-batches are counted from the last fill, and K (by default B) is how many enter before the pipeline drains.
 
     Raises:
-        UsageError: if a number is below 1, a name is unknown, or ``duplex="full"`` is asked of another schedule.
+        UsageError: if a number is out of range, a name is unknown, or ``duplex="full"`` is asked of another schedule.
     """
 
     name: ScheduleName
@@ -67,8 +71,8 @@ class Schedule:
         check_choice("duplex", self.duplex, Duplex)
         if self.duplex == "full" and self.name != "async":
             raise UsageError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
-        check_number("num_stages", self.num_stages, at_least=1, whole=True)
-        check_number("num_microbatches", self.num_microbatches, at_least=1, whole=True)
+        check_number("num_stages", self.num_stages, at_least=1, at_most=MAX_STAGES, whole=True)
+        check_number("num_microbatches", self.num_microbatches, at_least=1, at_most=MAX_MICROBATCHES, whole=True)
 
     @property
     def is_async(self) -> bool:

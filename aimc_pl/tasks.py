@@ -147,4 +147,7 @@ def _configured(module: nn.Module, make: OptimizerCallable, scheduler: LRSchedul
         optimizer: Optimizer = make(module.parameters())
     except ValueError as error:
         raise UsageError(f"optimizer cannot be made: {error}") from error
+    for group in optimizer.param_groups:
+        if isinstance(group.get("lr"), float):
+            check_number("lr of the optimizer", group["lr"])
     return optimizer if scheduler is None else ([optimizer], [scheduler(optimizer)])

@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from aimc_pl.arguments import check_number
 from aimc_pl.callbacks.attach import get_strategy
-from aimc_pl.diagram import MAX_CLOCKS, draw_figure
+from aimc_pl.diagram import MAX_DRAWN_CLOCKS, draw_figure
 
 
 class PipelineDiagram(Callback):
@@ -19,7 +19,7 @@ class PipelineDiagram(Callback):
     """
 
     def __init__(self, num_clocks: int = 32) -> None:
-        check_number("num_clocks", num_clocks, at_least=1, at_most=MAX_CLOCKS, whole=True)
+        check_number("num_clocks", num_clocks, at_least=1, at_most=MAX_DRAWN_CLOCKS, whole=True)
         self.num_clocks = num_clocks
 
     @override

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from aimc_pl.arguments import check_callable, check_choice, check_flag, check_list, check_number
 from aimc_pl.errors import UsageError
-from aimc_pl.schedule import Duplex, Schedule, ScheduleName, check_order
+from aimc_pl.schedule import MAX_MICROBATCHES, MAX_STAGES, Duplex, Schedule, ScheduleName, check_order
 
 GradientScale = Literal["minibatch", "microbatch"]
 LossReduction = Literal["mean", "sum"]
@@ -18,14 +18,14 @@ def make_schedule(
     """The schedule that has been asked for by name, or what the user's class or function makes.
 
     Raises:
-        UsageError: if that is no schedule for so many stages and micro-batches, or one of them is below 1.
+        UsageError: if that is no schedule for so many stages and micro-batches, or one of them is out of range.
     """
     if not callable(schedule):
         return Schedule(schedule, num_stages, num_microbatches, duplex)
     if duplex != "half":
         raise UsageError(f"duplex={duplex!r} goes with schedule='async': a schedule of your own says it itself")
-    check_number("num_stages", num_stages, at_least=1, whole=True)
-    check_number("num_microbatches", num_microbatches, at_least=1, whole=True)
+    check_number("num_stages", num_stages, at_least=1, at_most=MAX_STAGES, whole=True)
+    check_number("num_microbatches", num_microbatches, at_least=1, at_most=MAX_MICROBATCHES, whole=True)
     made = schedule(num_stages, num_microbatches)
     if not isinstance(made, Schedule) or (made.num_stages, made.num_microbatches) != (num_stages, num_microbatches):
         raise UsageError(

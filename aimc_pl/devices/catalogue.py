@@ -284,7 +284,7 @@ def _pulsed(
     range_name: str, w_max: float, num_states: int, cycle_to_cycle: float, device_to_device: float
 ) -> dict[str, Any]:
     # Its step is a number in float32.
-    check_number(range_name, w_max, above=0, at_most=1e9)
+    check_number(range_name, w_max, above=0, at_most=10**9)
     check_number("num_states", num_states, at_least=2, at_most=10**9, whole=True)
     check_number("cycle_to_cycle", cycle_to_cycle, at_least=0)
     check_number("device_to_device", device_to_device, at_least=0)
