@@ -100,8 +100,8 @@ def schedule(
     """Print (or draw) what every stage does in every clock, from the fill to the drain of a mini-batch.
 
     Args:
-        num_stages: M, stages of the pipeline, at most 64.
-        num_microbatches: B, micro-batches of a mini-batch, as many as fit into 500 clocks.
+        num_stages: M, stages of the pipeline, at most 32.
+        num_microbatches: B, micro-batches of a mini-batch, as many as fit into 256 clocks.
         schedule: none, sync, 1f1b or async.
         duplex: of async, one operation in a clock (half) or a forward and a backward (full).
         png: draw into this file instead, in the format that its name ends with.

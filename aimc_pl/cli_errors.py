@@ -76,7 +76,7 @@ def check_config(path: Path) -> None:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UsageError(f"config {path} is not YAML{line}: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"config {path} is not YAML: {error}") from error
+        raise UsageError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"config {path} must have lines NAME: VALUE, got {shown(root.value) if root else 'nothing'}")
     for mapping in _mappings(root, set()):

@@ -7,8 +7,8 @@ from matplotlib.patches import Rectangle
 
 from aimc_pl.schedule import Schedule
 
-MAX_DRAWN_STAGES = 64
-MAX_DRAWN_CLOCKS = 500
+MAX_DRAWN_STAGES = 32
+MAX_DRAWN_CLOCKS = 256
 """What is drawn on request has at most as many: more takes minutes, and cannot be read."""
 
 

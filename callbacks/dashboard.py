@@ -15,7 +15,7 @@ class PipelineDiagram(Callback):
     """Draws the first clocks of the running schedule (the paper's Figure 2) into TensorBoard's images.
 
     Args:
-        num_clocks: clocks to draw, at most 500.
+        num_clocks: clocks to draw, at most 256.
     """
 
     def __init__(self, num_clocks: int = 32) -> None:

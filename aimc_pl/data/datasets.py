@@ -60,9 +60,9 @@ class _TorchvisionImages(InMemoryImages):
     def _open(self, train: bool, download: bool = False) -> Any:
         try:
             return getattr(torchvision.datasets, type(self).__name__)(self.root, train=train, download=download)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
             raise UsageError(
-                f"{type(self).__name__} is not in {str(self.root)!r} ({error}). "
+                f"{type(self).__name__} is not in {str(self.root)!r} ({str(error) or 'damaged files'}). "
                 "Give its folder as data.root, or set data.download=true."
             ) from error
 
