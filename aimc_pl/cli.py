@@ -1,11 +1,13 @@
 """The command ``aimc-pl``: Lightning CLI, and the pictures of schedules and devices."""
 
+import os
 import sys
 from argparse import ArgumentError
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -40,17 +42,22 @@ class AnalogCLI(CheckpointReadingCLI):
     """Lightning CLI with OmegaConf interpolation that command-line overrides reach, and a report after the fit."""
 
     def __init__(self) -> None:
+        self._new_folders: list[Path] = []
         # aihwkit's configurations are dataclasses, which jsonargparse takes as they are unless told otherwise.
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
-        super().__init__(
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "parser_mode": "omegaconf+",
-                "exit_on_error": False,
-                "description": "Train LightningModules on pipelines of analog in-memory computing accelerators. "
-                "Further commands: 'aimc-pl schedule' draws a pipeline schedule, 'aimc-pl devices' lists the devices.",
-            },
-        )
+        try:
+            super().__init__(
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={
+                    "parser_mode": "omegaconf+",
+                    "exit_on_error": False,
+                    "description": "Train LightningModules on pipelines of analog in-memory computing accelerators. "
+                    "Further commands: 'aimc-pl schedule' draws a pipeline schedule, 'aimc-pl devices' lists devices.",
+                },
+            )
+        except (UsageError, MisconfigurationException):
+            self._remove_new_folders()
+            raise
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the arguments beyond Lightning's own."""
@@ -71,6 +78,22 @@ class AnalogCLI(CheckpointReadingCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise UsageError(str(error)) from error
+        for logger in self.trainer.loggers:
+            if logger.log_dir is not None:
+                path = Path(logger.log_dir)
+                self._new_folders += [folder for folder in (path, *path.parents) if not folder.exists()]
+
+    def _remove_new_folders(self) -> None:
+        """Remove the folders of a run that has been refused before its first step, unless others use them too."""
+        if self._new_folders and self.trainer.is_global_zero and not self.trainer.global_step:
+            for logger in self.trainer.loggers:
+                path = Path(logger.log_dir or "")
+                of_others = [events for events in path.glob("events.*") if f".{os.getpid()}." not in events.name]
+                if path in self._new_folders and not of_others:
+                    rmtree(path, ignore_errors=True)
+            for folder in self._new_folders:
+                with suppress(OSError):
+                    folder.rmdir()
 
     def after_fit(self) -> None:
         """Test if asked to, and say where to look."""

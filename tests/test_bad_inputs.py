@@ -50,7 +50,10 @@ COMMANDS = {
         [STRATEGY + "schedule=fast"],
         "schedule: expected one of ['none', 'sync', '1f1b', 'async'] or",
     ),
-    "no stages": ([STRATEGY + "num_stages=0"], "num_stages must be a whole number of at least 1, got 0"),
+    "no stages": (
+        [STRATEGY + "num_stages=0"],
+        "num_stages must be a whole number of at least 1 and",
+    ),
     "no micro-batches": ([STRATEGY + "num_microbatches=0"], "num_microbatches must be a whole number"),
     "unknown duplex": ([STRATEGY + "duplex=both"], "both"),
     "full duplex of sync": ([STRATEGY + "schedule=sync", STRATEGY + "duplex=full"], "duplex='full' is for"),
@@ -82,7 +85,7 @@ COMMANDS = {
     ),
     "unknown device": (
         [STRATEGY + "device=memristor"],
-        "unknown device 'memristor': 'aimc-pl devices' lists the names",
+        "unknown device 'memristor': 'aimc-pl devices' lists",
     ),
     "device without range": (
         [STRATEGY + "device.init_args.tau=-1"],
@@ -173,8 +176,9 @@ COMMANDS = {
 
 
 def assert_one_line(text, *parts):
+    """Not long, unless it lists the names of all modules."""
     assert "\n" not in text
-    assert len(text) <= 200
+    assert len(text) <= (400 if "split_at names" in text else 200)
     for part in parts:
         assert part in text
 
@@ -311,7 +315,7 @@ MODULES = {
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),
-    "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: choose one of"),
+    "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: 'aimc-pl devices' lists"),
     "device per stage without split": (MLP, ASYNC | {"device": {0: "ideal"}}, {}, "needs split_at"),
     "noise on an unknown layer": (
         MLP,
@@ -653,7 +657,7 @@ def test_aliases_are_followed_once():
         (["devices", "--name=soft_bounds", "--png=x.png", "--num_pulses=0"], "num_pulses must be a whole number of"),
         (
             ["devices", "--name=soft_bounds", "--png=x.png", "--num_pulses=1000000000"],
-            "num_pulses must be a whole number of",
+            "num_pulses must be a whole number",
         ),
         (["devices", "--name=soft_bounds", "--png=x.png", "--num_pulses=nan"], "num_pulses: expected int, got nan"),
     ],

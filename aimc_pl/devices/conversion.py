@@ -130,7 +130,7 @@ def _choose(
         if not matches:
             raise UsageError(
                 f"device key {key!r} matches no layer: the layers are {', '.join(able)} (if it was meant as an "
-                "argument of a device, see aimc-pl devices for the values it takes)"
+                "argument of a device, see aimc-pl devices for its values)"
             )
         chosen.update(dict.fromkeys(matches, value))
     digital = _digital_layers(network)
