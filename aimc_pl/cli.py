@@ -24,12 +24,13 @@ from aimc_pl.cli_errors import check_config, one_line
 from aimc_pl.devices import DEVICES, get_device, plot_response
 from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
-from aimc_pl.schedule import Duplex, Schedule, ScheduleName
+from aimc_pl.schedule import Duplex, ScheduleName
 
 # Registers the names "aimc_none", "aimc_sync" and "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+from aimc_pl.strategies.settings import make_schedule
 
 _EXPECTED = (
     *(UsageError, PeerError, MisconfigurationException, ArgumentError, OmegaConfBaseException),
@@ -130,7 +131,7 @@ def schedule(
         png: draw into this file instead, in the format that its name ends with.
     """
     check_number("num_stages", num_stages, at_least=1, at_most=MAX_DRAWN_STAGES, whole=True)
-    table = Schedule(schedule, num_stages, num_microbatches, duplex)
+    table = make_schedule(schedule, num_stages, num_microbatches, duplex)
     if table.num_clocks() > MAX_DRAWN_CLOCKS:
         raise UsageError(
             f"num_stages={num_stages} and num_microbatches={shown(num_microbatches)} take more than {MAX_DRAWN_CLOCKS} "

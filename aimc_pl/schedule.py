@@ -18,10 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Literal, NamedTuple
-
-from aimc_pl.arguments import check_choice, check_number
-from aimc_pl.errors import UsageError
+from typing import Literal, NamedTuple, get_args
 
 ScheduleName = Literal["none", "sync", "1f1b", "async"]
 Duplex = Literal["half", "full"]
@@ -58,7 +55,7 @@ class Schedule:
     Micro-batches are counted from the last fill, and K (by default B) is how many enter before the pipeline drains.
 
     Raises:
-        UsageError: if a number is out of range, a name is unknown, or ``duplex="full"`` is asked of another schedule.
+        ValueError: if a number is out of range, a name is unknown, or ``duplex="full"`` is asked of another schedule.
     """
 
     name: ScheduleName
@@ -67,12 +64,16 @@ class Schedule:
     duplex: Duplex = "half"
 
     def __post_init__(self) -> None:
-        check_choice("schedule", self.name, ScheduleName)
-        check_choice("duplex", self.duplex, Duplex)
+        if self.name not in get_args(ScheduleName):
+            raise ValueError(f"unknown schedule {self.name!r}: choose one of {', '.join(get_args(ScheduleName))}")
+        if self.duplex not in get_args(Duplex):
+            raise ValueError(f"unknown duplex {self.duplex!r}: choose one of {', '.join(get_args(Duplex))}")
         if self.duplex == "full" and self.name != "async":
-            raise UsageError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
-        check_number("num_stages", self.num_stages, at_least=1, at_most=MAX_STAGES, whole=True)
-        check_number("num_microbatches", self.num_microbatches, at_least=1, at_most=MAX_MICROBATCHES, whole=True)
+            raise ValueError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
+        for field, most in (("num_stages", MAX_STAGES), ("num_microbatches", MAX_MICROBATCHES)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{field} must be a whole number of at least 1 and at most {most}, got {value!r:.50}")
 
     @property
     def is_async(self) -> bool:

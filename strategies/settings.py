@@ -21,7 +21,10 @@ def make_schedule(
         UsageError: if that is no schedule for so many stages and micro-batches, or one of them is out of range.
     """
     if not callable(schedule):
-        return Schedule(schedule, num_stages, num_microbatches, duplex)
+        try:
+            return Schedule(schedule, num_stages, num_microbatches, duplex)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     if duplex != "half":
         raise UsageError(f"duplex={duplex!r} goes with schedule='async': a schedule of your own says it itself")
     check_number("num_stages", num_stages, at_least=1, at_most=MAX_STAGES, whole=True)

@@ -510,7 +510,7 @@ def test_ranges(make, name, value):
         (lambda: noise(layers="conv*"), "layers is a list of patterns of layer names, got the string 'conv*'"),
         (lambda: PydocText(val_fraction=0.5, test_fraction=0.5), "val_fraction=0.5 and test_fraction=0.5 leave no"),
         (lambda: AnalogPipelineStrategy(timeout="x" * 999), "timeout must be a finite number above 0"),
-        (lambda: Schedule("sync", 2, 2, "full"), "duplex='full' is for schedule='async'"),
+        (lambda: AnalogPipelineStrategy(schedule="sync", duplex="full"), "duplex='full' is for schedule='async'"),
     ],
 )
 def test_constructors(make, message):
@@ -521,7 +521,6 @@ def test_constructors(make, message):
 
 def test_numbers_of_numpy_are_numbers():
     """Whole ones where whole ones are asked for, and the ends of ranges."""
-    assert Schedule("async", np.int64(3)).num_stages == 3
     soft_bounds(tau=np.float32(0.5), num_states=np.int32(2), cycle_to_cycle=0)
     linear_step(gamma=0)
     linear_step(gamma=1)
