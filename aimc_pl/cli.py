@@ -1,47 +1,64 @@
 """The command ``aimc-pl``: Lightning CLI, and the pictures of schedules and devices."""
 
+import os
 import sys
 from argparse import ArgumentError
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from aimc_pl.arguments import check_number, shown
 from aimc_pl.callbacks import ClockMonitor
-from aimc_pl.cli_errors import one_line
+from aimc_pl.cli_errors import check_config, one_line
 from aimc_pl.devices import DEVICES, get_device, plot_response
-from aimc_pl.diagram import draw_figure, draw_text
+from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
-from aimc_pl.schedule import Duplex, Schedule, ScheduleName
+from aimc_pl.schedule import Duplex, ScheduleName
 
 # Registers the names "aimc_none", "aimc_sync" and "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+from aimc_pl.strategies.settings import make_schedule
+
+_EXPECTED = (
+    *(UsageError, PeerError, MisconfigurationException, ArgumentError, OmegaConfBaseException),
+    *(NotADirectoryError, FileExistsError, PermissionError),
+)
+"""What ends in one line; the last row are folders that cannot be written to."""
 
 
 class AnalogCLI(CheckpointReadingCLI):
     """Lightning CLI with OmegaConf interpolation that command-line overrides reach, and a report after the fit."""
 
     def __init__(self) -> None:
+        self._new_folders: list[Path] = []
         # aihwkit's configurations are dataclasses, which jsonargparse takes as they are unless told otherwise.
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
-        super().__init__(
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "parser_mode": "omegaconf+",
-                "exit_on_error": False,
-                "description": "Train LightningModules on pipelines of analog in-memory computing accelerators. "
-                "Further commands: 'aimc-pl schedule' draws a pipeline schedule, 'aimc-pl devices' lists the devices.",
-            },
-        )
+        try:
+            super().__init__(
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={
+                    "parser_mode": "omegaconf+",
+                    "exit_on_error": False,
+                    "description": "Train LightningModules on pipelines of analog in-memory computing accelerators. "
+                    "Further commands: 'aimc-pl schedule' draws a pipeline schedule, 'aimc-pl devices' lists devices.",
+                },
+            )
+        except (UsageError, MisconfigurationException):
+            self._remove_new_folders()
+            raise
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the arguments beyond Lightning's own."""
@@ -62,6 +79,22 @@ class AnalogCLI(CheckpointReadingCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise UsageError(str(error)) from error
+        for logger in self.trainer.loggers:
+            if logger.log_dir is not None:
+                path = Path(logger.log_dir)
+                self._new_folders += [folder for folder in (path, *path.parents) if not folder.exists()]
+
+    def _remove_new_folders(self) -> None:
+        """Remove the folders of a run that has been refused before its first step, unless others use them too."""
+        if self._new_folders and self.trainer.is_global_zero and not self.trainer.global_step:
+            for logger in self.trainer.loggers:
+                path = Path(logger.log_dir or "")
+                of_others = [events for events in path.glob("events.*") if f".{os.getpid()}." not in events.name]
+                if path in self._new_folders and not of_others:
+                    rmtree(path, ignore_errors=True)
+            for folder in self._new_folders:
+                with suppress(OSError):
+                    folder.rmdir()
 
     def after_fit(self) -> None:
         """Test if asked to, and say where to look."""
@@ -91,17 +124,24 @@ def schedule(
     """Print (or draw) what every stage does in every clock, from the fill to the drain of a mini-batch.
 
     Args:
-        num_stages: M, stages of the pipeline.
-        num_microbatches: B, micro-batches of a mini-batch.
+        num_stages: M, stages of the pipeline, at most 32.
+        num_microbatches: B, micro-batches of a mini-batch, as many as fit into 256 clocks.
         schedule: none, sync, 1f1b or async.
         duplex: of async, one operation in a clock (half) or a forward and a backward (full).
-        png: draw into this file instead.
+        png: draw into this file instead, in the format that its name ends with.
     """
-    table = _usage(Schedule, schedule, num_stages, num_microbatches, duplex)
+    check_number("num_stages", num_stages, at_least=1, at_most=MAX_DRAWN_STAGES, whole=True)
+    table = make_schedule(schedule, num_stages, num_microbatches, duplex)
+    if table.num_clocks() > MAX_DRAWN_CLOCKS:
+        raise UsageError(
+            f"num_stages={num_stages} and num_microbatches={shown(num_microbatches)} take more than {MAX_DRAWN_CLOCKS} "
+            "clocks, which is too much for a table: lower one"
+        )
     if png is None:
         print(draw_text(table, num_microbatches))
     else:
-        draw_figure(table, num_microbatches).savefig(png, dpi=150)
+        _check_picture(png)
+        _save(draw_figure(table, num_microbatches), png)
     print(
         f"{table.num_cycles()} clock cycles, computation density {table.density():.3f}, "
         f"speedup over one accelerator {table.speedup():.2f}"
@@ -114,7 +154,7 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
     Args:
         name: the device to describe.
         png: draw its response into this file.
-        num_pulses: pulses in each direction.
+        num_pulses: pulses in each direction, at most 10,000.
     """
     if name is None:
         if png is not None:
@@ -126,26 +166,38 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
     if png is None:
         print(DEVICES[name].__doc__, device, sep="\n")
     else:
-        plot_response(device, name, num_pulses).savefig(png, dpi=150)
+        _check_picture(png)
+        _save(plot_response(device, name, num_pulses), png)
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command ``aimc-pl``; a request that cannot work, or a lost process, ends in one line and exit code 1."""
-    sys.argv[1:] = args = _with_shipped_configs(sys.argv[1:] if args is None else args)
     try:
+        sys.argv[1:] = args = _with_shipped_configs(sys.argv[1:] if args is None else args)
         if args[:1] in (["schedule"], ["devices"]):
             auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
         else:
             AnalogCLI()
-    except (UsageError, PeerError, MisconfigurationException, ArgumentError) as error:
+    except _EXPECTED as error:
         sys.exit(f"aimc-pl: error: {one_line(str(error))}")
 
 
-def _usage(make: Any, *args: Any) -> Any:
+def _check_picture(path: Path) -> None:
+    """Refuse, before it is drawn, what a picture cannot be written to."""
+    if path.is_dir():
+        raise UsageError(f"png={path} is a folder: add the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"png={path} cannot be written: there is no folder {path.parent}")
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise UsageError(f"png={path} must end in .png, or another of {', '.join(known)}")
+
+
+def _save(figure: Figure, path: Path) -> None:
     try:
-        return make(*args)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UsageError(f"png={path} cannot be written: {error.strerror or error}") from error
 
 
 def _with_shipped_configs(args: list[str]) -> list[str]:
@@ -164,6 +216,7 @@ def _with_shipped_configs(args: list[str]) -> list[str]:
 def _config_path(name: str) -> str:
     """Where a config lies: a file as it is named, else the one of that name that the package brings."""
     shipped = files("aimc_pl.configs") / name
+    check_config(Path(name))
     if Path(name).exists() or Path(name).name != name or not shipped.is_file():
         return name
     with as_file(shipped) as path:

@@ -7,6 +7,10 @@ from matplotlib.patches import Rectangle
 
 from aimc_pl.schedule import Schedule
 
+MAX_DRAWN_STAGES = 32
+MAX_DRAWN_CLOCKS = 256
+"""What is drawn on request has at most as many: more takes minutes, and cannot be read."""
+
 
 def draw_text(schedule: Schedule, num_microbatches: int) -> str:
     """The clock table from the fill to the drain of some micro-batches, the last stage on top.

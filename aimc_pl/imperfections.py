@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Generator, Tensor
 
+from aimc_pl.arguments import check_number
+
 
 class WeightNoise(ABC):
     """An imperfection that shows when a stage has updated its weights."""
@@ -30,6 +32,7 @@ class WriteNoise(WeightNoise):
     """
 
     def __init__(self, std: float) -> None:
+        check_number("std", std, at_least=0)
         self.std = std
 
     def apply(self, weight: Tensor, before: Tensor, cycles: int, generator: Generator, devices: Generator) -> Tensor:
@@ -46,6 +49,8 @@ class Drift(WeightNoise):
     """
 
     def __init__(self, nu: float, t0: float = 1.0) -> None:
+        check_number("nu", nu, at_least=0)
+        check_number("t0", t0, above=0)
         self.nu = nu
         self.t0 = t0
 
@@ -63,6 +68,8 @@ class StuckAt(WeightNoise):
     """
 
     def __init__(self, fraction: float, value: float = 0.0) -> None:
+        check_number("fraction", fraction, at_least=0, at_most=1)
+        check_number("value", value)
         self.fraction = fraction
         self.value = value
 
@@ -80,6 +87,7 @@ class DeviceVariation(WeightNoise):
     """
 
     def __init__(self, std: float) -> None:
+        check_number("std", std, at_least=0)
         self.std = std
 
     def apply(self, weight: Tensor, before: Tensor, cycles: int, generator: Generator, devices: Generator) -> Tensor:
@@ -95,6 +103,7 @@ class ReadNoise:
     """
 
     def __init__(self, std: float) -> None:
+        check_number("std", std, at_least=0)
         self.std = std
 
     def draw(self, weight: Tensor, generator: Generator) -> Tensor:

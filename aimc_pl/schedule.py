@@ -23,6 +23,10 @@ from typing import Literal, NamedTuple, get_args
 ScheduleName = Literal["none", "sync", "1f1b", "async"]
 Duplex = Literal["half", "full"]
 
+MAX_STAGES = 1000
+MAX_MICROBATCHES = 100_000
+"""More is a slip of the pen, and would keep the planning of a run busy for minutes."""
+
 
 class Operation(NamedTuple):
     """The forward (``"F"``) or backward (``"B"``) of one micro-batch at one stage."""
@@ -40,8 +44,8 @@ class Schedule:
         name: ``"none"`` (one stage works at a time), ``"sync"`` (fill-drain), ``"1f1b"`` (the same clocks as
             ``"sync"``, fewer activations in flight) or ``"async"`` (every stage updates after each of its backwards
             and the pipeline stays full from one mini-batch to the next).
-        num_stages: M, at least 1.
-        num_microbatches: B, at least 1.
+        num_stages: M, from 1 to 1,000.
+        num_microbatches: B, from 1 to 100,000.
         duplex: of ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock; ``"full"``: one
             forward and one backward, and such a clock lasts two clock cycles.
 
@@ -51,7 +55,7 @@ class Schedule:
     Micro-batches are counted from the last fill, and K (by default B) is how many enter before the pipeline drains.
 
     Raises:
-        ValueError: if a number is below 1, a name is unknown, or ``duplex="full"`` is asked of another schedule.
+        ValueError: if a number is out of range, a name is unknown, or ``duplex="full"`` is asked of another schedule.
     """
 
     name: ScheduleName
@@ -66,10 +70,10 @@ class Schedule:
             raise ValueError(f"unknown duplex {self.duplex!r}: choose one of {', '.join(get_args(Duplex))}")
         if self.duplex == "full" and self.name != "async":
             raise ValueError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
-        for field in ("num_stages", "num_microbatches"):
+        for field, most in (("num_stages", MAX_STAGES), ("num_microbatches", MAX_MICROBATCHES)):
             value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{field} must be a whole number of at least 1 and at most {most}, got {value!r:.50}")
 
     @property
     def is_async(self) -> bool:

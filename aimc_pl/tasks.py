@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
+from aimc_pl.arguments import check_callable, check_number, shown
+from aimc_pl.errors import UsageError
+
 
 class Classifier(pl.LightningModule):
     """Image classification with cross-entropy.
@@ -19,7 +22,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         network: images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``.
-        num_classes: number of classes.
+        num_classes: number of classes, at least 2.
         optimizer: takes the parameters; SGD with learning rate 0.1 by default.
         lr_scheduler: takes the optimizer; stepped every epoch.
     """
@@ -32,9 +35,11 @@ class Classifier(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        _check_parts(network, optimizer, lr_scheduler)
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        check_number("num_classes", num_classes, at_least=2, whole=True)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
@@ -61,7 +66,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with the scheduler if there is one."""
-        return _configured(self.optimizer(self.parameters()), self.lr_scheduler)
+        return _configured(self, self.optimizer, self.lr_scheduler)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> Tensor:
         images, labels = batch
@@ -92,6 +97,7 @@ class LanguageModel(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        _check_parts(network, optimizer, lr_scheduler)
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -118,7 +124,7 @@ class LanguageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, with the scheduler if there is one."""
-        return _configured(self.optimizer(self.parameters()), self.lr_scheduler)
+        return _configured(self, self.optimizer, self.lr_scheduler)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         tokens, following = batch
@@ -128,5 +134,20 @@ class LanguageModel(pl.LightningModule):
         return loss
 
 
-def _configured(optimizer: Optimizer, scheduler: LRSchedulerCallable | None) -> Any:
+def _check_parts(network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"network must be a torch.nn.Module, got {shown(network)}")
+    check_callable("optimizer", optimizer)
+    if scheduler is not None:
+        check_callable("lr_scheduler", scheduler)
+
+
+def _configured(module: nn.Module, make: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> Any:
+    try:
+        optimizer: Optimizer = make(module.parameters())
+    except ValueError as error:
+        raise UsageError(f"optimizer cannot be made: {error}") from error
+    for group in optimizer.param_groups:
+        if isinstance(group.get("lr"), float):
+            check_number("lr of the optimizer", group["lr"])
     return optimizer if scheduler is None else ([optimizer], [scheduler(optimizer)])

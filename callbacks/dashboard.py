@@ -6,18 +6,20 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from aimc_pl.arguments import check_number
 from aimc_pl.callbacks.attach import get_strategy
-from aimc_pl.diagram import draw_figure
+from aimc_pl.diagram import MAX_DRAWN_CLOCKS, draw_figure
 
 
 class PipelineDiagram(Callback):
     """Draws the first clocks of the running schedule (the paper's Figure 2) into TensorBoard's images.
 
     Args:
-        num_clocks: clocks to draw.
+        num_clocks: clocks to draw, at most 256.
     """
 
     def __init__(self, num_clocks: int = 32) -> None:
+        check_number("num_clocks", num_clocks, at_least=1, at_most=MAX_DRAWN_CLOCKS, whole=True)
         self.num_clocks = num_clocks
 
     @override

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aimc_pl.arguments import check_list, check_number, check_seed
 from aimc_pl.callbacks.attach import attach, gathered, merged
 from aimc_pl.errors import UsageError
-from aimc_pl.imperfections import Noise, ReadNoise
+from aimc_pl.imperfections import Noise, ReadNoise, WeightNoise
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import StageInfo
 from aimc_pl.strategies.private_lightning import should_log
@@ -32,11 +33,11 @@ class DeviceNoise(Callback, Observer):
         stages: the stages it befalls; all by default.
         layers: patterns of layer names (as in ``LightningModule.named_modules()``); all by default.
         from_step: the first global step with noise.
-        until_step: the first global step without it again; never by default.
+        until_step: the first global step without it again, not before ``from_step``; never by default.
         seed: of the noise's own random numbers.
 
     Raises:
-        UsageError: if there is no noise, or no layer is matched.
+        UsageError: if there is no noise, a number is out of range, or no layer is matched.
     """
 
     def __init__(
@@ -48,8 +49,18 @@ class DeviceNoise(Callback, Observer):
         until_step: int | None = None,
         seed: int = 0,
     ) -> None:
+        check_list("noise", noise, (WeightNoise, ReadNoise), "kinds of noise, such as WriteNoise(0.01)")
         if not noise:
-            raise UsageError("DeviceNoise needs at least one kind of noise")
+            raise UsageError("noise is empty, and DeviceNoise needs at least one kind of noise")
+        if stages is not None:
+            check_list("stages", stages, int, "whole numbers")
+            for stage in stages:
+                check_number("each of stages", stage, at_least=0, whole=True)
+        check_list("layers", layers, str, "patterns of layer names")
+        check_number("from_step", from_step, at_least=0, whole=True)
+        if until_step is not None:
+            check_number("until_step", until_step, at_least=from_step, whole=True)
+        check_seed("seed", seed)
         self.noise = noise
         self.stages = stages
         self.layers = layers

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from aimc_pl.arguments import check_flag
 from aimc_pl.callbacks.attach import attach, gathered, merged
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
@@ -41,6 +42,7 @@ class StalenessMonitor(Callback, Observer):
     """
 
     def __init__(self, cosine: bool = False) -> None:
+        check_flag("cosine", cosine)
         self.cosine = cosine
         self.counts: dict[int, Counter[int]] = defaultdict(Counter)
         self.mismatches = 0

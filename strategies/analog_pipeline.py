@@ -79,11 +79,12 @@ class AnalogPipelineStrategy(ProcessStrategy):
         verify: compare the stages with an undivided run of training_step, once, before the first update.
         on_nonfinite: whether a loss or gradient that is not finite ends the run before it reaches the weights,
             ``"stop"``, or the first one is warned about, ``"warn"``. Hooks before a step may mend gradients.
-        timeout: seconds after which a process that does not answer is taken for lost, which ends the run.
+        timeout: seconds after which a process that does not answer is taken for lost, which ends the run;
+            above 0, at most 10⁹.
         start_timeout: the same while the processes start, up to the first mini-batch.
 
     Raises:
-        UsageError: if arguments exclude each other.
+        UsageError: if an argument is out of range, or some exclude each other.
     """
 
     strategy_name = "aimc_pipeline"

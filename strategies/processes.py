@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from torchmetrics import Metric
 
 from aimc_pl.analog import is_analog
+from aimc_pl.arguments import check_number
 from aimc_pl.errors import UsageError
 from aimc_pl.fingerprint import fingerprint
 from aimc_pl.processes import Processes
@@ -39,6 +40,8 @@ class ProcessStrategy(ParallelStrategy):
 
     def __init__(self, num_stages: int, timeout: float, start_timeout: float) -> None:
         super().__init__()
+        check_number("timeout", timeout, above=0, at_most=10**9)
+        check_number("start_timeout", start_timeout, above=0, at_most=10**9)
         self.num_nodes = 1
         self.timeout = timeout
         self.start_timeout = start_timeout

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from aimc_pl.arguments import check_callable, check_choice, check_flag, check_list, check_number
 from aimc_pl.errors import UsageError
-from aimc_pl.schedule import Duplex, Schedule, ScheduleName, check_order
+from aimc_pl.schedule import MAX_MICROBATCHES, MAX_STAGES, Duplex, Schedule, ScheduleName, check_order
 
 GradientScale = Literal["minibatch", "microbatch"]
 LossReduction = Literal["mean", "sum"]
@@ -18,13 +19,17 @@ def make_schedule(
     """The schedule that has been asked for by name, or what the user's class or function makes.
 
     Raises:
-        UsageError: if that is no schedule for so many stages and micro-batches.
-        ValueError: for an unknown name or a number below 1.
+        UsageError: if that is no schedule for so many stages and micro-batches, or one of them is out of range.
     """
     if not callable(schedule):
-        return Schedule(schedule, num_stages, num_microbatches, duplex)
+        try:
+            return Schedule(schedule, num_stages, num_microbatches, duplex)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     if duplex != "half":
         raise UsageError(f"duplex={duplex!r} goes with schedule='async': a schedule of your own says it itself")
+    check_number("num_stages", num_stages, at_least=1, at_most=MAX_STAGES, whole=True)
+    check_number("num_microbatches", num_microbatches, at_least=1, at_most=MAX_MICROBATCHES, whole=True)
     made = schedule(num_stages, num_microbatches)
     if not isinstance(made, Schedule) or (made.num_stages, made.num_microbatches) != (num_stages, num_microbatches):
         raise UsageError(
@@ -43,7 +48,7 @@ class Settings:
     """How to train; see :class:`AnalogPipelineStrategy` for the fields.
 
     Raises:
-        UsageError: if some exclude each other.
+        UsageError: if one is of another kind, or some exclude each other.
     """
 
     schedule: Schedule
@@ -57,20 +62,22 @@ class Settings:
     on_nonfinite: OnNonfinite
 
     def __post_init__(self) -> None:
-        choices = {"gradient_scale": GradientScale, "loss_reduction": LossReduction, "on_nonfinite": OnNonfinite}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise UsageError(
-                    f"unknown {name}={getattr(self, name)!r}: choose one of {', '.join(get_args(allowed))}"
-                )
+        check_choice("gradient_scale", self.gradient_scale, GradientScale)
+        check_choice("loss_reduction", self.loss_reduction, LossReduction)
+        check_choice("on_nonfinite", self.on_nonfinite, OnNonfinite)
+        check_flag("weight_stashing", self.weight_stashing)
+        check_flag("verify", self.verify)
+        for name in ("microbatch_weight", "split_batch"):
+            if getattr(self, name) is not None:
+                check_callable(name, getattr(self, name))
+        if self.split_at is not None:
+            check_list("split_at", self.split_at, str, "module names")
         if not self.schedule.is_async and self.gradient_scale == "microbatch":
             raise UsageError(
                 f"gradient_scale='microbatch' needs schedule='async': {self.schedule.name!r} updates per mini-batch"
             )
         if not self.schedule.is_async and self.weight_stashing:
             raise UsageError(f"weight_stashing needs schedule='async': {self.schedule.name!r} has no stale weights")
-        if isinstance(self.split_at, str):
-            raise UsageError(f"split_at is a list of module names, got the string {self.split_at!r}")
         num_stages = self.schedule.num_stages
         if self.split_at is not None and len(self.split_at) != num_stages - 1:
             raise UsageError(

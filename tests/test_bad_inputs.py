@@ -1,22 +1,47 @@
 """What cannot work ends in one clear line, before any weight is updated."""
 
 import sys
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import Strategy
 from lightning_modules import MLP, loader, make_trainer
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from aimc_pl.callbacks import DeviceNoise, WriteNoise
+from aimc_pl import configs, models
+from aimc_pl.callbacks import (
+    DeviceNoise,
+    DeviceVariation,
+    Drift,
+    PipelineDiagram,
+    ReadNoise,
+    StalenessMonitor,
+    StuckAt,
+    WriteNoise,
+)
 from aimc_pl.cli import main
-from aimc_pl.devices import constant_step, get_device, soft_bounds, tiki_taka
+from aimc_pl.cli_errors import check_config
+from aimc_pl.data import MNIST, Digits, ImageFolder, PydocText
+from aimc_pl.devices import (
+    constant_step,
+    get_device,
+    linear_step,
+    plot_response,
+    soft_bounds,
+    soft_bounds_reference,
+    tiki_taka,
+)
 from aimc_pl.errors import UsageError
-from aimc_pl.models import ResNet
+from aimc_pl.models import GPT, LeNet5, ResNet
 from aimc_pl.schedule import Schedule
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.training import Training
+from aimc_pl.tasks import Classifier, LanguageModel
 
 STRATEGY = "--trainer.strategy.init_args."
 
@@ -25,7 +50,10 @@ COMMANDS = {
         [STRATEGY + "schedule=fast"],
         "schedule: expected one of ['none', 'sync', '1f1b', 'async'] or",
     ),
-    "no stages": ([STRATEGY + "num_stages=0"], "num_stages must be a whole number of at least 1, got 0"),
+    "no stages": (
+        [STRATEGY + "num_stages=0"],
+        "num_stages must be a whole number of at least 1 and",
+    ),
     "no micro-batches": ([STRATEGY + "num_microbatches=0"], "num_microbatches must be a whole number"),
     "unknown duplex": ([STRATEGY + "duplex=both"], "both"),
     "full duplex of sync": ([STRATEGY + "schedule=sync", STRATEGY + "duplex=full"], "duplex='full' is for"),
@@ -55,14 +83,26 @@ COMMANDS = {
         [STRATEGY + "loss_reduction=sum", STRATEGY + "microbatch_weight=builtins.len"],
         "microbatch_weight is for losses that are means",
     ),
-    "unknown device": ([STRATEGY + "device=memristor"], "unknown device 'memristor': choose one of ideal"),
-    "device without range": ([STRATEGY + "device.init_args.tau=-1"], "a positive range"),
+    "unknown device": (
+        [STRATEGY + "device=memristor"],
+        "unknown device 'memristor': 'aimc-pl devices' lists",
+    ),
+    "device without range": (
+        [STRATEGY + "device.init_args.tau=-1"],
+        "tau must be a finite number above 0 and at most 1000000000, got -1",
+    ),
     "stashing on tiles": ([STRATEGY + "weight_stashing=true"], "a crossbar cannot keep a second set of weights"),
     "several devices": (["--trainer.devices=2"], "2 processes do not fit num_stages=4: set Trainer(devices=4)"),
     "accumulation under async": (["--trainer.accumulate_grad_batches=2"], "contradicts schedule='async'"),
     "float64 on tiles": (["--trainer.precision=64-true"], "tiles compute in float32"),
-    "no samples in a batch": (["--data.init_args.batch_size=0"], "batch_size must be at least 1, got 0"),
-    "all for validation": (["--data.init_args.val_fraction=1.0"], "val_fraction must lie between 0 and 1"),
+    "no samples in a batch": (
+        ["--data.init_args.batch_size=0"],
+        "batch_size must be a whole number of at least 1, got 0",
+    ),
+    "all for validation": (
+        ["--data.init_args.val_fraction=1.0"],
+        "val_fraction must be a finite number above 0 and below 1",
+    ),
     "batch smaller than its micro-batches": (
         ["--data.init_args.batch_size=2"],
         "2 samples cannot be split into num_microbatches=4",
@@ -97,11 +137,53 @@ COMMANDS = {
         "'backend' matches no layer: the layers are network.1, network.3, network.5, network.7 (if it was meant as an "
         "argument of a device",
     ),
+    "a device of no range": ([STRATEGY + "device.init_args.tau=.nan"], "tau must be a finite number above 0"),
+    "an endless timeout": ([STRATEGY + "timeout=.inf"], "timeout must be a finite number above 0"),
+    "no timeout": ([STRATEGY + "start_timeout=0"], "start_timeout must be a finite number above 0"),
+    "far too many stages": (
+        [STRATEGY + "num_stages=1000000000", STRATEGY + "split_at=null"],
+        "num_stages must be a whole number of at least 1 and at most 1000",
+    ),
+    "more micro-batches than samples": (
+        [STRATEGY + "num_microbatches=100000"],
+        "cannot be split into num_microbatches=100000",
+    ),
+    "noise out of range": (
+        [
+            "--trainer.callbacks+=aimc_pl.callbacks.DeviceNoise",
+            '--trainer.callbacks.noise=[{"class_path": "aimc_pl.callbacks.WriteNoise", "init_args": {"std": -1}}]',
+        ],
+        "std must be a finite number of at least 0, got -1",
+    ),
+    "a picture of no clocks": (
+        ["--trainer.callbacks+=aimc_pl.callbacks.PipelineDiagram", "--trainer.callbacks.num_clocks=0"],
+        "num_clocks must be a whole number of at least 1",
+    ),
+    "one class": (["--model.init_args.num_classes=1"], "num_classes must be a whole number of at least 2, got 1"),
+    "no learning rate": (["--model.init_args.optimizer.init_args.lr=.nan"], "lr of the optimizer must be a finite"),
+    "a negative learning rate": (["--model.init_args.optimizer.init_args.lr=-1"], "Invalid learning rate: -1"),
+    "a negative seed": (["--data=aimc_pl.data.PydocText", "--data.seed=-1"], "seed must be a whole number of at least"),
+    "no checkpoint there": (["--ckpt_path=nowhere.ckpt"], "cannot read checkpoint nowhere.ckpt: No such file"),
+    "a folder as checkpoint": (["--ckpt_path=."], "cannot read checkpoint .: Is a directory"),
+    "a text as checkpoint": (["--ckpt_path=text.ckpt"], "text.ckpt is no checkpoint, or only a part of one"),
+    "a file as folder of logs": (["--trainer.logger.init_args.save_dir=text.ckpt"], "Not a directory: "),
+    "an interpolation of nothing": (["--config=reference.yaml"], "nowhere.size' not found"),
     "a pipeline's callback without pipeline": (
         ["--trainer.strategy=auto"],
         "ClockMonitor is about a pipeline, and the strategy is SingleDeviceStrategy",
     ),
 }
+
+
+def assert_one_line(text, *parts):
+    """Not long, unless it lists the names of all modules."""
+    assert "\n" not in text
+    assert len(text) <= (400 if "split_at names" in text else 200)
+    for part in parts:
+        assert part in text
+
+
+FILES = {"text.ckpt": "a letter", "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}"}
 
 
 @pytest.mark.parametrize("case", COMMANDS)
@@ -110,17 +192,19 @@ def test_command_line(case, monkeypatch):
     arguments, message = COMMANDS[case]
     updates = []
     monkeypatch.setattr(Training, "_update", lambda *args: updates.append(1))
+    for name, content in FILES.items():
+        Path(name).write_text(content)
     monkeypatch.setattr(Strategy, "optimizer_step", lambda *args, **kwargs: updates.append(1))
     monkeypatch.setattr(sys, "argv", ["aimc-pl"])
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config=digits_async.yaml", "--trainer.enable_progress_bar=false", *arguments])
     assert isinstance(stop.value.code, str)
     assert stop.value.code.startswith("aimc-pl: error: ")
-    assert "\n" not in stop.value.code
-    assert message in stop.value.code
+    assert_one_line(stop.value.code, message)
     assert "Union" not in stop.value.code
     assert "Namespace" not in stop.value.code
     assert not updates
+    assert not [path for path in Path().iterdir() if path.is_dir()]
 
 
 class Manual(MLP):
@@ -231,7 +315,7 @@ MODULES = {
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),
-    "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: choose one of"),
+    "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: 'aimc-pl devices' lists"),
     "device per stage without split": (MLP, ASYNC | {"device": {0: "ideal"}}, {}, "needs split_at"),
     "noise on an unknown layer": (
         MLP,
@@ -282,20 +366,266 @@ def test_batches(batch, message):
         make_trainer(AnalogPipelineStrategy(3)).fit(MLP().double(), data)
 
 
+NAN, INF = float("nan"), float("inf")
+STRANGE = (NAN, INF, -INF, "1", None, True)
+"""What no number is."""
+NEGATIVE = (-1, -1e-9, *STRANGE)
+HALVES = (1.5, *STRANGE)
+
+DEVICE = {"num_states": (1, 0, -5, 10**12, *HALVES), "cycle_to_cycle": NEGATIVE, "device_to_device": NEGATIVE}
+GPT_SIZES = {"vocab_size": 11, "num_layers": 1, "width": 8, "num_heads": 2, "context": 7}
+NOISE = [WriteNoise(0.1)]
+
+
+def noise(*args, **kwargs):
+    return DeviceNoise(NOISE, *args, **kwargs)
+
+
+def gpt(**kwargs):
+    return GPT(**GPT_SIZES | kwargs)
+
+
+def pictures(num_pulses=10, num_devices=2):
+    return plot_response(get_device("soft_bounds"), "", num_pulses, num_devices)
+
+
+RANGES = [
+    (soft_bounds, DEVICE | {"tau": (0, 1e12, *NEGATIVE), "write_noise": NEGATIVE, "perfect_io": ("no", 1)}),
+    (soft_bounds_reference, {"tau": (0, NAN, INF), "num_states": (1, 2.5), "write_noise": (-1, NAN)}),
+    (
+        constant_step,
+        {"w_max": (0, -1, NAN, INF, "1"), "device_to_device": (-0.1,), "backend": ("fast", 3, None, ["bits"])},
+    ),
+    (linear_step, {"gamma": (5, 1.01, *NEGATIVE), "w_max": (0, INF), "num_states": (1,)}),
+    (tiki_taka, {"material": ("Gold", 3, None)}),
+    (WriteNoise, {"std": NEGATIVE}),
+    (ReadNoise, {"std": NEGATIVE}),
+    (DeviceVariation, {"std": NEGATIVE}),
+    (partial(Drift, nu=0.1), {"nu": NEGATIVE, "t0": (0, *NEGATIVE)}),
+    (partial(StuckAt, fraction=0.1), {"fraction": (1.5, *NEGATIVE), "value": STRANGE}),
+    (
+        noise,
+        {
+            "stages": ("0", 3, [-1], [0.5], [True]),
+            "layers": ("conv*", [3], 3),
+            "from_step": (-1, *HALVES),
+            "until_step": (-1, NAN, 1.5, "9"),
+            "seed": (-1, 2**32, *HALVES),
+        },
+    ),
+    (DeviceNoise, {"noise": ([], "WriteNoise", [0.1], 3, WriteNoise(0.1))}),
+    (StalenessMonitor, {"cosine": ("no", 1, None)}),
+    (PipelineDiagram, {"num_clocks": (0, -3, 10**9, *HALVES)}),
+    (
+        AnalogPipelineStrategy,
+        {
+            "num_stages": (0, -1, 10**9, *HALVES),
+            "num_microbatches": (0, -1, 10**9, *HALVES),
+            "schedule": ("fast", 3, None),
+            "duplex": ("both", 2, None),
+            "gradient_scale": ("none", 1, None),
+            "loss_reduction": ("max", None),
+            "weight_stashing": ("no", 1),
+            "verify": ("no", None),
+            "split_at": ("4", 4, [1, 2, 3], {"a": 1}, ["net.1"]),
+            "microbatch_weight": (3, "len"),
+            "split_batch": (3, "chunk"),
+            "timeout": (0, 1e12, *NEGATIVE),
+            "start_timeout": (0, 1e12, *NEGATIVE),
+        },
+    ),
+    (
+        partial(AnalogPipelineStrategy, schedule=partial(Schedule, "async")),
+        {"num_stages": (0, 10**9, "4"), "num_microbatches": (0, NAN), "duplex": ("full",)},
+    ),
+    (
+        Digits,
+        {
+            "batch_size": (0, -1, *HALVES),
+            "val_fraction": (0, 1, 1.5, *NEGATIVE),
+            "augment": ("no", 1),
+            "drop_last": ("no", None),
+            "split_seed": (-1, 2**32, *HALVES),
+            "num_workers": (-1, 10**6, *HALVES),
+        },
+    ),
+    (MNIST, {"root": (3, None), "download": ("no", 1)}),
+    (partial(ImageFolder, root="."), {"root": (3, None), "image_size": (0, -1, 10**6, *HALVES)}),
+    (
+        PydocText,
+        {
+            "batch_size": (0, 1.5, NAN),
+            "context": (0, -1, *HALVES),
+            "val_fraction": (0, 0.95, 1, *NEGATIVE),
+            "test_fraction": (0, 0.95, 1, *NEGATIVE),
+            "seed": (-1, 2**32, *HALVES),
+        },
+    ),
+    (models.MLP, {"sizes": ([4], [], "4, 2", 4, [4, 0], [4, -1, 2], [4, 1.5], [4, True])}),
+    (partial(models.MLP, [4, 2]), {"activation": (3, "Tanh")}),
+    (LeNet5, {"num_classes": (0, *HALVES)}),
+    (ResNet, {"depth": (9, 2, 0, -4, 8.0, "20"), "num_classes": (0, -1), "width": (0, 1.5)}),
+    (gpt, dict.fromkeys(GPT_SIZES, (0, -1, 1.5, NAN)) | {"width": (7,), "dropout": (1.5, *NEGATIVE)}),
+    (
+        partial(Classifier, torch.nn.Linear(4, 2)),
+        {"num_classes": (1, 0, *HALVES), "optimizer": ("Adam", 0.1), "lr_scheduler": (3,)},
+    ),
+    (Classifier, {"network": ("MLP", None)}),
+    (LanguageModel, {"network": ("GPT", torch.nn.Linear)}),
+    (pictures, {"num_pulses": (0, -1, 10**9, *HALVES), "num_devices": (0, 10**9, 1.5)}),
+]
+
+CASES = [
+    pytest.param(make, name, value, id=f"{getattr(make, '__name__', 'partial')}-{name}-{value!r:.30}")
+    for make, arguments in RANGES
+    for name, values in arguments.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("make", "name", "value"), CASES)
+def test_ranges(make, name, value):
+    """The line tells the argument, and the value if it is short enough to recognise."""
+    with pytest.raises(UsageError) as error:
+        make(**{name: value})
+    told = repr(value) if isinstance(value, float | int | str | None) else ""
+    assert_one_line(str(error.value), name, "" if name == "split_at" else told)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: soft_bounds(num_states=1), "at least 2 states"),
-        (lambda: constant_step(cycle_to_cycle=-1), "noise cannot be negative"),
+        (lambda: soft_bounds(tau=NAN), "tau must be a finite number above 0 and at most 1000000000, got nan"),
+        (lambda: soft_bounds(num_states=1), "num_states must be a whole number of at least 2 and"),
+        (lambda: soft_bounds(num_states=10**400), "num_states must be a whole number"),
+        (lambda: constant_step(cycle_to_cycle=-1), "cycle_to_cycle must be a finite number of at least 0, got -1"),
+        (lambda: constant_step(w_max=torch.ones(9, 9)), "w_max must be a finite number above 0"),
+        (lambda: soft_bounds(backend="exact"), "unknown backend 'exact': choose one of mean_field, bits, aihwkit"),
         (lambda: tiki_taka("Gold"), "no TikiTaka of material 'Gold'"),
         (lambda: get_device("pcm"), "unknown device 'pcm'"),
-        (lambda: ResNet(9), "6n\\+2 layers"),
+        (lambda: ResNet(9), "a CIFAR ResNet has 6n+2 layers"),
+        (lambda: models.MLP([4]), "an MLP needs at least an input and an output size"),
         (lambda: DeviceNoise([]), "at least one kind"),
+        (lambda: noise(from_step=9, until_step=8), "until_step must be a whole number of at least 9, got 8"),
+        (lambda: noise(layers="conv*"), "layers is a list of patterns of layer names, got the string 'conv*'"),
+        (lambda: PydocText(val_fraction=0.5, test_fraction=0.5), "val_fraction=0.5 and test_fraction=0.5 leave no"),
+        (lambda: AnalogPipelineStrategy(timeout="x" * 999), "timeout must be a finite number above 0"),
+        (lambda: AnalogPipelineStrategy(schedule="sync", duplex="full"), "duplex='full' is for schedule='async'"),
     ],
 )
 def test_constructors(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError) as error:
         make()
+    assert_one_line(str(error.value), message)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """Whole ones where whole ones are asked for, and the ends of ranges."""
+    soft_bounds(tau=np.float32(0.5), num_states=np.int32(2), cycle_to_cycle=0)
+    linear_step(gamma=0)
+    linear_step(gamma=1)
+    StuckAt(1)
+    noise(from_step=3, until_step=3)
+
+
+@pytest.mark.parametrize("rate", [-0.1, NAN, INF])
+def test_learning_rates(rate):
+    model = Classifier(models.MLP([4, 2]), 2, lambda parameters: torch.optim.SGD(parameters, lr=rate))
+    with pytest.raises(UsageError) as error:
+        model.configure_optimizers()
+    assert_one_line(str(error.value), "optimizer")
+
+
+def make_images(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), "red").save(path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: cut(root / "test/a/1.png"), "test/a/1.png is no image that can be read"),
+        (lambda root: (root / "train/b/2.png").write_text("no image"), "train/b/2.png is no image that can be read"),
+        (lambda root: (root / "train/b/2.png").write_bytes(b""), "train/b/2.png is no image that can be read"),
+        (lambda root: make_images(root, "test/c/1.png"), "has class 'c' in test only"),
+        (lambda root: make_images(root, "train/0/1.png"), "has class '0' in train only"),
+        (lambda root: (root / "train/empty").mkdir(), "/train/CLASS/IMAGE"),
+        (lambda root: (root / "test").rename(root / "tests"), "/test/CLASS/IMAGE"),
+        (lambda root: (root / "train").rename(root / "test/train"), "/train/CLASS/IMAGE"),
+    ],
+)
+def test_image_folders(spoil, message):
+    root = Path("images")  # short, for the length of the line
+    make_images(root, *(f"{part}/{name}/{n}.png" for part in ("train", "test") for name in "ab" for n in range(3)))
+    data = ImageFolder(root)
+    data.load()
+    spoil(root)
+    with pytest.raises(UsageError) as error:
+        data.setup("fit")
+    assert_one_line(str(error.value), message)
+
+
+@pytest.mark.parametrize(("count", "message"), [(1, "val_fraction=0.5 of 1 images leaves none to train on")])
+def test_too_few_images(count, message):
+    make_images(Path("few"), *(f"{part}/a/{n}.png" for part in ("train", "test") for n in range(count)))
+    with pytest.raises(UsageError) as error:
+        ImageFolder("few", val_fraction=0.5).setup("fit")
+    assert_one_line(str(error.value), message)
+
+
+def test_data_sets_that_are_damaged():
+    """MNIST's files are there, and no MNIST is in them."""
+    folder = Path("MNIST/raw")
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"):
+            (folder / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(UsageError) as error:
+        MNIST(".").setup("fit")
+    assert_one_line(str(error.value), "MNIST is not in '.'")
+
+
+CONFIGS = {
+    "a key twice": ("trainer:\n  max_epochs: 1\n  max_epochs: 2\n", "has 'max_epochs' twice, in lines 2 and 3"),
+    "a key twice in a line": ("trainer: {max_epochs: 1, max_epochs: 2}", "has 'max_epochs' twice, in lines 1 and 1"),
+    "a key twice in a list": ("a:\n- {b: 1}\n- c: 1\n  c: 1\n", "has 'c' twice, in lines 3 and 4"),
+    "a bracket is open": ("trainer: {callbacks: [1, 2", "is not YAML in line 1"),
+    "a tab": ("trainer:\n\tmax_epochs: 1\n", "is not YAML in line 2"),
+    "two documents": ("a: 1\n---\nb: 2\n", "is not YAML in line 2"),
+    "prose": ("Two " * 99, "must have lines NAME: VALUE, got 'Two"),
+    "a list": ("[1, 2]", "must have lines NAME: VALUE"),
+    "nothing": ("", "must have lines NAME: VALUE, got nothing"),
+    "a picture": (b"\x89PNG\r\n\xff\xff", "cannot be read as text"),
+    "an odd character": ("a: \x01", "is not YAML"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_files(case):
+    content, message = CONFIGS[case]
+    path = Path("own.yaml")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError) as error:
+        check_config(path)
+    assert_one_line(str(error.value), "config own.yaml", message)
+
+
+def test_shipped_configs_are_good():
+    shipped = sorted(Path(configs.__path__[0]).glob("*.yaml"))
+    assert len(shipped) >= 8
+    for path in shipped:
+        check_config(path)
+
+
+def test_aliases_are_followed_once():
+    Path("own.yaml").write_text("a: &a {b: &b [1], c: *b}\nd: *a\ne: &e {f: *e}\n")
+    check_config(Path("own.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -308,12 +638,33 @@ def test_constructors(make, message):
         (["devices", "--png=x.png"], "which device"),
         (["devices", "--name=ideal", "--png=x.png"], "not updated by pulses"),
         (["fit", "--config=nowhere.yaml"], "nowhere.yaml"),
+        (["fit", "--config=own.yaml"], "config own.yaml has 'a' twice, in lines 1 and 2"),
+        (["fit", "--config", "."], "not a file"),
         (["train"], "train"),
+        (["schedule", "--num_stages=many"], "num_stages: expected int, got many"),
+        (["schedule", "--num_stages=1000000000"], "num_stages must be a whole number of at least 1 and at most"),
+        (["schedule", "--num_microbatches=1000000000"], "num_microbatches must be a whole number of at least 1 and at"),
+        (["schedule", "--num_microbatches=90000"], "num_stages=4 and num_microbatches=90000 take more than"),
+        (["schedule", "--num_microbatches=-1"], "num_microbatches must be"),
+        (["schedule", "--duplex=both"], "duplex"),
+        (["schedule", "--png=nowhere/x.png"], "png=nowhere/x.png cannot be written: there is no folder nowhere"),
+        (["schedule", "--png=."], "png=. is a folder: add the name of a file"),
+        (["schedule", "--png=x"], "png=x must end in .png"),
+        (["schedule", "--png=own.yaml/x.png"], "there is no folder own.yaml"),
+        (["devices", "--name=soft_bounds", "--png=nowhere/x.png"], "png=nowhere/x.png cannot be written"),
+        (["devices", "--name=soft_bounds", "--png=x.docx"], "png=x.docx must end in .png"),
+        (["devices", "--name=soft_bounds", "--png=x.png", "--num_pulses=0"], "num_pulses must be a whole number of"),
+        (
+            ["devices", "--name=soft_bounds", "--png=x.png", "--num_pulses=1000000000"],
+            "num_pulses must be a whole number",
+        ),
+        (["devices", "--name=soft_bounds", "--png=x.png", "--num_pulses=nan"], "num_pulses: expected int, got nan"),
     ],
 )
 def test_other_commands(arguments, message, monkeypatch):
+    Path("own.yaml").write_text("a: 1\na: 2\n")
     monkeypatch.setattr(sys, "argv", ["aimc-pl"])
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert message in str(stop.value.code)
-    assert "\n" not in str(stop.value.code)
+    assert_one_line(str(stop.value.code), "aimc-pl: error: ", message)
+    assert [path.name for path in Path().iterdir()] == ["own.yaml"]

@@ -103,7 +103,7 @@ def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch
         ["fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml"],
         ["fit", "--config=none.yaml"],
     ]
-    Path("digits_async.yaml").write_text("a file of one's own comes first")
+    Path("digits_async.yaml").write_text("note: a file of one's own comes first")
     command("fit", "--config", "digits_async.yaml")
     assert seen[-1] == ["fit", "--config", "digits_async.yaml"]
 

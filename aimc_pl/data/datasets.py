@@ -8,6 +8,7 @@ import torchvision
 from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as transforms
 
+from aimc_pl.arguments import check_flag, check_number, check_path
 from aimc_pl.data.images import Images, InMemoryImages
 from aimc_pl.errors import UsageError
 
@@ -41,6 +42,8 @@ class _TorchvisionImages(InMemoryImages):
 
     def __init__(self, root: str | Path = "data", download: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_path("root", root)
+        check_flag("download", download)
         self.root = root
         self.download = download
 
@@ -57,9 +60,9 @@ class _TorchvisionImages(InMemoryImages):
     def _open(self, train: bool, download: bool = False) -> Any:
         try:
             return getattr(torchvision.datasets, type(self).__name__)(self.root, train=train, download=download)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
             raise UsageError(
-                f"{type(self).__name__} is not in {str(self.root)!r} ({error}). "
+                f"{type(self).__name__} is not in {str(self.root)!r} ({str(error) or 'damaged files'}). "
                 "Give its folder as data.root, or set data.download=true."
             ) from error
 
@@ -91,29 +94,43 @@ class ImageFolder(InMemoryImages):
 
     Args:
         root: the folder.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, at most 4096.
         kwargs: of :class:`InMemoryImages`.
 
     Raises:
-        UsageError: if the folders are not there.
+        UsageError: if the folders are not there, have other classes than each other, or an image cannot be read.
     """
 
     def __init__(self, root: str | Path, image_size: int = 32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_path("root", root)
+        check_number("image_size", image_size, at_least=1, at_most=4096, whole=True)
         self.root = Path(root)
         self.image_size = image_size
 
     def load(self) -> tuple[Images, Images]:
         """See :meth:`InMemoryImages.load`."""
-        return self._read("train"), self._read("test")
+        train, test = self._open("train"), self._open("test")
+        if odd := sorted(set(train.classes) ^ set(test.classes)):
+            part = "train" if odd[0] in train.classes else "test"
+            raise UsageError(f"{self.root} has class {odd[0]!r} in {part} only: train and test need the same classes")
+        return self._read(train), self._read(test)
 
-    def _read(self, part: str) -> Images:
+    def _open(self, part: str) -> torchvision.datasets.ImageFolder:
         try:
-            folder = torchvision.datasets.ImageFolder(str(self.root / part), self._to_square)
-        except FileNotFoundError as error:
+            return torchvision.datasets.ImageFolder(str(self.root / part), self._to_square)
+        except OSError as error:
             raise UsageError(f"ImageFolder needs {self.root / part}/CLASS/IMAGE: {error}") from error
-        images, labels = zip(*folder, strict=True)
-        return torch.stack(images), torch.tensor(labels)
+
+    def _read(self, folder: torchvision.datasets.ImageFolder) -> Images:
+        images = list[torch.Tensor]()
+        for index, (path, _) in enumerate(folder.samples):
+            try:
+                images.append(folder[index][0])
+            except (OSError, SyntaxError, ValueError) as error:
+                # Pillow's own words name an object in memory.
+                raise UsageError(f"{path} is no image that can be read: repair or remove it") from error
+        return torch.stack(images), torch.tensor(folder.targets)
 
     def _to_square(self, image: Any) -> torch.Tensor:
         return transforms.resize(transforms.pil_to_tensor(image), [self.image_size, self.image_size])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from aimc_pl.arguments import check_flag, check_number, check_seed
 from aimc_pl.errors import UsageError
 
 Images = tuple[Tensor, Tensor]
@@ -27,11 +28,11 @@ class InMemoryImages(pl.LightningDataModule, ABC):
         augment: shift training images by up to an eighth of their size and flip half of them left to right.
         drop_last: leave out an uneven last training mini-batch.
         split_seed: chooses the validation images.
-        num_workers: loader processes, which start anew with every epoch, so that a resumed run draws what the whole
-            one did; 0 loads in the main one.
+        num_workers: loader processes, at most 256, which start anew with every epoch, so that a resumed run draws what
+            the whole one did; 0 loads in the main one.
 
     Raises:
-        UsageError: for a batch size or fraction out of range.
+        UsageError: for a number out of range, or, from ``setup``, if no image is left to train on.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class InMemoryImages(pl.LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        if not 0 < val_fraction < 1:
-            raise UsageError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        check_number("batch_size", batch_size, at_least=1, whole=True)
+        check_number("val_fraction", val_fraction, above=0, below=1)
+        check_flag("augment", augment)
+        check_flag("drop_last", drop_last)
+        check_seed("split_seed", split_seed)
+        check_number("num_workers", num_workers, at_least=0, at_most=256, whole=True)
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.augment = augment
@@ -68,6 +71,8 @@ class InMemoryImages(pl.LightningDataModule, ABC):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.split_seed))
         num_val = max(1, round(self.val_fraction * len(images)))
         val, train = order[:num_val], order[num_val:]
+        if not len(train):
+            raise UsageError(f"val_fraction={self.val_fraction} of {len(images)} images leaves none to train on")
         channels = images[train].transpose(0, 1).flatten(1).float() / 255
         mean, std = channels.mean(1), channels.std(1)
         self._sets = {

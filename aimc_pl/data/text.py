@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from aimc_pl.arguments import check_number, check_seed
 from aimc_pl.errors import UsageError
 
 Sequences = tuple[Tensor, Tensor]
@@ -44,14 +45,15 @@ class PydocText(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("context", context)):
-            if size < 1:
-                raise UsageError(f"{name} must be at least 1, got {size}")
-        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+        check_number("batch_size", batch_size, at_least=1, whole=True)
+        check_number("context", context, at_least=1, whole=True)
+        check_number("val_fraction", val_fraction, above=0, below=1)
+        check_number("test_fraction", test_fraction, above=0, below=1)
+        if val_fraction + test_fraction >= 1:
             raise UsageError(
-                "val_fraction and test_fraction must be positive and leave text to train on, "
-                f"got {val_fraction} and {test_fraction}"
+                f"val_fraction={val_fraction} and test_fraction={test_fraction} leave no text to train on: lower one"
             )
+        check_seed("seed", seed)
         self.batch_size = batch_size
         self.context = context
         self.val_fraction = val_fraction

@@ -5,7 +5,7 @@ The functions are also what a config file names: ``class_path: aimc_pl.devices.s
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from aihwkit.simulator import presets
 from aihwkit.simulator.configs import (
@@ -20,6 +20,7 @@ from aihwkit.simulator.configs import (
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.base import RPUConfigBase
 
+from aimc_pl.arguments import check_choice, check_flag, check_number
 from aimc_pl.devices.mean_field import to_mean_field
 from aimc_pl.errors import UsageError
 
@@ -86,7 +87,7 @@ def constant_step(
         perfect_io: exact forward and backward products, without converters and noise.
         backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
-    device = ConstantStepDevice(**_pulsed(w_max, num_states, cycle_to_cycle, device_to_device))
+    device = ConstantStepDevice(**_pulsed("w_max", w_max, num_states, cycle_to_cycle, device_to_device))
     return _config(device, perfect_io, backend)
 
 
@@ -102,7 +103,7 @@ def linear_step(
     """Pulsed device whose step falls linearly with the weight, to (1 − gamma) of it at the bound.
 
     Args:
-        gamma: 0 is a constant step, 1 are soft bounds.
+        gamma: from 0, a constant step, to 1, soft bounds.
         w_max: the weight's range is [−w_max, w_max].
         num_states: the range over the mean step at weight 0, 2·w_max/Δw_min.
         cycle_to_cycle: standard deviation of a step, relative to it.
@@ -110,12 +111,13 @@ def linear_step(
         perfect_io: exact forward and backward products, without converters and noise.
         backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
+    check_number("gamma", gamma, at_least=0, at_most=1)
     device = LinearStepDevice(
         gamma_up=gamma,
         gamma_down=gamma,
         gamma_up_dtod=0.0,
         gamma_down_dtod=0.0,
-        **_pulsed(w_max, num_states, cycle_to_cycle, device_to_device),
+        **_pulsed("w_max", w_max, num_states, cycle_to_cycle, device_to_device),
     )
     return _config(device, perfect_io, backend)
 
@@ -140,7 +142,10 @@ def soft_bounds(
         perfect_io: exact forward and backward products, without converters and noise.
         backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
-    device = SoftBoundsDevice(write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device))
+    check_number("write_noise", write_noise, at_least=0)
+    device = SoftBoundsDevice(
+        write_noise_std=write_noise, **_pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
+    )
     return _config(device, perfect_io, backend)
 
 
@@ -164,8 +169,9 @@ def soft_bounds_reference(
         perfect_io: exact forward and backward products, without converters and noise.
         backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
     """
+    check_number("write_noise", write_noise, at_least=0)
     device = SoftBoundsReferenceDevice(
-        write_noise_std=write_noise, **_pulsed(tau, num_states, cycle_to_cycle, device_to_device)
+        write_noise_std=write_noise, **_pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
     )
     return _config(device, perfect_io, backend)
 
@@ -274,15 +280,14 @@ DEVICES: dict[str, Callable[..., AnalogDevice]] = {
 """The devices that ``device="name"`` knows."""
 
 
-def _pulsed(w_max: float, num_states: int, cycle_to_cycle: float, device_to_device: float) -> dict[str, Any]:
-    if w_max <= 0 or num_states < 2:
-        raise UsageError(
-            f"a device needs a positive range and at least 2 states, got a range of {w_max} and {num_states} states"
-        )
-    if cycle_to_cycle < 0 or device_to_device < 0:
-        raise UsageError(
-            f"noise cannot be negative: cycle_to_cycle={cycle_to_cycle}, device_to_device={device_to_device}"
-        )
+def _pulsed(
+    range_name: str, w_max: float, num_states: int, cycle_to_cycle: float, device_to_device: float
+) -> dict[str, Any]:
+    # Its step is a number in float32.
+    check_number(range_name, w_max, above=0, at_most=10**9)
+    check_number("num_states", num_states, at_least=2, at_most=10**9, whole=True)
+    check_number("cycle_to_cycle", cycle_to_cycle, at_least=0)
+    check_number("device_to_device", device_to_device, at_least=0)
     return {
         "w_max": w_max,
         "w_min": -w_max,
@@ -296,6 +301,7 @@ def _pulsed(w_max: float, num_states: int, cycle_to_cycle: float, device_to_devi
 
 
 def _config(device: PulsedDevice, perfect_io: bool, backend: Backend) -> AnalogDevice:
+    check_flag("perfect_io", perfect_io)
     config = SingleRPUConfig(device=device)
     if perfect_io:
         config.forward = IOParameters(is_perfect=True)
@@ -304,8 +310,7 @@ def _config(device: PulsedDevice, perfect_io: bool, backend: Backend) -> AnalogD
 
 
 def _simulated(config: SingleRPUConfig, backend: Backend) -> AnalogDevice:
-    if backend not in get_args(Backend):
-        raise UsageError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
+    check_choice("backend", backend, Backend)
     if backend == "aihwkit":
         return ConfiguredDevice(config)
     return ConfiguredDevice(to_mean_field(config, sample_pulses=backend == "bits"))

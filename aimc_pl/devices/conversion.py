@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog
+from aimc_pl.arguments import shown
 from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
@@ -42,7 +43,9 @@ def get_device(device: Device) -> RPUConfigBase:
         device = DEVICES[device]()
     rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
     if not isinstance(rpu_config, RPUConfigBase):
-        raise UsageError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}, or pass an aihwkit RPUConfig")
+        raise UsageError(
+            f"unknown device {shown(device)}: 'aimc-pl devices' lists the names; an aihwkit RPUConfig will do too"
+        )
     return deepcopy(rpu_config)
 
 
@@ -127,7 +130,7 @@ def _choose(
         if not matches:
             raise UsageError(
                 f"device key {key!r} matches no layer: the layers are {', '.join(able)} (if it was meant as an "
-                "argument of a device, see aimc-pl devices for the values it takes)"
+                "argument of a device, see aimc-pl devices for its values)"
             )
         chosen.update(dict.fromkeys(matches, value))
     digital = _digital_layers(network)

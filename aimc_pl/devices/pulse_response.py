@@ -10,6 +10,7 @@ from aihwkit.utils.visualization import compute_pulse_response
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from aimc_pl.arguments import check_number
 from aimc_pl.errors import UsageError
 
 
@@ -18,9 +19,14 @@ def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) ->
 
     Args:
         device: a configuration of pulsed devices.
-        num_pulses: pulses in one direction.
-        num_devices: cross-points.
+        num_pulses: pulses in one direction, at most 10,000.
+        num_devices: cross-points, at most 1,000.
+
+    Raises:
+        UsageError: for a number out of range.
     """
+    check_number("num_pulses", num_pulses, at_least=1, at_most=10_000, whole=True)
+    check_number("num_devices", num_devices, at_least=1, at_most=1000, whole=True)
     config = deepcopy(device)
     config.update.update_bl_management = config.update.update_management = False
     config.update.desired_bl = 1
@@ -38,11 +44,11 @@ def plot_response(device: RPUConfigBase, title: str = "", num_pulses: int = 1000
     Args:
         device: an aihwkit configuration.
         title: of the picture.
-        num_pulses: pulses in one direction.
-        num_devices: cross-points.
+        num_pulses: pulses in one direction, at most 10,000.
+        num_devices: cross-points, at most 1,000.
 
     Raises:
-        UsageError: if the device is not updated by pulses.
+        UsageError: if the device is not updated by pulses, or for a number out of range.
     """
     if not hasattr(device, "update"):
         raise UsageError(f"{title or type(device).__name__} is not updated by pulses: there is no response to draw")

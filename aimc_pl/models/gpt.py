@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aimc_pl.arguments import check_number
+from aimc_pl.errors import UsageError
+
 
 class GPT(nn.Module):
     """Tokens ``(batch, length)``, int64, to the next token's logits ``(batch, length, vocab_size)``.
@@ -19,19 +22,24 @@ class GPT(nn.Module):
         dropout: probability, of the embedding, the attention weights and each residual branch.
 
     Raises:
-        ValueError: for a size below 1, a width that the heads cannot share, or a sequence longer than the context.
+        UsageError: for a number out of range, or a width that the heads cannot share.
+        ValueError: for a sequence longer than the context.
     """
 
     def __init__(
         self, vocab_size: int, num_layers: int, width: int, num_heads: int, context: int, dropout: float = 0.0
     ) -> None:
-        sizes = (vocab_size, num_layers, width, num_heads, context)
-        if min(sizes) < 1:
-            raise ValueError(
-                f"a GPT's vocab_size, num_layers, width, num_heads and context must be at least 1, got {sizes}"
-            )
+        for name, size in (
+            ("vocab_size", vocab_size),
+            ("num_layers", num_layers),
+            ("width", width),
+            ("num_heads", num_heads),
+            ("context", context),
+        ):
+            check_number(name, size, at_least=1, whole=True)
+        check_number("dropout", dropout, at_least=0, at_most=1)
         if width % num_heads:
-            raise ValueError(f"the heads share the width evenly: width={width} is no multiple of num_heads={num_heads}")
+            raise UsageError(f"the heads share the width evenly: width={width} is no multiple of num_heads={num_heads}")
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(context, width)

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from aimc_pl.arguments import check_number
+
 
 class LeNet5(nn.Sequential):
     """Two convolutions and three linear layers: images ``(batch, 1, 28, 28)`` to logits ``(batch, num_classes)``.
@@ -11,6 +13,7 @@ class LeNet5(nn.Sequential):
     """
 
     def __init__(self, num_classes: int = 10) -> None:
+        check_number("num_classes", num_classes, at_least=1, whole=True)
         super().__init__(
             nn.Conv2d(1, 6, 5, padding=2),
             nn.Tanh(),

@@ -5,6 +5,9 @@ from itertools import pairwise
 
 from torch import nn
 
+from aimc_pl.arguments import check_callable, check_list, check_number
+from aimc_pl.errors import UsageError
+
 
 class MLP(nn.Sequential):
     """Flatten, then linear layers with an activation between them: ``(batch, …)`` to ``(batch, sizes[-1])``.
@@ -14,12 +17,16 @@ class MLP(nn.Sequential):
         activation: the class of the activation.
 
     Raises:
-        ValueError: for fewer than two sizes.
+        UsageError: for fewer than two sizes, or one below 1.
     """
 
     def __init__(self, sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.Sigmoid) -> None:
+        check_list("sizes", sizes, int, "whole numbers")
+        for size in sizes:
+            check_number("each of sizes", size, at_least=1, whole=True)
+        check_callable("activation", activation)
         if len(sizes) < 2:
-            raise ValueError(f"an MLP needs at least an input and an output size, got sizes={list(sizes)}")
+            raise UsageError(f"an MLP needs at least an input and an output size, got sizes={list(sizes)}")
         layers: list[nn.Module] = [nn.Flatten()]
         for features, following in pairwise(sizes[:-1]):
             layers += [nn.Linear(features, following), activation()]

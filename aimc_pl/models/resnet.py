@@ -3,6 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aimc_pl.arguments import check_number
+from aimc_pl.errors import UsageError
+
 
 class _Block(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -31,13 +34,16 @@ class ResNet(nn.Sequential):
         width: channels of the first group; the second and the third have twice and four times as many.
 
     Raises:
-        ValueError: for another depth.
+        UsageError: for another depth, or a number below 1.
     """
 
     def __init__(self, depth: int = 20, num_classes: int = 10, width: int = 16) -> None:
+        check_number("depth", depth, at_least=8, whole=True)
+        check_number("num_classes", num_classes, at_least=1, whole=True)
+        check_number("width", width, at_least=1, whole=True)
         blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"a CIFAR ResNet has 6n+2 layers (8, 14, 20, 32, 44, 56, …), got depth={depth}")
+        if rest:
+            raise UsageError(f"a CIFAR ResNet has 6n+2 layers (8, 14, 20, 32, 44, 56, …), got depth={depth}")
         super().__init__()
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)

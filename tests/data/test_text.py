@@ -101,10 +101,10 @@ def test_a_resumed_fit_sees_what_the_uninterrupted_one_would_have(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"context": 0}, "context must be at least 1"),
-        ({"val_fraction": 0.0}, "must be positive"),
-        ({"val_fraction": 0.6, "test_fraction": 0.4}, "leave text to train on"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"context": 0}, "context must be a whole number of at least 1"),
+        ({"val_fraction": 0.0}, "val_fraction must be a finite number above 0 and below 1"),
+        ({"val_fraction": 0.6, "test_fraction": 0.4}, "leave no text to train on"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -84,8 +84,8 @@ def test_dropout_in_training_only():
     ("arguments", "message"),
     [
         ({"width": 9}, "width=9 is no multiple of num_heads=2"),
-        ({"num_layers": 0}, "must be at least 1"),
-        ({"context": 0}, "must be at least 1"),
+        ({"num_layers": 0}, "num_layers must be a whole number of at least 1"),
+        ({"context": 0}, "context must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(arguments, message):

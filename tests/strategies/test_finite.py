@@ -263,5 +263,5 @@ def test_weights_at_their_bounds_are_warned_of_once(device, num):
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(UsageError, match="unknown on_nonfinite='ignore': choose one of stop, warn"):
+    with pytest.raises(UsageError, match="unknown on_nonfinite 'ignore': choose one of stop, warn"):
         AnalogPipelineStrategy(2, on_nonfinite="ignore")

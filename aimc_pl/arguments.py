@@ -1,0 +1,107 @@
+"""Checks of arguments: each refusal is one line with the argument's name, its value and what it may be."""
+
+from math import inf
+from numbers import Integral, Real
+from os import PathLike
+from reprlib import Repr
+from typing import Any, get_args
+
+from aimc_pl.errors import UsageError
+
+MAX_SEED = 2**32 - 1
+"""The largest seed, which is also Lightning's."""
+
+_short = Repr(maxother=50, maxstring=50)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Refuse what is no finite number, or not in the range.
+
+    Args:
+        name: of the argument.
+        value: what it has been given.
+        above: the range's open lower end.
+        at_least: the range's closed lower end.
+        below: the range's open upper end.
+        at_most: the range's closed upper end.
+        whole: whether only whole numbers will do.
+
+    Raises:
+        UsageError: with the name, the value and the range.
+    """
+    numbers: Any = Integral if whole else Real
+    allowed = (
+        isinstance(value, numbers)
+        and not isinstance(value, bool)
+        and -inf < value < inf
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (below is None or value < below)
+        and (at_most is None or value <= at_most)
+    )
+    if not allowed:
+        ends = {"above": above, "of at least": at_least, "below": below, "at most": at_most}
+        bounds = " and ".join(f"{words} {end}" for words, end in ends.items() if end is not None)
+        kind = "whole" if whole else "finite"
+        raise UsageError(f"{name} must be a {kind} number{bounds and f' {bounds}'}, got {shown(value)}")
+
+
+def check_seed(name: str, value: Any) -> None:
+    """Refuse what cannot start a random generator."""
+    check_number(name, value, at_least=0, at_most=MAX_SEED, whole=True)
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Refuse what is none of a ``Literal``'s values."""
+    if not isinstance(value, str) or value not in get_args(choices):
+        raise UsageError(f"unknown {name} {shown(value)}: choose one of {', '.join(get_args(choices))}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false, such as ``"no"``, which Python takes for true."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, got {shown(value)}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Refuse what is no path."""
+    if not isinstance(value, str | PathLike):
+        raise UsageError(f"{name} must be a path, got {shown(value)}")
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise UsageError(f"{name} must be a function or a class, got {shown(value)}")
+
+
+def check_list(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
+    """Refuse what is no list or tuple of some kind of things.
+
+    Args:
+        name: of the argument.
+        value: what it has been given; a string is no list.
+        kinds: what its items may be.
+        what: the items, in words.
+
+    Raises:
+        UsageError: with the name, the value and the words.
+    """
+    if isinstance(value, str):
+        raise UsageError(f"{name} is a list of {what}, got the string {shown(value)}")
+    if not isinstance(value, list | tuple) or not all(isinstance(item, kinds) for item in value):
+        raise UsageError(f"{name} is a list of {what}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value in one line that is not long."""
+    return " ".join(_short.repr(value).split())
