@@ -16,6 +16,7 @@ from aimc_pl.private_torch import tree_leaves
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.settings import OnNonfinite
 from aimc_pl.strategies.training_step import TrainingStep
+from aimc_pl.weights import read_weights
 
 _FIRST_UPDATES = 20
 _GROWTH = 1.5
@@ -30,6 +31,9 @@ class NumberCheck:
         module: that is trained.
         on_nonfinite: whether a number that is not finite ends the run; otherwise the first one is warned about.
         running_again: entered to run a micro-batch once more; ``None`` where a process does not have all stages.
+
+    Attributes:
+        stages: of this process, once they are known; it may not read the weights of others.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class NumberCheck:
         running_again: Callable[[], AbstractContextManager[None]] | None,
     ) -> None:
         self._module = module
+        self.stages: Sequence[Stage] = ()
         self._running_again = running_again
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self._has_warned = False
@@ -97,9 +102,9 @@ class NumberCheck:
                 )
                 return
 
-    def saturation(self, stages: Sequence[Stage]) -> None:
+    def saturation(self) -> None:
         """Warn, once, of a layer of which many weights are at the bounds of their devices."""
-        layers = [module for stage in stages for module in stage.modules if is_analog(module)]
+        layers = [module for stage in self.stages for module in stage.modules if is_analog(module)]
         if self._has_saturated or not layers:
             return
         from aimc_pl.devices.saturation import saturated_fraction  # with aihwkit, which is there when a layer is analog
@@ -129,8 +134,12 @@ class NumberCheck:
         """Where the first number comes from that is not finite, as far as can be told."""
         if not _is_finite(step.inputs):
             return ", as the batch holds such numbers"
+        own = {id(parameter) for stage in self.stages for parameter in stage.parameters}
         for name, parameter in self._module.named_parameters():
-            if parameter.is_floating_point() and not parameter.isfinite().all():
+            if id(parameter) not in own:
+                continue
+            has_fractions = is_analog(parameter) or parameter.is_floating_point()
+            if has_fractions and not read_weights([parameter]).isfinite().all():
                 return f", as are the weights of {_layer(name)!r}"
         name = self._first_output(step)
         return "" if name is None else f", first in the output of {name!r}"

@@ -121,8 +121,7 @@ class Training:
 
     def check_saturation(self) -> None:
         """Warn of analog layers whose weights are at the bounds of their devices."""
-        if self.pipeline is not None:
-            self._numbers.saturation(self.pipeline.stages)
+        self._numbers.saturation()
 
     def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The gradients of some parameters for a micro-batch, if all stages had their present weights."""
@@ -195,7 +194,7 @@ class Training:
         if step is None:
             return None
         self.split_at = [*step.boundaries]
-        stages = self._placement.place(step, self._trainer.optimizers)
+        stages = self._numbers.stages = self._placement.place(step, self._trainer.optimizers)
         return Pipeline(stages, schedule, self._update, self._observers, **self.counters())
 
     def _trained_besides(self) -> list[Any]:

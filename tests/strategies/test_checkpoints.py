@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,8 +34,8 @@ def data(length=19):
     return DataLoader(samples, 8)
 
 
-def strategy(device=None, num_stages=2, schedule="sync"):
-    return AnalogPipelineStrategy(num_stages, schedule, 2, device, ["l2", "l3", "l4"][: num_stages - 1])
+def strategy(device=None, num_stages=2, schedule="sync", **options):
+    return AnalogPipelineStrategy(num_stages, schedule, 2, device, ["l2", "l3", "l4"][: num_stages - 1], **options)
 
 
 def trainer(strategy="auto", **options):
@@ -110,7 +109,8 @@ def test_the_command_says_it_in_a_line(checkpoints, tmp_path, capsys):
 
 @pytest.mark.parametrize("device", [None, "ideal"])
 @pytest.mark.parametrize("monitor", [None, "loss"])
-def test_a_diverged_module_is_not_saved(monitor, device, tmp_path):
+@pytest.mark.parametrize("on_nonfinite", ["stop", "warn"])
+def test_a_diverged_module_is_not_saved(on_nonfinite, monitor, device, tmp_path):
     class Diverge(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 2 and device is None:
@@ -121,9 +121,14 @@ def test_a_diverged_module_is_not_saved(monitor, device, tmp_path):
                 pl_module.l3.set_weights(weight, bias)
 
     saver = ModelCheckpoint(tmp_path, monitor=monitor, save_last=True)
-    ours = trainer(strategy(device), max_epochs=5, enable_checkpointing=True, callbacks=[Diverge(), saver])
-    # A loss that is not a number is never the best, and nothing is saved.
-    ends = nullcontext() if monitor else pytest.raises(UsageError, match="after step 9 the weights of 'l")
+    diverging = strategy(device, on_nonfinite=on_nonfinite)
+    ours = trainer(diverging, max_epochs=5, enable_checkpointing=True, callbacks=[Diverge(), saver])
+    if on_nonfinite == "stop":
+        ends = pytest.raises(UsageError, match="the loss is not finite, as are the weights of 'l3")
+    elif monitor:  # a loss that is not a number is never the best, and nothing is saved
+        ends = pytest.warns(UserWarning, match="the loss is not finite")
+    else:
+        ends = pytest.raises(UsageError, match="after step 9 the weights of 'l")
     with ends:
         ours.fit(module(), data())
     files = {path.name: torch.load(path)["global_step"] for path in tmp_path.iterdir()}

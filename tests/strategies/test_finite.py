@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from contextlib import nullcontext
 
 import lightning as L
 import pytest
@@ -13,7 +14,10 @@ from torch.utils.data import DataLoader
 from aimc_pl.devices import constant_step, soft_bounds
 from aimc_pl.devices.saturation import saturated_fraction
 from aimc_pl.errors import UsageError
+from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies.finite import NumberCheck
+from aimc_pl.strategies.training_step import TrainingStep
 
 NAN, INF = float("nan"), float("inf")
 
@@ -135,6 +139,21 @@ def test_a_gradient_ends_the_run_before_the_update(schedule, at):
     ):
         fit(module, schedule)
     assert weights(module).isfinite().all()
+
+
+def test_a_process_reads_the_weights_of_its_own_stages_only():
+    """Those of others it does not have."""
+    module, step = Diverges(None, at=0), TrainingStep(lambda: None, torch.ones(2), 2, 1.0, 1.0, nullcontext)
+    step.output, step.number = torch.tensor(NAN), 3
+    with torch.no_grad():
+        module.net[0].weight[0, 0] = NAN
+    check = NumberCheck(module, "stop", None)
+    for name, cause in (("net.2.weight", ""), ("net.0.weight", ", as are the weights of 'net.0.weight'")):
+        stage = Stage(0)
+        stage.parameters = [module.get_parameter(name)]
+        check.stages = [stage]
+        with pytest.raises(UsageError, match=rf"the loss is not finite{cause} \(micro-batch 3, clock 9\)"):
+            check.losses([step], clock=9)
 
 
 def test_the_clock_is_that_of_the_backward():
