@@ -1,5 +1,6 @@
 """Checks of arguments: each refusal is one line with the argument's name, its value and what it may be."""
 
+from collections.abc import Sequence
 from math import inf
 from numbers import Integral, Real
 from os import PathLike
@@ -85,7 +86,7 @@ def check_callable(name: str, value: Any) -> None:
 
 
 def check_list(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
-    """Refuse what is no list or tuple of some kind of things.
+    """Refuse what is no list, tuple or other sequence of some kind of things.
 
     Args:
         name: of the argument.
@@ -98,7 +99,7 @@ def check_list(name: str, value: Any, kinds: type | tuple[type, ...], what: str)
     """
     if isinstance(value, str):
         raise UsageError(f"{name} is a list of {what}, got the string {shown(value)}")
-    if not isinstance(value, list | tuple) or not all(isinstance(item, kinds) for item in value):
+    if not isinstance(value, Sequence) or not all(isinstance(item, kinds) for item in value):
         raise UsageError(f"{name} is a list of {what}, got {shown(value)}")
 
 

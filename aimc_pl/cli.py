@@ -4,8 +4,6 @@ import os
 import sys
 from argparse import ArgumentError
 from contextlib import AbstractContextManager, ExitStack, suppress
-from importlib.resources import as_file, files
-from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -20,7 +18,8 @@ from rich.console import Console
 
 from aimc_pl.arguments import check_number, shown
 from aimc_pl.callbacks import ClockMonitor
-from aimc_pl.cli_errors import check_config, one_line
+from aimc_pl.cli_errors import one_line
+from aimc_pl.config_files import with_shipped_configs
 from aimc_pl.devices import DEVICES, get_device, plot_response
 from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
@@ -31,12 +30,6 @@ from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 from aimc_pl.strategies.settings import make_schedule
-
-_EXPECTED = (
-    *(UsageError, PeerError, MisconfigurationException, ArgumentError, OmegaConfBaseException),
-    *(NotADirectoryError, FileExistsError, PermissionError),
-)
-"""What ends in one line; the last row are folders that cannot be written to."""
 
 
 class AnalogCLI(CheckpointReadingCLI):
@@ -82,6 +75,7 @@ class AnalogCLI(CheckpointReadingCLI):
         for logger in self.trainer.loggers:
             if logger.log_dir is not None:
                 path = Path(logger.log_dir)
+                _check_folder(path)
                 self._new_folders += [folder for folder in (path, *path.parents) if not folder.exists()]
 
     def _remove_new_folders(self) -> None:
@@ -173,13 +167,22 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
 def main(args: list[str] | None = None) -> None:
     """Run the command ``aimc-pl``; a request that cannot work, or a lost process, ends in one line and exit code 1."""
     try:
-        sys.argv[1:] = args = _with_shipped_configs(sys.argv[1:] if args is None else args)
+        sys.argv[1:] = args = with_shipped_configs(sys.argv[1:] if args is None else args)
         if args[:1] in (["schedule"], ["devices"]):
             auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
         else:
             AnalogCLI()
-    except _EXPECTED as error:
+    except (UsageError, PeerError, MisconfigurationException, ArgumentError, OmegaConfBaseException) as error:
         sys.exit(f"aimc-pl: error: {one_line(str(error))}")
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder of logs that cannot be made."""
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise UsageError(f"the logger cannot write to {path}: Not a directory: {there}")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"the logger cannot write to {path}: Permission denied: {there}")
 
 
 def _check_picture(path: Path) -> None:
@@ -198,26 +201,3 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise UsageError(f"png={path} cannot be written: {error.strerror or error}") from error
-
-
-def _with_shipped_configs(args: list[str]) -> list[str]:
-    """The arguments, with paths in the place of the names of configs that the package brings."""
-    found = []
-    for before, arg in pairwise(["", *args]):
-        if before in ("--config", "-c"):
-            found.append(_config_path(arg))
-        elif arg.startswith("--config="):
-            found.append(f"--config={_config_path(arg.removeprefix('--config='))}")
-        else:
-            found.append(arg)
-    return found
-
-
-def _config_path(name: str) -> str:
-    """Where a config lies: a file as it is named, else the one of that name that the package brings."""
-    shipped = files("aimc_pl.configs") / name
-    check_config(Path(name))
-    if Path(name).exists() or Path(name).name != name or not shipped.is_file():
-        return name
-    with as_file(shipped) as path:
-        return str(path)

@@ -1,4 +1,4 @@
-"""What is wrong with a config file, and what jsonargparse says about a bad argument, in one line.
+"""What jsonargparse says about a bad argument, in one line.
 
 Where an argument may be one of several types, jsonargparse lists what is wrong with it as each of them, and all values
 around it. One of these reasons is what the user has to know: the first that is no mere "Expected a …".
@@ -6,13 +6,7 @@ around it. One of these reasons is what the user has to know: the first that is 
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import yaml
-
-from aimc_pl.arguments import shown
-from aimc_pl.errors import UsageError
+from collections.abc import Sequence
 
 _UNION = re.compile(r"^Does not validate against any of the Union subtypes\n.*?^(?P<indent> *)Errors:\n", re.M | re.S)
 _PATH = re.compile(r"^(?:Parser key \"(?P<key>[^\"]*)\":|Problem with given class_path '[^']*':) *\n*")
@@ -62,41 +56,3 @@ def _expected(types: Sequence[re.Match[str]], given: str | None) -> str:
     names = dict.fromkeys(match["name"] or match["text"] for match in types)
     words = [_WORDS.get(name, name).replace("typing.Literal", "one of ") for name in names]
     return f"expected {' or '.join(words)}{f', got {given}' if given else ''}"
-
-
-def check_config(path: Path) -> None:
-    """Refuse a config file that is not YAML, or that says something twice, of which YAML takes the last in silence."""
-    if not path.is_file():
-        return
-    try:
-        root = yaml.compose(path.read_text("utf-8"), yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {path} cannot be read as text: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UsageError(f"config {path} is not YAML{line}: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"config {path} must have lines NAME: VALUE, got {shown(root.value) if root else 'nothing'}")
-    for mapping in _mappings(root, set()):
-        lines: dict[str, int] = {}
-        for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise UsageError(f"config {path} has {key.value!r} twice, in lines {lines[key.value]} and {line}")
-            lines[key.value] = line
-
-
-def _mappings(node: yaml.Node, seen: set[int]) -> Iterator[yaml.MappingNode]:
-    """All mappings of a document, each once, however many aliases it has."""
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        for _, value in node.value:
-            yield from _mappings(value, seen)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _mappings(item, seen)

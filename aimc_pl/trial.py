@@ -1,7 +1,7 @@
 """Runs of a training step that leave no trace: to look at it, to measure it, to verify that stages change nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -176,11 +176,9 @@ class Trials:
             UsageError: if its loss is another one.
         """
         expected = reference.losses[0]
-        try:
-            with self.fresh(), torch.no_grad():  # which takes less memory, and most steps do not notice
-                self._differentiates = not is_close(self._loss_again(), expected)
-        except Exception:  # of any kind: if it is not for the missing gradients, the next run raises it again
-            self._differentiates = True
+        # Without gradients it takes less memory. Whatever fails then is tried again with them, and raised.
+        with suppress(Exception), self.fresh(), torch.no_grad():
+            self._differentiates = not is_close(self._loss_again(), expected)
         if not self._differentiates:
             return
         with self.fresh():

@@ -1,6 +1,5 @@
 """Injects imperfections of analog devices while training."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, override
@@ -14,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from aimc_pl.arguments import check_list, check_number, check_seed
 from aimc_pl.callbacks.attach import attach, gathered, merged
+from aimc_pl.callbacks.recent import Recent, means, note
 from aimc_pl.errors import UsageError
 from aimc_pl.imperfections import Noise, ReadNoise, WeightNoise
 from aimc_pl.pipeline import Event, Observer
@@ -68,7 +68,8 @@ class DeviceNoise(Callback, Observer):
         self.until_step = until_step
         self.seed = seed
         self._generator = Generator().manual_seed(seed)
-        self._moved: dict[str, list[float]] = defaultdict(list)
+        self._moved: Recent = {}
+        """Squares of how far weights were moved."""
         self._updated_at: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -151,17 +152,15 @@ class DeviceNoise(Callback, Observer):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if should_log(trainer):
-            for name, squares in merged(self._strategy.gather(dict(self._moved))).items():
-                pl_module.log(f"noise/{name}", (sum(squares) / len(squares)) ** 0.5, on_step=True, on_epoch=False)
-            self._moved.clear()
-        elif not trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue], set later
+            for name, square in means(merged(self._strategy.gather(self._moved))).items():
+                pl_module.log(f"noise/{name}", square**0.5, on_step=True, on_epoch=False)
             self._moved.clear()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
             "generators": gathered(self, self._generator.get_state()),
-            "moved": merged(gathered(self, dict(self._moved))),
+            "moved": merged(gathered(self, self._moved)),
             "updated_at": merged(gathered(self, self._updated_at)),
         }
 
@@ -197,7 +196,8 @@ class DeviceNoise(Callback, Observer):
         return layer.register_forward_hook(add)
 
     def _note(self, name: str, change: Tensor, weight: Tensor) -> None:
-        self._moved[name].append((change.norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny)).item() ** 2)
+        part = change.norm() / weight.norm().clamp(min=torch.finfo(weight.dtype).tiny)
+        note(self._moved, name, part.item() ** 2)
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aimc_pl.arguments import check_flag
 from aimc_pl.callbacks.attach import attach, gathered, merged
+from aimc_pl.callbacks.recent import Recent, means, note
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import StageInfo
@@ -47,7 +48,7 @@ class StalenessMonitor(Callback, Observer):
         self.counts: dict[int, Counter[int]] = defaultdict(Counter)
         self.mismatches = 0
         self._here: set[int] | None = None
-        self._recent: dict[str, list[float]] = defaultdict(list)
+        self._recent: Recent = {}
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -96,9 +97,9 @@ class StalenessMonitor(Callback, Observer):
         if seen is None:
             return
         drift = (read_weights(event.stage.parameters) - seen).norm() / seen.norm()
-        self._recent[f"drift_stage_{event.stage.index}"].append(drift.item())
+        note(self._recent, f"drift_stage_{event.stage.index}", drift.item())
         if self.cosine:
-            self._recent[f"cosine_stage_{event.stage.index}"].append(self._cosine(event))
+            note(self._recent, f"cosine_stage_{event.stage.index}", self._cosine(event))
         if event.stage.index == min(self._here or ()):
             del self._samples[event.microbatch]
 
@@ -106,7 +107,7 @@ class StalenessMonitor(Callback, Observer):
     def on_update(self, event: Event) -> None:
         stage = event.stage.index
         self.counts[stage][event.staleness] += 1
-        self._recent[f"stage_{stage}"].append(event.staleness)
+        note(self._recent, f"stage_{stage}", float(event.staleness))
         predicted = self._schedule.staleness(stage, event.since_fill)
         if event.staleness != predicted:
             if not self.mismatches:
@@ -122,15 +123,13 @@ class StalenessMonitor(Callback, Observer):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not should_log(trainer):
-            if not trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue], set later
-                self._recent.clear()
             return
-        recent = merged(self._strategy.gather(dict(self._recent)))
-        values = {name: sum(measured) / len(measured) for name, measured in recent.items()}
+        recent: Recent = merged(self._strategy.gather(self._recent))
+        values = means(recent)
         for stage in range(self._schedule.num_stages):
             values[f"predicted_stage_{stage}"] = float(self._schedule.max_staleness(stage))
             if measured := recent.get(f"stage_{stage}"):
-                values[f"max_stage_{stage}"] = float(max(measured))
+                _, _, values[f"max_stage_{stage}"] = measured
         pl_module.log_dict({f"staleness/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
         self._recent.clear()
 
@@ -149,7 +148,7 @@ class StalenessMonitor(Callback, Observer):
         return {
             "counts": {stage: dict(times) for stage, times in counts.items()},
             "mismatches": sum(gathered(self, self.mismatches)),
-            "recent": merged(gathered(self, dict(self._recent))),
+            "recent": merged(gathered(self, self._recent)),
         }
 
     @override

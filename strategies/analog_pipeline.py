@@ -30,7 +30,7 @@ from aimc_pl.strategies.checks import (
     warn_about_other_package,
 )
 from aimc_pl.strategies.draining import DrainFirst
-from aimc_pl.strategies.finite import check_finite
+from aimc_pl.strategies.number_check import check_finite
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode, hooks_before_step_inside
 from aimc_pl.strategies.processes import ProcessStrategy
@@ -281,7 +281,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         """Finish the micro-batches in flight, with their updates."""
         if self._training is not None:
             self._training.drain()
-            self._training.check_saturation()
+            self._training.watch_saturation()
 
     # ------------------------------------------------------------- evaluation
 

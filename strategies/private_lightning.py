@@ -66,7 +66,7 @@ def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
     if any(parameter.grad is not None for parameter in parameters):
         precision._after_closure(module, optimizer)
     else:
-        # A stage that is frozen, or all analog: torch does not clip no gradients by value.
+        # A stage that is frozen, or all analog: torch's clipping by value fails without any gradient.
         with patched((precision, "clip_grad_by_value", lambda *args, **kwargs: None)):
             precision._after_closure(module, optimizer)
 

@@ -14,8 +14,8 @@ from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import MicroBatch, Observer, Pipeline
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.batches import Batches
-from aimc_pl.strategies.finite import NumberCheck
 from aimc_pl.strategies.logbook import Logbook, discard, logging_to
+from aimc_pl.strategies.number_check import NumberCheck
 from aimc_pl.strategies.placement import Placement
 from aimc_pl.strategies.planning import settle, trials_of
 from aimc_pl.strategies.private_lightning import (
@@ -65,7 +65,9 @@ class Training:
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._optimizer: StageOptimizer | None = None
-        self._numbers = NumberCheck(module, settings.on_nonfinite, None if placement.is_apart else self._running_again)
+        self._number_check = NumberCheck(
+            module, settings.on_nonfinite, None if placement.is_apart else self._running_again
+        )
         self._num_learnt = 0
         """Micro-batches before the last update of all stages."""
         self._is_hooked = True
@@ -116,12 +118,12 @@ class Training:
         clock, first, last = self.pipeline.clock, self._num_learnt, self.pipeline.num_entered - 1
         which = f"micro-batch {last}" if first == last else f"micro-batches {first} to {last}"
         for stage in reversed(self.pipeline.stages):
-            self._numbers.gradients(stage, clock, which, [])
+            self._number_check.check_gradients(stage, clock, which, [])
         self._num_learnt = last + 1
 
-    def check_saturation(self) -> None:
+    def watch_saturation(self) -> None:
         """Warn of analog layers whose weights are at the bounds of their devices."""
-        self._numbers.saturation()
+        self._number_check.watch_saturation()
 
     def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The gradients of some parameters for a micro-batch, if all stages had their present weights."""
@@ -194,7 +196,7 @@ class Training:
         if step is None:
             return None
         self.split_at = [*step.boundaries]
-        stages = self._numbers.stages = self._placement.place(step, self._trainer.optimizers)
+        stages = self._number_check.stages = self._placement.place(step, self._trainer.optimizers)
         return Pipeline(stages, schedule, self._update, self._observers, **self.counters())
 
     def _trained_besides(self) -> list[Any]:
@@ -227,8 +229,8 @@ class Training:
                 prepare_step(trainer, optimizer)
             which = f"micro-batch {self.pipeline.last_microbatch(stage)}"
             finished = [step for step in self._steps if step.is_finished]
-            self._numbers.gradients(stage, self.pipeline.clock, which, finished)
-            self._numbers.growth(stage)
+            self._number_check.check_gradients(stage, self.pipeline.clock, which, finished)
+            self._number_check.watch_growth(stage)
             self._optimizer.step()
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
 
@@ -274,7 +276,7 @@ class Training:
         finished = [step for step in self._steps if step.is_finished]
         self._steps = [step for step in self._steps if not step.is_finished]
         if self.pipeline is not None:
-            self._numbers.losses(finished, self.pipeline.clock)
+            self._number_check.check_losses(finished, self.pipeline.clock)
         return finished
 
     @contextmanager

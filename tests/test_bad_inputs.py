@@ -25,7 +25,7 @@ from aimc_pl.callbacks import (
     WriteNoise,
 )
 from aimc_pl.cli import main
-from aimc_pl.cli_errors import check_config
+from aimc_pl.config_files import check_config
 from aimc_pl.data import MNIST, Digits, ImageFolder, PydocText
 from aimc_pl.devices import (
     constant_step,

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import StalenessMonitor
+from aimc_pl.callbacks.recent import means
 from aimc_pl.devices import constant_step, convert_to_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event
@@ -78,10 +79,9 @@ def test_drift_and_cosine_by_hand():
 
     class Keeps(StalenessMonitor):
         def on_backward(self, event):
+            self._recent.clear()
             super().on_backward(event)
-            events[event.stage.index, event.microbatch] = {
-                name: values[-1] for name, values in self._recent.items() if values
-            }
+            events[event.stage.index, event.microbatch] = means(self._recent)
 
     module = Linear().double()
     data = DataLoader(torch.tensor([[1.0], [2.0]]).double(), batch_size=2)
@@ -116,9 +116,10 @@ def test_cosine_of_a_stale_gradient_by_hand():
             self.cosines = []
 
         def on_backward(self, event):
+            self._recent.clear()
             super().on_backward(event)
             if event.stage.index == 0:
-                self.cosines.append(self._recent["cosine_stage_0"][-1])
+                self.cosines.append(means(self._recent)["cosine_stage_0"])
 
     def cosine(x, y):
         return x @ y / np.linalg.norm(x) / np.linalg.norm(y)

@@ -625,6 +625,7 @@ def train_with_lightning(module: Module, fit: Fit, samples: Sequence[Tensor]) ->
 
 
 @pytest.mark.filterwarnings(
+    # Lightning suggests more loader processes; the data are in memory.
     "ignore:.*does not have many workers",
     # While the pipeline fills, a mini-batch may end before the first update.
     "ignore:Detected call of `lr_scheduler.step",

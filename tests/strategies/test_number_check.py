@@ -16,7 +16,7 @@ from aimc_pl.devices.saturation import saturated_fraction
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy
-from aimc_pl.strategies.finite import NumberCheck
+from aimc_pl.strategies.number_check import NumberCheck
 from aimc_pl.strategies.training_step import TrainingStep
 
 NAN, INF = float("nan"), float("inf")
@@ -153,7 +153,31 @@ def test_a_process_reads_the_weights_of_its_own_stages_only():
         stage.parameters = [module.get_parameter(name)]
         check.stages = [stage]
         with pytest.raises(UsageError, match=rf"the loss is not finite{cause} \(micro-batch 3, clock 9\)"):
-            check.losses([step], clock=9)
+            check.check_losses([step], clock=9)
+
+
+class TrainsAPlainTensor(Diverges):
+    """The optimizer has it, and no module."""
+
+    def __init__(self, rate, what=None):
+        super().__init__(what, at=6)
+        self.rate = rate
+        self.outside = [torch.ones(4, 4, requires_grad=True)]
+
+    def training_step(self, batch):
+        loss = super().training_step(batch) + self.outside[0].square().mean()
+        return loss * (NAN if self.rate is None and bool((batch[1] == 6).any()) else 1.0)
+
+    def configure_optimizers(self):
+        own = {"params": self.outside, "lr": self.rate or 0.1}
+        return torch.optim.SGD([{"params": [*self.parameters()]}, own], lr=0.1)
+
+
+def test_tensors_outside_of_the_module_are_told_so():
+    with pytest.raises(UsageError, match="the loss is not finite"):
+        fit(TrainsAPlainTensor(None), "async")
+    with pytest.warns(UserWarning, match=r"one update has made a tensor outside of the module of stage \d 7.0 times"):
+        fit(TrainsAPlainTensor(rate=256.0), "async", num=1)
 
 
 def test_the_clock_is_that_of_the_backward():
@@ -177,10 +201,10 @@ def test_a_warning_goes_on_and_comes_once(what, schedule):
     assert not weights(module).isfinite().all()
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_norms_that_overflow_are_not_taken_for_gradients(large):
-    """Squares of 1e30 are infinite in single precision."""
-    module = Diverges("gradient", at=6, value=1e30 if large else 0.0)
+@pytest.mark.parametrize("value", [0.0, 1e30])
+def test_large_gradients_are_finite(value):
+    """Also where their norm is not: squares of 1e30 are infinite in single precision."""
+    module = Diverges("gradient", at=6, value=value)
     fit(module, "sync", num=2)
     assert weights(module).isfinite().all()
 

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: what is not finite ends a run before it reaches weights or checkpoints."""
+"""Numbers that go wrong in training: not finite, growing without bound, stuck at the bounds of devices."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +19,19 @@ from aimc_pl.strategies.training_step import TrainingStep
 from aimc_pl.weights import read_weights
 
 _FIRST_UPDATES = 20
+"""Of a stage, after which its weights may grow as they like."""
+
 _GROWTH = 1.5
+"""The factor by which one update may make a weight larger."""
+
 _SATURATED = 0.1
+"""The fraction of a layer's weights that may be at their bounds."""
+
 _REMEDY = "Lower the learning rate or clip gradients; on_nonfinite='warn' goes on"
 
 
 class NumberCheck:
-    """Looks at losses and gradients before every update.
+    """Looks at losses and gradients before every update, and at weights for a while.
 
     Args:
         module: that is trained.
@@ -47,13 +53,14 @@ class NumberCheck:
         self._running_again = running_again
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self._has_warned = False
+        """Of a loss or a gradient."""
         self._norms: dict[int, float] = {}
-        """Of the weights of each layer, by ``id``, at its stage's last update."""
+        """Of each weight, by ``id``, at its stage's last update."""
         self._has_grown = False
         self._has_saturated = False
 
-    def gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
-        """Of a stage that is to be updated.
+    def check_gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
+        """Refuse, or warn of, gradients that are not finite, before a stage is updated.
 
         Args:
             stage: with the gradients of its parameters, and the errors that wait for its tiles.
@@ -69,19 +76,18 @@ class NumberCheck:
         learnt = [value for parameter in stage.parameters for value in _learnt_by(parameter)]
         if not learnt or torch.cat(learnt).isfinite().all():
             return
-        wrong = {id(p) for p in stage.parameters if not all(value.isfinite().all() for value in _learnt_by(p))}
-        self.losses(steps, clock)  # says more
-        names = [name for name, parameter in self._module.named_parameters() if id(parameter) in wrong]
+        wrong = [p for p in stage.parameters if not all(value.isfinite().all() for value in _learnt_by(p))]
+        self.check_losses(steps, clock)  # says more
         # The backward comes to the last one first.
-        layer = f"of {_layer(names[-1])!r} " if names else ""
-        self._report(f"the gradient {layer}is not finite (stage {stage.index}, {microbatches}, clock {clock})")
+        name = self._name(*wrong)
+        self._report(f"the gradient of {name} is not finite (stage {stage.index}, {microbatches}, clock {clock})")
 
-    def growth(self, stage: Stage) -> None:
-        """Of the weights of a stage that is to be updated by itself, at the first updates.
+    def watch_growth(self, stage: Stage) -> None:
+        """Warn, once, if one of the first updates of a stage has made a weight much larger, before its next update.
 
-        Its micro-batches in flight go backward through the weights of now, and through what their forward has kept:
-        a normalization that has divided by the size of the activations of then, say. If an update has made weights
-        larger by a factor, it makes errors larger by that factor, which the next update is then made of. So warn.
+        Where stages update one by one, micro-batches in flight go backward through the weights of now, and through what
+        their forward has kept: a normalization that has divided by the size of the activations of then, say. Weights
+        that have become larger by a factor make the errors larger by that factor, of which the next update is made.
         """
         if self._has_grown or stage.version > _FIRST_UPDATES:
             return
@@ -92,17 +98,16 @@ class NumberCheck:
             # What begins at zero grows at first by any factor.
             self._norms[id(weight)] = 0.0 if before == 0.0 else now
             if before and now > _GROWTH * before:
-                name = next(name for name, parameter in self._module.named_parameters() if parameter is weight)
                 self._has_grown = True
                 warnings.warn(
-                    f"one update has made {name!r} of stage {stage.index} {now / before:.1f} times as large: "
-                    "micro-batches in flight go backward through it under schedule='async', and gradients may "
+                    f"one update has made {self._name(weight)} of stage {stage.index} {now / before:.1f} times as "
+                    "large: micro-batches in flight go backward through it under schedule='async', and gradients may "
                     "explode. Lower the learning rate, warm it up, or clip gradients",
                     stacklevel=2,
                 )
                 return
 
-    def saturation(self) -> None:
+    def watch_saturation(self) -> None:
         """Warn, once, of a layer of which many weights are at the bounds of their devices."""
         layers = [module for stage in self.stages for module in stage.modules if is_analog(module)]
         if self._has_saturated or not layers:
@@ -119,8 +124,8 @@ class NumberCheck:
                 stacklevel=2,
             )
 
-    def losses(self, steps: Sequence[TrainingStep], clock: int) -> None:
-        """Of micro-batches that have gone through all stages.
+    def check_losses(self, steps: Sequence[TrainingStep], clock: int) -> None:
+        """Refuse, or warn of, losses that are not finite, of micro-batches that have gone through all stages.
 
         Raises:
             UsageError: naming micro-batch and clock of the first that is not finite, and where that comes from.
@@ -134,13 +139,9 @@ class NumberCheck:
         """Where the first number comes from that is not finite, as far as can be told."""
         if not _is_finite(step.inputs):
             return ", as the batch holds such numbers"
-        own = {id(parameter) for stage in self.stages for parameter in stage.parameters}
-        for name, parameter in self._module.named_parameters():
-            if id(parameter) not in own:
-                continue
-            has_fractions = is_analog(parameter) or parameter.is_floating_point()
-            if has_fractions and not read_weights([parameter]).isfinite().all():
-                return f", as are the weights of {_layer(name)!r}"
+        for parameter in (parameter for stage in self.stages for parameter in stage.parameters):
+            if not read_weights([parameter]).isfinite().all():
+                return f", as are the weights of {self._name(parameter)}"
         name = self._first_output(step)
         return "" if name is None else f", first in the output of {name!r}"
 
@@ -157,12 +158,18 @@ class NumberCheck:
 
         handle = register_module_forward_hook(note)
         try:
-            # What else goes wrong now does not matter: the loss is what is reported.
+            # It fails where the step needs gradients, say. That does not matter: the loss is what is reported.
             with suppress(Exception), self._running_again():
                 step()
         finally:
             handle.remove()
         return found[0] if found else None
+
+    def _name(self, *parameters: Any) -> str:
+        """The name of the last of some parameters, in quotes; the optimizer may train others than the module's."""
+        some = set(map(id, parameters))
+        names = [name for name, parameter in self._module.named_parameters() if id(parameter) in some]
+        return repr(_layer(names[-1])) if names else "a tensor outside of the module"
 
     def _report(self, what: str) -> None:
         message = f"{what}. {_REMEDY}"

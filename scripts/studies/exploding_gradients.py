@@ -1,0 +1,128 @@
+"""An EfficientNet-B0 through four stages: how far updates move its weights, and whether its gradients stay finite.
+
+Five mini-batches of 32 random images, in four micro-batches each, with SGD from random weights. An update's change is
+the largest, over the layers, of the distance that it moves a weight by over the weight's norm. A minute on two cores;
+runs that the CSV file holds are not repeated. Usage:
+
+    .venv/bin/python scripts/studies/exploding_gradients.py --folder docs/results
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.models import efficientnet_b0
+
+from aimc_pl.callbacks.attach import attach
+from aimc_pl.errors import UsageError
+from aimc_pl.pipeline import Event, Observer
+from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row, select
+from aimc_pl.studies.sweeps import sweep
+
+SETTINGS: list[dict[str, Any]] = [
+    {"schedule": "async", "lr": 0.003, "clip": 0.0},
+    {"schedule": "async", "lr": 0.003, "clip": 1.0},
+    {"schedule": "async", "lr": 0.001, "clip": 0.0},
+    {"schedule": "sync", "lr": 0.003, "clip": 0.0},
+]
+"""The schedule, the learning rate, and the norm to which gradients are clipped (0: not)."""
+
+
+class Task(pl.LightningModule):
+    """Cross-entropy of an EfficientNet-B0 with ten classes."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.network = efficientnet_b0(num_classes=10)
+        self.lr = lr
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss."""
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD."""
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class Changes(pl.Callback, Observer):
+    """Measures every update."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._before: dict[int, list[Tensor]] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to the pipeline."""
+        attach(self, trainer)
+
+    def on_backward(self, event: Event) -> None:
+        """Keep the weights that the next update changes."""
+        self._before[event.stage.index] = [weight.detach().clone() for weight in event.stage.parameters]
+
+    def on_update(self, event: Event) -> None:
+        """Compare."""
+        pairs = zip(event.stage.parameters, self._before[event.stage.index], strict=True)
+        change = max(((new - old).norm() / old.norm()).item() for new, old in pairs if old.dim() > 1)
+        self.rows.append({"stage": event.stage.index, "microbatch": event.microbatch, "change": change})
+
+
+def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """Settings and seeds."""
+    settings, num_batches = (SETTINGS[:1], 1) if quick else (SETTINGS, 5)
+    return [setting | {"seed": seed, "num_batches": num_batches} for seed in range(num_seeds) for setting in settings]
+
+
+def run(schedule: Any, lr: float, clip: float, seed: int, num_batches: int) -> list[dict[str, Any]]:
+    """A row per update, and whether the run came to its end."""
+    pl.seed_everything(seed, verbose=False)
+    batches = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,))) for _ in range(num_batches)]
+    changes = Changes()
+    trainer = pl.Trainer(
+        strategy=AnalogPipelineStrategy(4, schedule, 4),
+        accelerator="cpu",
+        max_epochs=1,
+        gradient_clip_val=clip or None,
+        callbacks=[changes],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    is_finite = True
+    try:
+        trainer.fit(Task(lr), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType], a list is one
+    except UsageError as error:
+        if "not finite" not in str(error):
+            raise
+        is_finite = False
+    return [row | {"is_finite": is_finite} for row in changes.rows]
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print, per setting and seed, the largest change with each of the first micro-batches, and how it ended."""
+    for setting in SETTINGS:
+        for seed in sorted({row["seed"] for row in rows}):
+            chosen = select(rows, seed=seed, **setting)
+            numbers = sorted({row["microbatch"] for row in chosen})[:4]
+            largest = [max(row["change"] for row in select(chosen, microbatch=number)) for number in numbers]
+            if chosen:
+                end = "finite" if chosen[0]["is_finite"] else "not finite"
+                shown = ", ".join(f"{change:.2g}" for change in largest)
+                print(f"{setting['schedule']:<6} lr {setting['lr']} clip {setting['clip']}: {shown}; {end}")
+
+
+def main() -> None:
+    """Run what is missing and report."""
+    args = sweep_parser(__doc__, seeds=3).parse_args()
+    report(sweep(run, cases(args.seeds, args.quick), args.folder / "exploding_gradients.csv", args.jobs))
+
+
+if __name__ == "__main__":
+    main()
