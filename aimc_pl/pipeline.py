@@ -103,7 +103,8 @@ class Pipeline:
         self._update = update
         self._own = {stage.index: stage for stage in stages}
         self._infos = {stage.index: stage.info() for stage in stages}
-        self._contributions: dict[int, tuple[int, int]] = {}
+        self._contributions: dict[int, tuple[int, int, int]] = {}
+        """Of every stage with gradients: its last micro-batch, in the run and in the fill, and the oldest version."""
         self._start_fill()
         for observer in observers:
             observer.on_start([*self._infos.values()])
@@ -115,7 +116,7 @@ class Pipeline:
 
     def last_microbatch(self, stage: Stage) -> int:
         """The micro-batch of a stage's last backward, counted over the whole run, while the stage is updated."""
-        return self._first + self._contributions[stage.index][0]
+        return self._contributions[stage.index][0]
 
     def run(self, microbatches: Sequence[MicroBatch]) -> None:
         """Run one mini-batch.
@@ -193,7 +194,7 @@ class Pipeline:
         stage.take(k)
         self._microbatches[k].forward(index)
         for observer in self.observers:
-            observer.on_forward(self._event(stage, k, stage.version))
+            observer.on_forward(self._event(stage, self._first + k, k, stage.version))
 
     def _backward(self, operation: Operation) -> None:
         _, index, k = operation
@@ -202,18 +203,18 @@ class Pipeline:
         seen = stage.release(k)
         if index == min(self._own):
             del self._microbatches[k]
-        self._contributions[index] = k, min(seen, self._contributions.get(index, (k, seen))[1])
+        *_, oldest = self._contributions.get(index, (seen,))
+        self._contributions[index] = self._first + k, k, min(seen, oldest)
         for observer in self.observers:
-            observer.on_backward(self._event(stage, k, seen))
+            observer.on_backward(self._event(stage, self._first + k, k, seen))
 
     def _count_update(self, stage: Stage) -> None:
-        k, seen = self._contributions.pop(stage.index)
-        event = self._event(stage, k, seen)
+        event = self._event(stage, *self._contributions.pop(stage.index))
         stage.version += 1
         for observer in self.observers:
             observer.on_update(event)
 
-    def _event(self, stage: Stage, k: int, seen: int) -> Event:
+    def _event(self, stage: Stage, microbatch: int, since_fill: int, seen: int) -> Event:
         staleness = stage.version - seen
         info = self._infos[stage.index]
-        return Event(self.clock, info, self._first + k, k, stage.version, staleness, stage.num_in_flight)
+        return Event(self.clock, info, microbatch, since_fill, stage.version, staleness, stage.num_in_flight)

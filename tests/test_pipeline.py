@@ -422,6 +422,28 @@ def test_abandon_forgets_what_is_in_flight():
     assert [stage.version for stage in step.stages] == [2] * 4
 
 
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b", "async"])
+def test_events_count_micro_batches_over_the_whole_run(name):
+    """An update once per mini-batch is that of its last micro-batch, also when the pipeline has drained before it."""
+    batches, recorder = make_batches(3), Recorder()
+    step = make_even_step(make_network(), 2, batches[0], delayed=name == "async", may_share=False)
+    pipeline = Pipeline(step.stages, Schedule(name, 2, 2), lambda stage: None, [recorder])
+    with step.running():
+        for batch in batches:
+            pipeline.run(to_flights(step, batch, 2))
+            if name != "async":
+                pipeline.updated()
+        pipeline.drain()
+    for stage in range(2):
+        forwards, backwards, updates = (
+            [(event.microbatch, event.since_fill) for event in events if event.stage.index == stage]
+            for events in (recorder.forwards, recorder.backwards, recorder.updates)
+        )
+        each = [(k, k if name == "async" else k % 2) for k in range(6)]
+        assert forwards == backwards == each
+        assert updates == (each if name == "async" else each[1::2])
+
+
 @pytest.mark.parametrize("skipped", [{0}, {1, 2}, {5}, set(range(6))])
 def test_skipped_micro_batches_learn_nothing_and_keep_their_clocks(skipped):
     """A step that returns no loss leaves no gradient, and the others go on as if it had one."""

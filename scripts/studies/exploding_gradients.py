@@ -29,6 +29,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"schedule": "async", "lr": 0.003, "clip": 0.0},
     {"schedule": "async", "lr": 0.003, "clip": 1.0},
     {"schedule": "async", "lr": 0.001, "clip": 0.0},
+    {"schedule": "async", "lr": 0.0003, "clip": 0.0},
     {"schedule": "sync", "lr": 0.003, "clip": 0.0},
 ]
 """The schedule, the learning rate, and the norm to which gradients are clipped (0: not)."""
@@ -102,20 +103,25 @@ def run(schedule: Any, lr: float, clip: float, seed: int, num_batches: int) -> l
         if "not finite" not in str(error):
             raise
         is_finite = False
-    return [row | {"is_finite": is_finite} for row in changes.rows]
+    return [row | {"is_finite": int(is_finite)} for row in changes.rows]
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print, per setting and seed, the largest change with each of the first micro-batches, and how it ended."""
+    """Print, per setting and seed, the largest change with each of the first micro-batches, and of all."""
     for setting in SETTINGS:
-        for seed in sorted({row["seed"] for row in rows}):
+        for seed in sorted({str(row["seed"]) for row in rows}):
+            changes: dict[int, float] = {}
             chosen = select(rows, seed=seed, **setting)
-            numbers = sorted({row["microbatch"] for row in chosen})[:4]
-            largest = [max(row["change"] for row in select(chosen, microbatch=number)) for number in numbers]
+            for row in chosen:
+                number = int(row["microbatch"])
+                changes[number] = max(float(row["change"]), changes.get(number, 0.0))
             if chosen:
-                end = "finite" if chosen[0]["is_finite"] else "not finite"
-                shown = ", ".join(f"{change:.2g}" for change in largest)
-                print(f"{setting['schedule']:<6} lr {setting['lr']} clip {setting['clip']}: {shown}; {end}")
+                first = ", ".join(f"{change:.2g}" for change in [*changes.values()][:4])
+                end = "finite" if int(chosen[0]["is_finite"]) else "not finite"
+                print(
+                    f"{setting['schedule']:<6} lr {setting['lr']:<6} clip {setting['clip']} seed {seed}: "
+                    f"{first}; largest {max(changes.values()):.2g}, {end} with micro-batch {max(changes)}"
+                )
 
 
 def main() -> None:
