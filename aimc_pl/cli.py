@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import ArgumentError
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from shutil import rmtree
@@ -75,8 +76,10 @@ class AnalogCLI(CheckpointReadingCLI):
         for logger in self.trainer.loggers:
             if logger.log_dir is not None:
                 path = Path(logger.log_dir)
-                _check_folder(path)
-                self._new_folders += [folder for folder in (path, *path.parents) if not folder.exists()]
+                new = [folder for folder in (path, *path.parents) if not folder.exists()]
+                if self.trainer.is_global_zero:
+                    _check_folder(path, new)
+                self._new_folders += new
 
     def _remove_new_folders(self) -> None:
         """Remove the folders of a run that has been refused before its first step, unless others use them too."""
@@ -86,9 +89,7 @@ class AnalogCLI(CheckpointReadingCLI):
                 of_others = [events for events in path.glob("events.*") if f".{os.getpid()}." not in events.name]
                 if path in self._new_folders and not of_others:
                     rmtree(path, ignore_errors=True)
-            for folder in self._new_folders:
-                with suppress(OSError):
-                    folder.rmdir()
+            _remove(self._new_folders)
 
     def after_fit(self) -> None:
         """Test if asked to, and say where to look."""
@@ -176,13 +177,21 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"aimc-pl: error: {one_line(str(error))}")
 
 
-def _check_folder(path: Path) -> None:
-    """Refuse a folder of logs that cannot be made."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir():
-        raise UsageError(f"the logger cannot write to {path}: Not a directory: {there}")
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"the logger cannot write to {path}: Permission denied: {there}")
+def _check_folder(path: Path, new: Sequence[Path]) -> None:
+    """Refuse a folder of logs that cannot be made: make it, and remove again what was new."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the logger cannot write: {error.strerror}: {error.filename}") from error
+    finally:
+        _remove(new)
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """Remove folders that are empty, the innermost first."""
+    for folder in folders:
+        with suppress(OSError):  # it is not there, or others use it
+            folder.rmdir()
 
 
 def _check_picture(path: Path) -> None:

@@ -167,6 +167,7 @@ COMMANDS = {
     "a folder as checkpoint": (["--ckpt_path=."], "cannot read checkpoint .: Is a directory"),
     "a text as checkpoint": (["--ckpt_path=text.ckpt"], "text.ckpt is no checkpoint, or only a part of one"),
     "a file as folder of logs": (["--trainer.logger.init_args.save_dir=text.ckpt"], "Not a directory: "),
+    "logs where no folder can be made": (["--trainer.logger.init_args.save_dir=/proc/x"], "the logger cannot write: "),
     "an interpolation of nothing": (["--config=reference.yaml"], "nowhere.size' not found"),
     "a pipeline's callback without pipeline": (
         ["--trainer.strategy=auto"],
