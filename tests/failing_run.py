@@ -1,4 +1,4 @@
-"""Runs of three processes that come to grief. Forked from one process, since to import takes longer than to run.
+"""Runs of three processes that come to grief.
 
 python tests/failing_run.py FOLDER
 """
@@ -9,13 +9,13 @@ import signal
 import socket
 import sys
 import time
-import traceback
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import lightning as L
-import omegaconf  # noqa: F401, checkpoints load it: here, once for all runs
 import torch
+from forked import fork
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_modules import Attributes, loader
@@ -38,10 +38,9 @@ POINTS = (
 )
 KINDS = ("kill", "stop", "raise")
 RANKS = range(3)
-SQUARE = [(KINDS[(number + rank) % len(KINDS)], point, rank) for number, point in enumerate(POINTS) for rank in RANKS]
-"""Every point in every rank, every kind at every point, and every kind in every rank at a third of the points."""
+FAILURES = [*product(KINDS, POINTS, RANKS)]
 CASES = [
-    *SQUARE,
+    *FAILURES,
     *product(("terminate",), ("step", "validation step"), RANKS),
     *product(("other labels",), ("batch", "validation batch"), RANKS),
     *product(("fewer batches",), ("length",), RANKS),
@@ -50,7 +49,7 @@ CASES = [
 ]
 TIMEOUT, START_TIMEOUT, LIMIT = 12.0, 25.0, 150.0
 """The last one is that of a test, for a busy machine; all others end by themselves."""
-AT_ONCE = 8
+AT_ONCE = 12
 
 
 class Trouble:
@@ -166,26 +165,20 @@ class Run:
         self.folder.mkdir()
         self.listener = socket.create_server(("127.0.0.1", 0)) if case[0] == "taken port" else None
         port = self.listener.getsockname()[1] if self.listener else find_free_network_port()
-        self.processes = {self.fork(rank, port): rank for rank in RANKS}
+        self.processes = {self.start(rank, port): rank for rank in RANKS}
         self.exits = {}
-        self.start = time.monotonic()
+        self.since = time.monotonic()
 
-    def fork(self, rank, port):
-        process = os.fork()
-        if process:
-            return process
-        output = os.open(self.folder / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+    def start(self, rank, port):
         kind, point, troubled = self.case
-        os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ["AIMC_PL_SECRET"] = "other" if kind == "other secret" and rank == troubled else "ours"
-        try:
-            train(self.folder, Trouble(kind, point, troubled, rank))
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
-        sys.exit(0)
+        return fork(
+            partial(train, self.folder, Trouble(kind, point, troubled, rank)),
+            output=self.folder / str(rank),
+            LOCAL_RANK=rank,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            AIMC_PL_SECRET="other" if kind == "other secret" and rank == troubled else "ours",
+        )
 
     @property
     def has_ended(self):
@@ -215,7 +208,7 @@ def reap(run):
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             run.exits[rank] = os.waitstatus_to_exitcode(status)
-    if not run.has_ended and time.monotonic() - run.start < LIMIT:
+    if not run.has_ended and time.monotonic() - run.since < LIMIT:
         return False
     for process, rank in left.items():
         if rank not in run.exits:

@@ -1,16 +1,20 @@
-"""What is trained both in one process and with a stage per process. Run under torchrun, trains the cases of that size.
+"""What is trained both in one process and with a stage per process.
 
-python -m torch.distributed.run --nproc-per-node 3 tests/multiprocess_cases.py RESULTS
+Under torchrun the script trains the cases of that many stages, and otherwise it forks the processes of all cases:
+
+python tests/multiprocess_cases.py RESULTS
 """
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from aihwkit.optim.context import AnalogContext
+from forked import fork_ranks
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import grad_norm
 from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
@@ -221,14 +225,25 @@ def assert_same(theirs, ours, exactly, is_analog):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
 
 
+def train_all(folder, world, num_nodes=1):
+    """All cases of so many stages, in one of as many processes."""
+    results = {
+        name: train(folder / name, devices=world // num_nodes, num_nodes=num_nodes)
+        for name, (num_stages, train) in CASES.items()
+        if num_stages == world
+    }
+    if os.environ.get("RANK", os.environ["LOCAL_RANK"]) == "0":
+        torch.save(results, folder / f"results of {world}.pt")
+
+
 def main():
-    results = {}
-    world, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    for name, (num_stages, train) in CASES.items():
-        if num_stages == world:
-            results[name] = train(Path(sys.argv[1]) / name, devices=here, num_nodes=world // here)
-    if os.environ["RANK"] == "0":
-        torch.save(results, Path(sys.argv[1]) / "results.pt")
+    folder = Path(sys.argv[1])
+    if "WORLD_SIZE" in os.environ:
+        world = int(os.environ["WORLD_SIZE"])
+        train_all(folder, world, num_nodes=world // int(os.environ["LOCAL_WORLD_SIZE"]))
+    else:
+        for world in STAGES:
+            fork_ranks(world, partial(train_all, folder, world), folder)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Public models, tiny and with random weights, in LightningModules as their users write them.
 
-Under torchrun, trains those that have a split into as many stages as there are processes, and writes their weights:
+The script trains those that have two stages in two processes, and writes their weights:
 
-python -m torch.distributed.run --nproc-per-node 2 tests/public_models.py RESULTS
+python tests/public_models.py RESULTS
 """
 
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +17,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 import transformers
+from forked import fork_ranks
 from lightning_modules import make_trainer
 from timm.models import convnext, create_model, resnet, swin_transformer, vision_transformer
 from torch import nn
@@ -495,16 +497,21 @@ def fit_public(name, num_stages, schedule="sync", num_microbatches=1, strategy=(
     return fit(name, AnalogPipelineStrategy(num_stages, schedule, num_microbatches, **arguments), **options)
 
 
+def train_all(folder):
+    """All that have two stages, in one of two processes."""
+    results = {
+        (name, schedule): fit_public(name, 2, schedule, case.exact[-1], devices=2).state_dict()
+        for name, case in CASES.items()
+        for schedule in ("sync", "async")
+        if 2 in case.split_at and case.shared is None
+    }
+    if os.environ["LOCAL_RANK"] == "0":
+        torch.save(results, folder / "results.pt")
+
+
 def main():
-    results = {}
-    world, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    for name, case in CASES.items():
-        if world in case.split_at and case.shared is None:
-            for schedule in ("sync", "async"):
-                module = fit_public(name, world, schedule, case.exact[-1], devices=here, num_nodes=world // here)
-                results[name, schedule] = module.state_dict()
-    if os.environ["RANK"] == "0":
-        torch.save(results, Path(sys.argv[1]) / "results.pt")
+    folder = Path(sys.argv[1])
+    fork_ranks(2, partial(train_all, folder), folder)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ python tests/resuming_cases.py FOLDER PART+PART PORT...    with LOCAL_RANK for o
 import os
 import signal
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from forked import fork
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_modules import OPTIMIZERS, Attributes, Samples
 from torch.utils.data import DataLoader
@@ -174,16 +175,7 @@ def main():
     for part, run in runs(folder, world):
         if part not in parts:
             continue
-        os.environ["MASTER_PORT"] = next(ports, "")
-        if not (child := os.fork()):
-            try:
-                train(devices=world, **run)
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-        os.waitpid(child, 0)
+        os.waitpid(fork(partial(train, devices=world, **run), MASTER_PORT=next(ports, "")), 0)
 
 
 if __name__ == "__main__":

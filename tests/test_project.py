@@ -97,7 +97,7 @@ PYTHON = sorted(
 )
 EXCEPTIONS = {
     "user_code.py": ("_python_dispatch",),
-    "resuming_cases.py": (": _exit",),
+    "forked.py": (": _exit",),
     "link_exchange.py": (": _exchanges", ": _send"),
 }
 """Names that users have to import too, and do; a documented function of ``os``; our own, which a forger would use."""

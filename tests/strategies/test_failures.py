@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from failing_run import CASES, RANKS, SQUARE, START_TIMEOUT
+from failing_run import CASES, FAILURES, RANKS, START_TIMEOUT
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from long_run import train
 
@@ -35,7 +35,7 @@ def name(rank):
     return f"rank {rank} (stage {2 - rank})"
 
 
-@pytest.mark.parametrize(("kind", "point", "rank"), SQUARE)
+@pytest.mark.parametrize(("kind", "point", "rank"), FAILURES)
 def test_the_others_end_and_name_it(kind, point, rank, runs):
     exits, outputs = runs[kind, point, rank]
     survivors = [other for other in RANKS if other != rank]

@@ -20,17 +20,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_processes(folder):
-    """Results by case, of one launch per number of processes."""
+    """Results by case, of all numbers of processes."""
     train_plainly(folder, max_epochs=1)
+    command = [sys.executable, str(TESTS / "multiprocess_cases.py"), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
     results = {}
     for num_stages in STAGES:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_stages}"]
-        command = [*launch, str(TESTS / "multiprocess_cases.py"), str(folder)]
-        run = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=folder, capture_output=True, text=True, timeout=300
-        )
-        assert run.returncode == 0, run.stderr
-        results |= torch.load(folder / "results.pt", weights_only=False)
+        results |= torch.load(folder / f"results of {num_stages}.pt", weights_only=False)
     return results
 
 

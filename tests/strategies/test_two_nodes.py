@@ -60,7 +60,7 @@ def test_nodes_train_as_one_process_does(tmp_path):
     port = find_free_network_port()
     nodes = [run("multiprocess_cases.py", tmp_path, node, "127.0.0.1", port) for node in range(2)]
     assert [node.wait(timeout=200) for node in nodes] == [0, 0], outputs(tmp_path)
-    results = torch.load(tmp_path / "results.pt", weights_only=False)
+    results = torch.load(tmp_path / "results of 2.pt", weights_only=False)
     assert len(results) >= 6
     for name in results:
         ours = CASES[name][1](tmp_path / "one", devices=1)
