@@ -79,7 +79,7 @@ def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: in
 
 def _cells(schedule: Schedule, num_microbatches: int) -> dict[tuple[int, int], list[tuple[str, int]]]:
     cells: dict[tuple[int, int], list[tuple[str, int]]] = {}
-    for clock, operations in enumerate(schedule.clock_cycles(num_microbatches)):
+    for clock, operations in enumerate(schedule.clocks(num_microbatches)):
         for kind, stage, k in operations:
             cells.setdefault((stage, clock), []).append((kind, k))
     return cells

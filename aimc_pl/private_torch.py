@@ -203,11 +203,16 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+def count_as_stepped(optimizer: Optimizer) -> None:
+    """Tell learning-rate schedulers, which warn of it, that the optimizer steps before they do."""
+    optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue], schedulers add it
+
+
 def show_steps_to_schedulers(optimizer: Optimizer) -> None:
     """Wrap an optimizer's ``step`` as learning-rate schedulers do, which look whether it is called before theirs."""
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue], schedulers add it
+        count_as_stepped(optimizer)
         return type(optimizer).step(optimizer, *args, **kwargs)
 
     step._wrapped_by_lr_sched = True  # pyright: ignore[reportFunctionMemberAccess], schedulers look for it

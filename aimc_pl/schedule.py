@@ -129,7 +129,7 @@ class Schedule:
                     operations.append(Operation(kind, stage, microbatch))
         return operations
 
-    def clock_cycles(self, num_microbatches: int | None = None) -> Iterator[list[Operation]]:
+    def clocks(self, num_microbatches: int | None = None) -> Iterator[list[Operation]]:
         """Yield, clock by clock, what the stages do from the fill to the drain of K micro-batches."""
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         for clock in range(self.num_clocks(batches)):
@@ -196,10 +196,11 @@ def check_order(schedule: Schedule) -> None:
     """Walk the table of a schedule, some micro-batches long.
 
     Raises:
-        ValueError: naming the first operation that comes before what it needs, or is left out.
+        ValueError: naming the first operation that comes before what it needs, is left out, or finds its stage busy.
     """
     total = schedule.num_microbatches + 2 * schedule.num_stages if schedule.is_async else schedule.num_microbatches
-    clocks = {operation: clock for clock, row in enumerate(schedule.clock_cycles(total)) for operation in row}
+    table = [*schedule.clocks(total)]
+    clocks = {operation: clock for clock, operations in enumerate(table) for operation in operations}
     last = schedule.num_stages - 1
     for k in range(total):
         path = [Operation("F", stage, k) for stage in range(last + 1)]
@@ -213,6 +214,14 @@ def check_order(schedule: Schedule) -> None:
                 raise ValueError(
                     f"{type(schedule).__name__} has {_shown(after)} in clock {clocks[after]}, and {_shown(before)}, "
                     f"which it needs, in clock {clocks[before]}"
+                )
+    for clock, operations in enumerate(table if schedule.duplex == "half" else ()):
+        busy: dict[int, Operation] = {}
+        for operation in operations:
+            if (other := busy.setdefault(operation.stage, operation)) is not operation:
+                raise ValueError(
+                    f"{type(schedule).__name__} has {_shown(other)} and {_shown(operation)} in clock {clock}, and in "
+                    "half duplex a stage does one of them"
                 )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, override
 
 import lightning.pytorch as pl
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -28,7 +27,8 @@ class StalenessMonitor(Callback, Observer):
     Logs per stage m: ``staleness/stage_m`` (mean over the updates since the last log), ``staleness/max_stage_m``,
     ``staleness/predicted_stage_m`` (the schedule's closed form for a full pipeline), ``staleness/drift_stage_m``
     (norm of the weights' change between a micro-batch's forward and its update, relative to their norm) and, on
-    request, ``staleness/cosine_stage_m``. TensorBoard gets a histogram of the staleness with every epoch.
+    request, ``staleness/cosine_stage_m``. TensorBoard gets a histogram of the staleness, ``staleness/counts_stage_m``,
+    with every epoch.
 
     Args:
         cosine: compare the gradient that a stage holds after a backward (under the schedules that update once per
@@ -139,8 +139,7 @@ class StalenessMonitor(Callback, Observer):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for stage, counts in self.counts.items():
-                    values = torch.tensor(list(counts.elements()))
-                    logger.experiment.add_histogram(f"staleness/stage_{stage}", values, trainer.global_step)
+                    _add_histogram(logger, f"staleness/counts_stage_{stage}", counts, trainer.global_step)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -168,3 +167,19 @@ class StalenessMonitor(Callback, Observer):
         part, batch_idx = self._samples[event.microbatch]
         current = self._strategy.gradients(part, batch_idx, event.stage.parameters)
         return F.cosine_similarity(stale, current, 0).item()
+
+
+def _add_histogram(logger: TensorBoardLogger, name: str, counts: Counter[int], step: int) -> None:
+    """A histogram with a bin for every staleness from 0 on."""
+    bins = range(max(counts, default=0) + 1)
+    logger.experiment.add_histogram_raw(
+        name,
+        min=min(counts, default=0),
+        max=bins[-1],
+        num=counts.total(),
+        sum=sum(value * times for value, times in counts.items()),
+        sum_squares=sum(value**2 * times for value, times in counts.items()),
+        bucket_limits=[value + 0.5 for value in bins],
+        bucket_counts=[counts[value] for value in bins],
+        global_step=step,
+    )

@@ -19,6 +19,7 @@ from torch.serialization import safe_globals
 from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
+from aimc_pl.private_torch import count_as_stepped
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 from aimc_pl.strategies.checks import (
@@ -247,6 +248,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
                     return closure()
                 finally:
                     self._is_stepping = False
+                    # Also where the pipeline still fills, and no stage has updated yet.
+                    count_as_stepped(optimizer)
         with hooks_before_step_inside(self.precision_plugin, self._before_step):
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.pipeline is not None:

@@ -24,6 +24,9 @@ _FIRST_UPDATES = 20
 _GROWTH = 1.5
 """The factor by which one update may make a weight larger."""
 
+_NEGLIGIBLE = 0.01
+"""The norm of a row of a weight that hardly acts on its inputs."""
+
 _SATURATED = 0.1
 """The fraction of a layer's weights that may be at their bounds."""
 
@@ -95,8 +98,9 @@ class NumberCheck:
             if weight.dim() < 2 or is_analog(weight):
                 continue
             before, now = self._norms.get(id(weight)), weight.detach().norm().item()
-            # What begins at zero grows at first by any factor.
-            self._norms[id(weight)] = 0.0 if before == 0.0 else now
+            # What begins near zero grows at first by any factor, and harms nobody.
+            is_watched = now > _NEGLIGIBLE * len(weight) ** 0.5 if before is None else before > 0
+            self._norms[id(weight)] = now if is_watched else 0.0
             if before and now > _GROWTH * before:
                 self._has_grown = True
                 warnings.warn(

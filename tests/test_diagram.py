@@ -16,7 +16,7 @@ def test_every_operation_is_a_box_in_its_clock_and_on_its_stages_row(name, duple
     (axes,) = draw_figure(schedule, 4).axes
     boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     found = [(int(box.get_x()), int(box.get_y()), "B" if box.get_hatch() else "F") for box in boxes]
-    expected = [(clock, stage, kind, k) for clock, row in enumerate(schedule.clock_cycles(4)) for kind, stage, k in row]
+    expected = [(clock, stage, kind, k) for clock, row in enumerate(schedule.clocks(4)) for kind, stage, k in row]
     assert sorted(found) == sorted(operation[:3] for operation in expected)
     # The number of a micro-batch stands in its boxes, and its colour is its own.
     numbers = [(int(text.get_position()[0]), int(text.get_position()[1]), int(text.get_text())) for text in axes.texts]

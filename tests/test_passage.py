@@ -89,7 +89,7 @@ class Processes:
                 function = (functions or squared_error)(network, x, target)
                 passages.append(process.microbatch(function, weight, (x, target)))
         count = len(microbatches)
-        for operations in schedule.clock_cycles(count):
+        for operations in schedule.clocks(count):
             for kind, stage, k in operations:
                 passage = passages[count * stage + k]
                 with self.all[stage].ghosts.intercepting():

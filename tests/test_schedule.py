@@ -20,7 +20,7 @@ schedules = st.builds(
 
 
 def clocks_of(schedule, total):
-    return {operation: clock for clock, row in enumerate(schedule.clock_cycles(total)) for operation in row}
+    return {operation: clock for clock, row in enumerate(schedule.clocks(total)) for operation in row}
 
 
 def test_async_draws_as_in_the_paper():
@@ -55,7 +55,7 @@ def test_closed_forms_for_all_sizes(name, duplex, total):
     """DESIGN's formulas, written out here, for all M ≤ 16 and (as a run of `total`) B."""
     for stages in range(1, 17):
         schedule = Schedule(name, stages, total, duplex)
-        rows = list(schedule.clock_cycles(total))
+        rows = list(schedule.clocks(total))
         busy = sum(map(len, rows))
         cycles = len(rows) * (2 if duplex == "full" else 1)
         expected = {
@@ -77,7 +77,7 @@ def test_in_flight_counted(name, duplex):
         for total in range(1, 17):
             schedule = Schedule(name, stages, total, duplex)
             held, most = Counter(), Counter()
-            for row in schedule.clock_cycles(total):
+            for row in schedule.clocks(total):
                 for kind, stage, _ in row:
                     held[stage] += 1 if kind == "F" else -1
                     most[stage] = max(most[stage], held[stage])
@@ -90,7 +90,7 @@ def test_async_versions_and_staleness_counted(duplex, total):
     for stages in range(1, 17):
         schedule = Schedule("async", stages, 1, duplex)
         updates, seen = Counter(), {}
-        for row in schedule.clock_cycles(total):
+        for row in schedule.clocks(total):
             for kind, stage, k in row:
                 delay = (stages - 1 - stage) * (2 if duplex == "full" else 1)
                 if kind == "F":
@@ -110,12 +110,13 @@ def test_one_update_per_minibatch_has_no_staleness(name):
 
 
 class Shifted(Schedule):
-    """Backwards come ``early`` clocks before their time."""
+    """Backwards of a stage come ``early`` clocks before their time."""
 
     early = 0
+    stage = 1
 
     def backward_clock(self, stage, microbatch, num_microbatches=None):
-        return super().backward_clock(stage, microbatch, num_microbatches) - self.early * (stage == 1)
+        return super().backward_clock(stage, microbatch, num_microbatches) - self.early * (stage == self.stage)
 
 
 @given(schedules)
@@ -124,15 +125,26 @@ def test_named_schedules_are_in_order(schedule):
 
 
 @pytest.mark.parametrize(
-    ("early", "message"),
+    ("stage", "early", "message"),
     [
-        (1, r"Shifted has B\(stage 1, micro-batch 0\) in clock 3, and B\(stage 2, micro-batch 0\), which it needs, in"),
-        (9, r"Shifted has no clock for B\(stage 1, micro-batch 0\)"),
+        (
+            1,
+            1,
+            r"Shifted has B\(stage 1, micro-batch 0\) in clock 3, and B\(stage 2, micro-batch 0\), which it needs, in",
+        ),
+        (1, 9, r"Shifted has no clock for B\(stage 1, micro-batch 0\)"),
+        (
+            0,
+            -1,
+            r"Shifted has F\(stage 0, micro-batch 3\) and B\(stage 0, micro-batch 0\) in clock 6, and in half duplex "
+            "a stage does one of them",
+        ),
     ],
 )
-def test_clocks_out_of_order_are_refused(early, message):
+def test_clocks_out_of_order_are_refused(stage, early, message):
     schedule = Shifted("async", 3, 4)
     check_order(schedule)
+    object.__setattr__(schedule, "stage", stage)
     object.__setattr__(schedule, "early", early)
     with pytest.raises(ValueError, match=message):
         check_order(schedule)
@@ -140,7 +152,7 @@ def test_clocks_out_of_order_are_refused(early, message):
 
 @given(schedules, st.integers(1, 48))
 def test_every_forward_has_its_backward(schedule, total):
-    counts = Counter(operation for row in schedule.clock_cycles(total) for operation in row)
+    counts = Counter(operation for row in schedule.clocks(total) for operation in row)
     expected = {(kind, m, k) for kind in "FB" for m in range(schedule.num_stages) for k in range(total)}
     assert set(counts) == expected
     assert set(counts.values()) == {1}
@@ -160,7 +172,7 @@ def test_nothing_arrives_before_it_was_sent(schedule, total):
 
 @given(schedules, st.integers(1, 48))
 def test_a_stage_does_one_thing_in_a_clock(schedule, total):
-    for row in schedule.clock_cycles(total):
+    for row in schedule.clocks(total):
         at_stage = defaultdict(list)
         for kind, stage, _ in row:
             at_stage[stage].append(kind)

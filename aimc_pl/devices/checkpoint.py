@@ -48,8 +48,12 @@ _NAMES = {
     "aihwkit.simulator.tiles.analog": ("AnalogTile",),
     "aihwkit.simulator.tiles.array": ("TileModuleArray",),
     "aihwkit.simulator.tiles.floating_point": ("FloatingPointTile",),
-    "aimc_pl.devices.mean_field.config": ("MeanFieldRPUConfig",),
-    "aimc_pl.devices.mean_field.tile": ("MeanFieldSimulatorTile", "MeanFieldTile", "MeanFieldTileArray"),
+    "aimc_pl.devices.mean_field.tile": (
+        "MeanFieldRPUConfig",
+        "MeanFieldSimulatorTile",
+        "MeanFieldTile",
+        "MeanFieldTileArray",
+    ),
 }
 
 

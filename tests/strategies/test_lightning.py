@@ -165,8 +165,10 @@ def test_async_clips_and_calls_the_hook_for_each_stage():
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
-@pytest.mark.parametrize("schedule", ["sync", "async"])
-def test_learning_rate_schedulers(schedule, interval, recwarn):
+@pytest.mark.parametrize(("schedule", "num_microbatches"), [("sync", 4), ("async", 4), ("async", 1)])
+def test_learning_rate_schedulers(schedule, num_microbatches, interval, recwarn):
+    """Also where no stage has updated after the first mini-batch."""
+
     class Scheduled(Attributes):
         def __init__(self):
             super().__init__()
@@ -182,7 +184,12 @@ def test_learning_rate_schedulers(schedule, interval, recwarn):
 
     plain, ours = seeded(Scheduled), seeded(Scheduled)
     fit(plain)
-    fit(ours, AnalogPipelineStrategy(3, schedule, 4), callbacks=[LearningRateMonitor()], logger=Recorder())
+    fit(
+        ours,
+        AnalogPipelineStrategy(3, schedule, num_microbatches),
+        callbacks=[LearningRateMonitor()],
+        logger=Recorder(),
+    )
     assert ours.rates == plain.rates
     assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
     if schedule == "sync":

@@ -1,17 +1,22 @@
-"""aihwkit's tile with a torch-native crossbar inside, at a cost that does not grow with the number of pulses."""
+"""aihwkit's tile with a torch-native crossbar inside, at a cost that does not grow with the number of pulses.
+
+The crossbar, the tile around it, the array of tiles and, at the end, the configuration that names these three.
+"""
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from math import ceil, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from aihwkit.exceptions import TileError
-from aihwkit.simulator.configs import SingleRPUConfig
+from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsReferenceDevice, UpdateParameters
+from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import RPUDataType
 from aihwkit.simulator.tiles.array import TileModuleArray
 from aihwkit.simulator.tiles.base import SimulatorTile, SimulatorTileWrapper
-from aihwkit.simulator.tiles.custom import CustomTile
+from aihwkit.simulator.tiles.custom import CustomRPUConfig, CustomTile
 from aihwkit.simulator.tiles.module import TileModule
 from aihwkit.simulator.tiles.periphery import TileWithPeriphery
 from torch import Generator, Tensor, nn
@@ -29,15 +34,15 @@ from aimc_pl.devices.mean_field.converters import (
 from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, sampled_counts
 from aimc_pl.devices.mean_field.random_table import gaussian, uniform
 from aimc_pl.devices.mean_field.response import Number, Response, response_of
+from aimc_pl.devices.mean_field.support import check_support
 from aimc_pl.devices.mean_field.vectors import Convolution, Gathered, Patches, Vectors
 from aimc_pl.devices.private_aihwkit import RecreatedQuietly
-
-if TYPE_CHECKING:
-    from aimc_pl.devices.mean_field.config import MeanFieldRPUConfig
 
 _ROWS = Vectors(-1)
 _LARGEST_REACH = 0.5
 """How far, in units of a device's relaxation, a batch may move a weight before it is split."""
+_SHARED = ("device", "forward", "backward", "update", "mapping", "pre_post", "runtime")
+"""The sections that the configuration of a mean-field tile has in common with aihwkit's."""
 
 
 class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
@@ -292,7 +297,7 @@ class MeanFieldTile(RecreatedQuietly, CustomTile):
     Args:
         out_size: outputs.
         in_size: inputs.
-        rpu_config: see :class:`~aimc_pl.devices.mean_field.config.MeanFieldRPUConfig`.
+        rpu_config: see :class:`MeanFieldRPUConfig`.
         bias: whether there is one; on the crossbar or digital, as the configuration's mapping says.
         in_trans: not supported.
         out_trans: not supported.
@@ -430,6 +435,39 @@ class MeanFieldTileArray(TileModuleArray):
     def _tiles(self) -> Sequence[Sequence[MeanFieldTile]]:
         tiles: Any = self.array
         return tiles
+
+
+@dataclass
+class MeanFieldRPUConfig(CustomRPUConfig):
+    """A crossbar of pulsed devices whose updates are computed from the numbers of pulses, not pulse by pulse."""
+
+    tile_class: type = MeanFieldTile
+    simulator_tile_class: type = MeanFieldSimulatorTile
+    tile_array_class: type = MeanFieldTileArray
+
+    device: PulsedDevice = field(default_factory=SoftBoundsReferenceDevice)
+    """One of aihwkit's step devices, with all its parameters."""
+
+    update: UpdateParameters = field(default_factory=UpdateParameters)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Pulse trains and their management."""
+
+    sample_pulses: bool = False
+    """Draw the pulse trains and count their coincidences, instead of taking the counts' mean and variance."""
+
+
+def to_mean_field(config: SingleRPUConfig, sample_pulses: bool = False) -> MeanFieldRPUConfig:
+    """The configuration of a mean-field tile for the same crossbar.
+
+    Args:
+        config: a single pulsed device.
+        sample_pulses: see :class:`MeanFieldRPUConfig`.
+
+    Raises:
+        UsageError: if the tile does not simulate what is configured.
+    """
+    check_support(config)
+    shared = {name: deepcopy(getattr(config, name)) for name in _SHARED}
+    return MeanFieldRPUConfig(**shared, sample_pulses=sample_pulses)
 
 
 def _times(y: Tensor, scale: float) -> Tensor:
