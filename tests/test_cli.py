@@ -47,6 +47,9 @@ def test_there_are_configs():
     assert len(CONFIGS) >= 8
 
 
+@pytest.mark.filterwarnings("ignore:one update has made")
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_runs(config, command, monkeypatch, capsys):
     """Two steps on the real digits, or on noise where the data would have to be downloaded."""

@@ -632,6 +632,8 @@ MODELS = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_the_undivided_module(model, num_stages):

@@ -13,7 +13,10 @@ Row = Mapping[str, Any]
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, none if there is no file."""
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -128,6 +128,7 @@ def test_a_loss_ends_the_run(what, value, cause, schedule):
         assert torch.equal(weights(module), weights(fit(Diverges(None, at=6), schedule, num=1)))
 
 
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "async"])
 @pytest.mark.parametrize("at", [0, 6, 15])
 def test_a_gradient_ends_the_run_before_the_update(schedule, at):

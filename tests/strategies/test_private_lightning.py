@@ -162,6 +162,7 @@ def test_without_loggers():
     assert trainer.loggers == [logger]
 
 
+@pytest.mark.filterwarnings("ignore:predict returned None")
 def test_evaluation_without_inference_mode():
     seen, module = {}, Module().double()
     for name in ("validation", "test", "predict"):

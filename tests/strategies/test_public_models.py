@@ -18,7 +18,11 @@ from aimc_pl.devices import analog_layers
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import split_batch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # Some have BatchNorm or losses over pairs.
+    pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics", "ignore:splitting the mini-batch changes"),
+]
 
 APART = [name for name, case in CASES.items() if case.shared is None]
 """Models whose stages can update apart."""

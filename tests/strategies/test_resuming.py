@@ -16,20 +16,18 @@ SCRIPT = Path(__file__).parent.parent / "resuming_cases.py"
 def launch(folder, world, parts):
     ports = [str(find_free_network_port()) for _ in range(100)] if world > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder), parts, *ports],
-            env=environment | ({"LOCAL_RANK": str(rank)} if world > 1 else {}),
-            stdout=(folder / f"{world} {parts} {rank}.txt").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]
+    processes = []
+    for rank in range(world):
+        with (folder / f"{world} {parts} {rank}.txt").open("w") as output:
+            command = [sys.executable, str(SCRIPT), str(folder), parts, *ports]
+            own = environment | ({"LOCAL_RANK": str(rank)} if world > 1 else {})
+            processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT))
     try:
         assert all(process.wait(900) == 0 for process in processes)
     finally:
         for process in processes:
             process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")

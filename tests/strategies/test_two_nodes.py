@@ -19,13 +19,14 @@ def run(name, folder, node, address, port, within=()):
     """One node, with one process, under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"]
     address = [f"--master-addr={address}", f"--master-port={port}"]
-    return subprocess.Popen(
-        [*within, sys.executable, *torchrun, *address, str(TESTS / name), str(folder), "10"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": f"v{within[3]}"} if within else {}),
-        cwd=folder,
-        stdout=(folder / f"output{node}").open("w"),
-        stderr=subprocess.STDOUT,
-    )
+    with (folder / f"output{node}").open("w") as output:
+        return subprocess.Popen(
+            [*within, sys.executable, *torchrun, *address, str(TESTS / name), str(folder), "10"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": f"v{within[3]}"} if within else {}),
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def outputs(folder):
@@ -86,4 +87,5 @@ def test_a_cut_cable_ends_the_run(hosts, tmp_path):
     finally:
         for node in nodes:
             node.kill()
+            node.wait()
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] >= 10

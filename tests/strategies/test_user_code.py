@@ -383,6 +383,8 @@ class CountsLines(DummyLogger):
         self.lines += 1
 
 
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
 @pytest.mark.parametrize(
     ("num_microbatches", "split_at"), [(1, ("net.2", "net.4")), (1, None), (2, ("net.2", "net.4"))]
 )
