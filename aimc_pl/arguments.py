@@ -106,3 +106,10 @@ def check_list(name: str, value: Any, kinds: type | tuple[type, ...], what: str)
 def shown(value: Any) -> str:
     """A value in one line that is not long."""
     return " ".join(_short.repr(value).split())
+
+
+def listed(names: Sequence[str], most: int = 80) -> str:
+    """Names in one line that is not long: those that fit into ``most`` characters, and how many more there are."""
+    fitting = [name for number, name in enumerate(names) if len(", ".join(names[: number + 1])) <= most]
+    more = f" and {len(names) - len(fitting)} more" if len(fitting) < len(names) else ""
+    return ", ".join(fitting) + more

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from aimc_pl.analog import time_update
+from aimc_pl.arguments import listed
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.private_torch import is_checkpointing
@@ -75,20 +76,15 @@ def check(calls: Calls, split_at: Sequence[str]) -> None:
             )
         if name not in calls.names:
             raise BoundaryError(
-                f"split_at names {name!r}, which training_step does not call; it calls "
-                f"{_shortened(calls.names)}. (A module inside a compiled function cannot begin a stage: name the one "
-                "around it)"
+                f"split_at names {name!r}, which training_step does not call (or inside a compiled function only, "
+                f"where no stage begins); it calls {listed(calls.names, 60)}"
             )
     positions = [calls.names.index(name) for name in split_at]
     if any(later <= earlier for earlier, later in pairwise(positions)):
         raise BoundaryError(
-            f"split_at={list(split_at)} is out of order: name modules in the order in which training_step calls them, "
-            f"which is {_shortened([name for name in calls.names if name in split_at])}"
+            "split_at is out of order: name modules in the order in which training_step calls them, which is "
+            f"{listed([name for name in calls.names if name in split_at])}"
         )
-
-
-def _shortened(names: Sequence[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_stages(stages: Sequence[Stage], split_at: Sequence[str]) -> None:
@@ -159,7 +155,7 @@ def _shared(network: nn.Module, uses: Sequence[set[int]], may_share: bool) -> st
         return ""
     counts = Counter(parameter for used in uses for parameter in used)
     names = [name for name, parameter in network.named_parameters() if counts[id(parameter)] > 1]
-    return f" (layers that share a parameter count as one, here {_shortened(names, 3)})" if names else ""
+    return f" (layers that share a parameter count as one, here {listed(names, 40)})" if names else ""
 
 
 def _measure(flight: Flight, parts: Sequence[Stage]) -> list[float]:

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog
+from aimc_pl.arguments import listed
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import Loss
 from aimc_pl.schedule import Schedule
@@ -282,5 +283,5 @@ def check_split(module: nn.Module, split_at: Sequence[str] | None) -> None:
         hint = f": names are relative to it, so that this one is {meant[0]!r}" if len(meant) == 1 else ""
         raise UsageError(
             f"split_at names {name!r}, which is no submodule of {type(module).__name__}{hint}"
-            f"{'' if hint else '; it has ' + ', '.join(known[:20])}"
+            f"{'' if hint else '; it has ' + listed(known)}"
         )

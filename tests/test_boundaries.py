@@ -36,6 +36,7 @@ def found(network, num_stages, x=None, function=None, may_share=True, **kwargs):
     return find(trials, calls, num_stages, may_share=may_share, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("units", "num_stages", "expected"),
     [
@@ -251,9 +252,9 @@ def make_calls(*names):
 @pytest.mark.parametrize(
     ("split_at", "message"),
     [
-        (["nowhere"], r"names 'nowhere', which training_step does not call; it calls a, b, b\.0, c"),
+        (["nowhere"], r"names 'nowhere', which training_step does not call .*; it calls a, b, b\.0, c"),
         (["a", ""], r"names '', which training_step does not call"),
-        (["c", "b"], r"\['c', 'b'\] is out of order: .*, which is b, c"),
+        (["c", "b"], r"split_at is out of order: .*, which is b, c"),
         (["b", "b"], "out of order"),
     ],
 )
@@ -265,7 +266,7 @@ def test_bad_names(split_at, message):
 def test_good_names_and_long_lists():
     check(make_calls("a", "b", "b.0", "c"), ["b", "b.0", "c"])
     check(make_calls(), [])
-    with pytest.raises(BoundaryError, match=r"layer18, layer19 and 5 more"):
+    with pytest.raises(BoundaryError, match=r"it calls layer0, .*, layer6 and 18 more"):
         check(make_calls(*(f"layer{i}" for i in range(25))), ["x"])
 
 

@@ -47,6 +47,7 @@ def test_there_are_configs():
     assert len(CONFIGS) >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:one update has made")
 @pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
 @pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
@@ -66,6 +67,7 @@ def test_config_runs(config, command, monkeypatch, capsys):
     assert "over no pipeline" in printed
 
 
+@pytest.mark.slow
 def test_digits_fit_report_and_test_the_checkpoint(command, capsys):
     # floating-point tiles: the same products every time
     options = ("--config=digits_async.yaml", "--trainer.strategy.init_args.device=ideal")
@@ -81,6 +83,7 @@ def test_digits_fit_report_and_test_the_checkpoint(command, capsys):
     command("predict", *options, f"--ckpt_path={checkpoint}", "--trainer.logger=false")
 
 
+@pytest.mark.slow
 def test_resume_from_the_command_line(command, monkeypatch):
     clocks = []
     monkeypatch.setattr(ClockMonitor, "report", lambda self: clocks.append(self.cycles) or "")
@@ -118,6 +121,7 @@ def test_a_config_that_is_nowhere_is_one_line(command):
     assert "wrong_folder/digits_async.yaml" in str(stop.value)
 
 
+@pytest.mark.slow
 def test_interpolated_and_overridden_values_arrive(command, monkeypatch):
     seen = {}
 
@@ -140,6 +144,7 @@ def test_interpolated_and_overridden_values_arrive(command, monkeypatch):
     assert seen == {"rate": 7, "device": 0.35}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
 def test_help_explains_the_arguments(subcommand, command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -157,6 +162,7 @@ def test_help_of_the_strategy(command, capsys):
     assert "the number of accelerators" in " ".join(printed.split())
 
 
+@pytest.mark.slow
 def test_schedule_prints_and_draws(command, capsys, tmp_path):
     command("schedule", "--num_stages=4", "--num_microbatches=5", "--schedule=sync")
     printed = capsys.readouterr().out

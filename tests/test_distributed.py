@@ -10,6 +10,7 @@ import pytest
 from aimc_pl.processes import rank_of
 
 
+@pytest.mark.slow
 def test_messages_arrive_as_they_were_sent(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(

@@ -79,6 +79,7 @@ def test_graphs():
     assert fingerprint(graphs[0]) == fingerprint(graphs[2]) != fingerprint(graphs[1])
 
 
+@pytest.mark.slow
 def test_processes_agree():
     code = (
         "import torch\nfrom aimc_pl.fingerprint import fingerprint\nprint(fingerprint(({'a': torch.ones(3000)}, 'x')))"

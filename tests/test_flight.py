@@ -235,6 +235,7 @@ def left_on(net):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["one after the other", "overlapping", "all at once"])
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_what_a_step_keeps_belongs_to_its_micro_batch(step, order):
@@ -333,6 +334,7 @@ def affected(net, x):
 BETWEEN = [between_a_number, between_a_container, between_a_mode, between_a_frozen_layer, between_a_new_parameter]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda between: between.__name__)
 def test_what_is_set_between_mini_batches_is_for_those_that_follow(between):
     """Micro-batches that wait go on with what they have begun with, as those of an undivided training would."""

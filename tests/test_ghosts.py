@@ -632,6 +632,7 @@ MODELS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
@@ -669,6 +670,7 @@ def test_autocast():
     assert pipeline.check(Net.batch())[0].outgoing[2][0].dtype is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_nothing_grows():
     pipeline = Pipeline(InPlace(), Net.boundaries, Net.batch())
 
@@ -1276,6 +1278,7 @@ class BERT(GPT2):
         return transformers.BertForMaskedLM(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("model", [GPT2, Llama, BERT])
 def test_models_of_hugging_face(model, num_stages):

@@ -34,6 +34,7 @@ def containers(inner):
 nested = st.recursive(plain, containers, max_leaves=20)
 
 
+@pytest.mark.slow
 @given(nested)
 def test_plain_values_stay_what_they_are(values):
     there = sent(values)

@@ -413,6 +413,7 @@ def test_nested_and_quantized_tensors():
     assert torch.equal(second.dequantize(), values[2:])
 
 
+@pytest.mark.slow
 def test_neither_library_is_imported_for_other_batches():
     code = (
         "import sys, torch; from aimc_pl.microbatch import split_batch; split_batch({'x': torch.ones(4)}, 2); "

@@ -109,6 +109,7 @@ def infer(process, function, x):
         return process.infer(function, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
 def test_gradients_are_those_of_one_process_and_of_no_stages(name):
     network, undivided = make_network(), make_network()

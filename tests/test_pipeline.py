@@ -139,6 +139,7 @@ def recompute(parameters, num_stages, num_microbatches, duplex, batches, drains,
     return delayed_updates(*parameters, owners_of(num_stages), microbatches, delays, LEARNING_RATE, drains, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplex", ["half", "full"])
 @pytest.mark.parametrize("num_stages", range(1, 9))
 def test_async_equals_recomputation(num_stages, duplex):
@@ -178,6 +179,7 @@ def test_weight_stashing_equals_recomputation(duplex):
     assert max(np.abs(a - b).max() for a, b in zip(ours, current[0], strict=True)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplex", ["half", "full"])
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
 def test_async_on_floating_point_tiles_equals_recomputation(num_stages, duplex):
@@ -195,6 +197,7 @@ def test_async_on_floating_point_tiles_equals_recomputation(num_stages, duplex):
         np.testing.assert_allclose(ours[1].detach().numpy(), bias, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplex", ["half", "full"])
 @pytest.mark.parametrize("num_stages", [1, 3, 8])
 def test_observed_versions_and_staleness_are_the_closed_forms(num_stages, duplex):
@@ -214,6 +217,7 @@ def test_observed_versions_and_staleness_are_the_closed_forms(num_stages, duplex
     assert Counter(event.stage.index for event in recorder.updates) == dict.fromkeys(range(num_stages), 15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 1), (2, 4), (3, 2), (4, 5), (8, 3)])
 def test_gradients_equal_those_of_the_whole_batch(name, num_stages, num_microbatches):
@@ -268,6 +272,7 @@ def test_an_observer_hears_what_happens_after_it_was_added():
     assert sorted(event.microbatch for event in late.forwards) == [2] * 4 + [3] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 )
@@ -318,6 +323,7 @@ class Held(torch.autograd.Function):
         return gradient, None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 )
@@ -352,6 +358,7 @@ def test_graphs_alive_are_the_closed_form(name, duplex):
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplex", ["half", "full"])
 def test_micro_batches_are_forgotten_when_they_have_landed(duplex):
     """A pipeline that never drains holds those in flight, with their samples, and no others."""

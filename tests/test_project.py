@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 import zipfile
@@ -38,10 +39,46 @@ def test_strategies_do_not_know_callbacks(path):
     assert not any(name.startswith("aimc_pl.callbacks") for name in imports_of(path))
 
 
-def test_wheel_installs_nothing_but_aimc_pl(tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_trains(wheel, tmp_path):
+    """From another folder, by one of the configs that it brings along."""
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+    fit = ["fit", "--config", "digits_async.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
+    program = f"import aimc_pl.cli; print(aimc_pl.cli.__file__); aimc_pl.cli.main({fit})"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith(str(tmp_path / "site"))
+    assert "clock cycles on 4 accelerators" in run.stdout + run.stderr
+    assert list(tmp_path.glob("logs/digits_async/version_0/checkpoints/*.ckpt"))
+
+
+@pytest.mark.slow
+def test_wheel_installs_nothing_but_aimc_pl(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"aimc_pl", "aimc_pl-0.1.0.dist-info"}
     for expected in ("strategies/analog_pipeline.py", "callbacks/clock.py", "configs/digits_async.yaml", "py.typed"):
@@ -103,6 +140,7 @@ EXCEPTIONS = {
 """Names that users have to import too, and do; a documented function of ``os``; our own, which a forger would use."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_private_names_of_other_libraries_live_in_one_file_each(path):
     found = [*foreign_private_names(ast.parse(path.read_text()))]

@@ -34,6 +34,7 @@ def changed_since(commit):
     return {names[-1] for status, *names in changes if status != "R100"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("history")
 @pytest.mark.parametrize("name", RESULTS)
 def test_results_are_as_new_as_their_code_or_say_why_not(name):

@@ -71,6 +71,7 @@ def test_closed_forms_for_all_sizes(name, duplex, total):
         assert schedule.speedup(total) == pytest.approx(2 * stages * total / cycles, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
 def test_in_flight_counted(name, duplex):
     for stages in range(1, 17):
@@ -119,6 +120,7 @@ class Shifted(Schedule):
         return super().backward_clock(stage, microbatch, num_microbatches) - self.early * (stage == self.stage)
 
 
+@pytest.mark.slow
 @given(schedules)
 def test_named_schedules_are_in_order(schedule):
     check_order(schedule)

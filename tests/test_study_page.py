@@ -23,6 +23,7 @@ def blocks(page="STUDY.md"):
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_study_runs(tmp_path):
     program = "".join(blocks()[:2]).replace("EPOCHS = 20", "EPOCHS = 1").replace("1.0, 2.0, 4.0, ", "")
     (tmp_path / "range_study.py").write_text(program.replace("range(3)", "range(2)"))
@@ -32,6 +33,7 @@ def test_the_study_runs(tmp_path):
     assert (tmp_path / "range_study.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_the_schedule_of_ones_own_runs(num_stages):
     names = {}
@@ -62,6 +64,7 @@ def test_the_observer_counts():
     assert lateness.total == 3 * 4 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_modules_of_the_training_step_page_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

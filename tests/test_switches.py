@@ -42,6 +42,7 @@ def settings():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", settings())
 def test_a_switch_is_set_aside_while_its_step_waits(name):
     switch, other = settings()[name]

@@ -103,6 +103,7 @@ def make_inputs(count=2):
     return [torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("run", ["undivided", "gradients", "record", "staged", "check_memory", "losses", "fails"])
 def test_trials_leave_no_trace(run, gradients):
@@ -369,6 +370,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", WRONG, ids=lambda function: function.__name__)
 def test_verify_refuses_what_micro_batches_share(function):
     SHARED.clear()
@@ -541,6 +543,7 @@ def warm_up(m, x):
     return m.net[2](m.net[1](m.net[0](x))).square().mean() * m.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "names"),
     [

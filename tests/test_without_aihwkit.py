@@ -65,6 +65,7 @@ assert not any(torch.equal(a, b) for a, b in zip(before, module.parameters(), st
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [CORE, STRATEGY], ids=["core", "strategy"])
 def test_digital_training_needs_no_aihwkit(program):
     environment = {"PYTHONPATH": ":".join(sys.path)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog
-from aimc_pl.arguments import shown
+from aimc_pl.arguments import listed, shown
 from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
@@ -129,8 +129,8 @@ def _choose(
         matches = [n for n, stage in stages.items() if stage == key or fnmatchcase(n, str(key))]
         if not matches:
             raise UsageError(
-                f"device key {key!r} matches no layer: the layers are {', '.join(able)} (if it was meant as an "
-                "argument of a device, see aimc-pl devices for its values)"
+                f"device key {shown(key)} matches no layer: the layers are {listed(able, 60)} (for the arguments of a "
+                "device see aimc-pl devices)"
             )
         chosen.update(dict.fromkeys(matches, value))
     digital = _digital_layers(network)

@@ -22,6 +22,7 @@ def fit(clock, schedule, num_stages, duplex="half", ckpt_path=None, val=False, *
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 )

@@ -43,7 +43,8 @@ def test_drift_is_the_power_law():
 
 
 def test_stuck_devices_stay_stuck():
-    stuck = [apply(StuckAt(0.25, 0.7), torch.randn(N), seed=s) == 0.7 for s in (0, 1)]
+    # No other weight is as large.
+    stuck = [apply(StuckAt(0.25, 100.0), torch.randn(N), seed=s) == 100.0 for s in (0, 1)]
     assert torch.equal(stuck[0], stuck[1])
     # five sigma of a binomial fraction
     assert abs(stuck[0].float().mean() - 0.25) < 5 * (0.25 * 0.75 / N) ** 0.5
@@ -105,6 +106,7 @@ def test_device_variation_scales_nothing_where_nothing_is_learnt():
         torch.testing.assert_close(weight, start[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_only_the_named_layers_and_stages_and_steps():
     for options, expected in [
         ({"layers": ["l1", "l4"]}, {"l1", "l4"}),
@@ -124,6 +126,7 @@ def test_only_the_named_layers_and_stages_and_steps():
         assert logged == expected
 
 
+@pytest.mark.slow
 def test_own_seed_and_no_other_random_numbers():
     runs = []
     for seed in (0, 0, 1):
@@ -144,6 +147,7 @@ def test_logs_how_far_weights_were_moved():
     assert trainer.logged_metrics["noise/l1"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sync", "async"])
 def test_resume_continues_the_noise(schedule, tmp_path):
     runs = []

@@ -27,6 +27,7 @@ def fit(monitor, strategy, module=None, data=None, **kwargs):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplex", ["half", "full"])
 @pytest.mark.parametrize("num_stages", [1, 3, 5])
 def test_measured_staleness_is_the_closed_form_at_every_update(num_stages, duplex):
@@ -40,6 +41,7 @@ def test_measured_staleness_is_the_closed_form_at_every_update(num_stages, duple
         assert sorted(monitor.counts[stage].elements()) == sorted(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b"])
 def test_no_staleness_with_one_update_per_minibatch(schedule):
     monitor = StalenessMonitor()
@@ -141,6 +143,7 @@ def test_cosine_of_a_stale_gradient_by_hand():
     assert monitor.cosines == pytest.approx([first, second], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_cosine_is_one_where_nothing_is_stale():
     monitor = StalenessMonitor(cosine=True)
     trainer = fit(monitor, AnalogPipelineStrategy(3, "sync", 4))
@@ -190,6 +193,7 @@ def test_needs_a_pipeline():
         fit(StalenessMonitor(), "auto")
 
 
+@pytest.mark.slow
 def test_analog_network_with_cosine():
     class Analog(MLP):
         def training_step(self, batch, batch_idx):

@@ -53,6 +53,7 @@ def unregistered():
     add_safe_globals(registered)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unregistered")
 def test_the_list_is_what_the_catalogue_needs(tmp_path):
     needed = set()
@@ -66,6 +67,7 @@ def test_the_list_has_classes_only():
     assert all(isinstance(cls, type) for cls in CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_trained_network_comes_back(variant, tmp_path):
     function, options = VARIANTS[variant]

@@ -22,6 +22,7 @@ from aimc_pl.devices import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_device_trains(name):
     """The product follows the digital one (bounds that vary by device clip some weights), and updates move weights."""

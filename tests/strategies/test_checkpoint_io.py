@@ -139,6 +139,7 @@ def server(tmp_path):
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", evil(""))
 @pytest.mark.parametrize("scheme", ["", "file://", "http"])
 def test_a_file_cannot_run_code(scheme, kind, server, tmp_path):
@@ -152,6 +153,7 @@ def test_a_file_cannot_run_code(scheme, kind, server, tmp_path):
         assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_addresses(server, tmp_path):
     IO.save_checkpoint(content(2), f"file://{tmp_path}/two.ckpt")
     assert epoch(f"{server}/two.ckpt") == epoch(f"file://{tmp_path}/two.ckpt") == epoch(tmp_path / "two.ckpt") == 2
@@ -192,6 +194,7 @@ def save_and_die_at(line, state, path):
     IO.save_checkpoint(state, path)
 
 
+@pytest.mark.slow
 def test_killed_at_any_line_leaves_a_checkpoint(file):
     line, status, seen, new = 0, signal.SIGKILL, set(), content(2)
     while status == signal.SIGKILL:
@@ -206,6 +209,7 @@ def test_killed_at_any_line_leaves_a_checkpoint(file):
     assert list(file.parent.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_leaves_a_checkpoint(file):
     contents = [content(value, size=2_000_000) for value in (2, 3)]
 

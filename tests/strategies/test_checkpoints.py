@@ -62,6 +62,7 @@ def test_no_unused_memory(checkpoints):
     assert [key for key in state if key.endswith("analog_ctx")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_stages", "schedule"), [(3, "async"), (1, "none"), (4, "1f1b")])
 def test_other_stages_and_schedules_go_on(num_stages, schedule, checkpoints):
     resumed = trainer(strategy("soft_bounds", num_stages, schedule), max_epochs=2)
@@ -69,6 +70,7 @@ def test_other_stages_and_schedules_go_on(num_stages, schedule, checkpoints):
     assert resumed.global_step == 6
 
 
+@pytest.mark.slow
 def test_configurations_beyond_the_catalogue_go_on(checkpoints):
     resumed = trainer(strategy(InferenceRPUConfig()), max_epochs=2)
     resumed.fit(module(), data(), ckpt_path=checkpoints / "inference.ckpt")
@@ -78,6 +80,7 @@ def test_configurations_beyond_the_catalogue_go_on(checkpoints):
 # ------------------------------------------------------------------- refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["fit", "validate"])
 @pytest.mark.parametrize(
     ("saved", "device", "message"),
@@ -97,6 +100,7 @@ def test_other_devices_are_refused(saved, device, message, entry, checkpoints):
         )
 
 
+@pytest.mark.slow
 def test_the_command_says_it_in_a_line(checkpoints, tmp_path, capsys):
     damaged = tmp_path / "damaged.ckpt"
     damaged.write_bytes((checkpoints / "digital.ckpt").read_bytes()[:-300])
@@ -108,6 +112,7 @@ def test_the_command_says_it_in_a_line(checkpoints, tmp_path, capsys):
         assert "\n" not in str(end.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the loss is not finite")
 @pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")
 @pytest.mark.parametrize("device", [None, "ideal"])
@@ -262,6 +267,7 @@ def second_epoch(make_loader, folder, ckpt_path=None):
     return plain.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOADERS)
 def test_loaders_come_to_their_place(kind, tmp_path, recwarn):
     whole = second_epoch(LOADERS[kind], tmp_path)
@@ -276,6 +282,7 @@ def test_a_loader_that_cannot_is_warned_about(tmp_path):
         second_epoch(Once, tmp_path / "rest", tmp_path / "step=7.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("step", [3, 10])

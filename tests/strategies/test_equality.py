@@ -33,6 +33,7 @@ def assert_same_weights(ours, plain):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 @pytest.mark.parametrize("make_module", [MLP, ConvNet, Attributes, DictBatch])
 def test_sync_equals_plain_lightning(make_module, optimizer):
@@ -50,6 +51,7 @@ def test_sync_equals_plain_lightning(make_module, optimizer):
         assert_same_weights(module, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_torchvision_resnet_equals_plain_lightning(optimizer):
     plain, _ = fit(TorchvisionResNet, "auto", optimizer, max_epochs=1)
@@ -71,6 +73,7 @@ def test_lightning_demo_module_equals_plain_lightning(schedule, num_microbatches
     assert_same_weights(module, plain)
 
 
+@pytest.mark.slow
 def test_lightning_demo_transformer_equals_plain_lightning():
     """It remembers its mask in forward, so that it stays whole."""
 
@@ -122,6 +125,7 @@ class StopAfter(L.Callback):
         trainer.should_stop = batch_idx == self.batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplex", ["half", "full"])
 @pytest.mark.parametrize(
     ("trainer_options", "batches", "drains"),
@@ -184,6 +188,7 @@ def test_one_stage_is_stochastic_gradient_descent_whatever_the_scale(schedule):
     assert_same_weights(module, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_full_steps_are_steps_of_a_share_at_a_larger_learning_rate(num_stages):
     """Two equal micro-batches: with gradient_scale="microbatch" each moves as far as with the double learning rate."""
@@ -207,6 +212,7 @@ def test_full_steps_are_steps_of_a_share_at_a_larger_learning_rate(num_stages):
     assert_same_weights(run(Plain, "microbatch"), run(Doubled, "minibatch"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["none", "sync"])
 def test_sum_losses(schedule):
     class Summed(MLP):
@@ -280,6 +286,7 @@ def first_stage(seen, current, x):
     return h1 + z2 * cumulative, gradients
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
 @pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
 @pytest.mark.parametrize(("schedule", "num_stages"), [("none", 4), ("sync", 4), ("sync", 8)])

@@ -14,6 +14,8 @@ from failing_run import CASES, FAILURES, RANKS, START_TIMEOUT
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from long_run import train
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 LIMIT = 150

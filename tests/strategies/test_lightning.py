@@ -74,6 +74,7 @@ class Logs(Attributes):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b"])
 def test_logged_values_equal_those_of_whole_minibatches(schedule):
     lines = []
@@ -128,6 +129,7 @@ def test_outputs_of_a_minibatch_reach_the_callbacks():
 # ----------------------------------------------------- optimizer and gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -164,6 +166,7 @@ def test_async_clips_and_calls_the_hook_for_each_stage():
     assert trainer.global_step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize(("schedule", "num_microbatches"), [("sync", 4), ("async", 4), ("async", 1)])
 def test_learning_rate_schedulers(schedule, num_microbatches, interval, recwarn):
@@ -264,6 +267,7 @@ def test_batch_norm_across_stages_equals_an_unsplit_microbatched_run():
     assert_equal(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_bf16_mixed():
     plain, ours, stale, exact = (seeded(MLP).float() for _ in range(4))
     data = DataLoader([(x.float(), y) for x, y in loader(plain).dataset], batch_size=8)
@@ -334,6 +338,7 @@ def test_checkpoint_in_mid_epoch_holds_every_update(tmp_path):
     assert counts == [({4}, 4), ({8}, 8), ({11}, 11)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sync", "async"])
 def test_resume_is_bit_for_bit(schedule, tmp_path):
     whole, first, second = seeded(Attributes), seeded(Attributes), seeded(Attributes)
@@ -345,6 +350,7 @@ def test_resume_is_bit_for_bit(schedule, tmp_path):
     assert_equal(weights(second), weights(whole), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False])
 def test_checkpoints_go_to_plain_lightning_and_back(there, tmp_path):
     whole, first, second = (seeded(Attributes) for _ in range(3))
@@ -372,6 +378,7 @@ def test_resume_keeps_the_measured_split(tmp_path):
 # ------------------------------------------------------------- analog networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sync", "async"])
 @pytest.mark.parametrize(
     "device", ["ideal", soft_bounds(device_to_device=0.2, write_noise=3.0), soft_bounds(backend="bits")]
@@ -470,6 +477,7 @@ def test_strategies_by_name(name):
     assert trainer.strategy.schedule.num_stages == 4
 
 
+@pytest.mark.slow
 def test_measuring_the_split_leaves_data_order_and_random_states_alone():
     orders = []
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from multiprocess_cases import CASES, STAGES, assert_same, train_plainly
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent.parent
 
 

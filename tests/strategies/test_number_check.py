@@ -104,6 +104,7 @@ def weights(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "async"])
 @pytest.mark.parametrize(
     ("what", "value", "cause"),
@@ -128,6 +129,7 @@ def test_a_loss_ends_the_run(what, value, cause, schedule):
         assert torch.equal(weights(module), weights(fit(Diverges(None, at=6), schedule, num=1)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "async"])
 @pytest.mark.parametrize("at", [0, 6, 15])
@@ -264,6 +266,7 @@ def test_weights_that_grow_at_the_start_are_warned_of_before_gradients_explode()
     assert not any("times as large" in text for text in warned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [None, 0.0, 1e-6])
 def test_usual_learning_rates_are_not_warned_of(last):
     """Nor are layers that begin at zero, or near it."""
@@ -287,6 +290,7 @@ class Drifts(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [soft_bounds(tau=0.6), constant_step(w_max=0.6)], ids=["soft", "hard"])
 @pytest.mark.parametrize("num", [1, 400])
 def test_weights_at_their_bounds_are_warned_of_once(device, num):

@@ -19,6 +19,7 @@ from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import split_batch
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     # Some have BatchNorm or losses over pairs.
     pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics", "ignore:splitting the mini-batch changes"),

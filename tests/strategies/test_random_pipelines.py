@@ -560,12 +560,14 @@ def check_core(run: Run) -> None:
     assert_same_weights(network, reference)
 
 
+@pytest.mark.slow
 @examples(0.55)
 @given(runs(["async"]))
 def test_random_asynchronous_pipelines_equal_the_recomputation(run):
     check_core(run)
 
 
+@pytest.mark.slow
 @examples(0.3)
 @given(runs(["none", "sync", "1f1b"]))
 def test_random_pipelines_with_one_update_per_mini_batch_equal_plain_training(run):
@@ -624,6 +626,7 @@ def train_with_lightning(module: Module, fit: Fit, samples: Sequence[Tensor]) ->
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     # Lightning suggests more loader processes; the data are in memory.
     "ignore:.*does not have many workers",

@@ -10,6 +10,8 @@ import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from resuming_cases import CASES, CROSSING, INTERRUPTED, INTERRUPTIONS, LAST_STEP, NOISY, PLACES
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent.parent / "resuming_cases.py"
 
 

@@ -12,6 +12,8 @@ import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from multiprocess_cases import CASES, assert_same
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent.parent
 
 

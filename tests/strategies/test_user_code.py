@@ -407,6 +407,7 @@ def test_verifying_and_measuring_leave_no_trace(num_microbatches, split_at):
         assert found == traces("auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [u.AnnealsInAnObject, u.GeneratorsInContainers, u.HiddenTeacher, u.AveragesInObjects])
 @pytest.mark.parametrize(("split_at", "verify"), [(("net.2", "net.4"), False), ((), True)])
 def test_runs_before_the_first_update_are_as_none(make, split_at, verify):
@@ -471,6 +472,7 @@ def test_a_mean_over_other_things_than_samples_equals_plain_with_its_weights():
     assert all(agrees(None, ours[name], reference[name], motion=False) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [u.Plain, u.KeepsLabels, u.AuxiliaryList, u.TargetNetwork, u.Dropout])
 def test_async_learns(make):
     """Stale weights and all, the mean loss of an epoch falls."""
@@ -491,6 +493,7 @@ def test_async_learns(make):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("schedule", ["sync, B=1", "sync, B=2", "async"])
 @pytest.mark.parametrize("name", CASES)

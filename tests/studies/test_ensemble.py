@@ -76,6 +76,7 @@ def one_update(copies, x, error, rate, weight, **device):
     return crossbars
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tau", "step", "spread"), [(0.8, 0.002, 0.0), (0.8, 0.02, 0.3), (2.0, 0.01, 1.0)])
 def test_pulsed_updates_have_the_moments_of_the_device(tau, step, spread):
     """The mean is that of Poisson pulses, E(1+k)ⁿ = exp(μk); 20,000 copies, each of 12 means and 12 deviations within

@@ -8,6 +8,7 @@ import pytest
 from aimc_pl.studies.statistics import estimate, standard_error
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say():
     """2,000 intervals of 95 %: between 93.0 and 97.0 % cover, four standard errors (false alarm 6e-5)."""
     rng = np.random.default_rng(0)

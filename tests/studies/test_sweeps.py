@@ -12,6 +12,7 @@ from aimc_pl.studies.sweeps import sweep
 CASES = [{"x": x, "seed": seed} for x in (1, 2, 3) for seed in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_stopped_sweep_keeps_what_ended_and_goes_on(jobs, tmp_path):
     path = tmp_path / "out.csv"
@@ -31,6 +32,7 @@ def test_a_stopped_sweep_keeps_what_ended_and_goes_on(jobs, tmp_path):
     assert len(sweep(square, CASES[:2], path, jobs)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_every_case_has_one_thread(jobs, tmp_path):
     threads = torch.get_num_threads()

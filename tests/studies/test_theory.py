@@ -35,6 +35,7 @@ def simulate(tau, rate, staleness=0, updates=4000, copies=200, sigma=1.0, size=5
     return np.mean(errors), np.mean(errors[updates // 2 :]), constants, max(moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [1.5, 4.0, inf])
 @pytest.mark.parametrize("updates", [50, 4000])
 def test_the_bound_holds_without_delay(tau, updates):
@@ -45,6 +46,7 @@ def test_the_bound_holds_without_delay(tau, updates):
     assert bound < 100 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [1, 7, 30])
 def test_the_bound_holds_with_delay(staleness):
     error, _, constants, moment = simulate(4.0, 0.01, staleness)
@@ -53,6 +55,7 @@ def test_the_bound_holds_with_delay(staleness):
     assert delay == pytest.approx((staleness * 0.01 * (1 + constants["saturation"])) ** 2 * moment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [1.5, 4.0])
 def test_the_error_that_stays_is_the_stationary_one(tau):
     """With noise of ±σ above the gradient E|g| = σ, so that w* = λb/(λ + σ/τ) in closed form."""

@@ -53,6 +53,7 @@ def by_vector(x, error, learning_rate, granularity, update):
     return net, total, variance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 @pytest.mark.parametrize("learning_rate", [0.002, 0.05, 0.7])
 @pytest.mark.parametrize("signed", [True, False])
@@ -96,6 +97,7 @@ def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
         torch.testing.assert_close(of_image, of_row, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [1e-6, 1e-5, 1e-3])
 def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_rate):
     """A tenth of the variance, and 5 standard errors of 400 draws, 180 cross-points: by chance in 1 of 10,000 runs."""
@@ -117,6 +119,7 @@ def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_ra
     assert ((of_draws - variance).abs() <= 0.1 * variance + 5 * of_variance).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 def test_sampled_counts_have_the_expected_mean_and_variance(name):
     """1,000 draws of 28 cross-points: 5 standard errors, crossed by chance in 1 of 30,000 runs (56 comparisons)."""

@@ -80,6 +80,7 @@ def compare(config, sample_pulses, w0, rate, x, error, of_mean, of_std):
         assert abs(float(b.mean() - a.mean())) <= allowed + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
 def test_updates_are_aihwkits_in_mean_and_spread(kind, name):
@@ -104,6 +105,7 @@ def test_cross_points_on_a_line_of_the_error_share_its_pulses(sample_pulses):
     assert float(rows[1] / rows[0]) == pytest.approx(1, abs=5 * 2 * (TRIALS * SIZE) ** -0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["constant", "soft bounds", "reference"])
 @pytest.mark.parametrize("states", [20, 100])
 def test_sampled_pulses_are_aihwkits_for_coarse_steps(kind, states):
@@ -305,6 +307,7 @@ def test_autocast_computes_in_float32():
 
 
 # Dynamo warns of aihwkit's context manager, which it does not look into.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_networks_train():
     torch.manual_seed(0)
