@@ -34,6 +34,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 """The schedule, the learning rate, and the norm to which gradients are clipped (0: not)."""
 
+SPLIT_AT = ["network.features.2", "network.features.4", "network.features.6"]
+"""Named, as measured times may differ from run to run."""
+
 
 class Task(pl.LightningModule):
     """Cross-entropy of an EfficientNet-B0 with ten classes."""
@@ -86,7 +89,7 @@ def run(schedule: Any, lr: float, clip: float, seed: int, num_batches: int) -> l
     batches = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,))) for _ in range(num_batches)]
     changes = Changes()
     trainer = pl.Trainer(
-        strategy=AnalogPipelineStrategy(4, schedule, 4),
+        strategy=AnalogPipelineStrategy(4, schedule, 4, split_at=SPLIT_AT),
         accelerator="cpu",
         max_epochs=1,
         gradient_clip_val=clip or None,
