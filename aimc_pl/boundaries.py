@@ -76,8 +76,8 @@ def check(calls: Calls, split_at: Sequence[str]) -> None:
             )
         if name not in calls.names:
             raise BoundaryError(
-                f"split_at names {name!r}, which training_step does not call (or inside a compiled function only, "
-                f"where no stage begins); it calls {listed(calls.names, 60)}"
+                f"split_at names {name!r}, which training_step does not call (no stage begins in a compiled function); "
+                f"it calls {listed(calls.names, 50)}"
             )
     positions = [calls.names.index(name) for name in split_at]
     if any(later <= earlier for earlier, later in pairwise(positions)):

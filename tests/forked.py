@@ -6,10 +6,10 @@ import sys
 import traceback
 from pathlib import Path
 
-import omegaconf  # noqa: F401
+import omegaconf  # noqa: F401, as the import below
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-import aimc_pl.devices.checkpoint  # noqa: F401, here once; checkpoints would load it and omegaconf in every process
+import aimc_pl.devices.checkpoint  # noqa: F401, here once: checkpoints would load it and omegaconf in every process
 
 
 def fork(call, output=None, **environment):

@@ -266,7 +266,7 @@ def test_bad_names(split_at, message):
 def test_good_names_and_long_lists():
     check(make_calls("a", "b", "b.0", "c"), ["b", "b.0", "c"])
     check(make_calls(), [])
-    with pytest.raises(BoundaryError, match=r"it calls layer0, .*, layer6 and 18 more"):
+    with pytest.raises(BoundaryError, match=r"it calls layer0, .*, layer5 and 19 more"):
         check(make_calls(*(f"layer{i}" for i in range(25))), ["x"])
 
 

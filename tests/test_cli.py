@@ -48,9 +48,9 @@ def test_there_are_configs():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:one update has made")
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
+@pytest.mark.filterwarnings("ignore:one update has made")  # random images in batches of a few
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_runs(config, command, monkeypatch, capsys):
     """Two steps on the real digits, or on noise where the data would have to be downloaded."""

@@ -633,8 +633,8 @@ MODELS = (
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # inputs without gradients are part of the case
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_the_undivided_module(model, num_stages):

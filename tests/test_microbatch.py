@@ -401,6 +401,7 @@ def test_what_is_not_understood_is_refused_by_name_with_the_remedy(value, name):
             split_batch(batch, 2)
 
 
+# torch warns of both kinds.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
 def test_nested_and_quantized_tensors():
     for layout in (torch.strided, torch.jagged):

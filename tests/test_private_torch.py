@@ -336,7 +336,7 @@ def test_backward_hooks_on_all_modules_are_seen():
             assert has_global_backward_hooks()
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # inputs without gradients are part of the case
 def test_backward_hooks_can_be_left_out():
     module, calls = nn.Sequential(nn.Linear(2, 2)), []
     assert not has_backward_hooks(module[0])

@@ -65,7 +65,6 @@ def test_the_observer_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_modules_of_the_training_step_page_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(L, "Trainer", partial(L.Trainer, logger=False, enable_progress_bar=False))

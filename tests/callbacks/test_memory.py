@@ -66,7 +66,6 @@ class Memory(L.Callback):
 
 # Lightning suggests more loader processes; the data are in memory.
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("log_every_n_steps", [0, 50])
 def test_nothing_grows_with_the_updates(log_every_n_steps, tmp_path):
     """Also where nothing is ever logged."""

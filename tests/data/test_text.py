@@ -88,7 +88,6 @@ def fit(epochs, **arguments):
     return module.seen, trainer
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_resumed_fit_sees_what_the_uninterrupted_one_would_have(tmp_path):
     whole, _ = fit(3)
     assert len(set(whole)) == 15

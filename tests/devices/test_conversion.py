@@ -123,7 +123,7 @@ def called_tiles(network):
     return called
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # nn.TransformerEncoder's own
 @pytest.mark.parametrize("mode", ["train", "eval", "no grad", "padded"])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_transformer_encoders_go_through_the_tiles(mode, norm_first):

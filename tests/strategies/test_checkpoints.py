@@ -56,7 +56,7 @@ def checkpoints(tmp_path_factory):
 # ------------------------------------------------------------------- content
 
 
-@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")
+@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # torch.load is told which call of ours to use
 def test_no_unused_memory(checkpoints):
     state = torch.load(checkpoints / "analog.ckpt")["state_dict"]
     assert [key for key in state if key.endswith("analog_ctx")] == []
@@ -113,8 +113,8 @@ def test_the_command_says_it_in_a_line(checkpoints, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the loss is not finite")
-@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")
+@pytest.mark.filterwarnings("ignore:the loss is not finite")  # it diverges on purpose
+@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # torch.load is told which call of ours to use
 @pytest.mark.parametrize("device", [None, "ideal"])
 @pytest.mark.parametrize("monitor", [None, "loss"])
 @pytest.mark.parametrize("on_nonfinite", ["stop", "warn"])
@@ -283,7 +283,7 @@ def test_a_loader_that_cannot_is_warned_about(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")  # the resumed run saves nothing
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("step", [3, 10])
 def test_our_images_with_augmentation_come_to_their_place(step, num_workers, tmp_path):

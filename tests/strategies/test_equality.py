@@ -287,8 +287,8 @@ def first_stage(seen, current, x):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
 @pytest.mark.parametrize(("schedule", "num_stages"), [("none", 4), ("sync", 4), ("sync", 8)])
 def test_none_and_sync_draw_the_same_noise_in_any_number_of_stages(schedule, num_stages):
     """Bit for bit the weights of one stage, on pulsed devices: one run stands for all of these."""

@@ -153,7 +153,7 @@ def assert_goes_on(folder):
     assert trainer.global_step == 3 * (step // 3 + 2)
 
 
-@pytest.mark.filterwarnings("ignore:given by every process")
+@pytest.mark.filterwarnings("ignore:given by every process")  # long_run warns on purpose
 @pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGSTOP])
 def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
     process = start(["8"], {"MASTER_PORT": str(find_free_network_port())}, tmp_path)
@@ -170,7 +170,7 @@ def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
     assert_goes_on(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:given by every process")
+@pytest.mark.filterwarnings("ignore:given by every process")  # long_run warns on purpose
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_to_all_ends_all(ends, tmp_path):
     port = str(find_free_network_port())

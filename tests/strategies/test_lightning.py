@@ -255,8 +255,8 @@ def test_batch_norm_and_dropout_equal_an_unsplit_microbatched_run(schedule):
     assert_equal(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
 def test_batch_norm_across_stages_equals_an_unsplit_microbatched_run():
     plain, ours = seeded(Normalised), seeded(Normalised)
     for module in (plain, ours):

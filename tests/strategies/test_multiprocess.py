@@ -61,7 +61,7 @@ def test_they_go_on_from_plain_lightning(of_processes, tmp_path):
         torch.testing.assert_close(of_processes["resumed, sync"]["weights"][name], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")
+@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # torch.load is told which call of ours to use
 @pytest.mark.usefixtures("of_processes", "one_thread")
 @pytest.mark.parametrize("name", ["sync, 3 stages", "async, 4 stages", "adamw", "mean field"])
 def test_their_checkpoints_are_those_of_one_process(name, folder, tmp_path):

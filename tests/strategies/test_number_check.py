@@ -130,7 +130,7 @@ def test_a_loss_ends_the_run(what, value, cause, schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "async"])
 @pytest.mark.parametrize("at", [0, 6, 15])
 def test_a_gradient_ends_the_run_before_the_update(schedule, at):

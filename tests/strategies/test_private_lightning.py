@@ -162,7 +162,7 @@ def test_without_loggers():
     assert trainer.loggers == [logger]
 
 
-@pytest.mark.filterwarnings("ignore:predict returned None")
+@pytest.mark.filterwarnings("ignore:predict returned None")  # as it is to
 def test_evaluation_without_inference_mode():
     seen, module = {}, Module().double()
     for name in ("validation", "test", "predict"):

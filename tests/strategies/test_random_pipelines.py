@@ -627,12 +627,6 @@ def train_with_lightning(module: Module, fit: Fit, samples: Sequence[Tensor]) ->
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    # Lightning suggests more loader processes; the data are in memory.
-    "ignore:.*does not have many workers",
-    # While the pipeline fills, a mini-batch may end before the first update.
-    "ignore:Detected call of `lr_scheduler.step",
-)
 @examples(0.15)
 @given(fits())
 def test_random_fits_equal_the_recomputation(fit):

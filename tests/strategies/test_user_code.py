@@ -383,8 +383,8 @@ class CountsLines(DummyLogger):
         self.lines += 1
 
 
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
 @pytest.mark.parametrize(
     ("num_microbatches", "split_at"), [(1, ("net.2", "net.4")), (1, None), (2, ("net.2", "net.4"))]
 )
@@ -437,7 +437,7 @@ def test_a_compiled_lightning_module_is_refused():
         make_trainer(AnalogPipelineStrategy(3, split_at=("net.2", "net.4"))).fit(module)
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # what the code of a case is warned of is not asked here
 @pytest.mark.parametrize(
     ("make", "schedule", "message"),
     [
@@ -493,8 +493,8 @@ def test_async_learns(make):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.filterwarnings("ignore")  # what the code of a case is warned of is not asked here
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("schedule", ["sync, B=1", "sync, B=2", "async"])
 @pytest.mark.parametrize("name", CASES)
 def test_user_code(name, schedule):

@@ -306,9 +306,9 @@ def test_autocast_computes_in_float32():
     torch.testing.assert_close(half, layer(x.bfloat16().float()))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
 # Dynamo warns of aihwkit's context manager, which it does not look into.
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 def test_compiled_networks_train():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
