@@ -109,7 +109,7 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Sequence[str], most: int = 80) -> str:
-    """Names in one line that is not long: those that fit into ``most`` characters, and how many more there are."""
-    fitting = [name for number, name in enumerate(names) if len(", ".join(names[: number + 1])) <= most]
+    """The first of some names, and those that fit with it into ``most`` characters, and how many more there are."""
+    fitting = [name for end, name in enumerate(names, 1) if end == 1 or len(", ".join(names[:end])) <= most]
     more = f" and {len(names) - len(fitting)} more" if len(fitting) < len(names) else ""
     return ", ".join(fitting) + more

@@ -33,7 +33,7 @@ def fork(call, output=None, **environment):
     try:
         call()
     except SystemExit as error:
-        code = error.code
+        code = error.code or 0
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -268,6 +268,8 @@ def test_good_names_and_long_lists():
     check(make_calls(), [])
     with pytest.raises(BoundaryError, match=r"it calls layer0, .*, layer5 and 19 more"):
         check(make_calls(*(f"layer{i}" for i in range(25))), ["x"])
+    with pytest.raises(BoundaryError, match=r"it calls a{60} and 1 more$"):
+        check(make_calls("a" * 60, "b"), ["x"])
 
 
 def test_a_stage_that_does_nothing_is_refused():

@@ -25,8 +25,8 @@ def settings_restored(one_thread):
     logging.getLogger("lightning.pytorch").setLevel(logging.NOTSET)
 
 
-@pytest.mark.slow
 # Some studies are about what the strategy warns of.
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:one update has made", "ignore:splitting the mini-batch", "ignore:BatchNorm computes"
 )

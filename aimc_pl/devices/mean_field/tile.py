@@ -448,6 +448,7 @@ class MeanFieldRPUConfig(CustomRPUConfig):
     device: PulsedDevice = field(default_factory=SoftBoundsReferenceDevice)
     """One of aihwkit's step devices, with all its parameters."""
 
+    # CustomRPUConfig has parameters for updates without pulses.
     update: UpdateParameters = field(default_factory=UpdateParameters)  # pyright: ignore[reportIncompatibleVariableOverride]
     """Pulse trains and their management."""
 
