@@ -8,7 +8,7 @@ import os
 import select
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from typing import Any, Protocol
@@ -144,23 +144,23 @@ class Processes:
 
     def lost(self, rank: int) -> PeerError:
         """What to raise where another process does not answer in time, or any more."""
+        culprit = [0]  # which serves the store
         try:
             culprit = within(2 * _GRACE, lambda: self._culprit(rank))
-        except (TimeoutError, DistError):
-            culprit = [0]  # which serves the store
-        names = " and ".join(map(self.name, culprit))
-        if len(culprit) > 1:
-            what = "wait for each other: all must read as many batches, and validate and save at the same steps"
-        else:
-            what = "has ended" if self.has_ended(*culprit) else "does not answer"
-        told = self.tell(f"{names} {what}")
+            told = self.tell(self._charge(culprit))
+        except TimeoutError:
+            told = self._charge(culprit)
+        except DistError:
+            # The store goes with rank 0, a moment before the system says that this process has ended.
+            told = self._charge(culprit, gone=0)
         return PeerError(f"{told}. See its own output. The run can be continued from the last checkpoint")
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this process ends, and why."""
         if not isinstance(error, PeerError):
             text = " ".join(str(error).split())
-            self.tell(f"{self.name(self.rank)} has failed with {type(error).__name__}{text and ': '}{text}")
+            with suppress(TimeoutError, DistError):  # without the store, there is nobody to be told
+                self.tell(f"{self.name(self.rank)} has failed with {type(error).__name__}{text and ': '}{text}")
         for link in self.links:
             link.close()
 
@@ -172,11 +172,20 @@ class Processes:
             return True
 
     def tell(self, what: str) -> str:
-        """Tell the others why the run ends; returns what the first of all processes has told."""
-        try:
-            return within(_GRACE, lambda: self._store.compare_set(_FIRST, "", what)).decode()
-        except (TimeoutError, DistError):
-            return what
+        """Tell the others why the run ends; returns what the first of all processes has told.
+
+        Raises:
+            TimeoutError, DistError: if rank 0, which serves the store, hangs or has gone.
+        """
+        return within(_GRACE, lambda: self._store.compare_set(_FIRST, "", what)).decode()
+
+    def _charge(self, culprit: list[int], gone: int | None = None) -> str:
+        """What is said of those to blame, if one process is known to have gone."""
+        if len(culprit) > 1:
+            what = "wait for each other: all must read as many batches, and validate and save at the same steps"
+        else:
+            what = "has ended" if culprit == [gone] or self.has_ended(*culprit) else "does not answer"
+        return f"{' and '.join(map(self.name, culprit))} {what}"
 
     def _culprit(self, rank: int) -> list[int]:
         """Who is to blame that a process does not answer: it, or the one that it waits for; or all in a circle."""
