@@ -2,7 +2,7 @@
 
 import pytest
 import torch.distributed as dist
-from torch.distributed import DistNetworkError
+from torch.distributed import DistNetworkError, HashStore  # pyright: ignore[reportPrivateImportUsage], documented
 
 from aimc_pl.processes import Processes
 
@@ -33,7 +33,7 @@ class Store:
 
 @pytest.fixture
 def processes():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     alone = Processes(1, timeout=5.0, node=0)
     alone.rank, alone.num_stages = 1, 3  # as rank 1 of three, none of which the system watches
     yield alone
