@@ -1,6 +1,6 @@
-"""Analog layers and their tiles, as the core meets them.
+"""This module finds and handles analog layers and their tiles for the core.
 
-aihwkit is imported only where something analog has been found: a digital network runs without it.
+aihwkit is imported only when something analog has been found. A digital network runs without it.
 """
 
 import copy
@@ -13,33 +13,34 @@ from torch import nn
 
 
 def is_analog(value: Any) -> bool:
-    """Whether a layer computes on crossbars, or a parameter stands for the weights of one, as aihwkit's contexts do.
+    """Return whether a layer computes on crossbars, or a parameter stands for the weights of a crossbar.
 
-    aihwkit's containers of such layers do not count.
+    Such parameters are aihwkit's contexts. aihwkit's containers of analog layers do not count.
     """
     if isinstance(value, nn.Module):
-        # Of the class: a module may hand on all attributes of another one.
+        # The class is tested, because a module may pass on all attributes of another module.
         return hasattr(type(value), "analog_tiles") and not value.IS_CONTAINER
     return hasattr(value, "analog_tile")
 
 
 def analog_layers(module: nn.Module) -> list[Any]:
-    """The analog layers of a module, without the containers that aihwkit makes analog too."""
+    """Return the analog layers of a module, without the containers that aihwkit makes analog too."""
     return [layer for layer in module.modules() if is_analog(layer)]
 
 
 def reset_pending_updates(module: nn.Module) -> None:
-    """Drop what backwards have left for the tiles' next update, which ``zero_grad`` does not."""
+    """Drop what backwards have left for the tiles' next update. ``zero_grad`` does not drop this."""
     for context in _contexts(module.parameters()):
         context.reset()
 
 
 @contextmanager
 def own_pending_errors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Around a backward: what it leaves with the tiles is a copy of the errors, and with frozen tiles nothing.
+    """Context manager for a backward that leaves tiles copies of its errors, and leaves frozen tiles nothing.
 
-    With micro-batches of one sample autograd makes the same tensor the gradient of a digital bias, to which the next
-    micro-batch adds in place. Optimizers of aihwkit update tiles that require no grad like others.
+    The copies are needed with micro-batches of one sample: autograd makes the error itself the gradient of a digital
+    bias, to which the next micro-batch adds in place. Frozen tiles must be left nothing because aihwkit's optimizers
+    update tiles that require no grad like all others.
     """
     contexts = _contexts(parameters)
     pending = [len(context.analog_grad_output) for context in contexts]
@@ -51,13 +52,16 @@ def own_pending_errors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def time_update(module: nn.Module) -> float:
-    """Seconds that a module's tiles take to apply their pending errors, tried on a copy; 0 for other modules."""
+    """Return the seconds that a module's tiles take to apply their pending errors; 0 if the module is not analog.
+
+    The update is made on a copy of the module.
+    """
     if not is_analog(module):
         return 0.0
     from aihwkit.optim import AnalogSGD
 
     for context in _contexts(module.parameters()):
-        # A copy of their graphs is neither possible nor needed.
+        # The graphs of these tensors cannot be copied, and are not needed.
         context.analog_input = [x.detach() for x in context.analog_input]
         context.analog_grad_output = [error.detach() for error in context.analog_grad_output]
     optimizer = AnalogSGD(copy.deepcopy(module).parameters(), lr=0.1)
@@ -67,7 +71,7 @@ def time_update(module: nn.Module) -> float:
 
 
 def are_seeded(module: nn.Module) -> bool:
-    """Whether all random numbers of a module's tiles can be repeated; aihwkit's own tiles draw others every time."""
+    """Return whether a module's tiles can draw the same random numbers again. aihwkit's own tiles cannot."""
     tiles = [tile for layer in analog_layers(module) for tile in layer.analog_tiles()]
     if not tiles:
         return True

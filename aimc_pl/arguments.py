@@ -1,4 +1,4 @@
-"""Checks of arguments: each refusal is one line with the argument's name, its value and what it may be."""
+"""This module checks arguments. Each refusal is one line: the argument's name, its value, and what is allowed."""
 
 from collections.abc import Sequence
 from math import inf
@@ -10,7 +10,7 @@ from typing import Any, get_args
 from aimc_pl.errors import UsageError
 
 MAX_SEED = 2**32 - 1
-"""The largest seed, which is also Lightning's."""
+"""The largest seed, here as in Lightning."""
 
 _short = Repr(maxother=50, maxstring=50)
 
@@ -25,19 +25,19 @@ def check_number(
     at_most: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Refuse what is no finite number, or not in the range.
+    """Check that a value is a finite number in a range.
 
     Args:
-        name: of the argument.
-        value: what it has been given.
-        above: the range's open lower end.
-        at_least: the range's closed lower end.
-        below: the range's open upper end.
-        at_most: the range's closed upper end.
-        whole: whether only whole numbers will do.
+        name: the name of the argument.
+        value: the value of the argument.
+        above: the lower end of the range, exclusive.
+        at_least: the lower end of the range, inclusive.
+        below: the upper end of the range, exclusive.
+        at_most: the upper end of the range, inclusive.
+        whole: whether the number must be whole.
 
     Raises:
-        UsageError: with the name, the value and the range.
+        UsageError: if the value is anything else. The message has the name, the value and the range.
     """
     numbers: Any = Integral if whole else Real
     allowed = (
@@ -57,45 +57,45 @@ def check_number(
 
 
 def check_seed(name: str, value: Any) -> None:
-    """Refuse what cannot start a random generator."""
+    """Check that a value can seed a random generator."""
     check_number(name, value, at_least=0, at_most=MAX_SEED, whole=True)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Refuse what is none of a ``Literal``'s values."""
+    """Check that a value is one of the values of ``choices``, a ``Literal``."""
     if not isinstance(value, str) or value not in get_args(choices):
         raise UsageError(f"unknown {name} {shown(value)}: choose one of {', '.join(get_args(choices))}")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither true nor false, such as ``"no"``, which Python takes for true."""
+    """Check that a value is ``True`` or ``False``. Python would take other values, such as ``"no"``, for true."""
     if not isinstance(value, bool):
         raise UsageError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_path(name: str, value: Any) -> None:
-    """Refuse what is no path."""
+    """Check that a value is a path."""
     if not isinstance(value, str | PathLike):
         raise UsageError(f"{name} must be a path, got {shown(value)}")
 
 
 def check_callable(name: str, value: Any) -> None:
-    """Refuse what cannot be called."""
+    """Check that a value can be called."""
     if not callable(value):
         raise UsageError(f"{name} must be a function or a class, got {shown(value)}")
 
 
 def check_list(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
-    """Refuse what is no list, tuple or other sequence of some kind of things.
+    """Check that a value is a list, tuple or other sequence, and that its items are of the right type.
 
     Args:
-        name: of the argument.
-        value: what it has been given; a string is no list.
-        kinds: what its items may be.
-        what: the items, in words.
+        name: the name of the argument.
+        value: the value of the argument. A string does not count as a list.
+        kinds: the types that items may have.
+        what: what the items are, in words, for the message.
 
     Raises:
-        UsageError: with the name, the value and the words.
+        UsageError: if the value is anything else. The message has the name, the value and the words.
     """
     if isinstance(value, str):
         raise UsageError(f"{name} is a list of {what}, got the string {shown(value)}")
@@ -104,12 +104,12 @@ def check_list(name: str, value: Any, kinds: type | tuple[type, ...], what: str)
 
 
 def shown(value: Any) -> str:
-    """A value in one line that is not long."""
+    """Return a short text of a value, in one line."""
     return " ".join(_short.repr(value).split())
 
 
 def listed(names: Sequence[str], most: int = 80) -> str:
-    """The first of some names, and those that fit with it into ``most`` characters, and how many more there are."""
+    """Return the names that fit into ``most`` characters, at least the first, and how many more there are."""
     fitting = [name for end, name in enumerate(names, 1) if end == 1 or len(", ".join(names[:end])) <= most]
     more = f" and {len(names) - len(fitting)} more" if len(fitting) < len(names) else ""
     return ", ".join(fitting) + more

@@ -1,4 +1,7 @@
-"""What code leaves on modules while it runs: plain attributes, and what lists, dicts and sets there hold."""
+"""This module reads and writes what code leaves on modules while it runs.
+
+These are plain attributes, and the contents of the lists, dicts and sets that attributes hold.
+"""
 
 import sys
 from collections import OrderedDict, deque
@@ -12,33 +15,34 @@ from aimc_pl.watch import Watch
 
 CONTAINERS = (dict, list, set, deque, tuple)
 PLAIN = (bool, int, float, str, type(None))
-"""Types of values that cannot change."""
+"""The types whose values cannot be changed in place."""
 
 _OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
 _FLAGS = "requires_grad of parameters"
-"""Stands among a module's attributes for what its parameters require."""
+"""A name among a module's attributes. Its value is the ``requires_grad`` of all parameters of the module."""
 
 _MISSING = object()
 _MANY = 256
 
 Place = tuple[int, str]
-"""The number of a module (some modules compare in ways of their own) and an attribute's name."""
+"""A module's number and an attribute's name. The number is used because some modules redefine how they compare."""
 
 Snapshot = list[dict[str, Any]]
-"""The frozen values of every module's attributes."""
+"""The frozen values of every module's attributes. The frozen value of a container also keeps its contents."""
 
 
 class Attributes:
-    """The attributes of all modules of a network, to be read and written as a whole.
+    """The attributes of all modules of a network, which are read and written as a whole.
 
-    Hooks do not count. Buffers and parameters do when they are bound anew or frozen, not when they are changed in
-    place. A container with more than 256 elements (a vocabulary, say) counts as changed where their number has.
+    Hooks do not count. Buffers and parameters count as changed when they are replaced, and parameters also when their
+    ``requires_grad`` changes. Changes in place do not count. A container with more than 256 elements (a vocabulary,
+    for example) counts as changed when its length changes.
 
-    Most modules never change, and are watched together. Those that have been seen to change are read one by one.
+    Most modules never change, and are checked all at once. Modules that have been seen to change are read one by one.
 
     Args:
-        network: whose attributes.
-        besides: names of attributes of the network itself, not of modules inside it, that do not count.
+        network: the network whose attributes to read and write.
+        besides: names of attributes of the network itself that do not count. On modules inside it, these names count.
     """
 
     def __init__(self, network: nn.Module, besides: Collection[str] = ()) -> None:
@@ -49,7 +53,7 @@ class Attributes:
         self._watch = self._watch_others()
 
     def read(self) -> Snapshot:
-        """The attributes of this moment; a module that has not changed since the last call has the same dict."""
+        """Return the current attributes. A module that has not changed since the last call keeps its dict."""
         is_quiet = self._watch.is_unchanged()
         if is_quiet and not self._restless:
             return self._snapshot
@@ -66,7 +70,7 @@ class Attributes:
         return self._snapshot
 
     def changes(self, before: Snapshot) -> dict[Place, Any]:
-        """The frozen values of what has been set, filled or deleted since ``before``."""
+        """Return the frozen values of the attributes that have been set, filled or deleted since ``before``."""
         now = self.read()
         return {
             (number, name): now[number].get(name, _MISSING)
@@ -77,16 +81,16 @@ class Attributes:
 
     @staticmethod
     def select(snapshot: Snapshot, places: Iterable[Place]) -> dict[Place, Any]:
-        """The frozen values of some attributes."""
+        """Return the frozen values that some attributes have in a snapshot."""
         return {(number, name): snapshot[number].get(name, _MISSING) for number, name in places}
 
     def current(self, places: Iterable[Place]) -> dict[Place, Any]:
-        """The frozen values that some attributes have now."""
+        """Return the frozen values that some attributes have now."""
         return {(number, name): _freeze(self._value(number, name)) for number, name in places}
 
     def write(self, values: dict[Place, Any]) -> None:
-        """Set attributes (and fill containers) to frozen values."""
-        # Flags last: they are those of the parameters that are bound by then.
+        """Set attributes to frozen values, and give containers the contents that they had."""
+        # The flags come last, because they belong to the parameters that are set before.
         for (number, name), frozen in sorted(values.items(), key=lambda item: item[0][1] == _FLAGS):
             module = self._modules[number]
             if name == _FLAGS:
@@ -97,7 +101,7 @@ class Attributes:
                 vars(module)[name] = _thaw(frozen)
 
     def name(self, place: Place) -> str:
-        """How the user writes the attribute, ``"net.hidden"``."""
+        """Return the attribute's name as the user writes it, such as ``"net.hidden"``."""
         number, name = place
         return ".".join(part for part in (self._names[number], name.lstrip("_")) if part)
 
@@ -113,7 +117,7 @@ class Attributes:
         return look
 
     def _watch_others(self) -> Watch:
-        """Watch the modules that have not changed so far."""
+        """Return a watch on the modules that have not changed so far."""
         for number, look in enumerate(self._snapshot):
             if any(map(_is_beyond_watch, look.values())):
                 self._restless.add(number)
@@ -125,7 +129,7 @@ class Attributes:
 
 
 def is_alike(a: Any, b: Any) -> bool:
-    """Whether two frozen values are of the same kind and size."""
+    """Return whether two frozen values have the same type and size. Numbers and strings must also be equal."""
     if type(a) is _Container and type(b) is _Container:
         return len(a.contents) == len(b.contents) and all(map(is_alike, a.contents, b.contents))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -134,14 +138,14 @@ def is_alike(a: Any, b: Any) -> bool:
 
 
 class _Container(NamedTuple):
-    """A list, dict, set, deque or tuple, and what it holds."""
+    """A list, dict, set, deque or tuple, and its contents."""
 
     value: Any
     contents: list[Any]
 
 
 class _Large(NamedTuple):
-    """A container that is not looked into."""
+    """A container with more than 256 elements, of which only the length is compared."""
 
     value: Any
     length: int
@@ -152,7 +156,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _flags(module: nn.Module) -> str:
-    # Interned, as unchanged values are recognised by their identity.
+    # Interned, because unchanged values are recognised by identity.
     return sys.intern("".join("1" if p.requires_grad else "0" for p in parameters_of(module).values() if p is not None))
 
 
@@ -164,8 +168,8 @@ def _set_flags(module: nn.Module, flags: str) -> None:
 
 
 def contents_of(container: Any) -> list[Any]:
-    """What a list, set, deque or tuple holds; the keys and values of a dict, in turns."""
-    # The methods of the built-in class: those of the user's own may do something else.
+    """Return the elements of a list, set, deque or tuple, or the keys and values of a dict in turn."""
+    # The methods are those of the built-in class, because the user's subclass may override them.
     base = _built_in(container)
     return (
         [held for pair in base.items(container) for held in pair]
@@ -175,7 +179,7 @@ def contents_of(container: Any) -> list[Any]:
 
 
 def fill(container: Any, contents: list[Any]) -> None:
-    """Let a list, dict, set or deque hold what :func:`contents_of` has returned."""
+    """Replace the contents of a list, dict, set or deque by contents that :func:`contents_of` has returned."""
     base = _built_in(container)
     base.clear(container)
     if issubclass(base, dict):
@@ -192,7 +196,7 @@ def _built_in(container: Any) -> Any:
 
 
 def _can_change(value: Any) -> bool:
-    # Most attributes are plain; a test of the exact type is fastest.
+    # Most attributes are plain, and a test of the exact type is fastest.
     if type(value) in PLAIN or not isinstance(value, CONTAINERS):
         return False
     return not isinstance(value, tuple) or not all(type(item) in PLAIN for item in value)
@@ -207,7 +211,7 @@ def _freeze(value: Any, around: tuple[int, ...] = ()) -> Any:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two frozen values are one object, with the same contents."""
+    """Return whether two frozen values are the same object, with the same contents."""
     if type(a) is _Container and type(b) is _Container:
         return a.value is b.value and len(a.contents) == len(b.contents) and all(map(_is_same, a.contents, b.contents))
     if type(a) is _Large and type(b) is _Large:
@@ -216,7 +220,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def _views(frozen: Any) -> Iterator[Any]:
-    """What to watch of a value: what it holds, and what its containers hold."""
+    """Yield the containers to watch (of dicts, their views): the value itself, if it is one, and those inside it."""
     if type(frozen) is _Container:
         base, value = _built_in(frozen.value), frozen.value
         yield from (base.keys(value), base.values(value)) if issubclass(base, dict) else (value,)
@@ -225,7 +229,7 @@ def _views(frozen: Any) -> Iterator[Any]:
 
 
 def _is_beyond_watch(frozen: Any) -> bool:
-    """Whether a value has to be read: it is large, or a class of the user's own that iterates in its own way."""
+    """Return whether a value cannot be watched. It may be large, or of a user's class that redefines iteration."""
     if type(frozen) is not _Container:
         return type(frozen) is _Large
     base, kind = _built_in(frozen.value), type(frozen.value)

@@ -1,4 +1,7 @@
-"""Where the stages of a training step begin: modules that open them, found by measuring or named by the user."""
+"""This module determines where the stages of a training step begin.
+
+A stage begins with the call of a module. The user names these modules, or they are found by measuring.
+"""
 
 import time
 from collections import Counter
@@ -21,18 +24,18 @@ from aimc_pl.trial import Trials
 
 
 class BoundaryError(UsageError):
-    """The step cannot be split as asked; the message says why and what to do."""
+    """An error raised when a step cannot be split as asked. The message says why and what to do."""
 
 
 class Calls:
     """The modules that a step calls, in the order of their first calls.
 
     Args:
-        with_gradients: whether calls without gradients do not count.
+        with_gradients: whether to count only calls with gradients enabled and outside of checkpointed regions.
 
     Attributes:
-        names: of modules that could open a stage.
-        others: of those that are called without gradients, or where a checkpoint repeats the forward.
+        names: the names of the modules that could open a stage.
+        others: the names of the modules called without gradients, or inside a checkpointed region.
     """
 
     def __init__(self, *, with_gradients: bool = True) -> None:
@@ -42,7 +45,7 @@ class Calls:
 
     @contextmanager
     def recorded(self, network: nn.Module) -> Iterator[None]:
-        """While the step runs, from the start."""
+        """Context manager that records the calls of the network's modules. The whole step must run inside it."""
         names = {id(module): name for name, module in network.named_modules() if name}
         seen: set[int] = set()
 
@@ -63,10 +66,10 @@ class Calls:
 
 
 def check(calls: Calls, split_at: Sequence[str]) -> None:
-    """Refuse names that open no stage, or not in this order.
+    """Check that the modules that ``split_at`` names can open stages, in this order.
 
     Raises:
-        BoundaryError: naming the first that does not.
+        BoundaryError: if a module cannot open a stage (the message names the first), or if the order is another one.
     """
     for name in split_at:
         if name not in calls.names and name in calls.others:
@@ -88,10 +91,10 @@ def check(calls: Calls, split_at: Sequence[str]) -> None:
 
 
 def check_stages(stages: Sequence[Stage], split_at: Sequence[str]) -> None:
-    """Refuse stages that do nothing.
+    """Check that every stage uses a parameter or calls a layer.
 
     Raises:
-        BoundaryError: naming the first that is empty.
+        BoundaryError: if a stage is empty. The message names the first such stage.
     """
     for stage in stages:
         if not stage.parameters and all([*module.children()] for module in stage.modules):
@@ -104,21 +107,21 @@ def check_stages(stages: Sequence[Stage], split_at: Sequence[str]) -> None:
 def find(
     trials: Trials, calls: Calls, num_stages: int, *, may_share: bool, repeats: int = 1
 ) -> tuple[list[str], list[float]]:
-    """Divide the step so that the most expensive stage is as cheap as can be.
+    """Find the boundaries with which the most expensive stage is as cheap as possible.
 
     Args:
-        trials: of the step, on at least one micro-batch.
-        calls: of an undivided run.
-        num_stages: M.
-        may_share: whether a parameter may be used by two stages.
-        repeats: runs to measure; of each cost the least counts.
+        trials: runs of the step, on at least one micro-batch.
+        calls: the modules that an undivided run has called.
+        num_stages: M, the number of stages.
+        may_share: whether two stages may use the same parameter.
+        repeats: the number of runs to measure. Of each cost, the smallest measurement counts.
 
     Returns:
-        The names of the modules with which stages 1 … M−1 begin, and the stages' shares of the time that forward,
-        backward and the tiles' update take.
+        The names of the modules with which stages 1 … M−1 begin, and each stage's share of the time that the forward,
+        the backward and the tiles' update take.
 
     Raises:
-        BoundaryError: if there are fewer places to split at than asked for.
+        BoundaryError: if the step can be split at fewer places than needed.
     """
     parts = [Stage(index) for index in range(len(calls.names) + 1)]
     step = StagedStep(trials.network, calls.names, parts, overlaps=False)
@@ -130,7 +133,7 @@ def find(
             costs = [min(pair) for pair in zip(costs, _measure(flight, parts), strict=True)]
             for used, leaves in zip(uses, flight.leaves, strict=True):
                 used.update(map(id, leaves))
-    # As StagedStep.settle has it: where the graph shows no use, the call of the module counts.
+    # As in StagedStep.settle, a parameter that the graph does not show belongs where its module is called.
     shown = set().union(*uses)
     for used, part in zip(uses, parts, strict=True):
         own = [parameter for module in part.modules for parameter in module.parameters(recurse=False)]
@@ -142,7 +145,7 @@ def find(
             f"{len(cuts) + 1 if any(uses) else 0}{_shared(trials.network, uses, may_share)}. Lower num_stages"
         )
     units = [sum(costs[a:b]) for a, b in pairwise([0, *cuts, len(parts)])]
-    # In tenths of the largest: what differs by less is equal, so that noise seldom moves a boundary.
+    # Costs are rounded to tenths of the largest: noise, which is usually smaller, then seldom moves a boundary.
     chosen = balance([max(round(10 * unit / max(units)), 0.1) for unit in units], num_stages)
     ends = [cuts[unit - 1] for unit in chosen]
     shares = [sum(costs[a:b]) / sum(costs) for a, b in pairwise([0, *ends, len(parts)])]
@@ -150,7 +153,7 @@ def find(
 
 
 def _shared(network: nn.Module, uses: Sequence[set[int]], may_share: bool) -> str:
-    """Which parameter holds layers together."""
+    """Return a remark for a message that names the parameters which layers share, or an empty string."""
     if may_share:
         return ""
     counts = Counter(parameter for used in uses for parameter in used)
@@ -159,7 +162,7 @@ def _shared(network: nn.Module, uses: Sequence[set[int]], may_share: bool) -> st
 
 
 def _measure(flight: Flight, parts: Sequence[Stage]) -> list[float]:
-    """Seconds of forward, backward and the tiles' update of each part."""
+    """Return the seconds that the forward, the backward and the tiles' update of each part take."""
 
     def timed(operation: Callable[[int], object], index: int) -> float:
         start = time.perf_counter()
@@ -175,7 +178,11 @@ def _measure(flight: Flight, parts: Sequence[Stage]) -> list[float]:
 
 
 def _allowed(uses: Sequence[set[int]], names: Sequence[str], may_share: bool) -> list[int]:
-    """The parts with which a stage may begin: one between two parts with parameters, the outermost module there."""
+    """Return the parts with which a stage may begin.
+
+    Between two successive parts with parameters there is one, that of the outermost module. Without ``may_share``, the
+    parts before it and the parts from it on must have no parameter in common.
+    """
     with_parameters = [part for part, used in enumerate(uses) if used]
     cuts = []
     for before, after in pairwise(with_parameters):
@@ -186,7 +193,7 @@ def _allowed(uses: Sequence[set[int]], names: Sequence[str], may_share: bool) ->
 
 
 def balance(costs: Sequence[float], num_stages: int) -> list[int]:
-    """Where to cut a row of units so that the most expensive of ``num_stages`` consecutive groups is cheapest.
+    """Divide a row of units into ``num_stages`` consecutive groups, the most expensive of them as cheap as possible.
 
     Returns:
         The indices of the units with which groups 1 … M−1 begin.

@@ -1,4 +1,4 @@
-"""The command ``aimc-pl``: Lightning CLI, and the pictures of schedules and devices."""
+"""The command ``aimc-pl``: Lightning's command line, and pictures of schedules and devices."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, dra
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import Duplex, ScheduleName
 
-# Registers the names "aimc_none", "aimc_sync" and "aimc_async".
+# This import registers the names "aimc_none", "aimc_sync" and "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
@@ -34,11 +34,14 @@ from aimc_pl.strategies.settings import make_schedule
 
 
 class AnalogCLI(CheckpointReadingCLI):
-    """Lightning CLI with OmegaConf interpolation that command-line overrides reach, and a report after the fit."""
+    """Lightning's command line, with a report after the fit.
+
+    OmegaConf resolves interpolations in configs after command-line overrides have been applied.
+    """
 
     def __init__(self) -> None:
         self._new_folders: list[Path] = []
-        # aihwkit's configurations are dataclasses, which jsonargparse takes as they are unless told otherwise.
+        # aihwkit's configurations are dataclasses, of which jsonargparse accepts no subclasses unless told to.
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
         try:
             super().__init__(
@@ -55,20 +58,27 @@ class AnalogCLI(CheckpointReadingCLI):
             raise
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Add the arguments beyond Lightning's own."""
+        """Add the arguments that Lightning's command line does not have."""
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Test the last weights when the fit has ended."
         )
 
     def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
-        """Entered while hyperparameters are read from a checkpoint: it is checked, and cannot run code."""
+        """Return a context manager for reading hyperparameters from a checkpoint.
+
+        It checks the checkpoint, and keeps it from running code.
+        """
         with ExitStack() as stack:
             if path and Path(path).is_file():
                 stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
             return stack.pop_all()
 
     def instantiate_classes(self) -> None:
-        """Instantiate what the configuration names; what its classes refuse is an error of usage."""
+        """Instantiate the classes that the configuration names.
+
+        Raises:
+            UsageError: if a class refuses its arguments, or if the folder of a logger cannot be created.
+        """
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -82,7 +92,7 @@ class AnalogCLI(CheckpointReadingCLI):
                 self._new_folders += new
 
     def _remove_new_folders(self) -> None:
-        """Remove the folders of a run that has been refused before its first step, unless others use them too."""
+        """Remove the folders that a run refused before its first step has created, unless other runs use them."""
         if self._new_folders and self.trainer.is_global_zero and not self.trainer.global_step:
             for logger in self.trainer.loggers:
                 path = Path(logger.log_dir or "")
@@ -92,7 +102,7 @@ class AnalogCLI(CheckpointReadingCLI):
             _remove(self._new_folders)
 
     def after_fit(self) -> None:
-        """Test if asked to, and say where to look."""
+        """Test the model if ``test_after_fit`` is set, and print the results and where to find more."""
         tested: list[Any] = []
         if self._get(self.config, "test_after_fit"):
             tested = self.trainer.test(self.model, self.datamodule, verbose=False)
@@ -119,11 +129,11 @@ def schedule(
     """Print (or draw) what every stage does in every clock, from the fill to the drain of a mini-batch.
 
     Args:
-        num_stages: M, stages of the pipeline, at most 32.
-        num_microbatches: B, micro-batches of a mini-batch, as many as fit into 256 clocks.
+        num_stages: M, the number of stages of the pipeline, at most 32.
+        num_microbatches: B, the number of micro-batches of a mini-batch, as many as fit into 256 clocks.
         schedule: none, sync, 1f1b or async.
-        duplex: of async, one operation in a clock (half) or a forward and a backward (full).
-        png: draw into this file instead, in the format that its name ends with.
+        duplex: for async, one operation of a stage in a clock (half), or a forward and a backward (full).
+        png: the file to draw into instead of printing, in the format that the file's name ends with.
     """
     check_number("num_stages", num_stages, at_least=1, at_most=MAX_DRAWN_STAGES, whole=True)
     table = make_schedule(schedule, num_stages, num_microbatches, duplex)
@@ -144,12 +154,12 @@ def schedule(
 
 
 def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 1000) -> None:
-    """List the analog devices, or draw how one answers to update pulses.
+    """List the analog devices, describe one of them, or draw its response to update pulses.
 
     Args:
         name: the device to describe.
-        png: draw its response into this file.
-        num_pulses: pulses in each direction, at most 10,000.
+        png: the file to draw the device's response into.
+        num_pulses: the number of pulses in each direction, at most 10,000.
     """
     if name is None:
         if png is not None:
@@ -166,7 +176,11 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command ``aimc-pl``; a request that cannot work, or a lost process, ends in one line and exit code 1."""
+    """Run the command ``aimc-pl``. A request that cannot work, or a lost process, ends in one line and exit code 1.
+
+    Args:
+        args: the arguments of the command; by default those of the process.
+    """
     try:
         sys.argv[1:] = args = with_shipped_configs(sys.argv[1:] if args is None else args)
         if args[:1] in (["schedule"], ["devices"]):
@@ -178,7 +192,15 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _check_folder(path: Path, new: Sequence[Path]) -> None:
-    """Refuse a folder of logs that cannot be made: make it, and remove again what was new."""
+    """Check that a folder of logs can be created: create it, and remove new folders again.
+
+    Args:
+        path: the folder.
+        new: those of the folder and its parents that do not exist yet, the innermost first.
+
+    Raises:
+        UsageError: if it cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -188,14 +210,18 @@ def _check_folder(path: Path, new: Sequence[Path]) -> None:
 
 
 def _remove(folders: Sequence[Path]) -> None:
-    """Remove folders that are empty, the innermost first."""
+    """Remove those of the folders that are empty. The innermost must come first."""
     for folder in folders:
-        with suppress(OSError):  # it is not there, or others use it
+        with suppress(OSError):  # The folder does not exist, or others use it.
             folder.rmdir()
 
 
 def _check_picture(path: Path) -> None:
-    """Refuse, before it is drawn, what a picture cannot be written to."""
+    """Check that a picture can be written to a path, before it is drawn.
+
+    Raises:
+        UsageError: if the path is a folder, lies in no folder, or names no known format.
+    """
     if path.is_dir():
         raise UsageError(f"png={path} is a folder: add the name of a file")
     if not path.parent.is_dir():

@@ -1,7 +1,7 @@
-"""What jsonargparse says about a bad argument, in one line.
+"""Functions that shorten jsonargparse's messages about a bad argument to one line.
 
-Where an argument may be one of several types, jsonargparse lists what is wrong with it as each of them, and all values
-around it. One of these reasons is what the user has to know: the first that is no mere "Expected a …".
+If an argument may have one of several types, jsonargparse says for every type why the argument does not have it, and
+repeats all values around the argument. Only one of these reasons helps: the first that says more than "Expected a …".
 """
 
 import re
@@ -20,7 +20,7 @@ _WORDS = {"NoneType": "null", "dot import path string": "the name of a class"}
 
 
 def one_line(message: str) -> str:
-    """The innermost reason, after the dotted name of the argument."""
+    """Return the innermost reason in a message of jsonargparse, after the dotted name of the argument."""
     reason, keys = message.strip(), list[str]()
     while True:
         if path := _PATH.match(reason):
@@ -39,7 +39,12 @@ def one_line(message: str) -> str:
 
 
 def _telling(text: str, indent: int) -> str:
-    """The reason that matters, of a list that ends where its indentation does."""
+    """Return the reason that helps most, of a list of reasons.
+
+    Args:
+        text: the list, and what follows it.
+        indent: the list ends at the first line that is indented by at most so many spaces.
+    """
     lines = text.splitlines()
     indents = [len(line) - len(line.lstrip()) if line.strip() else indent + 1 for line in lines]
     end = next((n for n, found in enumerate(indents) if found <= indent), len(lines))

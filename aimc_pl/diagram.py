@@ -1,4 +1,4 @@
-"""Pictures of a schedule: the paper's Figure 2, as text and as a figure."""
+"""This module draws a schedule as the paper's Figure 2 does, as text and as a figure."""
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -9,15 +9,15 @@ from aimc_pl.schedule import Schedule
 
 MAX_DRAWN_STAGES = 32
 MAX_DRAWN_CLOCKS = 256
-"""What is drawn on request has at most as many: more takes minutes, and cannot be read."""
+"""The most stages and clocks that are drawn on request. A larger drawing takes minutes and cannot be read."""
 
 
 def draw_text(schedule: Schedule, num_microbatches: int) -> str:
-    """The clock table from the fill to the drain of some micro-batches, the last stage on top.
+    """Return the clock table from the fill to the drain of some micro-batches, with the last stage on top.
 
     Args:
-        schedule: whose table it is.
-        num_microbatches: K, micro-batches between fill and drain.
+        schedule: the schedule to draw.
+        num_microbatches: K, the number of micro-batches between fill and drain.
     """
     cells = _cells(schedule, num_microbatches)
     clocks = range(schedule.num_clocks(num_microbatches))
@@ -36,12 +36,12 @@ def draw_text(schedule: Schedule, num_microbatches: int) -> str:
 
 
 def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | None = None) -> Figure:
-    """The clock table as a picture: a colour per micro-batch, forwards plain, backwards hatched.
+    """Return the clock table as a figure: one colour per micro-batch, forwards plain, backwards hatched.
 
     Args:
-        schedule: whose table it is.
-        num_microbatches: K, micro-batches between fill and drain.
-        num_clocks: how many clocks to show, by default all.
+        schedule: the schedule to draw.
+        num_microbatches: K, the number of micro-batches between fill and drain.
+        num_clocks: the number of clocks to show, by default all.
     """
     clocks = schedule.num_clocks(num_microbatches) if num_clocks is None else num_clocks
     stages = schedule.num_stages
@@ -51,7 +51,7 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
 
 
 def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: int) -> None:
-    """The same as part of a figure; for the arguments see :func:`draw_figure`."""
+    """Draw the table of :func:`draw_figure` into one part of a figure, ``axes``, as far as ``clocks`` clocks."""
     stages = schedule.num_stages
     colours = colormaps["tab20"]
     for (stage, clock), operations in _cells(schedule, num_microbatches).items():

@@ -1,9 +1,10 @@
-"""Carries what stages send between processes, one stage in each: through shared memory or torch.distributed.
+"""Links that carry messages between the processes of neighbouring stages, by shared memory or torch.distributed.
 
-A message is a header and a body: the header tells the micro-batch, what data it belongs to, and the structure, shapes
-and types of the values, the body is their bytes (see :mod:`aimc_pl.messages`). Processes of one machine pass messages
-through a ring of shared memory, others through torch.distributed: the next header is always expected already, and with
-gloo a body as large as any so far; NCCL's body is received once its header is there.
+A message is a header and a body. The header holds the number of the micro-batch, a fingerprint of the batch, and the
+structure, shapes and types of the values. The body holds the bytes of the values (see :mod:`aimc_pl.messages`).
+Processes of one machine pass messages through a ring of shared memory, other processes through torch.distributed.
+There, the receive of the next header is always posted ahead. With gloo, so is the receive of a body as large as the
+largest one so far. With NCCL, the receive of a body is posted once its header has arrived.
 """
 
 import time
@@ -23,24 +24,26 @@ from aimc_pl.ring import IS_ORDERED, Place, Ring, slot_for
 from aimc_pl.schedule import Operation
 
 _HEADER = 4096
+"""How many bytes of a header are received at first. The rest of a longer header follows separately."""
 _UNFINISHED = 8
-"""Messages that may be on their way before their sender waits."""
+"""How many transfers may be under way before their sender waits for the oldest one."""
 _tags = count(1)
-"""Every link of a process has tags of its own: what an earlier one still expects never comes."""
+"""Tags of the links. No two links share a tag: a receive that an earlier link has posted must not get a message of a
+later one."""
 
 Letter = tuple[int, str, Any]
-"""Micro-batch, fingerprint of its data, values."""
+"""The number of a micro-batch, the fingerprint of its batch (or an empty string), and the values."""
 
 
 class Link:
-    """The connection of one stage's process to those of the stages before and after it.
+    """The connection of the process of one stage to the processes of the stages before and after it.
 
     Args:
-        processes: of the run.
-        device: where this stage computes.
+        processes: the processes of the run.
+        device: the device on which this stage computes.
 
     Raises:
-        PeerError: by all methods, if a neighbour has gone, or keeps this process waiting for too long.
+        PeerError: from every method, if a neighbour has ended or has not answered in time.
     """
 
     def __init__(self, processes: Processes, device: torch.device) -> None:
@@ -72,11 +75,11 @@ class Link:
         processes.links.append(self)
 
     def announce(self, fingerprint: str, batch: str) -> None:
-        """Say which data the next micro-batch belongs to. Its forward refuses that of another process.
+        """Note which batch the next micro-batch belongs to. :meth:`receive` checks that its sender has read the same.
 
         Args:
-            fingerprint: equal in all processes that have read the same.
-            batch: its name, for messages.
+            fingerprint: a hash of the batch, equal in all processes that have read the same data.
+            batch: the name of the batch, for messages.
         """
         if self._stage > 0:
             self._unread.append((fingerprint, batch))
@@ -84,15 +87,15 @@ class Link:
             self._unsent.append(fingerprint)
 
     def send(self, operation: Operation, values: Any) -> None:
-        """Hand over nested tuples of tensors for an operation of a neighbouring stage."""
+        """Send nested tuples of tensors to a neighbouring stage, as the input of its ``operation``."""
         fingerprint = self._unsent.popleft() if operation.kind == "F" and self._unsent else ""
         self._out[operation.stage].send(operation.microbatch, fingerprint, values)
 
     def receive(self, operation: Operation) -> Any:
-        """What the neighbour has sent for the operation.
+        """Return what the neighbour has sent as the input of ``operation``.
 
         Raises:
-            UsageError: if it has read other data.
+            UsageError: if the neighbour has read other data than this process.
         """
         sender = self._stage - 1 if operation.kind == "F" else self._stage + 1
         microbatch, theirs, values = self._in[sender].receive()
@@ -104,13 +107,13 @@ class Link:
                 name, num_stages = self._processes.name, self._processes.num_stages
                 raise UsageError(
                     f"{name(rank_of(sender, num_stages))} and {name(self._processes.rank)} have read different data in "
-                    f"{batch}. Every process reads all batches, in the same order: shuffle by torch's random numbers, "
-                    "which all draw alike, and do not give a rank its own part"
+                    f"{batch}. All processes must read the same batches: shuffle with torch's random numbers, and do "
+                    "not split data by rank"
                 )
         return values
 
     def close(self) -> None:
-        """Let the neighbours wait no longer: this process fails. What is under way cannot be called back."""
+        """Tell the neighbours to stop waiting, because this process fails. Transfers under way cannot be cancelled."""
         for end in (*self._out.values(), *self._in.values()):
             end.close()
 
@@ -128,7 +131,7 @@ class _Receiver(Protocol):
 
 
 class _Peer:
-    """A neighbour."""
+    """The process of a neighbouring stage."""
 
     def __init__(self, processes: Processes, rank: int, device: torch.device, header_tag: int, body_tag: int) -> None:
         self.rank = rank
@@ -141,7 +144,7 @@ class _Peer:
             return dist.isend(tensor, self.rank, tag=self.tags[tag])
 
     def expect(self, dtype: torch.dtype, size: int, tag: int, device: Any = "cpu") -> "tuple[dist.Work | None, Tensor]":
-        # Also what is first expected during validation may be used in a training step.
+        # A receive that is posted during validation may serve a training step. So this must not be an inference tensor.
         with torch.inference_mode(False):
             tensor = torch.empty(size, dtype=dtype, device=device)
         with self.processes.answering(self.rank):
@@ -155,11 +158,12 @@ class _Peer:
         self.processes.finish(work, self.rank)
 
     def wait_until(self, condition: Callable[[], bool], ring: Ring) -> None:
-        """Wait for what happens in shared memory."""
+        """Wait until the neighbour has made ``condition`` true, by a change of the shared memory of ``ring``."""
         start = checked = time.monotonic()
         while not condition():
             now = time.monotonic()
-            # At first other processes may go on at once; the longer it takes, the longer they may have the processor.
+            # Poll without a pause at first. The longer the wait, the longer the sleep, which leaves the processor to
+            # other processes.
             time.sleep(0 if now - start < 2e-4 else min(max(2e-5, (now - start) / 500), 0.01))
             if now - checked > 0.1:
                 checked = now
@@ -169,13 +173,13 @@ class _Peer:
 
 
 class _SharedSender:
-    """Sends through a ring, and goes over to a larger one when a message does not fit."""
+    """The sending end of a ring in shared memory. When a message does not fit, it creates a larger ring."""
 
     def __init__(self, peer: _Peer, ring: Ring) -> None:
         self._peer = peer
         self._ring = ring
         self._left: list[Ring] = []
-        """Earlier rings, until the receiver has opened the ones that follow them."""
+        """Earlier rings, each of which is kept until the receiver has opened the ring that replaces it."""
 
     def send(self, microbatch: int, fingerprint: str, values: Any) -> None:
         message = Message(values)
@@ -201,7 +205,7 @@ class _SharedSender:
 
 
 class _SharedReceiver:
-    """Receives through a ring."""
+    """The receiving end of a ring in shared memory."""
 
     def __init__(self, peer: _Peer, place: Place) -> None:
         self._peer = peer
@@ -233,7 +237,7 @@ class _SharedReceiver:
 
 
 class _NetworkSender:
-    """Sends through torch.distributed."""
+    """The sending end of a connection through torch.distributed."""
 
     def __init__(self, peer: _Peer) -> None:
         self._peer = peer
@@ -249,14 +253,14 @@ class _NetworkSender:
         if len(header) > _HEADER:
             self._send(header[_HEADER:], 0)
         if 0 < self._expected < message.size:
-            self._send(body[:1], 1)  # in place of the one that is expected
+            self._send(body[:1], 1)  # completes the posted receive, which is too small
         if self._peer.device.type == "cpu":
             self._expected = max(self._expected, message.size)
         if message.size:
             self._send(body, 1)
 
     def close(self) -> None:
-        """Its connection ends with the process."""
+        """Do nothing: the connection ends with the process."""
 
     def _send(self, tensor: Tensor, tag: int) -> None:
         self._unfinished.append((self._peer.send(tensor, tag), tensor))
@@ -265,7 +269,7 @@ class _NetworkSender:
 
 
 class _NetworkReceiver:
-    """Receives through torch.distributed."""
+    """The receiving end of a connection through torch.distributed."""
 
     def __init__(self, peer: _Peer) -> None:
         self._peer = peer
@@ -284,7 +288,7 @@ class _NetworkReceiver:
         return microbatch, fingerprint, read(description, self._receive_body(size) if size else header[:0])
 
     def close(self) -> None:
-        """Its connection ends with the process."""
+        """Do nothing: the connection ends with the process."""
 
     def _receive_body(self, size: int) -> Tensor:
         if self._body is not None and size > self._expected:
@@ -301,10 +305,11 @@ class _NetworkReceiver:
 
 
 def _to_tensor(header: bytes) -> Tensor:
-    """A header with its length, as bytes, of which there are at least so many as are expected."""
+    """Return a header, preceded by its length, as a tensor of at least :data:`_HEADER` bytes."""
     data = len(header).to_bytes(8, "little") + header
     return torch.frombuffer(bytearray(data.ljust(_HEADER, b"\0")), dtype=torch.uint8)
 
 
 def _length(header: Tensor) -> int:
+    """Return the length of a header, which its first eight bytes hold."""
     return int.from_bytes(header[:8].numpy().tobytes(), "little")

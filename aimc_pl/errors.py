@@ -1,13 +1,13 @@
-"""The errors of requests that cannot work, and of processes that have gone."""
+"""This module defines the errors for requests that cannot work and for lost processes, and a warning."""
 
 
 class UsageError(ValueError):
-    """A configuration, a model or data that cannot be used as asked; the message says why and what to do instead."""
+    """A configuration, model or data that cannot be used as asked. The message says why and what to do instead."""
 
 
 class PeerError(RuntimeError):
-    """Another process of the pipeline has ended, hangs or cannot be reached."""
+    """An error raised when another process of the pipeline has ended, hangs or cannot be reached."""
 
 
 class AnalogCheckpointWarning(UserWarning):
-    """A checkpoint with analog layers has been read."""
+    """A warning that a checkpoint with analog layers has been read without the strategy."""

@@ -1,7 +1,8 @@
-"""A training step as it is written, run stage by stage in one process.
+"""Training steps that run stage by stage in one process, without changes to their code.
 
-A *boundary* is a module of the network that opens a stage when the step calls it. The step of a micro-batch runs in a
-greenlet; where it comes to the next boundary it waits, until the schedule lets the next stage begin.
+A *boundary* is a module of the network that opens a stage when the step calls it. The step of each micro-batch runs in
+a greenlet, a function that can be suspended. It is suspended when it calls the next boundary, until the schedule lets
+the next stage begin.
 """
 
 from collections import defaultdict
@@ -38,24 +39,26 @@ _NOTHING = nullcontext()
 
 
 class StagedStep:
-    """What the micro-batches of a training have in common: the network, its stages, and where these begin.
+    """What all micro-batches of a training share: the network, its stages, and the boundaries of the stages.
 
-    A parameter belongs to the stage that is seen to use it first, and so does a module that is called.
+    A parameter belongs to the first stage that is seen to use it. A module belongs to the first stage that is seen to
+    call it.
 
     Args:
-        network: all modules that the step calls.
-        boundaries: names of the modules with which stages 1 … M−1 begin.
+        network: the module that contains all modules that the step calls.
+        boundaries: the names of the modules that open stages 1 … M−1.
         stages: the M stages.
-        delayed: whether weights may change between a micro-batch's forward and its backward. The backward then uses
-            the weights of its own time, as a crossbar does, for digital parameters and analog tiles alike. (What the
-            forward computes from parameters, by a parametrization say, stays as it was.)
-        weight_stashing: keep the forward's weights for the backward instead (PipeDream's digital baseline).
-        may_share: whether several stages may use a parameter.
-        overlaps: whether a micro-batch may begin before the one before it has ended. Attributes that a step sets on
-            modules are then kept apart.
-        with_gradients: whether calls without gradients begin no stage.
-        trained: leaf tensors that are trained and are no parameters of the network.
-        set_outside: names of attributes of the network that others set while steps wait.
+        delayed: whether weights may change between the forward and the backward of a micro-batch. The backward then
+            uses the current weights, as a crossbar does, for digital parameters and analog tiles alike. Values that the
+            forward computes from parameters, by a parametrization for example, stay as they were.
+        weight_stashing: whether to keep the weights of the forward for the backward instead (PipeDream's digital
+            baseline).
+        may_share: whether several stages may use the same parameter.
+        overlaps: whether a micro-batch may begin before the previous one has ended. The attributes that a step sets on
+            modules are then kept apart for each micro-batch.
+        with_gradients: whether a boundary opens its stage only when it is called with gradients enabled.
+        trained: leaf tensors that are trained but are not parameters of the network.
+        set_outside: the names of attributes of the network that code outside of the step sets while steps wait.
     """
 
     def __init__(
@@ -80,47 +83,53 @@ class StagedStep:
         self.with_gradients = with_gradients
         self.attributes = Attributes(network, set_outside) if overlaps else None
         self.switches = switches_for(network) if overlaps else []
-        """Settings of the process to keep apart: until the step is settled all, then those that it switches."""
+        """The process-wide settings to keep apart for each micro-batch.
+
+        Until the step is settled, these are all known settings; after that, only those that the step switches.
+        """
         self.random: RandomStates | None = None
-        """Random states to keep apart, where the step sets them."""
+        """The random states to keep apart for each micro-batch; ``None`` unless the step itself sets random states."""
         self._trained = [*trained]
         self.parameters: list[Any] = [*network.parameters(), *self._trained]
         self.is_analog = any(map(is_analog, self.parameters))
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.anchor = torch.zeros((), requires_grad=True, device=device)
         self.saved = SavedParameters(self.parameters, stash=True) if weight_stashing else None
-        """What autograd saves of parameters, where references to them would not do."""
+        """Decides what autograd saves of parameters; ``None`` if references to the parameters are enough."""
         self.waiting: list[Flight] = []
-        """The micro-batches that have begun and not ended."""
+        """The micro-batches that have begun and have not ended."""
         self.carried: set[Place] = set()
-        """Attributes that have been set between mini-batches, and by no step."""
+        """The attributes that have been set between mini-batches, and never by a step."""
         self._writers: dict[Place, set[int]] = {}
         self.is_settled = False
         self.hands_on_views = False
-        """Whether a stage seems to use views of parameters that an earlier one has made."""
+        """Whether a stage seems to use views of parameters that an earlier stage has made."""
         self._arrivals = [_arrival(index + 1) for index in range(len(boundaries))]
         self._owners: dict[int, Stage] = {}
         self._called_without_gradients: list[tuple[Stage, nn.Module]] = []
         self._left: Snapshot | None = None
         self._switched: set[Switch] = set()
         self.hooked: defaultdict[Any, set[int]] = defaultdict(set)
-        """The stages of the tensors of each hook of several tensors."""
+        """The stages of a hook's tensors, for each hook that is registered with several tensors."""
         for stage in stages:
             self._owners |= {id(parameter): stage for parameter in stage.parameters}
 
     def follow_casts(self) -> None:
-        """Let a delayed backward use the current weights also where autocast has copied them."""
+        """Make a delayed backward use the current weights also where autocast has copied the weights."""
         if self.delayed and self.saved is None:
             self.saved = SavedParameters(self.parameters, stash=False)
 
     def keep_random_states(self, states: RandomStates) -> None:
-        """Give every micro-batch random states of its own."""
+        """Give every micro-batch its own random states if micro-batches overlap."""
         if self.attributes is not None:
             self.random = states
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While micro-batches are under way: one mini-batch, or a drain."""
+        """Context manager that makes boundaries open stages, for one mini-batch or a drain.
+
+        If an exception leaves the context, all waiting micro-batches are aborted.
+        """
         self._carry()
         if self.delayed:
             self._follow_parameters()
@@ -132,7 +141,7 @@ class StagedStep:
             yield
         except BaseException:
             for flight in [*self.waiting]:
-                flight.abort()  # leaves what it has entered
+                flight.abort()  # The step leaves the contexts that it has entered.
             raise
         finally:
             for handle in handles:
@@ -142,7 +151,7 @@ class StagedStep:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Note on which stage modules are called."""
+        """Context manager that records which stage calls each module, and the stages of hooks of several tensors."""
         members = set(map(id, self.network.modules()))
         known = {id(module) for stage in self.stages for module in stage.modules}
 
@@ -172,18 +181,18 @@ class StagedStep:
             handle.remove()
 
     def saving(self, stage: int) -> AbstractContextManager[Any]:
-        """Entered around the forward of a stage."""
+        """Return the context manager for the forward of a stage; it decides what autograd saves of parameters."""
         return _NOTHING if self.saved is None else self.saved.hooks(self.stages[stage].version)
 
     def own(self, leaves: Sequence[Sequence[Tensor]], opened: Container[int]) -> None:
-        """Give the leaf tensors that a micro-batch's stages have used to these stages.
+        """Assign the leaf tensors that a micro-batch has used to the stages that used them.
 
         Args:
-            leaves: of each stage.
-            opened: the stages that have begun with the module that opens them.
+            leaves: the leaf tensors that each stage has used.
+            opened: the stages whose boundary the step has called.
 
         Raises:
-            UsageError: if they are of several stages and may not.
+            UsageError: if several stages have used the same leaf tensor and may not share it.
         """
         shared: list[tuple[int, int, Tensor]] = []
         for stage, used in zip(self.stages, leaves, strict=True):
@@ -191,7 +200,7 @@ class StagedStep:
                 owner = self._owners.get(id(leaf))
                 if owner is None and (isinstance(leaf, nn.Parameter) or any(leaf is p for p in self.parameters)):
                     self._owners[id(leaf)] = stage
-                    stage.parameters.append(leaf)  # pyright: ignore[reportArgumentType], trained like one
+                    stage.parameters.append(leaf)  # pyright: ignore[reportArgumentType], it is trained like one
                 elif owner is not None and owner is not stage:
                     shared.append((owner.index, stage.index, leaf))
         if shared and not self.may_share:
@@ -205,11 +214,13 @@ class StagedStep:
             raise _shared_parameter(self.network, parameter, first, second)
 
     def settle(self) -> None:
-        """After a whole step: parameters that the graph does not show belong to the stage that calls their module.
+        """Complete the assignment of parameters to stages after a whole step.
+
+        A parameter that the autograd graph does not show belongs to the stage that calls its module.
 
         Raises:
-            UsageError: if that is one stage, and another one is seen to use them; if a hook waits for the gradients of
-                several stages.
+            UsageError: if one stage calls a module and another stage uses its parameters, and the two may not share
+                them; if a hook waits for the gradients of several stages.
         """
         order = {id(parameter): place for place, parameter in enumerate(self.parameters)}
         called = [(stage, module) for stage in self.stages for module in stage.modules]
@@ -220,7 +231,7 @@ class StagedStep:
                     owner.parameters.append(parameter)
         if not self.may_share:
             openers = {id(self.network.get_submodule(name)) for name in self.boundaries}
-            # Modules around a boundary may use their parameters before it and after it.
+            # A module that contains a boundary may use its parameters on both sides of the boundary.
             for stage, module in [(s, m) for s, m in called if openers.isdisjoint(map(id, [*m.modules()][1:]))]:
                 for parameter in module.parameters(recurse=False):
                     if parameter.requires_grad and (owner := self._owners[id(parameter)]) is not stage:
@@ -245,10 +256,11 @@ class StagedStep:
             )
 
     def note_writes(self, stage: int, places: Iterable[Place]) -> None:
-        """Know in which stages attributes are set.
+        """Record that a stage has set attributes.
 
         Raises:
-            UsageError: if one is set in a new stage, which the micro-batches under way could not know.
+            UsageError: if the step is settled and has so far set one of the attributes in other stages only. The
+                micro-batches under way could not know that one more stage sets it.
         """
         for place in places:
             self.carried.discard(place)
@@ -263,10 +275,10 @@ class StagedStep:
             writers.add(stage)
 
     def note_switches(self, stage: int, switches: Iterable[Switch]) -> None:
-        """Know what the step has switched for the whole process when it waits after a stage.
+        """Record which process-wide settings the step has switched when it waits at the end of a stage.
 
         Raises:
-            UsageError: if it cannot be set aside.
+            UsageError: if a setting cannot be set aside while the step waits.
         """
         for switch in switches:
             if switch.write is None:
@@ -278,16 +290,19 @@ class StagedStep:
             self._switched.add(switch)
 
     def set_in(self, stage: int) -> list[Place]:
-        """The attributes that a stage sets, at times."""
+        """Return the attributes that a stage sets, in some steps at least."""
         return [place for place, writers in self._writers.items() if stage in writers]
 
     @property
     def private(self) -> list[Place]:
-        """Attributes that several stages set: a micro-batch that follows must not see them halfway."""
+        """The attributes that several stages set. The next micro-batch must not see them half-finished."""
         return [place for place, writers in self._writers.items() if len(writers) > 1]
 
     def _carry(self) -> None:
-        """Let micro-batches that wait keep what has been set anew (by a hook, say) since the last mini-batch."""
+        """Let waiting micro-batches keep the old values of attributes that have changed since the last mini-batch.
+
+        A hook may have changed them, for example.
+        """
         if self.attributes is None or self._left is None:
             return
         changed = [place for place in self.attributes.changes(self._left) if place not in self._writers]
@@ -296,7 +311,7 @@ class StagedStep:
             flight.keep(self.attributes.select(self._left, changed))
 
     def _follow_parameters(self) -> None:
-        """Know parameters that have been replaced, or have come in addition, since the last mini-batch."""
+        """Update the list of parameters if some have been replaced or added since the last mini-batch."""
         before, self.parameters = self.parameters, [*self.network.parameters(), *self._trained]
         if len(before) == len(self.parameters) and all(map(is_, before, self.parameters)):
             return
@@ -312,15 +327,16 @@ class Flight:
     """A micro-batch on its way through the stages (see :class:`aimc_pl.pipeline.MicroBatch`).
 
     Args:
-        step: what micro-batches have in common.
-        function: computes the loss, a tensor of one element; ``None`` to learn nothing from this micro-batch.
-        weight: what the loss counts in the gradient.
+        step: what all micro-batches share.
+        function: runs the step and returns the loss, a tensor of one element, or ``None`` to learn nothing from this
+            micro-batch.
+        weight: the factor of the loss in the gradient.
     """
 
     def __init__(self, step: StagedStep, function: Callable[[], Tensor | None], weight: float = 1.0) -> None:
         self.loss: Tensor | None = None
         self.leaves: list[list[Tensor]] = [[] for _ in step.stages]
-        """The leaf tensors that each stage has used, once the last forward is over."""
+        """The leaf tensors that each stage has used; known when the forward of the last stage is over."""
         self.stage = -1
         self._step = step
         self._weight = weight
@@ -333,7 +349,7 @@ class Flight:
         self._switched: dict[Switch, Any] = {}
 
     def forward(self, stage: int) -> None:
-        """Run the step to where the next stage begins; from the last stage, to its end."""
+        """Run the step up to the beginning of the next stage. In the last stage, run it to its end."""
         step, self.stage = self._step, stage
         self._graph.begin_stage()
         with self._own_versions():
@@ -354,7 +370,11 @@ class Flight:
             self._close()
 
     def backward(self, stage: int) -> None:
-        """Backpropagate through a stage, adding to the parameters' gradients (and to the tiles' pending pairs)."""
+        """Backpropagate through a stage.
+
+        This adds to the gradients of parameters, and to the pairs of inputs and errors that tiles keep for their next
+        update.
+        """
         step = self._step
         weights = current_weights(*self._versions[stage]) if step.delayed else _NOTHING
         errors = own_pending_errors(step.stages[stage].parameters) if step.is_analog else _NOTHING
@@ -366,18 +386,23 @@ class Flight:
                 raise
 
     def abort(self) -> None:
-        """End the step where it waits."""
+        """End the waiting step without running the rest of it."""
         with self._own_switches():
             self._call.abort()
         if self in self._step.waiting:
             self._step.waiting.remove(self)
 
     def keep(self, values: dict[Place, Any]) -> None:
-        """Attributes that this micro-batch goes on with, if it has not set them itself."""
+        """Set the attributes with which this micro-batch goes on, except those that it has set itself."""
         self._attributes = values | self._attributes
 
     def arrive(self, index: int) -> None:
-        """The step calls the module with which a stage begins: wait for the schedule."""
+        """Suspend the step, which calls the boundary of stage ``index``, until the schedule reaches this stage.
+
+        Raises:
+            UsageError: if no stage can begin here: in inference mode, in a checkpointed region or in a transform of
+                ``torch.func``.
+        """
         if self.stage >= index or (self._step.with_gradients and not torch.is_grad_enabled()):
             return
         self._opened.add(index)
@@ -398,7 +423,7 @@ class Flight:
             self._call.suspend()
 
     def stage_of(self, module: nn.Module) -> int:
-        """The stage that a call of the module begins in."""
+        """Return the stage to which a call of the module belongs; a boundary belongs to the stage that it opens."""
         if self._step.with_gradients and not torch.is_grad_enabled():
             return self.stage
         boundaries = self._step.boundaries[self.stage :]
@@ -408,7 +433,7 @@ class Flight:
         return self.stage
 
     def stage_that_made(self, node: Node) -> int:
-        """The stage in whose forward a node of the graph was made."""
+        """Return the stage during whose forward a node of the autograd graph was made."""
         return self._graph.stage_that_made(sequence_number(node))
 
     def _go_on(self, stage: int) -> Any:
@@ -429,12 +454,16 @@ class Flight:
         self.loss = loss.detach()
 
     def _own_versions(self) -> AbstractContextManager[Any]:
-        """Updates since the last stage do not count: autograd would make views of parameters anew, in this stage."""
+        """Return a context manager that hides the weight updates since the previous stage from autograd.
+
+        Otherwise autograd would rebuild the nodes of views of updated parameters, and these nodes would belong to this
+        stage.
+        """
         return current_weights(*self._versions[-1]) if self._step.hands_on_views and self._versions else _NOTHING
 
     @contextmanager
     def _own_attributes(self) -> Iterator[None]:
-        """While the step runs, modules have the attributes that it has set on them."""
+        """Context manager that gives modules this micro-batch's attributes for a part of the step, then saves them."""
         step, attributes = self._step, self._step.attributes
         assert attributes is not None
         if self.stage == 0:
@@ -446,10 +475,10 @@ class Flight:
         yield
         changed = attributes.changes(before)
         step.note_writes(self.stage, changed)
-        # Also what it could have set here and has not: others may set it before this micro-batch goes on.
+        # Attributes that this stage may set but has not set are kept too: other micro-batches may set them meanwhile.
         self._attributes |= attributes.current(step.set_in(self.stage)) | changed
         private = [place for place in step.private if place in self._attributes]
-        # What the next micro-batch finds: what this one has left in this stage, unless other stages set it too.
+        # The next micro-batch finds what this one has set in this stage, except attributes that other stages set too.
         left = {place: value for place, value in outside.items() if place not in changed}
         if self._call.is_suspended:
             left |= attributes.select(before, [place for place in private if place not in outside])
@@ -462,7 +491,10 @@ class Flight:
 
     @contextmanager
     def _own_random_states(self) -> Iterator[None]:
-        """Where the step sets random states, those of other micro-batches stay as they are."""
+        """Context manager that restores this micro-batch's random states for a part of the step, then saves them.
+
+        The random states of other micro-batches stay as they are.
+        """
         random = self._step.random
         assert random is not None
         outside = random.read()
@@ -475,7 +507,7 @@ class Flight:
 
     @contextmanager
     def _own_switches(self) -> Iterator[None]:
-        """What the step has switched for the whole process is set aside while it waits."""
+        """Context manager that restores the step's process-wide settings, and sets them aside when the step waits."""
         switches = self._step.switches
         outside = {switch: switch.read() for switch in switches}
         for switch, value in self._switched.items():
@@ -492,21 +524,21 @@ class Flight:
 
 
 def _explain(error: RuntimeError, stage: int) -> None:
-    """Raise what it means when a tensor that autograd needs has changed."""
+    """Raise a :class:`UsageError` if ``error`` says that a tensor has changed that autograd needs."""
     if "modified by an inplace operation" in str(error):
         raise UsageError(
-            f"stage {stage} cannot differentiate, as a tensor that a forward used was changed in place since then: a "
-            "buffer by another micro-batch, or, where the step itself calls torch.autograd.grad over several stages "
-            "under schedule='async', weights. Use the out-of-place operation, one stage for it, or schedule='sync'. "
+            f"stage {stage} cannot differentiate, as a tensor that it needs was changed in place: a buffer, by another "
+            "micro-batch, or weights, if the step calls torch.autograd.grad over several stages under "
+            "schedule='async'. Use an out-of-place operation, keep it in one stage, or use schedule='sync'. "
             f"({str(error).splitlines()[0]})"
         ) from error
 
 
 def check_loss(loss: Tensor) -> None:
-    """Refuse a loss that nothing can be learnt from.
+    """Check that a loss requires grad.
 
     Raises:
-        UsageError: saying so.
+        UsageError: if the loss depends on no parameter that requires grad.
     """
     if not loss.requires_grad:
         raise UsageError(
@@ -516,7 +548,7 @@ def check_loss(loss: Tensor) -> None:
 
 
 def _shared_parameter(network: nn.Module, parameter: Tensor, first: int, second: int) -> UsageError:
-    """What to raise where two stages that update apart use a parameter."""
+    """Return the error to raise when two stages that update separately use the same parameter."""
     return UsageError(
         f"{_name(network, parameter)} is used by stages {first} and {second}, which update their weights at different "
         "times or in different processes: keep both uses on one stage with split_at, or use schedule='sync' and "
@@ -535,5 +567,5 @@ def _arrival(index: int) -> Callable[..., Any]:
         if isinstance(flight, Flight):
             flight.arrive(index)
 
-    # A compiled function is left for it.
-    return torch.compiler.disable(hook)  # pyright: ignore[reportReturnType], it is what it takes
+    # A compiled function breaks its graph here, and the hook runs outside of it.
+    return torch.compiler.disable(hook)  # pyright: ignore[reportReturnType], it returns the type that it is given

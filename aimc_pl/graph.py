@@ -1,9 +1,10 @@
 """The autograd graph of one micro-batch, cut where its stages begin.
 
-A stage's backward is torch's own engine. It starts from the gradients that later stages have left at the stage's edges
-and is stopped where the stage begins: autograd numbers its nodes as they are made and runs ready nodes from the newest,
-so that a node made right before a stage (its *sentinel*) runs after all nodes of the stage and before all earlier ones.
-Nothing runs twice, and hooks of tensors and modules run as in an undivided backward.
+The backward of a stage is a call of torch's own engine. It starts from the gradients that later stages have left at the
+edges of the stage, and it must stop where the stage begins. autograd numbers nodes in the order in which they are made,
+and of the nodes that are ready it runs the newest first. A node that is made right before a stage, the *sentinel* of
+the stage, therefore runs after all nodes of the stage and before all earlier nodes. It stops the engine by an
+exception. Nothing runs twice, and hooks of tensors and modules run as in an undivided backward.
 """
 
 import warnings
@@ -23,10 +24,10 @@ Edge = tuple[Node, int]
 
 
 class CutGraph:
-    """Follows the forward of one micro-batch, then runs its backward stage by stage.
+    """The graph of one micro-batch. It follows the forward, and then runs the backward stage by stage.
 
     Args:
-        anchor: a tensor of one element that requires grad, on the device of the network.
+        anchor: the input of all sentinels: a tensor of one element that requires grad, on the device of the network.
     """
 
     def __init__(self, anchor: Tensor) -> None:
@@ -39,7 +40,7 @@ class CutGraph:
         self._guards: list[list[GradientEdge]] = []
 
     def begin_stage(self) -> None:
-        """The forward of the next stage follows."""
+        """Mark the start of the next stage's forward. Nodes that are made from now on belong to that stage."""
         with torch.enable_grad():
             self._sentinels.append(_Sentinel.apply(self._anchor))
         self._starts.append(next_sequence_number())
@@ -48,26 +49,26 @@ class CutGraph:
         self._guards.append([])
 
     def end_stage(self) -> None:
-        """The forward of the stage is over, or waits."""
+        """Mark the end of the current stage's forward. Nodes that are made from now on belong to no stage."""
         self._ends.append(next_sequence_number())
 
     def close(self, loss: Tensor, gradient: Tensor) -> list[list[Tensor]]:
-        """Find what crosses from stage to stage, once the forward of the last stage is over.
+        """Find the edges of the graph that cross from stage to stage. Call it after the forward of the last stage.
 
         Args:
-            loss: where the backward starts.
-            gradient: with respect to it.
+            loss: the tensor at which the backward starts.
+            gradient: the gradient with respect to ``loss``.
 
         Returns:
             For every stage, the leaf tensors that it uses and that require grad.
 
         Raises:
-            UsageError: if the loss depends on what was computed outside of this forward.
+            UsageError: if the loss depends on a value that was computed outside of this forward.
         """
         num_stages = len(self._starts)
         leaves: list[dict[Node, list[tuple[Node, int]]]] = [{} for _ in range(num_stages)]
         root, output, _ = get_gradient_edge(loss)
-        if loss.grad_fn is None:  # a parameter itself, or a constant that a step returns to learn nothing
+        if loss.grad_fn is None:  # It is a parameter, or a constant that a step returns to learn nothing.
             self._pending[-1][root, output] = gradient
             return [*([] for _ in range(num_stages - 1)), [loss]]
         todo = [(root, sequence_number(root))]
@@ -87,7 +88,7 @@ class CutGraph:
                     seen[following] = output
                     todo.append((following, following_number))
                 if following_number < start:
-                    # The stage it belongs to is found when it is visited; a sentinel is never reached.
+                    # The node's stage is checked when the node is visited. No edge leads to a sentinel.
                     into = max(self.stage_that_made(following_number), 0)
                     self._crossing[stage].setdefault(node, []).append((index, into, (following, output)))
         self._share_leaves(leaves, seen)
@@ -96,20 +97,20 @@ class CutGraph:
 
     @property
     def has_views_across(self) -> bool:
-        """Whether a stage uses what an earlier one has made of a single leaf tensor, as views are."""
+        """Whether a stage uses a value that an earlier stage has made from a single leaf tensor, such as a view."""
         edges = [edge for crossing in self._crossing for edges in crossing.values() for _, _, edge in edges]
         return any(_is_made_of_a_leaf(node) for node, _ in edges if sequence_number(node) != LEAF)
 
     def backward(self, stage: int, *, hooked: bool = False) -> None:
-        """Backpropagate through a stage, from the last to the first; every stage once.
+        """Backpropagate through a stage. Call it once for every stage, from the last to the first.
 
-        The leaf tensors' gradients are added to. A leaf that several stages use gets its gradient with the first of
-        these stages, once. Without :meth:`close` there is nothing to do.
+        Gradients are added to those of the leaf tensors. A leaf that several stages use gets its gradient once, in the
+        backward of the first of these stages. Without a call of :meth:`close`, nothing is done.
 
         Args:
-            stage: 0 … M−1.
-            hooked: whether there are hooks of several tensors. torch tells these that a node will be executed, but of
-                a root only if it is not alone.
+            stage: the index of the stage, 0 … M−1.
+            hooked: whether hooks are registered with several tensors. Such a hook asks torch which nodes a backward
+                will execute, and torch includes a root in its answer only if there are other roots.
         """
         pending, self._pending[stage] = self._pending[stage], {}
         crossing, self._crossing[stage] = self._crossing[stage], {}
@@ -133,7 +134,7 @@ class CutGraph:
             pass
 
     def stage_that_made(self, number: int) -> int:
-        """The stage in whose forward a node of this sequence number was made; −1 if none."""
+        """Return the stage during whose forward the node with this sequence number was made, or −1 if there is none."""
         return bisect_right(self._starts, number) - 1
 
     def _stage_of(self, node: Node, number: int) -> int:
@@ -146,10 +147,11 @@ class CutGraph:
         return stage
 
     def _share_leaves(self, leaves: Sequence[dict[Node, list[tuple[Node, int]]]], outputs: dict[Node, int]) -> None:
-        """Let the gradients of a leaf that several stages use meet in the first of them.
+        """Collect the gradients of a leaf that several stages use in the first of these stages.
 
-        In the others the engine must not come to the leaf, also where nothing else leads to its first use: that use is
-        a root too (a guard), which would be run after the sentinel.
+        In the backward of the other stages the engine must not run the leaf's node. A node of the first stage that uses
+        the leaf is therefore one more root there (a *guard*). The leaf waits for the guard, and the guard would only
+        run after the sentinel, which stops the engine.
         """
         first: dict[Node, int] = {}
         for stage, uses in enumerate(leaves):
@@ -170,7 +172,7 @@ def _is_made_of_a_leaf(node: Node) -> bool:
     return True
 
 
-class _StageIsOver(Exception):  # noqa: N818, an event and no error
+class _StageIsOver(Exception):  # noqa: N818, an event, not an error
     """Raised inside the engine to end the backward of a stage."""
 
 
@@ -185,7 +187,7 @@ class _Sentinel(torch.autograd.Function):
 
 
 def _capture(edges: list[tuple[int, int, Edge]], pending: list[dict[Edge, Tensor]]) -> Callable[..., None]:
-    """A hook of a node that takes the gradients of some of its inputs to the stages that have made these."""
+    """Return a hook of a node that passes the gradients of some of its inputs to the stages that made the inputs."""
 
     def hook(grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
         for index, stage, edge in edges:
@@ -198,12 +200,12 @@ def _capture(edges: list[tuple[int, int, Edge]], pending: list[dict[Edge, Tensor
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
-    return b + a if a.is_sparse else a + b  # torch adds a sparse tensor to a dense one only
+    return b + a if a.is_sparse else a + b  # A sparse tensor must be the second operand.
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Anomaly detection reports every exception in a backward; that of a sentinel is no anomaly."""
+    """Context manager that keeps anomaly detection from reporting the exception of a sentinel."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Error detected in _SentinelBackward")
         yield

@@ -1,4 +1,4 @@
-"""Imperfections of analog devices, as operations on weights."""
+"""This module models imperfections of analog devices as operations on weights."""
 
 from abc import ABC, abstractmethod
 
@@ -9,26 +9,26 @@ from aimc_pl.arguments import check_number
 
 
 class WeightNoise(ABC):
-    """An imperfection that shows when a stage has updated its weights."""
+    """An imperfection that changes the weights of a stage after each update."""
 
     @abstractmethod
     def apply(self, weight: Tensor, before: Tensor, cycles: int, generator: Generator, devices: Generator) -> Tensor:
-        """The weight as the imperfect devices hold it.
+        """Return the weight as the imperfect devices hold it.
 
         Args:
-            weight: after the update.
-            before: before the update.
-            cycles: clock cycles since the last update.
-            generator: for what differs from update to update.
-            devices: for what is fixed per device; it starts from the same state at every update of a layer.
+            weight: the weight after the update.
+            before: the weight before the update.
+            cycles: the number of clock cycles since the last update.
+            generator: draws what differs from update to update.
+            devices: draws what is fixed for each device. It starts from the same state at every update of a layer.
         """
 
 
 class WriteNoise(WeightNoise):
-    """Every update leaves the weights with Gaussian noise added.
+    """Gaussian noise that every update adds to the weights.
 
     Args:
-        std: standard deviation, in weight units.
+        std: the standard deviation of the noise, in weight units.
     """
 
     def __init__(self, std: float) -> None:
@@ -36,12 +36,12 @@ class WriteNoise(WeightNoise):
         self.std = std
 
     def apply(self, weight: Tensor, before: Tensor, cycles: int, generator: Generator, devices: Generator) -> Tensor:
-        """See :meth:`WeightNoise.apply`."""
+        """Return the weight with noise added; for the arguments see :meth:`WeightNoise.apply`."""
         return weight + self.std * _normal(weight, generator)
 
 
 class Drift(WeightNoise):
-    """Conductance decays between updates by the power law g(t) = g₀·(1 + t/t₀)^−ν; an update programs it anew.
+    """Conductance that decays by the power law g(t) = g₀·(1 + t/t₀)^−ν until the next update programs it again.
 
     Args:
         nu: ν, the exponent.
@@ -55,16 +55,16 @@ class Drift(WeightNoise):
         self.t0 = t0
 
     def apply(self, weight: Tensor, before: Tensor, cycles: int, generator: Generator, devices: Generator) -> Tensor:
-        """See :meth:`WeightNoise.apply`."""
+        """Return the weight after the decay; for the arguments see :meth:`WeightNoise.apply`."""
         return weight * (1 + cycles / self.t0) ** -self.nu
 
 
 class StuckAt(WeightNoise):
-    """Some devices cannot be programmed.
+    """Devices that cannot be programmed.
 
     Args:
-        fraction: of the devices, between 0 and 1.
-        value: what they are stuck at, in weight units.
+        fraction: the fraction of all devices that are stuck, between 0 and 1.
+        value: the weight at which these devices are stuck, in weight units.
     """
 
     def __init__(self, fraction: float, value: float = 0.0) -> None:
@@ -74,16 +74,16 @@ class StuckAt(WeightNoise):
         self.value = value
 
     def apply(self, weight: Tensor, before: Tensor, cycles: int, generator: Generator, devices: Generator) -> Tensor:
-        """See :meth:`WeightNoise.apply`."""
+        """Return the weight with the stuck devices at their value; for the arguments see :meth:`WeightNoise.apply`."""
         stuck = torch.rand(weight.shape, generator=devices).to(weight.device) < self.fraction
         return weight.masked_fill(stuck, self.value)
 
 
 class DeviceVariation(WeightNoise):
-    """Devices answer to the same update with steps of different size: each has a gain of its own, of mean 1.
+    """Devices that answer the same update with steps of different sizes. Each device has a gain, on average 1.
 
     Args:
-        std: standard deviation of the gain.
+        std: the standard deviation of the gain.
     """
 
     def __init__(self, std: float) -> None:
@@ -91,15 +91,15 @@ class DeviceVariation(WeightNoise):
         self.std = std
 
     def apply(self, weight: Tensor, before: Tensor, cycles: int, generator: Generator, devices: Generator) -> Tensor:
-        """See :meth:`WeightNoise.apply`."""
+        """Return the weight after steps with these gains; for the arguments see :meth:`WeightNoise.apply`."""
         return before + (1 + self.std * _normal(weight, devices)) * (weight - before)
 
 
 class ReadNoise:
-    """Every forward and every backward product sees the weights with Gaussian noise of its own.
+    """Gaussian noise on the weights, drawn separately for every product in a forward or a backward.
 
     Args:
-        std: standard deviation, in weight units.
+        std: the standard deviation of the noise, in weight units.
     """
 
     def __init__(self, std: float) -> None:
@@ -107,7 +107,7 @@ class ReadNoise:
         self.std = std
 
     def draw(self, weight: Tensor, generator: Generator) -> Tensor:
-        """The noise of one product, of the weight's shape."""
+        """Return the noise of one product, a tensor of the weight's shape."""
         return self.std * _normal(weight, generator)
 
 

@@ -1,7 +1,7 @@
-"""What processes send each other, as bytes: a description in JSON, and a body with the bytes of the tensors.
+"""Messages between processes as bytes: a description in JSON, and a body with the bytes of the tensors.
 
-Nothing that is received is executed, and nothing in it can name a class: a description knows the kinds of values below
-and no others.
+Nothing that is received is executed, and no message can name a class. A description can express the kinds of values
+that :class:`Message` lists, and no others.
 """
 
 import json
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
+"""The size of a cache line in bytes. Every tensor in a body begins at a multiple of it."""
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 class Message:
-    """Tensors, numpy arrays, numbers, strings and ``None`` in nested tuples, lists and dictionaries, to be sent.
+    """A message of tensors, numpy arrays, numbers, strings and ``None``, in nested tuples, lists and dictionaries.
 
     Attributes:
-        description: of the values, for :func:`encode`.
-        size: of the body, in bytes.
+        description: the structure of the values, to be passed to :func:`encode`.
+        size: the size of the body in bytes.
 
     Raises:
-        TypeError: for other kinds of values.
+        TypeError: if there is a value of another kind.
     """
 
     def __init__(self, values: Any) -> None:
@@ -33,7 +34,7 @@ class Message:
         self.description = self._describe(values)
 
     def write(self, body: Tensor) -> None:
-        """Write the tensors into a body, a tensor of bytes."""
+        """Write the tensors into ``body``, which is a tensor of bytes."""
         for start, tensor in self._tensors:
             _at(body, start, tensor.dtype, tensor.shape).copy_(tensor)
 
@@ -67,17 +68,17 @@ class Message:
 
 
 def read(description: Any, body: Tensor) -> Any:
-    """The values of a message, copied from its body.
+    """Return the values of a message, copied from its body.
 
     Raises:
-        ValueError: if the description is of none.
+        ValueError: if the description and the body are not those of a message.
     """
     try:
-        # Also what arrives during validation may be used in a training step.
+        # What arrives during validation may be used in a training step. So it must not be an inference tensor.
         with torch.inference_mode(False):
             return _read(description, body)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError("what has been received is no message") from error
+        raise ValueError("the received bytes are not a valid message") from error
 
 
 def _read(description: Any, body: Tensor) -> Any:
@@ -101,25 +102,25 @@ def _read(description: Any, body: Tensor) -> Any:
 
 
 def _at(body: Tensor, start: int, dtype: torch.dtype, shape: Any) -> Tensor:
-    """The part of a body that holds a tensor."""
+    """Return the part of a body that holds a tensor, with the type and shape of that tensor."""
     size = torch.Size(shape)
     return body[start : start + size.numel() * dtype.itemsize].view(dtype).view(size)
 
 
 def encode(content: Any) -> bytes:
-    """JSON."""
+    """Return the bytes of ``content`` as JSON."""
     return json.dumps(content, separators=(",", ":")).encode()
 
 
 def decode(content: bytes) -> Any:
-    """What :func:`encode` was given.
+    """Return what :func:`encode` has encoded.
 
     Raises:
-        ValueError: if it is no JSON.
+        ValueError: if ``content`` is not JSON.
     """
     return json.loads(content)
 
 
 def aligned(size: int) -> int:
-    """The next multiple of a cache line."""
+    """Return ``size``, rounded up to a multiple of :data:`ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT

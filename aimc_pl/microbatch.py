@@ -1,4 +1,4 @@
-"""A mini-batch of any structure to micro-batches."""
+"""Functions that split a mini-batch of any structure into micro-batches."""
 
 import gc
 import sys
@@ -19,42 +19,44 @@ from aimc_pl.errors import UsageError
 
 
 def batch_size(batch: Any) -> int:
-    """The number of samples: the first dimension of the batch's tensors.
+    """Return the number of samples in a batch, which is the size of the first dimension of its tensors.
 
-    Packed sequences count as their sequences, a PyTorch Geometric ``Batch`` as its graphs. Tensors in lists within the
-    batch count only where there are no others, since such a list may hold a tensor of any size per sample.
+    The samples of a packed sequence are its sequences, and those of a PyTorch Geometric ``Batch`` are its graphs.
+    Tensors in lists within the batch count only if there are no other tensors, since such a list may hold a tensor of
+    any size per sample.
 
     Raises:
-        UsageError: if there is no tensor with a first dimension, or if they disagree.
+        UsageError: if no tensor has a first dimension, or if the tensors disagree.
     """
     return _layout(batch)[0]
 
 
 def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
-    """Split along dim 0 into micro-batches as ``torch.tensor_split`` does, none of them empty.
+    """Split a mini-batch along dim 0 into micro-batches as ``torch.tensor_split`` does, none of them empty.
 
     At any depth of the batch,
 
     - tensors and NumPy arrays are split by rows, packed sequences by sequences, a PyTorch Geometric ``Batch`` by its
       graphs;
-    - tuples, lists, mappings and dataclasses are split by what they hold, and keep their type; dataclasses are not
-      initialised anew, so that a number that was computed from the whole batch stays;
+    - the contents of tuples, lists, mappings and dataclasses are split, and these containers keep their types.
+      Dataclasses are copied and not initialised again, which keeps a number that was computed from the whole batch;
     - a list or tuple within the batch with one element per sample is split by elements, unless it holds tensors that
       have a row per sample themselves;
     - tensors without a dimension and values without tensors go to every micro-batch.
 
-    A batch without other tensors than in lists of one length, such as a list of images and one of targets, has as many
-    samples as these; and a list of samples that nobody has collated is split as it is.
+    If all tensors of a batch are in lists of the same length, such as a list of images and a list of targets, this
+    length is the number of samples. A list of samples that have not been collated is split by its elements.
 
     Args:
-        batch: what the data loader yields.
-        num_microbatches: at most this many micro-batches, fewer if there are fewer samples.
+        batch: a mini-batch, as the data loader yields it.
+        num_microbatches: the largest number of micro-batches; there are fewer if there are fewer samples.
 
     Returns:
-        Micro-batches of the batch's structure.
+        The micro-batches, each of which has the structure of the batch.
 
     Raises:
-        UsageError: as :func:`batch_size`, and for a value that holds tensors in a way that is not understood.
+        UsageError: if no tensor has a first dimension, if the tensors disagree about the number of samples, or if a
+            value holds tensors in a way that is not understood.
     """
     size, take = _layout(batch)
     bounds = [len(part) for part in torch.arange(size).tensor_split(min(num_microbatches, size))]
@@ -66,7 +68,7 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
 
 
 def _layout(batch: Any) -> tuple[int, Callable[[slice], Any]]:
-    """The number of samples of a batch, and the function that takes some of them."""
+    """Return the number of samples of a batch, and a function that returns the samples in a slice."""
     if _is_list_of_samples(batch):
         return len(batch), lambda rows: batch[rows]
     sizes = _sizes(batch, into_lists=False)
@@ -79,7 +81,7 @@ def _layout(batch: Any) -> tuple[int, Callable[[slice], Any]]:
         if len(sizes) > 1 or not all(map(_sizes, lists)):
             return size, lambda rows: _rows(batch, rows, size, is_batch=True, by_elements=True)
     if not sizes:
-        _rows(batch, slice(0), size=-1)  # says which type is not understood, if one is the reason
+        _rows(batch, slice(0), size=-1)  # If a type is not understood, this raises an error that names it.
     if len(sizes) != 1:
         raise _disagreement(sizes)
     size = sizes.pop()
@@ -87,7 +89,10 @@ def _layout(batch: Any) -> tuple[int, Callable[[slice], Any]]:
 
 
 def _is_list_of_samples(batch: Any) -> bool:
-    """Whether each element of a list is a sample: equal structures that hold a number, or tensors of other sizes."""
+    """Return whether a batch is a list of samples that have not been collated.
+
+    Its elements then have the same structure, and hold numbers or tensors of different sizes, or are graphs.
+    """
     if not _is_list(batch) or not batch or isinstance(batch[0], Tensor):
         return False
     keys, sizes = {(type(element), *_children(element)) for element in batch}, _sizes(batch)
@@ -95,7 +100,7 @@ def _is_list_of_samples(batch: Any) -> bool:
         return False
     children = _children(batch[0]).values()
     if not children:
-        return len(batch) > 1 and sizes == {1}  # graphs, each of them one sample
+        return len(batch) > 1 and sizes == {1}  # The elements are graphs, each of which is a sample.
     has_number = any(isinstance(child, int | float | np.number) or _is_scalar(child) for child in children)
     return has_number or len(sizes) > 1
 
@@ -105,7 +110,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _lists(value: Any, is_batch: bool = True) -> list[Any]:
-    """The outermost lists within a batch."""
+    """Return the outermost lists within a batch."""
     if _is_list(value) and not is_batch:
         return [value]
     children = [] if _samples(value) is not None else _children(value).values()
@@ -113,7 +118,7 @@ def _lists(value: Any, is_batch: bool = True) -> list[Any]:
 
 
 def _has_list_per_value(lists: list[Any]) -> bool:
-    """Whether each list seems to have an element per sample: they are equally long, and hold one kind each."""
+    """Return whether each list seems to have one element per sample: all are equally long, and each holds one kind."""
 
     def kind(element: Any) -> Any:
         return (element.dtype, element.dim()) if isinstance(element, Tensor) else type(element)
@@ -122,7 +127,7 @@ def _has_list_per_value(lists: list[Any]) -> bool:
 
 
 def _sizes(value: Any, into_lists: bool = True) -> set[int]:
-    """The numbers of samples that the tensors say."""
+    """Return the numbers of samples that the tensors in a value have."""
     if (samples := _samples(value)) is not None:
         return {samples[0]}
     children = _children(value).values()
@@ -130,7 +135,15 @@ def _sizes(value: Any, into_lists: bool = True) -> set[int]:
 
 
 def _rows(value: Any, rows: slice, size: int, *, is_batch: bool = False, by_elements: bool = False) -> Any:
-    """The rows of a value in a batch of so many samples; of all lists the elements, if these are samples for sure."""
+    """Return some rows of a value that belongs to a batch.
+
+    Args:
+        value: the value.
+        rows: the samples to take.
+        size: the number of samples of the batch.
+        is_batch: whether the value is the batch itself.
+        by_elements: whether all lists within the batch are known to have one element per sample.
+    """
     if (samples := _samples(value)) is not None:
         count, take = samples
         if count != size:
@@ -142,17 +155,21 @@ def _rows(value: Any, rows: slice, size: int, *, is_batch: bool = False, by_elem
     _refuse_tensors(value, besides=children)
     parts = {key: _rows(child, rows, size, by_elements=by_elements) for key, child in children.items()}
     if all(parts[key] is child for key, child in children.items()):
-        return value  # a constant
+        return value  # It is a constant.
     return _with_children(value, parts)
 
 
 def _samples(value: Any) -> tuple[int, Callable[[slice], Any]] | None:
-    """The number of samples and the function that takes some of them; ``None`` for a container or a constant."""
+    """Return the number of samples of a value, and a function that returns the samples in a slice.
+
+    Returns:
+        ``None`` if the value is a container or a constant.
+    """
     if isinstance(value, PackedSequence):
         return int(value.batch_sizes[0]), lambda rows: _packed_rows(value, rows)
     if isinstance(value, Tensor):
         return (value.size(0), lambda rows: _tensor_rows(value, rows)) if value.dim() else None
-    # not imported here: a batch of graphs comes from a program that has imported it
+    # The package is not imported here. A program whose batches are graphs has imported it.
     geometric = sys.modules.get("torch_geometric.data")
     if geometric is not None and isinstance(value, geometric.Batch):
         return value.num_graphs, lambda rows: _graph_rows(value, rows)
@@ -166,7 +183,7 @@ def _tensor_rows(tensor: Tensor, rows: slice) -> Tensor:
     if tensor.layout is not torch.strided or tensor.is_nested or per_channel:
         kind = "nested" if tensor.is_nested else "quantized" if per_channel else str(tensor.layout)
         raise _refusal(f"{_name(tensor)} ({kind})")
-    # With a version counter of its own, so that autograd tells changes of one micro-batch from those of another.
+    # Every part needs its own version counter, or autograd would take a change in one micro-batch for one in another.
     part = tensor[rows] if tensor.requires_grad else tensor.data[rows].data
     if type(part) is not type(tensor) and not isinstance(tensor, Parameter):
         part = part.as_subclass(type(tensor))
@@ -176,7 +193,7 @@ def _tensor_rows(tensor: Tensor, rows: slice) -> Tensor:
 
 
 def _packed_rows(packed: PackedSequence, rows: slice) -> PackedSequence:
-    # padding puts the sequences back in the order that they were packed in, that of the batch's other tensors
+    # Padding restores the order that the sequences had before packing, which is that of the batch's other tensors.
     padded, lengths = pad_packed_sequence(packed, batch_first=True)
     in_order = packed.sorted_indices is None
     return pack_padded_sequence(padded[rows], lengths[rows], batch_first=True, enforce_sorted=in_order)
@@ -190,7 +207,7 @@ def _graph_rows(graphs: Any, rows: slice) -> Any:
     except RuntimeError as error:
         raise _refusal(f"{_name(graphs)} ({error})") from error
     if lost := names - set(part.keys()):
-        raise _refusal(f"{_name(graphs)} whose {sorted(lost)} no single graph has")
+        raise _refusal(f"{_name(graphs)} with {sorted(lost)}, which no single graph has")
     return part
 
 
@@ -210,7 +227,7 @@ def _has_element_per_sample(value: Any, size: int) -> bool:
 
 
 def _children(value: Any) -> dict[Any, Any]:
-    """What a container holds, by index, key or attribute; nothing for any other value."""
+    """Return the contents of a container by index, key or attribute; an empty dictionary for any other value."""
     if isinstance(value, list | tuple):
         return dict(enumerate(value))
     if _has_attributes(value):
@@ -220,31 +237,35 @@ def _children(value: Any) -> dict[Any, Any]:
 
 
 def _with_children(value: Any, children: dict[Any, Any]) -> Any:
-    """A container like the value that holds something else."""
+    """Return a container like ``value`` with other contents."""
     if isinstance(value, list | tuple):
         return getattr(type(value), "_make", type(value))(children.values())
     if _has_attributes(value):
         other = object.__new__(type(value))
         for name, child in children.items():
-            object.__setattr__(other, name, child)  # of a frozen dataclass too
+            object.__setattr__(other, name, child)  # This works for a frozen dataclass too.
         return other
     if not isinstance(value, MutableMapping):
         return type(value)(children)
-    other = copy(value)  # with a defaultdict's factory, for example
+    other = copy(value)  # This keeps a defaultdict's factory, for example.
     for key, child in children.items():
         other[key] = child
     return other
 
 
 def _has_attributes(value: Any) -> bool:
-    """Whether a container holds what it holds in attributes: a dataclass, or a UserDict such as BatchEncoding."""
+    """Return whether a container keeps its contents in attributes: a dataclass, or a UserDict such as BatchEncoding."""
     if isinstance(value, Mapping):
         return isinstance(value, UserDict)
     return is_dataclass(value) and not isinstance(value, type)
 
 
 def _refuse_tensors(value: Any, besides: dict[Any, Any]) -> None:
-    """Refuse a value that refers to tensors, at any depth, besides in its known children."""
+    """Check that a value refers to no tensor, at any depth, other than those in its known children.
+
+    Raises:
+        UsageError: if it does.
+    """
     seen = {id(child) for child in besides.values()}
     to_see = [value]
     while to_see:

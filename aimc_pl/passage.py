@@ -1,4 +1,4 @@
-"""A training step as it is written, run by one process per stage (see :mod:`aimc_pl.ghosts`)."""
+"""This module runs an unmodified training step with one process per stage (see :mod:`aimc_pl.ghosts`)."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,17 +18,18 @@ from aimc_pl.stage import Stage
 
 
 class StageProcess:
-    """What the micro-batches of a training have in common at the stage of this process.
+    """The stage of this process, with everything that its micro-batches share.
 
     Args:
-        ghosts: run the stage.
-        link: to the stages before and after.
-        stage: of this process.
-        num_stages: M.
-        delayed: see :class:`aimc_pl.flight.StagedStep`.
-        saved: what autograd saves of parameters, where references to them would not do.
-        seed: of the random numbers that micro-batches draw, the same in all processes.
-        count: micro-batches and batches of evaluation so far.
+        ghosts: the object that runs the stage.
+        link: the connection to the stages before and after.
+        stage: the stage of this process.
+        num_stages: M, the number of stages.
+        delayed: whether weights may change between a micro-batch's forward and its backward; see
+            :class:`aimc_pl.flight.StagedStep`.
+        saved: the hooks that replace what autograd saves of parameters; ``None`` if autograd's own references will do.
+        seed: the seed of the random numbers that micro-batches draw, the same in all processes.
+        count: the number of micro-batches and evaluation batches so far.
     """
 
     def __init__(
@@ -53,17 +54,17 @@ class StageProcess:
         self.count = count
 
     def microbatch(self, function: Callable[[], Any], weight: float, inputs: Any) -> "Passage":
-        """A micro-batch for the pipeline.
+        """Return a micro-batch for the pipeline.
 
         Args:
-            function: the step, which computes the loss, or ``None`` to learn nothing.
-            weight: what the loss counts in the gradient.
-            inputs: the micro-batch.
+            function: the step. It returns the loss, or ``None`` to skip learning from this micro-batch.
+            weight: the factor with which the loss counts in the gradient.
+            inputs: the data of the micro-batch.
         """
         return Passage(self, self._next(), function, weight, inputs)
 
     def infer(self, function: Callable[[], Any], inputs: Any) -> Any:
-        """Run a step forward only; returns its result in the process of the last stage, ``None`` in others."""
+        """Run the forward of a step. Return its result in the process of the last stage, and ``None`` in the others."""
         number, index = self._next(), self.stage.index
         message = self.link.receive(Operation("F", index, number)) if index else None
         flight = self.ghosts.infer(function, message, self.seed(number), inputs)
@@ -72,7 +73,7 @@ class StageProcess:
         return flight.result
 
     def seed(self, number: int) -> int:
-        """Of a micro-batch's random numbers."""
+        """Return the seed of the random numbers that micro-batch ``number`` draws."""
         return int.from_bytes(blake2b(f"{self._seed} {number}".encode(), digest_size=8).digest())
 
     def _next(self) -> int:
@@ -81,7 +82,7 @@ class StageProcess:
 
 
 class Passage:
-    """A micro-batch at the stage of this process (see :class:`aimc_pl.pipeline.MicroBatch`)."""
+    """A micro-batch at the stage of this process. The pipeline sees it as a :class:`aimc_pl.pipeline.MicroBatch`."""
 
     def __init__(
         self, process: StageProcess, number: int, function: Callable[[], Any], weight: float, inputs: Any
@@ -95,7 +96,7 @@ class Passage:
         self._versions: list[int] = []
 
     def forward(self, stage: int) -> None:
-        """Receive, compute, send."""
+        """Receive values from the stage before, run the forward of this stage, and send values on."""
         process = self._process
         message = process.link.receive(Operation("F", stage, self._number)) if stage else None
         with process.saved.hooks(process.stage.version) if process.saved else nullcontext():
@@ -105,7 +106,7 @@ class Passage:
             process.link.send(Operation("F", stage + 1, self._number), self._flight.outgoing)
 
     def backward(self, stage: int) -> None:
-        """Receive, compute, send."""
+        """Receive gradients from the next stage, run the backward of this stage, and send gradients back."""
         process, flight = self._process, self._flight
         assert flight is not None
         gradients = None if process.is_last else process.link.receive(Operation("B", stage, self._number))
@@ -121,4 +122,4 @@ class Passage:
             process.link.send(Operation("B", stage - 1, self._number), back)
 
     def abort(self) -> None:
-        """What is under way cannot be called back: a run that failed ends with its processes."""
+        """Do nothing. What is under way cannot be called back, and a run that failed ends with its processes."""

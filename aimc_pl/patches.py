@@ -1,4 +1,4 @@
-"""Attributes of objects that are not ours, replaced for a while."""
+"""Temporary replacements of attributes, on objects that belong to other libraries or to the user."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,20 +7,21 @@ from typing import Any
 from aimc_pl.errors import UsageError
 
 Patch = tuple[Any, str, Any]
-"""An object (an instance, a class or a Python module), the name of an attribute and its value."""
+"""An object (an instance, a class or a Python module), the name of an attribute, and the attribute's new value."""
 
 _ABSENT = object()
 
 
 @contextmanager
 def patched(*patches: Patch) -> Iterator[None]:
-    """While it is open, objects have other attributes; then they have those of before again.
+    """Context manager that replaces attributes of objects, and restores the attributes at the end.
 
     Args:
-        patches: objects, names and values; each object and name once.
+        patches: objects, names of attributes, and new values. Each pair of object and name may occur only once.
 
     Raises:
-        UsageError: at the end, if somebody else has replaced such an attribute in the meantime. That is undone.
+        UsageError: at the end, if other code has replaced such an attribute in the meantime. The attribute is restored
+            nevertheless.
     """
     before = [vars(owner).get(name, _ABSENT) for owner, name, _ in patches]
     for owner, name, value in patches:
@@ -38,7 +39,7 @@ def patched(*patches: Patch) -> Iterator[None]:
 
 
 def _put_back(patches: Sequence[Patch], before: Sequence[Any]) -> list[str]:
-    """Undo all, and name those that were not there any more."""
+    """Restore all attributes, and return the names of those that other code has replaced."""
     replaced = []
     for (owner, name, value), old in zip(patches, before, strict=True):
         if vars(owner).get(name, _ABSENT) is not value:
@@ -49,7 +50,7 @@ def _put_back(patches: Sequence[Patch], before: Sequence[Any]) -> list[str]:
 
 def _set(owner: Any, name: str, value: Any) -> None:
     if isinstance(owner, type):
-        # Its namespace can only be read.
+        # The namespace of a class is read-only.
         delattr(owner, name) if value is _ABSENT else setattr(owner, name, value)
     elif value is _ABSENT:
         vars(owner).pop(name, None)

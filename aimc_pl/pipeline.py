@@ -1,7 +1,7 @@
-"""Runs a schedule over the stages, clock by clock, and tells observers every operation.
+"""This module runs a schedule over the stages, clock by clock, and tells observers about every operation.
 
-All stages may live in one process, or each in its own: every process walks the whole table of the schedule and does the
-operations of its stages. What a forward and a backward are is the micro-batch's business.
+All stages may live in one process, or each in a separate process. Every process walks through the whole table of the
+schedule and does the operations of its own stages. The micro-batches define what a forward and a backward do.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +14,18 @@ from aimc_pl.stage import Stage, StageInfo
 
 
 class MicroBatch(Protocol):
-    """What the pipeline needs of a micro-batch."""
+    """The methods of a micro-batch that the pipeline calls."""
 
     def forward(self, stage: int) -> None:
-        """Run the forward of a stage; of every stage of this process once, in order."""
+        """Run the forward of a stage. The pipeline calls this once for every stage of this process, in order."""
         ...
 
     def backward(self, stage: int) -> None:
-        """Run the backward of a stage, which adds to its parameters' gradients."""
+        """Run the backward of a stage, and add to the gradients of its parameters."""
         ...
 
     def abort(self) -> None:
-        """It goes no further."""
+        """End the micro-batch where it is. The pipeline runs no more of it."""
         ...
 
 
@@ -34,13 +34,15 @@ class Event:
     """One operation of the pipeline.
 
     Attributes:
-        clock: counted over the whole run, drains included.
+        clock: the clock of the operation, counted over the whole run, drains included.
         stage: the stage at work.
-        microbatch: counted over the whole run; of an update once per mini-batch, the last one in it.
-        since_fill: the micro-batch counted from the last fill.
-        version: updates the stage has made, before this operation.
-        staleness: versions between the weights that the micro-batch's forward saw and the current ones.
-        in_flight: micro-batches whose activations the stage holds, after this operation.
+        microbatch: the micro-batch, counted over the whole run. For an update once per mini-batch, this is the last
+            micro-batch of the mini-batch.
+        since_fill: the same micro-batch, counted from the last fill.
+        version: the number of updates that the stage had made before this operation.
+        staleness: the number of weight versions between the weights that the micro-batch's forward saw and the current
+            ones. For an update from several micro-batches, the oldest of these versions counts.
+        in_flight: the number of micro-batches whose activations the stage holds after this operation.
     """
 
     clock: int
@@ -53,36 +55,39 @@ class Event:
 
 
 class Observer:
-    """Told of every operation, in order, right after it happened."""
+    """A listener that is told about every operation, in order, right after the operation."""
 
     def on_start(self, stages: Sequence[StageInfo]) -> None:
-        """The step has been divided into stages, of which these are in this process; nothing has run yet."""
+        """Handle the start: the step has been divided, nothing has run, and ``stages`` are those of this process."""
 
     def on_forward(self, event: Event) -> None:
-        """A stage has done the forward of a micro-batch."""
+        """Handle the end of a micro-batch's forward at a stage."""
 
     def on_backward(self, event: Event) -> None:
-        """A stage has done the backward of a micro-batch; its gradients are there, the update is not done."""
+        """Handle the end of a micro-batch's backward at a stage.
+
+        The parameters have the gradients now, and have not been updated from them yet.
+        """
 
     def on_update(self, event: Event) -> None:
-        """A stage has updated its weights."""
+        """Handle the end of an update of a stage's weights."""
 
     def on_clock(self, clock: int, operations: Sequence[Operation]) -> None:
-        """A clock is over, in which these operations of all stages, also of other processes, were due."""
+        """Handle the end of a clock. ``operations`` are those of all stages in this clock, other processes included."""
 
 
 class Pipeline:
-    """The clocked pipeline.
+    """A pipeline that runs the operations of a schedule, clock by clock.
 
     Args:
-        stages: the M stages in order, or this process's own.
-        schedule: for M stages.
-        update: called with a stage when it is to update its weights from its gradients and to clear those
-            (asynchronous schedules only; under the others the caller updates all stages after each mini-batch and
-            then calls :meth:`updated`).
-        observers: told of every operation of these stages; more may be appended to the list at any time.
-        clock: clocks before, of a run that goes on.
-        num_entered: micro-batches before.
+        stages: the M stages in order, or only the stages of this process.
+        schedule: a schedule for M stages.
+        update: a function that updates a stage's weights from its gradients and then clears the gradients. Only
+            asynchronous schedules call it. Under the others the caller updates all stages after each mini-batch and
+            then calls :meth:`updated`.
+        observers: the observers of these stages' operations. More may be appended to the list at any time.
+        clock: the number of clocks that a resumed run has already had.
+        num_entered: the number of micro-batches that a resumed run has already had.
     """
 
     def __init__(
@@ -104,7 +109,8 @@ class Pipeline:
         self._own = {stage.index: stage for stage in stages}
         self._infos = {stage.index: stage.info() for stage in stages}
         self._contributions: dict[int, tuple[int, int, int]] = {}
-        """Of every stage with gradients: its last micro-batch, in the run and in the fill, and the oldest version."""
+        """For each stage with gradients: the last micro-batch that added to them, counted over the run and in the fill,
+        and the oldest weight version that a forward of the micro-batches saw."""
         self._start_fill()
         for observer in observers:
             observer.on_start([*self._infos.values()])
@@ -115,15 +121,18 @@ class Pipeline:
         return self._num_since_fill == 0
 
     def last_microbatch(self, stage: Stage) -> int:
-        """The micro-batch of a stage's last backward, counted over the whole run, while the stage is updated."""
+        """Return the micro-batch of a stage's last backward, counted over the whole run.
+
+        Call this only while the stage is updated.
+        """
         return self._contributions[stage.index][0]
 
     def run(self, microbatches: Sequence[MicroBatch]) -> None:
         """Run one mini-batch.
 
-        All of it, from fill to drain, under a schedule with one update per mini-batch. An asynchronous pipeline stays
-        full: it runs until the next micro-batch could enter, and the rest follows with the next call or with
-        :meth:`drain`.
+        Under a schedule with one update per mini-batch, all of the mini-batch is run, from fill to drain. An
+        asynchronous pipeline stays full: it runs until the next micro-batch could enter. The next call or
+        :meth:`drain` runs the rest.
         """
         if self.schedule.is_async:
             for microbatch in microbatches:
@@ -135,25 +144,28 @@ class Pipeline:
             self.drain()
 
     def run_forwards(self, microbatches: Sequence[MicroBatch]) -> None:
-        """Run the forwards of one mini-batch under a schedule that has them first; :meth:`drain` runs the backwards."""
+        """Run the forwards of a mini-batch, if the schedule has all of them first. :meth:`drain` runs the backwards."""
         for microbatch in microbatches:
             self._enter(microbatch)
         self._run_until(self.schedule.backward_clock(self.schedule.num_stages - 1, 0, self._num_since_fill))
 
     def drain(self) -> None:
-        """Run until no micro-batch is in flight; the next one starts a new fill."""
+        """Run until no micro-batch is in flight. The next micro-batch starts a new fill."""
         if not self.is_empty:
             self._run_until(self.schedule.num_clocks(self._num_since_fill))
             self._start_fill()
 
     def updated(self) -> None:
-        """Count an update of every stage (the caller's, after a mini-batch) and tell the observers."""
+        """Count an update of every stage that has gradients, and tell the observers.
+
+        The caller makes this update itself, after each mini-batch.
+        """
         for stage in self.stages:
             if stage.index in self._contributions:
                 self._count_update(stage)
 
     def abandon(self) -> None:
-        """Forget everything in flight, without updates (after an error)."""
+        """Abort everything in flight, without updates. Call this after an error."""
         for stage in self.stages:
             stage.clear()
         self._contributions.clear()

@@ -1,7 +1,8 @@
-"""The processes of a run, one per stage: what they tell each other besides activations and errors.
+"""The processes of a run, one per stage, and what they tell each other apart from activations and gradients.
 
-When one is lost, all others end, and all of them say the same: what the first one has told that failed. A process that
-waits in vain tells for whom; from one to the next this leads to the one that holds up all others.
+If a process fails or is lost, all others end too. All of them report the same cause: the first failure that a process
+has written to the store. A process that gets no answer writes to the store which process it waits for. A chain of such
+entries leads to the process at fault.
 """
 
 import os
@@ -25,35 +26,39 @@ from aimc_pl.private_torch import default_store
 from aimc_pl.rendezvous import within
 
 _GRACE = 5.0
-"""Seconds in which a process that is lost tells why, or for whom it waits itself."""
+"""How many seconds a lost process has to report why it failed, or which process it waits for itself."""
 _FIRST = "first failure"
+"""The key of the store under which the first failure is written."""
 _runs = count()
-"""Processes that are connected may run one fit after another; each has a part of the store to itself."""
+"""Numbers of the runs. Connected processes may run several fits in a row; each fit has its own part of the store."""
 
 
 def rank_of(stage: int, num_stages: int) -> int:
-    """The process of a stage, and the stage of a process: rank 0, where losses are logged, holds the last one."""
+    """Return the rank of the process that holds ``stage`` or, given a rank, the stage that its process holds.
+
+    Rank 0, where losses are logged, holds the last stage.
+    """
     return num_stages - 1 - stage
 
 
 class Closes(Protocol):
-    """What others wait at."""
+    """Anything that other processes may wait for, and that can be closed."""
 
     def close(self) -> None:
-        """Let them wait no longer."""
+        """Tell the processes that wait to stop waiting."""
         ...
 
 
 class Processes:
-    """All processes of a run, as one of them sees them.
+    """All processes of a run, as seen by one of them.
 
     Args:
-        num_stages: M, their number.
-        timeout: seconds to wait for another process. May be changed.
-        node: a number of this machine. Only processes with the same one share memory.
+        num_stages: M, the number of stages and of processes.
+        timeout: how many seconds to wait for another process. It may be changed later.
+        node: the number of this machine. Only processes with the same number share memory.
 
     Raises:
-        PeerError: by all methods, if another process has ended, or keeps this one waiting for longer.
+        PeerError: from every method, if another process has ended or has not answered within ``timeout``.
     """
 
     def __init__(self, num_stages: int, timeout: float, node: int) -> None:
@@ -62,7 +67,7 @@ class Processes:
         self.num_stages = num_stages
         self.timeout = timeout
         self.links: list[Closes] = []
-        """Closed when this process fails."""
+        """The links to close when this process fails."""
         self._store = PrefixStore(f"aimc_pl {next(_runs)}", default_store())
         self._exchanges = 0
         self._near: dict[int, select.poll] = {}
@@ -71,19 +76,26 @@ class Processes:
                 self._near[rank] = self._watch(rank, process)
 
     def name(self, rank: int) -> str:
-        """Of a process, for messages."""
+        """Return how messages name a process: by its rank and its stage."""
         return f"rank {rank} (stage {rank_of(rank, self.num_stages)})"
 
     def is_near(self, rank: int) -> bool:
-        """Whether a process is on this machine."""
+        """Return whether a process runs on this machine."""
         return rank in self._near
 
     def has_ended(self, rank: int) -> bool:
-        """Whether a process is known to have ended, which only those of one machine know of each other."""
+        """Return whether a process is known to have ended. Only processes of one machine know this of each other."""
         return rank in self._near and bool(self._near[rank].poll(0))
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank; see :class:`aimc_pl.messages.Message` for what they may be."""
+        """Return the values of all processes, in the order of their ranks. All processes must call this method.
+
+        Args:
+            value: the value of this process. See :class:`aimc_pl.messages.Message` for the kinds that can be sent.
+
+        Raises:
+            UsageError: if another process has called this method more often or less often than this one.
+        """
         self._exchanges += 1
         others = range(1, self.num_stages)
         if self.rank:
@@ -116,71 +128,71 @@ class Processes:
         return read(description, content[aligned(header) :])
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Send a tensor."""
+        """Send a tensor to a process, and wait until the transfer has finished."""
         with self.answering(rank):
             work = dist.isend(tensor, rank)
         self.finish(work, rank)
 
     def receive(self, tensor: Tensor, rank: int) -> Tensor:
-        """Receive into a tensor."""
+        """Fill ``tensor`` with what a process has sent, and return it."""
         with self.answering(rank):
             work = dist.irecv(tensor, rank)
         self.finish(work, rank)
         return tensor
 
     def finish(self, work: "dist.Work | None", rank: int) -> None:
-        """Wait for a transfer from or to another process."""
+        """Wait until a transfer from or to ``rank`` has finished."""
         assert work is not None
         with self.answering(rank):
             work.wait(timedelta(seconds=self.timeout))
 
     @contextmanager
     def answering(self, rank: int) -> Iterator[None]:
-        """Around what torch.distributed fails at if another process does not answer."""
+        """Context manager that turns an error of torch.distributed into a PeerError that names the process at fault."""
         try:
             yield
         except RuntimeError as error:
             raise self.lost(rank) from error
 
     def lost(self, rank: int) -> PeerError:
-        """What to raise where another process does not answer in time, or any more."""
-        culprit = [0]  # which serves the store
+        """Return the error to raise when ``rank`` has ended or has not answered in time."""
+        culprit = [0]  # at fault if the store does not answer, since rank 0 serves it
         try:
             culprit = within(2 * _GRACE, lambda: self._culprit(rank))
             told = self.tell(self._charge(culprit))
         except TimeoutError:
             told = self._charge(culprit)
         except DistError:
-            # The store goes with rank 0, a moment before the system says that this process has ended.
+            # The store ends with rank 0, a moment before the operating system reports the end of that process.
             told = self._charge(culprit, gone=0)
         return PeerError(f"{told}. See its own output. The run can be continued from the last checkpoint")
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this process ends, and why."""
+        """Tell the other processes that this one ends and why, unless the cause is a lost process. Close the links."""
         if not isinstance(error, PeerError):
             text = " ".join(str(error).split())
-            with suppress(TimeoutError, DistError):  # without the store, there is nobody to be told
+            with suppress(TimeoutError, DistError):  # without the store, no process can be told
                 self.tell(f"{self.name(self.rank)} has failed with {type(error).__name__}{text and ': '}{text}")
         for link in self.links:
             link.close()
 
     def is_first(self, what: str) -> bool:
-        """Whether no process has asked this before."""
+        """Return whether no process has asked for ``what`` before, or ``True`` if the store does not answer."""
         try:
             return within(_GRACE, lambda: self._store.add(what, 1)) == 1
         except (TimeoutError, DistError):
             return True
 
     def tell(self, what: str) -> str:
-        """Tell the others why the run ends; returns what the first of all processes has told.
+        """Tell the other processes why the run ends. Return the reason that a process has told first.
 
         Raises:
-            TimeoutError, DistError: if rank 0, which serves the store, hangs or has gone.
+            TimeoutError, DistError: if rank 0, which serves the store, hangs or has ended.
         """
         return within(_GRACE, lambda: self._store.compare_set(_FIRST, "", what)).decode()
 
     def _charge(self, culprit: list[int], gone: int | None = None) -> str:
-        """What is said of those to blame, if one process is known to have gone."""
+        """Return the message about the ranks at fault. ``gone`` is a rank that is known to have ended, if any."""
         if len(culprit) > 1:
             what = "wait for each other: all must read as many batches, and validate and save at the same steps"
         else:
@@ -188,7 +200,11 @@ class Processes:
         return f"{' and '.join(map(self.name, culprit))} {what}"
 
     def _culprit(self, rank: int) -> list[int]:
-        """Who is to blame that a process does not answer: it, or the one that it waits for; or all in a circle."""
+        """Return the ranks at fault if ``rank`` does not answer.
+
+        If ``rank`` itself waits for another process, follow the chain to its end. If the chain is a circle, return all
+        ranks in it.
+        """
         self._store.set(f"{self.rank} waits for", str(rank))
         path = [self.rank, rank]
         deadline = time.monotonic() + _GRACE
@@ -201,11 +217,11 @@ class Processes:
             elif self.has_ended(path[-1]):
                 break
             else:
-                time.sleep(0.05)  # until it has told, or has ended
+                time.sleep(0.05)  # until that process has reported, or has ended
         return path[-1:]
 
     def _watch(self, rank: int, process: int) -> select.poll:
-        """What tells of the end of a process of this machine."""
+        """Return an object that reports when a process of this machine ends."""
         try:
             descriptor = os.pidfd_open(process)
         except ProcessLookupError as error:

@@ -1,4 +1,7 @@
-"""What code can reach from some objects: their attributes, what containers hold, the variables that functions use."""
+"""A search for all objects that code can reach from some objects.
+
+It follows attributes, the contents of containers, and the variables that functions use.
+"""
 
 import random
 import sys
@@ -23,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from aimc_pl.attributes import CONTAINERS, PLAIN, contents_of
 
 Named = tuple[str, Any]
-"""An object, and how the user writes it."""
+"""A name, as the user writes it, and the object with that name."""
 
 GENERATORS = (Generator, np.random.Generator, np.random.RandomState, random.Random)
-"""Kinds of random generators."""
+"""The classes of random generators."""
 
 _CLOSED = (ModuleType, Dataset, DataLoader, threading.Thread, BaseProcess, np.memmap)
 _PACKAGES = {"site-packages", "dist-packages"}
@@ -35,21 +38,26 @@ _NOT_IN_THE_STEP = ("__init__", "setup", "prepare_data", "configure_model", "con
 
 @dataclass(frozen=True, eq=False)
 class GlobalVariable:
-    """A global variable of a module."""
+    """A global variable of a Python module.
+
+    Attributes:
+        all: the global variables of the module.
+        name: the name of this variable.
+    """
 
     all: dict[str, Any]
     name: str
 
 
 def reachable(roots: Iterable[Named], outside: Iterable[Any] = ()) -> Iterator[Named]:
-    """All objects that can be reached, each once, the nearest first.
+    """Yield all objects that can be reached from some objects, each once with its name, and the nearest first.
 
-    Data sets are left out, as they are large, and so are objects with threads of their own. Classes and global
-    variables are looked into where the user's own code refers to them, and not those of installed packages.
+    Data sets are left out, as they are large, and so are objects with threads of their own. The search enters classes
+    and global variables of the user's code, but not those of installed packages.
 
     Args:
-        roots: where to begin.
-        outside: what to leave out.
+        roots: the objects where the search begins.
+        outside: objects to leave out, with all that only they lead to.
     """
     todo = deque(roots)
     seen: dict[Any, Any] = {id(value): value for value in outside}
@@ -58,17 +66,17 @@ def reachable(roots: Iterable[Named], outside: Iterable[Any] = ()) -> Iterator[N
         key = (id(value.all), value.name) if isinstance(value, GlobalVariable) else id(value)
         if type(value) in PLAIN or key in seen or _is_closed(value):
             continue
-        seen[key] = value  # as long as it is held, nothing else has its id
+        seen[key] = value  # While it is held, no other object can have its id.
         yield name, value
         todo.extend(_inside(name, value))
 
 
 def _inside(name: str, value: Any) -> Iterator[Named]:
-    """What is reached directly from an object."""
+    """Yield the objects to which an object refers directly, with their names."""
     if isinstance(value, GENERATORS):
         return
     if isinstance(value, Optimizer):
-        yield f"{name}.param_groups", value.param_groups  # and not its state, which the step leaves alone
+        yield f"{name}.param_groups", value.param_groups  # The step does not change the state.
         return
     if isinstance(value, dict):
         yield from ((f"{name}.{key}", held) for key, held in dict.items(value))
@@ -103,11 +111,14 @@ def _inside(name: str, value: Any) -> Iterator[Named]:
 
 
 def variables_of(value: Any) -> dict[str, Any]:
-    """The attributes of an object or a class; under ``""`` a global variable, or that in a cell of a closure."""
+    """Return the attributes of an object or a class by name.
+
+    The value of a global variable, or of a variable in a closure, is returned under the name ``""``.
+    """
     if isinstance(value, CellType):
         try:
             return {"": value.cell_contents}
-        except ValueError:  # it has not been bound yet
+        except ValueError:  # The variable has not been bound yet.
             return {}
     if isinstance(value, GlobalVariable):
         return {"": value.all[value.name]} if value.name in value.all else {}
@@ -115,13 +126,13 @@ def variables_of(value: Any) -> dict[str, Any]:
 
 
 def joined(name: str, key: str) -> str:
-    """The name of an attribute."""
+    """Return the dotted name of an attribute, given the name of its object."""
     return ".".join(part for part in (name, str(key).strip("_")) if part)
 
 
 @cache
 def is_own(module: str | None) -> bool:
-    """Whether a module, by its name, is the user's: neither installed nor of Python itself."""
+    """Return whether a Python module is the user's: neither installed, nor part of Python, nor of this package."""
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     if file is None:
         return module == "__main__"
@@ -134,22 +145,22 @@ def _is_ours(module: str | None) -> bool:
 
 
 def _is_closed(value: Any) -> bool:
-    """Whether nothing is to be seen inside."""
+    """Return whether the search leaves an object out."""
     if type(value) in weakref.ProxyTypes or isinstance(value, _CLOSED):
         return True
     if isinstance(value, Tensor):
-        return hasattr(value, "analog_tile")  # the context of an analog tile
+        return hasattr(value, "analog_tile")  # It is the context of an analog tile.
     if isinstance(value, type):
         return not is_own(value.__module__)
     if isinstance(value, (nn.Module, GlobalVariable, *GENERATORS)):
         return False
     home = getattr(value, "__module__", None)
     if isinstance(home, str) and (home.startswith("torch._") or _is_ours(home)):
-        return True  # the compiler's caches, for example
+        return True  # It is one of the compiler's caches, for example.
     return any(isinstance(held, threading.Thread | BaseProcess) for held in variables_of(value).values())
 
 
 def _names(code: CodeType) -> list[str]:
-    """The names that code refers to, that of functions inside it included."""
+    """Return the names to which code refers, including the code of functions defined inside it."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return [*code.co_names, *(name for part in inner for name in _names(part))]

@@ -1,8 +1,8 @@
 """A ring of messages in memory that two processes of one machine share.
 
-Who writes a slot counts it afterwards, and who reads the count reads the slot afterwards. This needs a processor that
-keeps stores in their order, and loads in theirs: x86 does, ARM and POWER do not, and Python has no fence. See
-:data:`IS_ORDERED`.
+The writer first writes a slot, then increases the count of written slots. The reader first reads the count, then the
+slot. This needs a processor that keeps stores in order, and loads in order. x86 does. ARM and POWER do not, and Python
+has no memory fence. See :data:`IS_ORDERED`.
 """
 
 import mmap
@@ -16,23 +16,24 @@ from torch import Tensor
 from aimc_pl.messages import ALIGNMENT, aligned
 
 IS_ORDERED = platform.machine() in ("x86_64", "AMD64", "i686")
-"""Whether this machine's processor keeps the order that a ring relies on."""
+"""Whether the processor of this machine keeps the order of stores and loads that a ring relies on."""
 _NAME = "aimc_pl ring"
 _SLOTS = 4
 _WRITTEN, _READ, _CLOSED = (line * ALIGNMENT // 8 for line in range(3))
-"""Where the counts are, in a cache line each, as numbers of 8 bytes."""
+"""Where the counts are, as indices of 8-byte numbers. Each count has a cache line of its own."""
 _START = 3 * ALIGNMENT
 
 Place = tuple[int, int]
-"""Where a ring is: the process that has made it, and its file descriptor there. No other user can open that, and the
-kernel frees the memory with the last process that uses it, however it ends."""
+"""Where a ring is: the ID of the process that has made the ring, and the ring's file descriptor in that process. No
+other user can open the descriptor. The kernel frees the memory when the last process that uses it ends, in whatever
+way."""
 
 
 class Ring:
-    """Messages that one process writes and another one reads.
+    """A ring of messages that one process writes and another process reads.
 
     Args:
-        descriptor: of its memory, which is this object's from now on.
+        descriptor: the file descriptor of the ring's memory. The ring owns and closes it.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -47,18 +48,18 @@ class Ring:
 
     @classmethod
     def create(cls, slot_size: int) -> "Ring":
-        """A new one, for messages of at most so many bytes."""
+        """Return a new ring whose slots have room for ``slot_size`` bytes."""
         descriptor = os.memfd_create(_NAME)
-        # Reserved now: memory that is missing later would end the process.
+        # Reserve the memory now. If it were missing later, the system would kill the process.
         os.posix_fallocate(descriptor, 0, _START + _SLOTS * aligned(slot_size))
         return cls(descriptor)
 
     @classmethod
     def open(cls, place: Place) -> "Ring":
-        """That of another process.
+        """Open the ring of another process.
 
         Raises:
-            OSError: if the process has ended, or that is no ring.
+            OSError: if that process has ended, or if ``place`` is no ring.
         """
         process, number = place
         descriptor = os.open(f"/proc/{int(process)}/fd/{int(number)}", os.O_RDWR)
@@ -74,38 +75,38 @@ class Ring:
 
     @property
     def has_message(self) -> bool:
-        """Whether there is one to read."""
+        """Whether a message can be read."""
         return self._counts[_WRITTEN] > self._counts[_READ]
 
     @property
     def is_closed(self) -> bool:
-        """Whether the process at one of its ends has given up."""
+        """Whether the process at one of the two ends has closed the ring."""
         return self._counts[_CLOSED] > 0
 
     def close(self) -> None:
-        """Tell the other end that nothing follows."""
+        """Tell the process at the other end that no message follows."""
         self._counts[_CLOSED] = 1
 
     def write(self, header: bytes) -> Tensor:
-        """Write a header into the next slot; returns the rest of the slot, for the body."""
+        """Write a header into the next slot. Return the rest of the slot, to write the body into."""
         start = self._slot(self._counts[_WRITTEN])
         self._bytes[start : start + 8] = len(header).to_bytes(8, "little")
         self._bytes[start + 8 : start + 8 + len(header)] = header
         return self._tensor[start + aligned(8 + len(header)) : start + self.slot_size]
 
     def written(self) -> None:
-        """The next slot is complete."""
+        """Declare the next slot complete, so that the reader may read it."""
         self._counts[_WRITTEN] += 1
 
     def read(self) -> tuple[bytes, Tensor]:
-        """The header of the next message, and the rest of its slot, with the body."""
+        """Return the header of the next message, and the rest of its slot, which contains the body."""
         start = self._slot(self._counts[_READ])
         length = int.from_bytes(self._bytes[start : start + 8], "little")
         header = bytes(self._bytes[start + 8 : start + 8 + length])
         return header, self._tensor[start + aligned(8 + length) : start + self.slot_size]
 
     def was_read(self) -> None:
-        """The next slot can be written again."""
+        """Release the slot of the next message, so that the writer may use it again."""
         self._counts[_READ] += 1
 
     def _slot(self, number: int) -> int:
@@ -113,5 +114,5 @@ class Ring:
 
 
 def slot_for(header: bytes, size: int) -> int:
-    """The slot that a message with a body of so many bytes needs."""
+    """Return how many bytes of a slot a message needs, given its header and the size of its body."""
     return aligned(8 + len(header)) + size

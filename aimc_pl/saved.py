@@ -1,4 +1,4 @@
-"""What a backward sees of weights that have changed since its forward."""
+"""This module determines what a backward sees of weights that have changed since its forward."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,14 +16,14 @@ from aimc_pl.private_torch import version as version_of
 
 @contextmanager
 def current_weights(parameters: Sequence[nn.Parameter], versions: Sequence[int]) -> Iterator[None]:
-    """Around a backward: it uses the weights as they are now.
+    """Context manager that lets a backward use the weights as they are now.
 
-    autograd keeps references to the weights themselves, and refuses a backward when these have changed in place. So
-    their versions are set to what they were, for the time of the backward.
+    autograd keeps references to the weights, and refuses a backward when the weights have changed in place. Their
+    version counters are therefore set back for the time of the backward.
 
     Args:
-        parameters: that may have changed.
-        versions: what :func:`aimc_pl.private_torch.versions_of` gave right after the forward.
+        parameters: the parameters that may have changed.
+        versions: what :func:`aimc_pl.private_torch.versions_of` returned right after the forward.
     """
     now = versions_of(parameters)
     set_versions(parameters, versions)
@@ -35,9 +35,9 @@ def current_weights(parameters: Sequence[nn.Parameter], versions: Sequence[int])
 
 @dataclass
 class _Reference:
-    """A saved view of a parameter (or of its autocast copy), to be taken anew from ``source`` in the backward.
+    """A saved view of a parameter (or of its autocast copy), which the backward takes again from ``source``.
 
-    Its offset is counted from where the parameter begins.
+    ``offset`` is counted from the first element of the parameter.
     """
 
     source: Tensor
@@ -48,14 +48,14 @@ class _Reference:
 
 
 class SavedParameters:
-    """Decides what autograd saves of parameters, where a reference to them would not do.
+    """Hooks that decide what autograd saves of parameters.
 
-    Saves a reference also where autocast has made a copy, so that the backward uses the current weights; or, with
-    ``stash``, a copy of the forward's weights.
+    By default a reference is saved even where autocast has made a copy, and the backward uses the current weights.
+    With ``stash``, a copy of the forward's weights is saved.
 
     Args:
-        parameters: they may be updated in place between a forward and its backward.
-        stash: whether to keep the forward's weights (PipeDream's digital baseline).
+        parameters: the parameters, which may be updated in place between a forward and its backward.
+        stash: whether to keep the forward's weights for the backward (PipeDream's digital baseline).
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, stash: bool) -> None:
@@ -63,19 +63,19 @@ class SavedParameters:
         self.follow(parameters)
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """From now on these are the parameters."""
+        """Use these parameters in place of the previous ones."""
         self._parameters = {id(parameter): parameter for parameter in parameters}
         self._copies: dict[int, tuple[int, Tensor]] = {}
 
     def hooks(self, version: int) -> AbstractContextManager[Any]:
-        """A context for a forward with weights of that version."""
+        """Return a context manager for a forward whose weights have this version."""
         return saved_tensors_hooks(partial(self._pack, version), self._unpack)
 
     def _pack(self, version: int, tensor: Tensor) -> _Reference | tuple[Tensor, int]:
         base = base_of(tensor)
         parameter = self._parameter_behind(base)
         if parameter is None:
-            # Detached: a saved output that kept its own graph alive would never be freed.
+            # Detached, because a saved output that keeps its own graph alive is never freed.
             return tensor.detach(), version_of(tensor)
         source = self._copy(parameter, version) if self._stash else parameter.detach()
         offset = tensor.storage_offset() - base.storage_offset()
@@ -87,7 +87,7 @@ class SavedParameters:
             return source.as_strided(saved.size, saved.stride, source.storage_offset() + saved.offset)
         tensor, version = saved
         if version_of(tensor) != version:
-            # autograd's own check, which tensors saved through hooks do not get
+            # autograd makes this check itself, but not for tensors that are saved through hooks.
             raise RuntimeError(
                 f"A tensor of shape {tuple(tensor.shape)} that the backward needs was modified by an inplace operation "
                 "of the forward. Use the out-of-place operation."
@@ -106,7 +106,7 @@ class SavedParameters:
     def _copy(self, parameter: nn.Parameter, version: int) -> Tensor:
         copied, copy = self._copies.get(id(parameter), (None, parameter))
         if copied != version:
-            # As it lies in memory: what autograd saves may be a view.
+            # The copy has the same strides, because what autograd saves may be a view.
             copy = torch.empty_strided(
                 parameter.size(), parameter.stride(), dtype=parameter.dtype, device=parameter.device
             )
@@ -116,7 +116,7 @@ class SavedParameters:
 
 
 def casts_parameters(loss: Tensor) -> bool:
-    """Whether a loss depends on parameters through copies of another type, as autocast makes them."""
+    """Return whether a loss depends on parameters through copies of another type, as autocast makes them."""
     todo = [loss.grad_fn]
     seen = set(todo)
     while todo:
@@ -130,5 +130,5 @@ def casts_parameters(loss: Tensor) -> bool:
 
 
 def _is_cast(node: Any) -> bool:
-    # By its type: a custom function may call something else a name.
+    # The name is that of the type, because a custom autograd function may define `name` as something else.
     return type(node).__name__ == "ToCopyBackward0"

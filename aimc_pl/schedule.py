@@ -1,7 +1,8 @@
-"""The paper's pipeline schedules as data: which stage does what in which clock.
+"""This module holds the paper's pipeline schedules as data: tables that say what each stage does in each clock.
 
-With M stages, micro-batch k passes forward through stage m in clock ``a(m) + s·k`` and backward in clock
-``c(m) + s·k``: a schedule is two offsets and a stride. ``F2`` is the forward and ``B2`` the backward of micro-batch 2::
+A clock is one column of such a table. With M stages, micro-batch k passes forward through stage m in clock
+``a(m) + s·k`` and backward in clock ``c(m) + s·k``. A schedule is therefore defined by two offsets, a and c, and a
+stride s. In the tables below, ``F2`` is the forward and ``B2`` the backward of micro-batch 2::
 
     async, M = 3              clock  0  1  2  3  4  5  6  7  8
                             stage 2        F0 B0 F1 B1 F2 B2
@@ -25,7 +26,7 @@ Duplex = Literal["half", "full"]
 
 MAX_STAGES = 1000
 MAX_MICROBATCHES = 100_000
-"""More is a slip of the pen, and would keep the planning of a run busy for minutes."""
+"""The largest numbers that :class:`Schedule` accepts. Larger ones, likely typing errors, take minutes to plan."""
 
 
 class Operation(NamedTuple):
@@ -46,16 +47,18 @@ class Schedule:
             and the pipeline stays full from one mini-batch to the next).
         num_stages: M, from 1 to 1,000.
         num_microbatches: B, from 1 to 100,000.
-        duplex: of ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock; ``"full"``: one
-            forward and one backward, and such a clock lasts two clock cycles.
+        duplex: for ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock. ``"full"``: it
+            does one forward and one backward, and such a clock lasts two clock cycles.
 
-    A schedule of one's own is a subclass with another :meth:`forward_clock`, :meth:`backward_clock` and, if need be,
-    :attr:`stride`; everything else follows from these.
+    A custom schedule is a subclass that overrides :meth:`forward_clock`, :meth:`backward_clock` and, if necessary,
+    :attr:`stride`. The tables are computed from these three.
 
-    Micro-batches are counted from the last fill, and K (by default B) is how many enter before the pipeline drains.
+    A pipeline fills when micro-batches enter it while it is empty, and drains when the last of them leave it. Methods
+    count clocks and micro-batches from the last fill. K is the number of micro-batches that enter between a fill and
+    the next drain. Methods take it as ``num_microbatches``, by default B.
 
     Raises:
-        ValueError: if a number is out of range, a name is unknown, or ``duplex="full"`` is asked of another schedule.
+        ValueError: if a number is out of range, a name is unknown, or ``duplex="full"`` is used without ``"async"``.
     """
 
     name: ScheduleName
@@ -82,22 +85,22 @@ class Schedule:
 
     @property
     def cycles_per_clock(self) -> int:
-        """Clock cycles (the time of one forward or one backward) that one clock of the table lasts."""
+        """The clock cycles that one clock of the table lasts. A clock cycle is the time of a forward or a backward."""
         return 2 if self.duplex == "full" else 1
 
     @property
     def stride(self) -> int:
-        """Clocks between two successive micro-batches at one stage."""
+        """The number of clocks between two successive micro-batches at one stage."""
         return 2 if self.name == "1f1b" or (self.is_async and self.duplex == "half") else 1
 
     def forward_clock(self, stage: int, microbatch: int, num_microbatches: int | None = None) -> int:
-        """The clock of F(stage, microbatch), counted from the fill."""
+        """Return the clock of F(stage, microbatch), the forward of a micro-batch at a stage, counted from the fill."""
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         offset = stage * batches if self.name == "none" else stage
         return offset + self.stride * microbatch
 
     def backward_clock(self, stage: int, microbatch: int, num_microbatches: int | None = None) -> int:
-        """The clock of B(stage, microbatch), counted from the fill."""
+        """Return the clock of B(stage, microbatch), the backward of a micro-batch at a stage, counted from the fill."""
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         to_last = self.num_stages - 1 - stage
         if self.name == "none":
@@ -105,16 +108,16 @@ class Schedule:
         elif self.name == "sync":
             offset = self.num_stages + batches - 1 + to_last
         else:
-            # One clock before the error comes back, unless the last stage turns its own forward around at once.
+            # The last stage does a backward one clock after its forward; in full duplex, in the same clock.
             offset = self.num_stages - 1 + to_last + (self.duplex == "half")
         return offset + self.stride * microbatch
 
     def operations(self, clock: int, num_microbatches: int | None = None) -> list[Operation]:
-        """What the stages do in ``clock``: forwards first, then backwards, each by ascending stage.
+        """Return the operations of ``clock``: first the forwards, then the backwards, each by ascending stage.
 
         Args:
-            clock: counted from the fill.
-            num_microbatches: K; ``None`` while it is still open how many micro-batches will come (``"async"`` only).
+            clock: the clock, counted from the fill.
+            num_microbatches: K; ``None`` while the number of micro-batches is not yet known (``"async"`` only).
         """
         operations = []
         passes: tuple[tuple[Literal["F", "B"], Callable[..., int]], ...] = (
@@ -130,13 +133,13 @@ class Schedule:
         return operations
 
     def clocks(self, num_microbatches: int | None = None) -> Iterator[list[Operation]]:
-        """Yield, clock by clock, what the stages do from the fill to the drain of K micro-batches."""
+        """Yield the operations of each clock, from the fill to the end of the drain of K micro-batches."""
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         for clock in range(self.num_clocks(batches)):
             yield self.operations(clock, batches)
 
     def num_clocks(self, num_microbatches: int | None = None) -> int:
-        """Clocks from the fill to the end of the drain of K micro-batches."""
+        """Return the number of clocks from the fill to the end of the drain of K micro-batches."""
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         return max(self.backward_clock(stage, batches - 1, batches) for stage in range(self.num_stages)) + 1
 
@@ -148,44 +151,54 @@ class Schedule:
         return not self.is_async and max(forwards) < self.backward_clock(self.num_stages - 1, 0, last + 1)
 
     def num_cycles(self, num_microbatches: int | None = None) -> int:
-        """Clock cycles from the fill to the end of the drain of K micro-batches.
+        """Return the number of clock cycles from the fill to the end of the drain of K micro-batches.
 
-        2MK without a pipeline, 2(M+K−1) with a synchronous one and with ``"async"``, 2(K+2M−2) in full duplex.
+        This is 2MK with ``"none"``, 2(M+K−1) with ``"sync"``, ``"1f1b"`` and ``"async"``, and 2(K+2M−2) in full
+        duplex.
         """
         return self.num_clocks(num_microbatches) * self.cycles_per_clock
 
     def density(self, num_microbatches: int | None = None) -> float:
-        """Computation density: busy accelerator-cycles over all accelerator-cycles, fill and drain included."""
+        """Return the computation density, fill and drain included.
+
+        This is the number of busy accelerator-cycles over the number of all accelerator-cycles. An accelerator-cycle
+        is one clock cycle of one accelerator.
+        """
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         return 2 * batches / self.num_cycles(batches)
 
     def speedup(self, num_microbatches: int | None = None) -> float:
-        """How many times fewer clock cycles than one accelerator that does all stages needs (2MK)."""
+        """Return how many times fewer clock cycles the pipeline needs than one accelerator with all stages (2MK)."""
         return self.num_stages * self.density(num_microbatches)
 
     def max_staleness(self, stage: int) -> int:
-        """Staleness of the updates of ``stage`` once the pipeline is full.
+        """Return the staleness of the updates of ``stage`` once the pipeline is full (see :meth:`staleness`).
 
-        M−1−m with ``"async"``, twice that in full duplex.
+        This is M−1−m with ``"async"``, twice that in full duplex, and 0 with the other schedules.
         """
         since_first_backward = self.forward_clock(stage, 0) - self.backward_clock(stage, 0)
         return -ceil(since_first_backward / self.stride) if self.is_async else 0
 
     def staleness(self, stage: int, microbatch: int) -> int:
-        """Weight versions between the weights that F(stage, microbatch) saw and those its update is added to."""
+        """Return the staleness of the update that ``stage`` makes from ``microbatch``.
+
+        This is the number of weight versions between the weights that F(stage, microbatch) saw and the weights that
+        the update is added to.
+        """
         return min(microbatch, self.max_staleness(stage))
 
     def version(self, stage: int, microbatch: int) -> int:
-        """The weight version (updates since the fill) that F(stage, microbatch) sees.
+        """Return the weight version that F(stage, microbatch) sees: the number of updates since the fill.
 
-        Always 0 under a schedule with one update per mini-batch, where every mini-batch is a fill of its own.
+        This is always 0 under a schedule with one update per mini-batch, because every mini-batch starts a new fill.
         """
         return microbatch - self.staleness(stage, microbatch) if self.is_async else 0
 
     def in_flight(self, stage: int, num_microbatches: int | None = None) -> int:
-        """The most micro-batches whose activations ``stage`` holds at once, when K pass between fill and drain.
+        """Return the largest number of micro-batches whose activations ``stage`` holds at the same time.
 
-        K with ``"none"`` and ``"sync"``, at most M−m with ``"1f1b"`` and ``"async"``, 2(M−1−m)+1 in full duplex.
+        This is K, the number of micro-batches between fill and drain, with ``"none"`` and ``"sync"``. It is at most
+        M−m with ``"1f1b"`` and ``"async"``, and at most 2(M−1−m)+1 in full duplex.
         """
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         before_backward = self.backward_clock(stage, 0, batches) - self.forward_clock(stage, 0, batches)
@@ -193,10 +206,13 @@ class Schedule:
 
 
 def check_order(schedule: Schedule) -> None:
-    """Walk the table of a schedule, some micro-batches long.
+    """Check that a schedule's table contains all operations, in an order in which they can run.
+
+    The table that is checked is B micro-batches long, and B+2M with ``"async"``.
 
     Raises:
-        ValueError: naming the first operation that comes before what it needs, is left out, or finds its stage busy.
+        ValueError: if an operation comes before one that it needs, is left out, or finds its stage busy. The message
+            names the first such operation.
     """
     total = schedule.num_microbatches + 2 * schedule.num_stages if schedule.is_async else schedule.num_microbatches
     table = [*schedule.clocks(total)]
@@ -208,7 +224,7 @@ def check_order(schedule: Schedule) -> None:
         for before, after in pairwise(path):
             if missing := [operation for operation in (before, after) if operation not in clocks]:
                 raise ValueError(f"{type(schedule).__name__} has no clock for {_shown(missing[0])}")
-            # Within a clock, forwards come first.
+            # Forwards run before backwards within a clock, so the two of one stage may share a clock.
             turns_around = before.stage == after.stage
             if clocks[after] < clocks[before] + (not turns_around):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""One accelerator of the pipeline: what it holds, its weight version, and the micro-batches that it works on."""
+"""This module describes one accelerator of the pipeline: its parameters, its weight version and its micro-batches."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class StageInfo:
-    """What a stage holds, as observers are told.
+    """The parameters and modules of a stage, as observers receive them.
 
     Attributes:
-        index: m, from 0.
-        parameters: what the stage updates.
-        modules: those that are called in it.
+        index: m, the number of the stage, counted from 0.
+        parameters: the parameters that the stage updates.
+        modules: the modules that are called in the stage.
     """
 
     index: int
@@ -22,15 +22,15 @@ class StageInfo:
 
 
 class Stage:
-    """A consecutive part of a training step, on one accelerator.
+    """A consecutive part of a training step, which one accelerator computes.
 
     Args:
-        index: m, from 0.
-        parameters: what the stage updates.
-        modules: those that are called in it.
+        index: m, the number of the stage, counted from 0.
+        parameters: the parameters that the stage updates.
+        modules: the modules that are called in the stage.
 
     Attributes:
-        version: updates so far.
+        version: the weight version, that is, the number of updates so far.
     """
 
     def __init__(self, index: int, parameters: Iterable[nn.Parameter] = (), modules: Iterable[nn.Module] = ()) -> None:
@@ -42,19 +42,19 @@ class Stage:
 
     @property
     def num_in_flight(self) -> int:
-        """Micro-batches whose activations the stage holds."""
+        """The number of micro-batches whose activations the stage holds."""
         return len(self._in_flight)
 
     def info(self) -> StageInfo:
-        """What the stage holds now, for observers."""
+        """Return the current parameters and modules of the stage, for observers."""
         return StageInfo(self.index, tuple(self.parameters), tuple(self.modules))
 
     def take(self, microbatch: int) -> None:
-        """The forward of a micro-batch begins, with the current version."""
+        """Note that the forward of a micro-batch begins, with the current weight version."""
         self._in_flight[microbatch] = self.version
 
     def release(self, microbatch: int) -> int:
-        """The backward of a micro-batch is over; returns the version that its forward saw."""
+        """Note that the backward of a micro-batch is over, and return the weight version that its forward saw."""
         return self._in_flight.pop(microbatch)
 
     def clear(self) -> None:

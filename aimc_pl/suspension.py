@@ -1,4 +1,4 @@
-"""Run a function up to a point inside it, and go on from there later."""
+"""This module runs a function up to a point inside it, and resumes it there later."""
 
 import contextvars
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ from aimc_pl.private_torch import (
 class SuspendableCall:
     """A call that can wait, deep inside, for a value from its caller.
 
-    The function runs in a greenlet: on the caller's thread, and only while the caller waits. (In threads of their own
-    the functions would take OpenMP's threads from the stages.) What the function has entered when it waits (autocast,
-    no_grad, a default dtype, hooks for saved tensors, modes of torch functions) is set aside until it goes on.
+    The function runs in a greenlet: on the caller's thread, and only while the caller waits. (In separate threads, the
+    functions would take OpenMP's threads from the stages.) What the function has entered when it waits (autocast,
+    no_grad, a default dtype, saved-tensor hooks, torch function modes) is set aside until the function is resumed.
 
     Args:
-        function: what to run.
-        owner: what :meth:`current` gives inside the function.
+        function: the function to run.
+        owner: the object that :meth:`current` returns inside the function; by default this call.
     """
 
     def __init__(self, function: Callable[[], Any], owner: Any = None) -> None:
@@ -43,7 +43,7 @@ class SuspendableCall:
 
     @staticmethod
     def current() -> Any:
-        """The call (or its owner) inside which we are, if any."""
+        """Return the owner of the call that the calling code runs in, or ``None`` if it runs in no such call."""
         return getattr(getcurrent(), "call", None)
 
     @property
@@ -52,25 +52,26 @@ class SuspendableCall:
         return bool(self._greenlet)
 
     def start(self) -> Any:
-        """Run up to :meth:`suspend` and return the value it was given, or to the end and return the result.
+        """Run the function up to :meth:`suspend`, or to its end.
 
-        :attr:`is_suspended` tells which. Exceptions of the function are raised here.
+        Return the value that the function gives to :meth:`suspend`, or its result. :attr:`is_suspended` says which of
+        the two it is. Exceptions of the function are raised here.
         """
         with self._its_state():
             return self._greenlet.switch()
 
     def resume(self, value: Any = None) -> Any:
-        """Go on with ``value`` as what :meth:`suspend` returns; returns as :meth:`start`."""
+        """Resume the function, where :meth:`suspend` returns ``value``. Return what :meth:`start` would return."""
         with self._its_state():
             return self._greenlet.switch(value)
 
     def suspend(self, value: Any = None) -> Any:
-        """Called by the function: hand ``value`` to the caller and wait for its answer."""
+        """Hand ``value`` to the caller, and return the value with which the caller resumes. The function calls this."""
         assert self._greenlet.parent is not None
         return self._greenlet.parent.switch(value)
 
     def abort(self) -> None:
-        """End a suspended call."""
+        """End the call if it is suspended, by an exception (``GreenletExit``) where it waits."""
         if self.is_suspended:
             with self._its_state():
                 self._greenlet.throw()
@@ -79,7 +80,7 @@ class SuspendableCall:
     def _its_state(self) -> Iterator[None]:
         callers = _read_settings()
         num_hooks, num_modes = count_saved_tensor_hooks(), count_function_modes()
-        # Copies of weights that autocast keeps belong to one call, and to the weights of their time.
+        # autocast caches copies of weights. A copy is valid for one call, and until the weights change.
         torch.clear_autocast_cache()
         push_saved_tensor_hooks(self._hooks)
         push_function_modes(self._modes)
@@ -94,7 +95,7 @@ class SuspendableCall:
             torch.clear_autocast_cache()
             _switch(self._settings, callers)
             if self._greenlet.dead:
-                # Each holds the other; what the call holds (a micro-batch) is to be freed without the cyclic collector.
+                # Break the reference cycle, to free the micro-batch that the call holds without the cyclic collector.
                 self._greenlet.call = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -107,7 +108,7 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (partial(torch.get_autocast_dtype, "cuda"), partial(torch.set_autocast_dtype, "cuda")),
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
 ]
-"""What context managers of torch set for a thread or the process: how to read it, and how to set it."""
+"""The settings that context managers of torch make for a thread or the process: how to read and how to set each."""
 
 
 def _read_settings() -> list[Any]:

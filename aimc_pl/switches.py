@@ -1,4 +1,7 @@
-"""What a step may have switched for the whole process where it waits: by a context manager, for example."""
+"""This module lists the settings of the process that a step may have switched when it is suspended.
+
+A context manager that the step has entered, for example, may have switched one.
+"""
 
 import asyncio
 import sys
@@ -26,12 +29,12 @@ from aimc_pl.private_torch import (
 
 @dataclass(frozen=True, eq=False)
 class Switch:
-    """One setting.
+    """A setting of the whole process.
 
     Attributes:
-        name: as the user knows it.
-        read: gives its value.
-        write: sets it; ``None`` if it cannot be set aside while a step waits.
+        name: the name that the user knows.
+        read: returns the value.
+        write: sets the value; ``None`` if the setting cannot be set aside while a step waits.
     """
 
     name: str
@@ -39,18 +42,20 @@ class Switch:
     write: Callable[[Any], Any] | None = None
 
     def set(self, value: Any) -> None:
-        """Set one that can be set aside."""
+        """Set the value. The setting must have a ``write``."""
         assert self.write is not None
         self.write(value)
 
 
 def switches_for(network: nn.Module) -> list[Switch]:
-    """The settings of torch and Python; functions that a step could patch, and locks that it could hold.
+    """Return settings of torch and Python, functions that a step could patch, and locks that it could hold.
 
-    Those of the network's modules, and of the Python modules in which these are written.
+    The functions (and classes) are those of ``torch``, of ``torch.nn.functional``, and of the Python modules in which
+    the network's classes are written. The locks are those that these Python modules, the network's modules and their
+    attributes hold.
 
     Args:
-        network: all modules that the step calls.
+        network: contains all modules that the step calls.
     """
     types = {kind for module in network.modules() for kind in type(module).__mro__}
     written_in = {id(there): there for kind in types if (there := sys.modules.get(kind.__module__))}

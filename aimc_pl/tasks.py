@@ -1,4 +1,4 @@
-"""LightningModules."""
+"""LightningModules for image classification and language modelling."""
 
 import math
 from typing import Any
@@ -21,10 +21,10 @@ class Classifier(pl.LightningModule):
     Logs ``train/loss``, ``train/accuracy`` and the same for ``val`` and ``test``.
 
     Args:
-        network: images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``.
-        num_classes: number of classes, at least 2.
-        optimizer: takes the parameters; SGD with learning rate 0.1 by default.
-        lr_scheduler: takes the optimizer; stepped every epoch.
+        network: maps images ``(batch, channels, height, width)`` to logits ``(batch, num_classes)``.
+        num_classes: the number of classes, at least 2.
+        optimizer: takes the parameters and returns an optimizer; SGD with learning rate 0.1 by default.
+        lr_scheduler: takes the optimizer and returns a scheduler, which is stepped every epoch.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Classifier(pl.LightningModule):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits of images."""
         return self.network(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-entropy of images and labels."""
+        """Return the cross-entropy of a batch of images and labels, and log loss and accuracy."""
         return self._evaluate(batch, "train", self.train_accuracy)
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -61,7 +61,7 @@ class Classifier(pl.LightningModule):
         self._evaluate(batch, "test", self.test_accuracy)
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The most likely class of each image."""
+        """Return the most likely class of each image."""
         return self(batch[0]).argmax(1)
 
     def configure_optimizers(self) -> Any:
@@ -81,13 +81,13 @@ class Classifier(pl.LightningModule):
 class LanguageModel(pl.LightningModule):
     """Prediction of the next token with cross-entropy.
 
-    Logs ``train/loss`` (nats per token), ``train/bits`` (bits per token: per character, where a token is one) and the
-    same for ``val`` and ``test``.
+    Logs ``train/loss`` (nats per token), ``train/bits`` (bits per token, which are bits per character if every token is
+    one character) and the same for ``val`` and ``test``.
 
     Args:
-        network: tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``.
-        optimizer: takes the parameters; AdamW with learning rate 1e-3 by default.
-        lr_scheduler: takes the optimizer; stepped every epoch.
+        network: maps tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``.
+        optimizer: takes the parameters and returns an optimizer; AdamW with learning rate 1e-3 by default.
+        lr_scheduler: takes the optimizer and returns a scheduler, which is stepped every epoch.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class LanguageModel(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits of the tokens that follow."""
         return self.network(tokens)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Cross-entropy of tokens and the tokens that follow them, both ``(batch, length)``."""
+        """Return the cross-entropy of tokens and the tokens that follow them, both ``(batch, length)``, and log it."""
         return self._evaluate(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -119,7 +119,7 @@ class LanguageModel(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The most likely token after each token."""
+        """Return the most likely token after each token."""
         return self(batch[0]).argmax(2)
 
     def configure_optimizers(self) -> Any:

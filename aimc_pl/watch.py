@@ -1,4 +1,4 @@
-"""Tells in microseconds whether anything has been set on modules."""
+"""This module finds out within microseconds whether anything has been set on modules."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -7,17 +7,19 @@ from typing import Any
 
 from torch import nn
 
-_call: Any = call  # its type says nothing of map
+_call: Any = call  # It is typed as Any because its declared type does not fit map.
 _requires_grad = attrgetter("requires_grad")
 
 
 class Watch:
-    """Remembers which objects modules hold, and compares: one pass over them, without a loop in Python.
+    """A check whether modules still hold the objects that they held when the watch was made.
+
+    The check is one pass over all objects, without a loop in Python.
 
     Args:
-        modules: to watch.
-        names: of the attributes of each module that count, two or more.
-        containers: what their containers hold counts too: views of dicts, lists, sets, deques and tuples.
+        modules: the modules to watch.
+        names: for each module, the names of the attributes to watch, two or more.
+        containers: containers whose contents to watch too: views of dicts, lists, sets, deques and tuples.
     """
 
     def __init__(self, modules: Sequence[nn.Module], names: Iterable[Iterable[str]], containers: Sequence[Any]) -> None:
@@ -25,19 +27,19 @@ class Watch:
         self._held = [*map(vars, modules)]
         self._getters = [itemgetter(*each) for each in names]
         self._containers = containers
-        parameters = [held.get("_parameters", {}) for held in self._held]  # a scripted module has none of its own
+        parameters = [held.get("_parameters", {}) for held in self._held]  # a scripted module has no such entry
         self._parameters = [p for each in parameters for p in each.values() if p is not None]
         self._seen = [*self._read()]
 
     def is_unchanged(self) -> bool:
-        """Whether the modules hold the objects that they held at the start, and the same ones require grad."""
+        """Return whether the modules hold the same objects as at the start, and the same parameters require grad."""
         try:
             return all(map(is_, self._read(), self._seen))
-        except KeyError:  # a name is gone
+        except KeyError:  # an attribute has been deleted
             return False
 
     def _read(self) -> Iterator[Any]:
-        # Lengths and truth values are compared as objects too: Python has one of each small number.
+        # Lengths and truth values can be compared by identity too: Python keeps one object for each small number.
         return chain(
             map(vars, self._modules),
             map(len, self._held),

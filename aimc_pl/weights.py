@@ -1,4 +1,4 @@
-"""Weights and gradients of layers, read and written alike on digital parameters and on analog tiles."""
+"""This module reads and writes weights, and reads gradients, alike for digital parameters and analog tiles."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def weight_layers(module: nn.Module) -> dict[str, Any]:
-    """The Linear and Conv layers of a module, digital or analog, by name."""
+    """Return the Linear and Conv layers of a module, digital or analog, by name."""
     return {
         str(name): layer
         for name, layer in module.named_modules()
@@ -22,19 +22,23 @@ def weight_layers(module: nn.Module) -> dict[str, Any]:
 
 
 def read_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """All weights in one vector, those behind tiles' contexts included."""
+    """Return all weights in one vector.
+
+    A tile's context, a parameter that stands for a tile, gives the tile's weights.
+    """
     return torch.cat([_values(parameter).detach().flatten().float() for parameter in parameters])
 
 
 def read_gradients(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The gradients of some of a module's parameters in one vector, as :func:`gradients_of` gives them."""
+    """Return the gradients of some of a module's parameters in one vector, as :func:`gradients_of` gives them."""
     return torch.cat([gradient.detach().flatten().float() for gradient in gradients_of(module, parameters)])
 
 
 def gradients_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients of some of a module's parameters.
+    """Return the gradients of some of a module's parameters.
 
-    Zeros where there is none; for a tile's context δᵀx of its pending pairs.
+    The gradient is zero where a parameter has none. For a tile's context, a parameter that stands for a tile, the
+    gradient is the sum of δᵀx over the tile's pending pairs of an input x and an error δ.
     """
     layers = {id(tile.analog_ctx): layer for layer in analog_layers(module) for tile in layer.analog_tiles()}
     return [
@@ -50,7 +54,7 @@ def _values(parameter: Any) -> Tensor:
 
 
 def _pending_gradient(layer: Any, context: Any) -> Tensor:
-    # With aihwkit, which is there when something is analog.
+    # This imports aihwkit, which only analog networks need.
     from aimc_pl.devices.mean_field import Convolution, MeanFieldTile
 
     total, tile = torch.zeros_like(_values(context)), context.analog_tile
@@ -66,7 +70,7 @@ def _pending_gradient(layer: Any, context: Any) -> Tensor:
 
 
 def write_weight(layer: Any, weight: Tensor) -> None:
-    """Set a layer's weight, in the shape :func:`layer_weight` gives; a tile clips it to its devices' bounds."""
+    """Set a layer's weight, in the shape that :func:`layer_weight` gives. A tile clips it to its devices' bounds."""
     if is_analog(layer):
         layer.set_weights(weight, layer.get_weights()[1])
     else:
@@ -75,13 +79,13 @@ def write_weight(layer: Any, weight: Tensor) -> None:
 
 
 def layer_weight(layer: Any) -> Tensor:
-    """A copy of a layer's weight."""
+    """Return a copy of a layer's weight."""
     weight = layer.get_weights()[0] if is_analog(layer) else layer.weight
     return weight.detach().clone()
 
 
 def product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """What a Linear or Conv layer computes of ``x``, with another weight and without bias."""
+    """Return the output of a Linear or Conv layer for the input ``x``, with another weight and without bias."""
     if not hasattr(layer, "kernel_size"):
         return F.linear(x, weight)
     weight = weight.view(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)

@@ -1,4 +1,4 @@
-"""Lightning callbacks that watch or disturb the pipeline."""
+"""This package holds Lightning callbacks that observe the pipeline, or inject imperfections of devices into it."""
 
 from aimc_pl.callbacks.clock import ClockMonitor
 from aimc_pl.callbacks.dashboard import Dashboard, PipelineDiagram

@@ -1,4 +1,4 @@
-"""Clock cycles: how many, how well used, and what was learnt in them."""
+"""The callback in this module counts clock cycles, and logs how well they are used."""
 
 from collections.abc import Sequence
 from typing import Any, override
@@ -14,16 +14,17 @@ from aimc_pl.strategies.private_lightning import epoch_metrics
 
 
 class ClockMonitor(Callback, Observer):
-    """Counts the pipeline's clock cycles.
+    """A callback that counts the clock cycles of the pipeline.
 
-    Logs ``clock/cycles``, ``clock/density`` (busy over all accelerator-cycles), ``clock/samples_per_cycle`` and
-    ``clock/speedup`` (over no pipeline) with every epoch, and every validation metric once more to TensorBoard as
-    ``by_clock/…``, with the clock cycle for its step, and as ``by_epoch/…``, with the epoch.
+    A clock cycle is the time of one forward or one backward of a micro-batch on an accelerator. At the end of every
+    epoch the callback logs ``clock/cycles``, ``clock/density`` (the busy fraction of all accelerator-cycles),
+    ``clock/samples_per_cycle`` and ``clock/speedup`` (over a run without a pipeline). It also writes every validation
+    metric to TensorBoard as ``by_clock/…``, with the clock cycle as the step, and as ``by_epoch/…``, with the epoch.
 
     Attributes:
-        cycles: clock cycles so far, those before a resumed checkpoint included.
-        operations: forwards and backwards so far; each keeps one accelerator busy for one cycle.
-        samples: training samples so far.
+        cycles: the number of clock cycles so far, including those before a resumed checkpoint.
+        operations: the number of forwards and backwards so far. Each keeps one accelerator busy for one cycle.
+        samples: the number of training samples so far.
     """
 
     def __init__(self) -> None:
@@ -33,16 +34,16 @@ class ClockMonitor(Callback, Observer):
 
     @property
     def speedup(self) -> float:
-        """How many times fewer clock cycles than without a pipeline, where one operation runs at a time."""
+        """The factor by which clock cycles are fewer than without a pipeline, where one operation runs at a time."""
         return self.operations / max(self.cycles, 1)
 
     @property
     def density(self) -> float:
-        """Busy over all accelerator-cycles."""
+        """The busy fraction of all accelerator-cycles."""
         return self.speedup / self._schedule.num_stages
 
     def report(self) -> str:
-        """One line about the run."""
+        """Return one line about the clock cycles of the run."""
         return (
             f"{self.cycles:,} clock cycles on {self._schedule.num_stages} accelerators (density {self.density:.2f}), "
             f"speedup {self.speedup:.2f} over no pipeline"

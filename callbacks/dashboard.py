@@ -1,4 +1,4 @@
-"""What TensorBoard shows at a glance."""
+"""The callbacks in this module prepare overviews for TensorBoard: a picture of the schedule, and a page of charts."""
 
 from typing import override
 
@@ -12,10 +12,10 @@ from aimc_pl.diagram import MAX_DRAWN_CLOCKS, draw_figure
 
 
 class PipelineDiagram(Callback):
-    """Draws the first clocks of the running schedule (the paper's Figure 2) into TensorBoard's images.
+    """A callback that draws the first clocks of the running schedule, as in the paper's Figure 2, for TensorBoard.
 
     Args:
-        num_clocks: clocks to draw, at most 256.
+        num_clocks: the number of clocks to draw, at most 256.
     """
 
     def __init__(self, num_clocks: int = 32) -> None:
@@ -34,9 +34,10 @@ class PipelineDiagram(Callback):
 
 
 class Dashboard(Callback):
-    """Lays out TensorBoard's custom-scalars page: accuracy, loss, staleness, noise and density, each in one chart.
+    """A callback that lays out the custom-scalars page of TensorBoard.
 
-    It shows what ``Classifier``, ``ClockMonitor``, ``StalenessMonitor`` and ``DeviceNoise`` log.
+    The page has one chart each for accuracy, loss, staleness, noise, density and other values that ``Classifier``,
+    ``ClockMonitor``, ``StalenessMonitor`` and ``DeviceNoise`` log.
     """
 
     @override

@@ -1,4 +1,4 @@
-"""Injects imperfections of analog devices while training."""
+"""The callback in this module injects imperfections of analog devices during training."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -23,21 +23,21 @@ from aimc_pl.weights import layer_weight, product, weight_layers, write_weight
 
 
 class DeviceNoise(Callback, Observer):
-    """Makes the weights of Linear and Conv layers, analog tiles or digital ones, imperfect while training.
+    """A callback that makes the weights of Linear and Conv layers, analog or digital, imperfect during training.
 
-    Logs, as ``noise/<layer>``, how far a layer's weights were moved since the last log, relative to their norm
-    (root mean square over the updates; of read noise, over the products).
+    The callback logs, as ``noise/<layer>``, how far the noise has moved the weights of a layer since the last log,
+    relative to their norm. The value is the root mean square over the updates or, for read noise, over the products.
 
     Args:
-        noise: what to inject, in order.
-        stages: the stages it befalls; all by default.
+        noise: the kinds of noise to inject, in order.
+        stages: the stages whose layers get the noise; all by default.
         layers: patterns of layer names (as in ``LightningModule.named_modules()``); all by default.
         from_step: the first global step with noise.
-        until_step: the first global step without it again, not before ``from_step``; never by default.
-        seed: of the noise's own random numbers.
+        until_step: the first global step without noise again, at least ``from_step``. By default the noise never ends.
+        seed: the seed of the random numbers of the noise.
 
     Raises:
-        UsageError: if there is no noise, a number is out of range, or no layer is matched.
+        UsageError: if ``noise`` is empty, a number is out of range, or no layer matches.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DeviceNoise(Callback, Observer):
         self.seed = seed
         self._generator = Generator().manual_seed(seed)
         self._moved: Recent = {}
-        """Squares of how far weights were moved."""
+        """For each layer, the squares of the relative distances by which the noise has moved its weights."""
         self._updated_at: dict[int, int] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -103,7 +103,7 @@ class DeviceNoise(Callback, Observer):
             self._targets[stage.index] = {name: layer for name, layer in self._named.items() if layer in on_stage}
         if not any(self._strategy.gather(any(self._targets.values()))):
             raise UsageError(f"DeviceNoise(stages={self.stages}, layers={list(self.layers)}) matches no layer")
-        # A checkpoint knows of all stages; each process goes on with its own.
+        # A checkpoint holds the values of all stages. Each process keeps those of its own stages.
         own = {name for layers in self._targets.values() for name in layers}
         for name in self._moved.keys() - own:
             del self._moved[name]
@@ -167,13 +167,13 @@ class DeviceNoise(Callback, Observer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not hasattr(self, "_strategy"):
-            # An evaluation, which has no noise.
+            # This is an evaluation, which has no noise.
             return
         states, rank = state_dict["generators"], self._strategy.global_rank
         if len(states) == (self._strategy.num_stages if self._strategy.is_multiprocess else 1):
             self._generator.set_state(states[rank])
         else:
-            # As many sources as there are processes now, and none that starts again.
+            # The number of processes has changed. Every process gets a new seed, so that no numbers repeat.
             self._generator.manual_seed(crc32(states[0].numpy().tobytes()) + rank)
         self._moved.update(state_dict["moved"])
         self._updated_at.update(state_dict["updated_at"])
@@ -190,7 +190,7 @@ class DeviceNoise(Callback, Observer):
             forward, backward = (noise.draw(weight, self._generator) for _ in range(2))
             self._note(name, forward, weight)
             in_backward = product(layer, inputs[0], backward)
-            # Adds one noise to the value and another to the gradient.
+            # The sum adds one noise to the value, and another noise to the gradient.
             return output + product(layer, inputs[0].detach(), forward) + (in_backward - in_backward.detach())
 
         return layer.register_forward_hook(add)

@@ -1,4 +1,7 @@
-"""Lightning strategies: ``AnalogPipelineStrategy``, also by the names ``aimc_none``, ``aimc_sync``, ``aimc_async``."""
+"""This package holds the Lightning strategy ``AnalogPipelineStrategy``.
+
+Importing the package registers the names ``aimc_none``, ``aimc_sync`` and ``aimc_async`` for ``Trainer(strategy=...)``.
+"""
 
 from lightning.pytorch.strategies import StrategyRegistry
 

@@ -1,4 +1,4 @@
-"""A mini-batch as runs of training_step on its micro-batches."""
+"""This module splits mini-batches into micro-batches, and prepares a run of training_step for each of them."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from aimc_pl.strategies.training_step import TrainingStep
 
 
 class Batches:
-    """Splits mini-batches, as the user has said or along the samples.
+    """The way in which mini-batches are split: by the user's function or, without one, along the samples.
 
     Args:
-        module: may have a method ``split_batch(batch, num_microbatches)``.
-        settings: of the strategy.
+        module: the LightningModule. It may have a method ``split_batch(batch, num_microbatches)``.
+        settings: the arguments of the strategy. Their ``split_batch`` takes precedence over the module's method.
     """
 
     def __init__(self, module: "pl.LightningModule", settings: Settings) -> None:
@@ -33,11 +33,11 @@ class Batches:
 
     @property
     def splits_by_sample(self) -> bool:
-        """Whether nobody has said how to split."""
+        """Whether batches are split along the samples, because there is no function of the user."""
         return self._custom is None
 
     def split(self, batch: Any) -> list[Any]:
-        """The micro-batches of a mini-batch."""
+        """Return the micro-batches of a mini-batch."""
         return self._split(batch, self._settings.schedule.num_microbatches)
 
     def _split(self, batch: Any, number: int) -> list[Any]:
@@ -52,7 +52,11 @@ class Batches:
         return [*parts]
 
     def size(self, batch: Any) -> int:
-        """The samples of a batch; where only the user knows how to split it, its numbers, which are as proportional."""
+        """Return the number of samples in a batch.
+
+        If a function of the user splits batches, their samples cannot be counted. The result is then the number of
+        elements in all tensors of the batch, which serves as well to compare micro-batches.
+        """
         if self._settings.schedule.num_microbatches == 1:
             return _size_for_logs(batch)
         if self._custom is None:
@@ -62,12 +66,12 @@ class Batches:
     def steps(
         self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
     ) -> list[TrainingStep]:
-        """training_step on every micro-batch, with what its loss counts.
+        """Return a run of training_step for every micro-batch, with the weight of its loss.
 
         Args:
             batch: the mini-batch.
             args: further arguments of training_step.
-            context: entered while training_step runs.
+            context: returns a context manager, which is entered while training_step runs.
         """
         settings = self._settings
         parts = self.split(batch)
@@ -88,13 +92,17 @@ class Batches:
     def whole(
         self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
     ) -> TrainingStep:
-        """training_step on a batch as it is; the arguments are those of :meth:`steps`."""
+        """Return a run of training_step on the undivided batch. The arguments are those of :meth:`steps`."""
         return TrainingStep(partial(self._module.training_step, batch, *args), batch, 1, 1.0, 1.0, context)
 
     def half(
         self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
     ) -> TrainingStep:
-        """training_step on the second half of a batch; on all of it, if it has one sample or is not to be split."""
+        """Return a run of training_step on the second half of a batch.
+
+        The run takes the whole batch if the batch has only one sample, or if it cannot be split and
+        ``num_microbatches`` is 1. The arguments are those of :meth:`steps`.
+        """
         try:
             half = self._split(batch, 2)[-1]
         except UsageError:
@@ -112,12 +120,12 @@ class Batches:
 
 
 def _size_for_logs(batch: Any) -> int:
-    """The samples of a batch that is not split, which may be of any kind: as Lightning counts them, or 1."""
+    """Return the number of samples in a batch of any type that is not split, or 1 if nobody can count them."""
     try:
         return batch_size(batch)
     except UsageError:
         with warnings.catch_warnings():
-            # Lightning warns where the batch is ambiguous; that matters to what is logged by it only.
+            # Lightning warns if the number is ambiguous. Here it only weights logged values.
             warnings.filterwarnings("ignore", message="Trying to infer the `batch_size`")
             try:
                 return extract_batch_size(batch)

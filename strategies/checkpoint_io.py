@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read only if they are what was written."""
+"""This module writes checkpoint files completely or not at all, and refuses to read files that have changed since."""
 
 import os
 import pickle
@@ -23,22 +23,24 @@ from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 _LABEL = b"sha256:"
 _COMMENT_LENGTH = len(_LABEL) + 64
 _BEFORE_ARCHIVES = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""What files begin with that torch has written before 1.6."""
+"""The first bytes of a file that torch before 1.6 has written. Such a file is no ZIP archive."""
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files with a checksum, replaced in one step.
+    """Lightning's plugin for checkpoint files, with a checksum and with replacement of the old file in one step.
 
-    A checkpoint is what :func:`torch.save` writes, a ZIP archive. Its checksum is the archive's comment, which other
-    readers pass over. Files without one, as plain Lightning writes them, are read too.
+    A checkpoint is the ZIP archive that :func:`torch.save` writes. Its checksum is the comment of the archive, which
+    other readers ignore. Files without a checksum, as plain Lightning writes them, are read too.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a file beside the old one, and let it take its name when all of it is on the disk.
+        """Write a checkpoint beside the old file, and replace the old file when all of the new one is on the disk.
+
+        Files that are not on a local file system are written by Lightning.
 
         Raises:
-            UsageError: if it cannot be written; the old file is as it was.
+            UsageError: if the file cannot be written. The old file is then unchanged.
         """
         system, local = fsspec.core.url_to_fs(str(path))
         if not isinstance(system, LocalFileSystem):
@@ -54,15 +56,15 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file, or what an address with a scheme (``https://…``) gives.
+        """Read a checkpoint from a file, or from an address with a scheme (``https://…``).
 
         Args:
-            path: of the file.
+            path: the file or the address.
             map_location: see :func:`torch.load`.
-            weights_only: ``False`` lets the file run code; otherwise it cannot, wherever it is.
+            weights_only: ``False`` lets the file run code. With any other value it cannot, wherever the file is.
 
         Raises:
-            UsageError: if there is no such file, or it is damaged, no checkpoint, or names a class that is not known.
+            UsageError: if the file does not exist, is damaged, is no checkpoint, or names a class that is not admitted.
         """
         with _opened(path) as file, reading(file, path):
             checkpoint = torch.load(file, map_location, weights_only=weights_only is not False)
@@ -73,20 +75,20 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
 @contextmanager
 def reading(file: IO[bytes], path: Any) -> Iterator[None]:
-    """Inside, a checkpoint is read, and what is wrong with it said in a line.
+    """Context manager that verifies a checkpoint, and turns errors of reading it into a :class:`UsageError`.
 
     Args:
-        file: the checkpoint.
-        path: for the message.
+        file: the open checkpoint, which is read inside the context.
+        path: the name of the file in messages.
 
     Raises:
-        UsageError: if it is damaged, no checkpoint, or names a class that is not known.
+        UsageError: if the file is damaged, is no checkpoint, or names a class that is not admitted.
     """
     _check_seal(file, path)
     file.seek(0)
     try:
         with warnings.catch_warnings():
-            # It tells others to load what is loaded here.
+            # The warning is for readers that do not know this package.
             warnings.simplefilter("ignore", AnalogCheckpointWarning)
             yield
     except pickle.UnpicklingError as error:
@@ -95,14 +97,14 @@ def reading(file: IO[bytes], path: Any) -> Iterator[None]:
             raise _no_checkpoint(path) from error
         raise UsageError(
             f"checkpoint {path} names {found[1]}, which is not loaded because it could run code. If you trust the "
-            f"file, call torch.serialization.add_safe_globals([{found[1]}]) before"
+            f"file, call torch.serialization.add_safe_globals([{found[1]}]) first"
         ) from error
     except (RuntimeError, EOFError, LookupError) as error:
         raise _no_checkpoint(path) from error
 
 
 def _check_seal(file: IO[bytes], path: Any) -> None:
-    """See that a file is as it was written, if it has a checksum."""
+    """Check that a file is complete, and that it is as it was written if it has a checksum."""
     size = max(file.seek(0, os.SEEK_END) - _COMMENT_LENGTH, 0)
     file.seek(size)
     comment = file.read()
@@ -112,7 +114,7 @@ def _check_seal(file: IO[bytes], path: Any) -> None:
             raise _damaged(path)
     elif is_zipfile(file):
         with _archive(file, path) as archive:
-            # Plain Lightning's have no comment.
+            # An archive of plain Lightning has no comment.
             if archive.comment:
                 raise _damaged(path)
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
@@ -127,10 +129,10 @@ def _check_seal(file: IO[bytes], path: Any) -> None:
 
 
 def _sealed(checkpoint: dict[str, Any]) -> memoryview:
-    """A checkpoint as a file."""
+    """Return the content of a checkpoint file, with its checksum."""
     buffer = BytesIO()
     torch.save(checkpoint, buffer)
-    # An archive ends with the length of its comment, which is 0 so far.
+    # The last two bytes of an archive are the length of its comment, so far 0.
     buffer.seek(-2, os.SEEK_END)
     buffer.write(_COMMENT_LENGTH.to_bytes(2, "little"))
     buffer.write(_LABEL + sha256(buffer.getbuffer()).hexdigest().encode())
@@ -138,7 +140,7 @@ def _sealed(checkpoint: dict[str, Any]) -> memoryview:
 
 
 def _replace(path: Path, content: memoryview) -> None:
-    """Give a file new content: all of it, or, whenever this is interrupted, none."""
+    """Replace the content of a file. If this is interrupted at any moment, the file has all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
@@ -154,14 +156,14 @@ def _replace(path: Path, content: memoryview) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        # The new name is on the disk only with the folder.
+        # The new name is on the disk only when the folder is.
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the files of writers that were killed: those that nobody holds a lock on."""
+    """Remove the unfinished files of processes that were killed. A process that still writes holds a lock."""
     for leftover in folder.glob(".*.unfinished"):
         with suppress(BlockingIOError, FileNotFoundError), leftover.open("rb") as file:
             flock(file, LOCK_EX | LOCK_NB)
@@ -180,7 +182,7 @@ def _opened(path: Any) -> Iterator[IO[bytes]]:
 
 
 def _digest(file: IO[bytes], size: int) -> bytes:
-    """Of the first bytes of a file."""
+    """Return the SHA-256 digest, in hexadecimal, of the next ``size`` bytes of a file."""
     digest, left = sha256(), size
     while left and (part := file.read(min(left, 1 << 20))):
         digest.update(part)
@@ -196,7 +198,7 @@ def _archive(file: IO[bytes], path: Any) -> ZipFile:
 
 
 def _damaged(path: Any) -> UsageError:
-    return UsageError(f"checkpoint {path} is damaged: it is not what was written. Use an earlier one")
+    return UsageError(f"checkpoint {path} is damaged: its content has changed since it was written. Use an earlier one")
 
 
 def _no_checkpoint(path: Any) -> UsageError:

@@ -1,4 +1,4 @@
-"""What cannot work in a pipeline, said before training starts."""
+"""The checks in this module run before training starts. They refuse, or warn about, what cannot work in a pipeline."""
 
 import copy
 import sys
@@ -33,10 +33,10 @@ _TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
 
 
 def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
-    """Refuse what a LightningModule or a Trainer does that a pipeline cannot.
+    """Check that a LightningModule and its Trainer do nothing that a pipeline cannot do.
 
     Raises:
-        UsageError: naming what it is and what to do instead.
+        UsageError: if they do. The message says what it is and what to do instead.
     """
     module = trainer.lightning_module
     if not module.automatic_optimization:
@@ -79,15 +79,16 @@ def _refuse_hooks_before_backward(trainer: "pl.Trainer", schedule: Schedule) -> 
 
 
 def check_analog_support(module: nn.Module, device: torch.device, precision: Precision) -> None:
-    """Refuse analog layers where their tiles cannot run.
+    """Check that the tiles of analog layers can run on a device and in a precision.
 
     Raises:
-        UsageError: for aihwkit's own tiles on a GPU without aihwkit's CUDA build, or in another precision than float32.
+        UsageError: for aihwkit's own tiles on a GPU without aihwkit's CUDA build, and for a precision other than
+            ``"32-true"`` and ``"bf16-mixed"``: tiles compute in float32.
     """
     tiles = [tile for layer in analog_layers(module) for tile in layer.analog_tiles()]
     if not tiles:
         return
-    # A digital run needs no aihwkit.
+    # The imports are here because a digital run needs no aihwkit.
     from aihwkit.simulator.rpu_base import cuda
     from aihwkit.simulator.tiles.custom import CustomTile
 
@@ -103,34 +104,34 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
 
 
 def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse parameters of optimizers that the module does not know, so that no stage can be told to have them.
+    """Check that the optimizers train parameters of the module only. Other parameters would belong to no stage.
 
     Raises:
-        UsageError: with the shape of the first.
+        UsageError: with the shape of the first parameter that is not the module's.
     """
     known = set(map(id, module.parameters()))
     for parameter in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
         if id(parameter) not in known:
             raise UsageError(
                 f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that is none of "
-                f"{type(module).__name__}.parameters(), so that no process knows whose it is: keep modules as "
+                f"{type(module).__name__}.parameters(), so that no process knows its stage: keep modules as "
                 "attributes or in a ModuleList, not in a plain list"
             )
 
 
 def check_optimizer(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor], stage: Stage) -> None:
-    """Refuse an optimizer that updates a stage by the gradients of others, which its process does not have.
+    """Check that an optimizer updates a stage without the gradients of other stages, which are in other processes.
 
-    Copies of the optimizer make two steps, one of them with larger gradients of the other stages. Optimizers of analog
-    layers, whose tiles would change, are not looked at.
+    Two copies of the optimizer make two steps each, one of them with larger gradients of the other stages. Both copies
+    must update the stage alike. Optimizers of analog layers are not checked: their steps would change the tiles.
 
     Args:
-        optimizer: of all stages.
-        gradients: of all parameters.
-        stage: one of several.
+        optimizer: the optimizer of all stages.
+        gradients: the gradients of all parameters.
+        stage: the stage whose updates are compared.
 
     Raises:
-        UsageError: naming the optimizer.
+        UsageError: if the updates differ, or if the optimizer evaluates the loss itself. The message names it.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(map(is_analog, parameters)):
@@ -159,7 +160,7 @@ def check_optimizer(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tenso
 
 
 def evaluates_the_loss(optimizer: Optimizer) -> UsageError:
-    """What to raise where an optimizer's step runs forward and backward as often as it likes."""
+    """Return the error to raise when an optimizer's step runs forward and backward as often as it likes."""
     return UsageError(
         f"{type(optimizer).__name__} evaluates the loss itself, which stages under schedule='async', or in processes "
         "of their own, cannot: use another optimizer, or schedule='sync' with devices=1"
@@ -167,7 +168,10 @@ def evaluates_the_loss(optimizer: Optimizer) -> UsageError:
 
 
 def _copy_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[Optimizer, list[nn.Parameter]]:
-    """With parameters of its own, and without hooks. ``copy.deepcopy`` leaves out the attributes of subclasses."""
+    """Return a copy of an optimizer without its hooks, and the copies of the parameters that this copy updates.
+
+    ``copy.deepcopy`` of the optimizer would leave out the attributes that subclasses add.
+    """
     memo: dict[int, Any] = {}
     copies = [copy.deepcopy(parameter, memo) for parameter in parameters]
     own = {name: value for name, value in vars(optimizer).items() if name != "step" and not name.endswith("_hooks")}
@@ -177,10 +181,10 @@ def _copy_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> tuple[
 
 
 def check_updates(module: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse a fit whose optimizer, with which the stages update, updates nothing.
+    """Check that an optimizer updates parameters of the module. Nothing else updates the stages.
 
     Raises:
-        UsageError: saying so.
+        UsageError: if the optimizer updates none of them.
     """
     parameters = set(map(id, module.parameters()))
     if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
@@ -191,10 +195,12 @@ def check_updates(module: nn.Module, optimizer: Optimizer) -> None:
 
 
 def check_initialized(module: nn.Module, split_at: Sequence[str]) -> None:
-    """Refuse stages that begin where micro-batches that overlap would initialize a lazy module, each anew.
+    """Check that no stage begins with a lazy module.
+
+    Each of several overlapping micro-batches would initialize such a module.
 
     Raises:
-        UsageError: naming it.
+        UsageError: with the name of the first lazy module.
     """
     for name in split_at:
         if any(is_lazy(value) for value in module.get_submodule(name).parameters(recurse=False)):
@@ -211,14 +217,18 @@ def check_microbatches(
     settings: Settings,
     splits_by_sample: bool,
 ) -> None:
-    """Tell what splitting the mini-batch changes: measured where that is possible, else where it can be seen.
+    """Warn if splitting the mini-batch changes its loss.
+
+    The loss of the mini-batch is compared with those of its micro-batches. If that is not possible, the module is
+    searched for known causes.
 
     Args:
-        module: that is trained.
-        losses: of the micro-batches, and of the mini-batch as a whole; ``None`` if they cannot be compared.
-        steps: training_step on the micro-batches.
-        settings: of the strategy.
-        splits_by_sample: whether the first dimension is split, as nobody has said otherwise.
+        module: the module that is trained.
+        losses: the losses of the micro-batches, followed by that of the whole mini-batch; ``None`` if they cannot be
+            compared.
+        steps: the runs of training_step on the micro-batches.
+        settings: the arguments of the strategy.
+        splits_by_sample: whether batches are split along the samples, because there is no function of the user.
 
     Raises:
         UsageError: if the batch has probably been split along time.
@@ -261,7 +271,7 @@ def _warn_of_what_is_seen(module: nn.Module, settings: Settings) -> None:
 
 
 def warn_about_other_package() -> None:
-    """Warn where modules and trainers are those of the package ``pytorch_lightning``, which are other classes."""
+    """Warn if the package ``pytorch_lightning`` is imported, whose modules and trainers are other classes."""
     if "pytorch_lightning" in sys.modules:
         rank_zero_warn(
             "pytorch_lightning is imported, and this strategy is for the package lightning: write "
@@ -270,17 +280,17 @@ def warn_about_other_package() -> None:
 
 
 def check_split(module: nn.Module, split_at: Sequence[str] | None) -> None:
-    """Refuse names of stages' first modules that no submodule has.
+    """Check that every name in ``split_at`` is the name of a submodule.
 
     Raises:
-        UsageError: naming the first, and the one that was probably meant.
+        UsageError: with the first name that is not, and with the name that was probably meant.
     """
     known = [name for name, _ in module.named_modules() if name]
     for name in split_at or ():
         if name in known:
             continue
         meant = [other for other in known if other.endswith(f".{name}")]
-        hint = f": names are relative to it, so that this one is {meant[0]!r}" if len(meant) == 1 else ""
+        hint = f": names are relative to the LightningModule, so write {meant[0]!r}" if len(meant) == 1 else ""
         raise UsageError(
             f"split_at names {name!r}, which is no submodule of {type(module).__name__}{hint}"
             f"{'' if hint else '; it has ' + listed(known)}"

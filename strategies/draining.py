@@ -1,4 +1,7 @@
-"""Drains the pipeline, where training_step could not foresee it, before anyone looks at weights or metrics."""
+"""The callback in this module drains the pipeline, that is, it finishes all micro-batches in flight.
+
+It does so before others look at weights or metrics, in the cases that a training step could not foresee.
+"""
 
 from typing import Any, override
 
@@ -10,10 +13,10 @@ from aimc_pl.strategies.processes import ProcessStrategy
 
 
 class DrainFirst(Callback):
-    """Drains the pipeline, and shares metrics with the other processes, before other callbacks are called.
+    """A callback that drains the pipeline, and shares metrics with the other processes, before other callbacks run.
 
     Args:
-        strategy: the trainer's.
+        strategy: the strategy of the trainer.
     """
 
     def __init__(self, strategy: ProcessStrategy) -> None:

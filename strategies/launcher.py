@@ -1,4 +1,4 @@
-"""Starts the other processes of this machine, and ends them."""
+"""The launcher in this module starts the other processes of this machine, and ends them."""
 
 import os
 import secrets
@@ -14,19 +14,20 @@ from aimc_pl.rendezvous import SECRET
 from aimc_pl.strategies.private_lightning import ScriptLauncher, share_threads
 
 _PARENT = "AIMC_PL_PARENT"
-"""The environment variable that tells a child the process that has started it."""
+"""The environment variable that tells a child process the process ID of its parent."""
 _PATIENCE = 5.0
-"""Seconds in which children end by themselves after a failure."""
+"""The number of seconds that child processes have to end by themselves after a failure."""
 
 
 class Launcher(ScriptLauncher):
-    """Lightning's, which runs the script again for every other process of this machine.
+    """Lightning's launcher, which runs the user's script again for every other process of this machine.
 
-    It watches the children itself while they start: Lightning would kill this process too, before it can say why.
+    This class watches the child processes itself while they start. If one of them ends, Lightning would kill this
+    process too, before this process can say why.
     """
 
     children: ClassVar[list[subprocess.Popen[bytes]]] = []
-    """Of this process, which later trainers of the same script go on with."""
+    """The child processes of this process. Later trainers of the same script use them again."""
 
     @override
     def launch(
@@ -45,10 +46,10 @@ class Launcher(ScriptLauncher):
 
     @staticmethod
     def check() -> None:
-        """Nobody needs to wait for a process that has ended before it could join.
+        """Check, while processes wait for each other at the start, that none of them has ended already.
 
         Raises:
-            PeerError: if a child of this process has, or its parent.
+            PeerError: if a child of this process has ended, or the parent.
         """
         for rank, child in enumerate(Launcher.children, 1):
             if child.poll() is not None:
@@ -62,7 +63,7 @@ class Launcher(ScriptLauncher):
 
     @staticmethod
     def end_children() -> None:
-        """Let them end by themselves, for they know of the failure, and kill those that do not."""
+        """Wait until the child processes, which know of the failure, end by themselves, and kill those that do not."""
         deadline = time.monotonic() + _PATIENCE
         for child in Launcher.children:
             try:

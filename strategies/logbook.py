@@ -1,4 +1,4 @@
-"""What a training_step logs micro-batch by micro-batch, logged once per mini-batch."""
+"""This module gathers what training_step logs for every micro-batch, and logs it once per mini-batch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,22 +19,22 @@ _LOG = signature(pl.LightningModule.log)
 
 
 class Logbook:
-    """Gathers the values of ``self.log`` over micro-batches.
+    """The values that micro-batches have passed to ``self.log``, until they are logged for the whole mini-batch.
 
-    Means are weighted by the samples of each micro-batch (or by the ``batch_size`` that was given), so that a value
-    which is a mean over samples becomes that of the whole mini-batch; ``reduce_fx`` of ``"sum"``, ``"min"``, ``"max"``
-    or a callable is applied over the micro-batches as Lightning applies it over the steps. A name that a step logs
-    several times is logged as often.
+    Means are weighted by the samples of each micro-batch, or by the ``batch_size`` that was given. A value that is a
+    mean over samples thus becomes the mean over the whole mini-batch. A ``reduce_fx`` of ``"sum"``, ``"min"``,
+    ``"max"`` or a callable is applied over the micro-batches, as Lightning applies it over the steps. A name that a
+    step logs several times is logged as often.
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int], tuple[list[Any], list[int], Any, dict[str, Any]]] = {}
 
     def record(self, step: TrainingStep, name: str, value: Any, **kwargs: Any) -> None:
-        """Take one ``self.log(name, value, **kwargs)`` of a micro-batch.
+        """Record one call ``self.log(name, value, **kwargs)`` of a micro-batch.
 
         Raises:
-            UsageError: for a number that only the process of another stage knows.
+            UsageError: if the value is a number that only the process of another stage knows.
         """
         if isinstance(value, Unknown):
             raise value.error
@@ -46,10 +46,10 @@ class Logbook:
         self._entries[key] = values, sizes, value, kwargs
 
     def write(self, log: Callable[..., None]) -> None:
-        """Log every gathered name once through ``log``, and forget it."""
+        """Log every gathered name once through ``log``, and empty the logbook."""
         for (name, _), (values, sizes, last, kwargs) in self._entries.items():
             if isinstance(last, Metric):
-                # its state holds all micro-batches; only the value of the step is to be gathered
+                # The metric's state covers all micro-batches already. Only its value for the step is averaged.
                 if values[-1] is not None:
                     set_last_value(last, _reduce(values, sizes, "mean"))
                 value = last
@@ -72,7 +72,11 @@ def _reduce(values: list[Any], sizes: list[int], reduce_fx: str | Callable[[Tens
 
 @contextmanager
 def logging_to(module: "pl.LightningModule", record: Callable[..., None]) -> Iterator[None]:
-    """Hand what training_step logs to ``record``: the step, and the arguments of ``log`` by name."""
+    """Context manager in which ``record`` takes what training_step logs.
+
+    ``record`` is called with the running step, and with the arguments of ``log`` by name. What is logged outside of
+    training_step goes to Lightning.
+    """
     log = module.log
 
     def log_in_step(*args: Any, **kwargs: Any) -> None:
@@ -88,7 +92,10 @@ def logging_to(module: "pl.LightningModule", record: Callable[..., None]) -> Ite
 
 @contextmanager
 def logging_after(module: "pl.LightningModule") -> Iterator[None]:
-    """Log what a step in stages logs when it has ended: what Lightning computes to log is no part of the step."""
+    """Context manager that collects what a step in stages logs, and logs it when the step has ended.
+
+    What Lightning computes to log a value is thus no part of the step.
+    """
     log, logged = module.log, []
     with patched((module, "log", lambda *args, **kwargs: logged.append(_named(module, args, kwargs)))):
         yield
@@ -97,10 +104,10 @@ def logging_after(module: "pl.LightningModule") -> Iterator[None]:
 
 
 def _named(module: "pl.LightningModule", args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``log`` by name, with a value that is known in the last stage."""
+    """Return the arguments of ``log`` by name, their tensors made known to the last stage, which logs them."""
     arguments = _LOG.bind(module, *args, **kwargs).arguments
     return {name: delivered(value) for name, value in arguments.items() if name != "self"}
 
 
 def discard(*args: Any, **kwargs: Any) -> None:
-    """Log nothing."""
+    """Log nothing. This function takes the place of ``log``."""

@@ -1,4 +1,8 @@
-"""Numbers that go wrong in training: not finite, growing without bound, stuck at the bounds of devices."""
+"""The checks in this module find numbers that go wrong in training.
+
+These are losses, gradients and weights that are not finite, weights that grow too fast, and weights at the bounds of
+their devices.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,30 +23,31 @@ from aimc_pl.strategies.training_step import TrainingStep
 from aimc_pl.weights import read_weights
 
 _FIRST_UPDATES = 20
-"""Of a stage, after which its weights may grow as they like."""
+"""The number of updates of a stage after which the growth of its weights is no longer watched."""
 
 _GROWTH = 1.5
-"""The factor by which one update may make a weight larger."""
+"""The factor by which one update may enlarge the norm of a weight without a warning."""
 
 _NEGLIGIBLE = 0.01
-"""The norm of a row of a weight that hardly acts on its inputs."""
+"""The root-mean-square norm of a weight's rows below which the weight hardly acts on its inputs."""
 
 _SATURATED = 0.1
-"""The fraction of a layer's weights that may be at their bounds."""
+"""The fraction of a layer's weights that may be at their bounds without a warning."""
 
-_REMEDY = "Lower the learning rate or clip gradients; on_nonfinite='warn' goes on"
+_REMEDY = "Lower the learning rate or clip gradients; with on_nonfinite='warn' the run goes on"
 
 
 class NumberCheck:
-    """Looks at losses and gradients before every update, and at weights for a while.
+    """The checks of a fit: of losses and gradients before every update, and of weights from time to time.
 
     Args:
-        module: that is trained.
-        on_nonfinite: whether a number that is not finite ends the run; otherwise the first one is warned about.
-        running_again: entered to run a micro-batch once more; ``None`` where a process does not have all stages.
+        module: the module that is trained.
+        on_nonfinite: ``"stop"`` to end the run at a number that is not finite, ``"warn"`` to warn about the first one.
+        running_again: returns a context manager in which a micro-batch may run once more; ``None`` if this process does
+            not have all stages.
 
     Attributes:
-        stages: of this process, once they are known; it may not read the weights of others.
+        stages: the stages of this process, once they are known. The weights of other stages may not be read here.
     """
 
     def __init__(
@@ -56,23 +61,23 @@ class NumberCheck:
         self._running_again = running_again
         self._on_nonfinite: OnNonfinite = on_nonfinite
         self._has_warned = False
-        """Of a loss or a gradient."""
+        """Whether there has been a warning about a loss or a gradient."""
         self._norms: dict[int, float] = {}
-        """Of each weight, by ``id``, at its stage's last update."""
+        """The norm of each weight, by ``id``, before its stage's last update; 0 for weights that are not watched."""
         self._has_grown = False
         self._has_saturated = False
 
     def check_gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
-        """Refuse, or warn of, gradients that are not finite, before a stage is updated.
+        """Check, before a stage is updated, that its gradients are finite. If not, end the run or warn.
 
         Args:
-            stage: with the gradients of its parameters, and the errors that wait for its tiles.
-            clock: of the run.
-            microbatches: whose gradients they are.
-            steps: micro-batches whose losses have not been looked at.
+            stage: the stage, with the gradients of its parameters and the errors that its tiles have still to apply.
+            clock: the clock of the run.
+            microbatches: the micro-batches of these gradients, as messages name them.
+            steps: micro-batches whose losses have not been checked yet.
 
         Raises:
-            UsageError: naming stage, clock, micro-batch and layer, if one is not finite.
+            UsageError: if a gradient is not finite. The message names the stage, clock, micro-batch and layer.
         """
         if self._has_warned:
             return
@@ -80,27 +85,28 @@ class NumberCheck:
         if not learnt or torch.cat(learnt).isfinite().all():
             return
         wrong = [p for p in stage.parameters if not all(value.isfinite().all() for value in _learnt_by(p))]
-        self.check_losses(steps, clock)  # says more
-        # The backward comes to the last one first.
+        self.check_losses(steps, clock)  # a message about the loss says more
+        # The backward reaches the last parameter first, which is thus the nearest to the cause.
         name = self._name(*wrong)
         self._report(f"the gradient of {name} is not finite (stage {stage.index}, {microbatches}, clock {clock})")
 
     def watch_growth(self, stage: Stage) -> None:
-        """Warn, once, if one of the first updates of a stage has made a weight much larger, before its next update.
+        """Warn, once, if one of the first updates of a stage has made a weight much larger.
 
-        Where stages update one by one, micro-batches in flight go backward through the weights of now, and through what
-        their forward has kept: a normalization that has divided by the size of the activations of then, say. Weights
-        that have become larger by a factor make the errors larger by that factor, of which the next update is made.
+        The method is called before the next update of the stage. Where stages update one by one, micro-batches in
+        flight go backward through the current weights, and through what their forward has kept. A normalization, for
+        example, has divided by the size of the earlier activations. Weights that have grown by a factor enlarge the
+        errors of these micro-batches by that factor, and the next update is computed from these errors.
         """
         if self._has_grown or stage.version > _FIRST_UPDATES:
             return
         for weight in stage.parameters:
-            # Errors do not go through what is added to activations: biases, and what is alike for all samples.
+            # Errors do not pass through what is added to activations: biases, and tensors shared by all samples.
             is_added = weight.dim() < 2 or (weight.dim() > 2 and len(weight) == 1)
             if is_added or is_analog(weight):
                 continue
             before, now = self._norms.get(id(weight)), weight.detach().norm().item()
-            # What begins near zero grows at first by any factor, and harms nobody.
+            # A weight that begins near zero may grow by any factor at first, which does no harm.
             is_watched = now > _NEGLIGIBLE * len(weight) ** 0.5 if before is None else before > 0
             self._norms[id(weight)] = now if is_watched else 0.0
             if before and now > _GROWTH * before:
@@ -114,11 +120,11 @@ class NumberCheck:
                 return
 
     def watch_saturation(self) -> None:
-        """Warn, once, of a layer of which many weights are at the bounds of their devices."""
+        """Warn, once, about an analog layer with many weights at the bounds of their devices."""
         layers = [module for stage in self.stages for module in stage.modules if is_analog(module)]
         if self._has_saturated or not layers:
             return
-        from aimc_pl.devices.saturation import saturated_fraction  # with aihwkit, which is there when a layer is analog
+        from aimc_pl.devices.saturation import saturated_fraction  # imports aihwkit, which analog layers need
 
         fraction, layer = max(((saturated_fraction(layer), layer) for layer in layers), key=itemgetter(0))
         if fraction > _SATURATED:
@@ -131,10 +137,10 @@ class NumberCheck:
             )
 
     def check_losses(self, steps: Sequence[TrainingStep], clock: int) -> None:
-        """Refuse, or warn of, losses that are not finite, of micro-batches that have gone through all stages.
+        """Check that the losses of finished micro-batches are finite. If not, end the run or warn.
 
         Raises:
-            UsageError: naming micro-batch and clock of the first that is not finite, and where that comes from.
+            UsageError: if a loss is not finite. The message names the first such micro-batch, the clock and the cause.
         """
         wrong = next((step for step in steps if step.loss is not None and not step.loss.isfinite().all()), None)
         if wrong is not None and not self._has_warned:
@@ -142,7 +148,7 @@ class NumberCheck:
             self._report(f"the loss is not finite{cause} (micro-batch {wrong.number}, clock {clock})")
 
     def _cause(self, step: TrainingStep) -> str:
-        """Where the first number comes from that is not finite, as far as can be told."""
+        """Return the part of a message that says where a loss stops being finite; empty if that is not known."""
         if not _is_finite(step.inputs):
             return ", as the batch holds such numbers"
         for parameter in (parameter for stage in self.stages for parameter in stage.parameters):
@@ -152,7 +158,7 @@ class NumberCheck:
         return "" if name is None else f", first in the output of {name!r}"
 
     def _first_output(self, step: TrainingStep) -> str | None:
-        """The first module whose output is not finite, when the micro-batch runs once more."""
+        """Run a micro-batch once more, and return the name of the first module whose output is not finite."""
         if self._running_again is None:
             return None
         names = {id(part): name for name, part in self._module.named_modules() if name}
@@ -164,7 +170,7 @@ class NumberCheck:
 
         handle = register_module_forward_hook(note)
         try:
-            # It fails where the step needs gradients, say. That does not matter: the loss is what is reported.
+            # The run may fail, as a step does that needs gradients. The loss is reported all the same.
             with suppress(Exception), self._running_again():
                 step()
         finally:
@@ -172,7 +178,10 @@ class NumberCheck:
         return found[0] if found else None
 
     def _name(self, *parameters: Any) -> str:
-        """The name of the last of some parameters, in quotes; the optimizer may train others than the module's."""
+        """Return the name of the last of some parameters, in quotes.
+
+        The optimizer may train tensors that are no parameters of the module, and have no name.
+        """
         some = set(map(id, parameters))
         names = [name for name, parameter in self._module.named_parameters() if id(parameter) in some]
         return repr(_layer(names[-1])) if names else "a tensor outside of the module"
@@ -187,15 +196,15 @@ class NumberCheck:
 
 
 def check_finite(module: nn.Module, state: Mapping[str, Any], step: int) -> None:
-    """Refuse to save a module that has diverged.
+    """Check that the trained weights of a module are finite, before they are saved.
 
     Args:
-        module: whose trained parameters and tiles are looked at.
-        state: its state dict.
-        step: for the message.
+        module: the module whose trained parameters and tiles are checked.
+        state: the state dict of the module.
+        step: the global step, for the message.
 
     Raises:
-        UsageError: naming the first weights that are not finite.
+        UsageError: with the name of the first weights that are not finite.
     """
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad and name in state]
     weights = {name: state[name] for name in trained}
@@ -207,16 +216,16 @@ def check_finite(module: nn.Module, state: Mapping[str, Any], step: int) -> None
     for name, values in weights.items():
         if not torch.isfinite(values).all():
             raise UsageError(
-                f"after step {step} the weights of {name!r} are not finite: nothing is saved, and the checkpoints of "
-                "before stay as they are. Resume from one of them, with a lower learning rate for example"
+                f"after step {step} the weights of {name!r} are not finite: nothing is saved, and earlier "
+                "checkpoints stay as they are. Resume from one of them, with a lower learning rate for example"
             )
 
 
 def _learnt_by(parameter: Any) -> Sequence[Tensor]:
-    """One column of the gradient of a parameter; of a tile's, the errors that wait for its update.
+    """Return the part of a parameter's gradient that is checked: one column or, for a tile, the errors still to apply.
 
-    An error that is not finite makes a whole row of the gradient of a weight so, and an input shows in the loss. To
-    read all of the gradients takes a third of the time of an update.
+    An error that is not finite makes a whole row of a weight's gradient not finite, so that one column shows it. An
+    input that is not finite shows in the loss. Reading the whole gradients would take a third of the time of an update.
     """
     if is_analog(parameter):
         return [error.flatten() for error in parameter.analog_grad_output]
@@ -229,11 +238,11 @@ def _learnt_by(parameter: Any) -> Sequence[Tensor]:
 
 
 def _is_finite(value: Any) -> bool:
-    """Of all tensors in a nested value that have fractions."""
+    """Return whether all floating-point tensors in a nested value are finite."""
     leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return all(bool(leaf.isfinite().all()) for leaf in leaves)
 
 
 def _layer(name: str) -> str:
-    """The name of a parameter, without what aihwkit puts between a layer and its tile."""
+    """Return the name of a parameter, without the part that aihwkit puts between a layer and its tile."""
     return name.partition(".analog_module.")[0]

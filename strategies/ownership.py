@@ -1,4 +1,7 @@
-"""Which stage holds which part of a module's state, and how the parts of several processes become one again."""
+"""The class in this module knows which stage holds which part of a module's state.
+
+It merges the parts that several processes hold.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +16,9 @@ class Ownership:
     """The stage of every parameter, buffer and analog tile of a module.
 
     Args:
-        module: whole.
-        stages: all of them; what none of them has been seen to use belongs to the stage of the module around it, or
-            to the last stage.
+        module: the whole module.
+        stages: all stages. A parameter, buffer or tile that no stage has been seen to use belongs to the stage of the
+            module around it, or else to the last stage.
     """
 
     def __init__(self, module: nn.Module, stages: Sequence[Stage]) -> None:
@@ -33,7 +36,7 @@ class Ownership:
         """The stage of each parameter, by name."""
 
     def stage(self, key: str) -> int:
-        """The stage that holds an entry of the module's state dict."""
+        """Return the stage that holds an entry of the module's state dict."""
         while key:
             if key in self._of_name:
                 return self._of_name[key]
@@ -41,11 +44,17 @@ class Ownership:
         return self._last
 
     def stage_of(self, parameter: nn.Parameter) -> int:
-        """The stage that updates a parameter."""
+        """Return the stage that updates a parameter."""
         return self.owners[self._names[id(parameter)]]
 
     def merge_state(self, state: dict[str, Any], own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
-        """A module's state dict, every entry from the process that holds it."""
+        """Return a module's state dict, with every entry from the process that holds it.
+
+        Args:
+            state: the state dict of the module in this process.
+            own: the stage of this process.
+            gather: returns the values of all processes.
+        """
         parts = gather(without_common({key: value for key, value in state.items() if self.stage(key) == own}))
         merged = {key: value for part in parts for key, value in part.items()}
         return {
@@ -54,7 +63,13 @@ class Ownership:
         }
 
     def merge_optimizer(self, optimizer: Optimizer, own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
-        """An optimizer's state dict, every parameter's state from the process that updates it."""
+        """Return an optimizer's state dict, with the state of every parameter from the process that updates it.
+
+        Args:
+            optimizer: the optimizer of this process.
+            own: the stage of this process.
+            gather: returns the values of all processes.
+        """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state = optimizer.state_dict()
         mine = {index: values for index, values in state["state"].items() if self.stage_of(parameters[index]) == own}
@@ -63,8 +78,11 @@ class Ownership:
 
 
 def without_common(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict without what every process has: the configurations of tiles, and what stands for their weights."""
-    # Told by where their classes are defined, as a digital run has no aihwkit to import.
+    """Return a state dict without what every process has.
+
+    These are the configurations of tiles, and the parameters that stand for the weights of tiles.
+    """
+    # Their classes are recognized by the names of their Python modules: a digital run may have no aihwkit to import.
     return {
         key: without_common(value) if isinstance(value, dict) else value
         for key, value in state.items()

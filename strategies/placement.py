@@ -1,4 +1,4 @@
-"""Where the stages run: all of them in this process, or each in its own."""
+"""The classes in this module run the stages: all of them in this process, or each in a process of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -29,63 +29,66 @@ from aimc_pl.strategies.training_step import TrainingStep
 
 
 class Placement(Protocol):
-    """What differs between one process and several."""
+    """The part of the training that differs between one process and several."""
 
     is_apart: bool
     """Whether every stage runs in a process of its own."""
 
     @property
     def holds_last(self) -> bool:
-        """Whether the last stage, which knows the loss, is here."""
+        """Whether this process has the last stage, which knows the loss."""
         ...
 
     def agree(self, value: Any) -> Any:
-        """What the first process has measured, in all of them."""
+        """Return, in every process, the value that rank 0 passes to this method."""
         ...
 
     def place(self, step: StagedStep, optimizers: Sequence[Optimizer]) -> Sequence[Stage]:
-        """Start with the stages of this process, which are returned."""
+        """Prepare this process for its stages of a divided step, and return these stages."""
         ...
 
     def running(self) -> AbstractContextManager[Any]:
-        """Entered while micro-batches run."""
+        """Return a context manager that is entered while micro-batches run."""
         ...
 
     def microbatch(self, step: TrainingStep) -> MicroBatch:
-        """A micro-batch for the pipeline."""
+        """Return a micro-batch that the pipeline can run."""
         ...
 
     def result(self, output: Any, is_async: bool) -> Any:
-        """What Lightning is to take for training_step's result."""
+        """Return what Lightning takes as the result of training_step, given the output of this process."""
         ...
 
     def gradients_known(self) -> AbstractContextManager[None]:
-        """Entered while hooks may compute with the gradients of all stages."""
+        """Return a context manager in which hooks may compute with the gradients of all stages."""
         ...
 
     def evaluate(self, function: Callable[[], Any], inputs: Any) -> Any:
-        """Run a step of validation, test or predict on a whole batch."""
+        """Run a step of validation, test or predict on a whole batch, and return its result."""
         ...
 
     def module_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state of the whole module."""
+        """Return the state dict of the whole module, given that of this process."""
         ...
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
-        """The state of the whole optimizer; ``None`` if it is that of this process's."""
+        """Return the state dict of the whole optimizer; ``None`` if the optimizer of this process has all of it."""
         ...
 
     def draws(self) -> dict[str, int]:
-        """What the random numbers of the next micro-batches come from, if not from the global states."""
+        """Return the seed and the count from which the random numbers of the next micro-batches follow.
+
+        The result is empty if these numbers come from the global random states.
+        """
         ...
 
     def end(self) -> None:
-        """Leave this process with the whole trained module."""
+        """Give this process the whole trained module."""
         ...
 
 
 class OneProcess:
-    """All stages are here, simulated clock by clock."""
+    """All stages are in this process, which simulates them clock by clock."""
 
     is_apart = False
     holds_last = True
@@ -140,14 +143,14 @@ class OneProcess:
 
 
 class StagePerProcess:
-    """One stage is here. Other stages' weights are given up while training.
+    """One stage is in this process. The weights of other stages are given up during training.
 
     Args:
-        strategy: connects the processes.
-        module: whole.
-        frees: whether to give up what other stages train.
-        split_at: names of the modules with which stages 1 … M−1 begin, if they are known.
-        draws: what :meth:`draws` gave when a checkpoint was made, to go on from.
+        strategy: the strategy, which connects the processes.
+        module: the whole module.
+        frees: whether to free the memory of the parameters and the optimizer state of other stages.
+        split_at: the names of the modules with which stages 1 … M−1 begin; ``None`` if they are not known yet.
+        draws: what :meth:`draws` returned when a checkpoint was made. The random numbers continue from there.
     """
 
     is_apart = True
@@ -204,7 +207,7 @@ class StagePerProcess:
     def running(self) -> AbstractContextManager[Any]:
         """See :class:`Placement`."""
         running = ExitStack()
-        # What a stage draws must not change what the processes' samplers draw alike.
+        # The samplers of all processes must draw the same numbers, whatever a stage draws.
         running.enter_context(isolate_rng())
         if self._process is not None:
             running.enter_context(self._process.ghosts.intercepting())
@@ -222,7 +225,7 @@ class StagePerProcess:
         """See :class:`Placement`."""
         if self.holds_last:
             return output
-        # The loss is not known here, and Lightning updates for a loss only.
+        # The loss is not known here, but Lightning makes an update only if it gets one.
         return None if is_async else loss_of(self._num_stages - 1, self._strategy.root_device)
 
     def gradients_known(self) -> AbstractContextManager[None]:
@@ -237,7 +240,7 @@ class StagePerProcess:
         """See :class:`Placement`."""
         with nullcontext() if self.holds_last else patched((self._module, "log", discard)), isolate_rng():
             if self._process is None and self._module.trainer.sanity_checking:
-                # Where training_step will begin its stages is not known yet.
+                # It is not known yet where the stages of training_step begin.
                 return function()
             if self._process is None:
                 with patched((self._module, "log", discard)):
@@ -251,7 +254,7 @@ class StagePerProcess:
                 return self._process.infer(function, inputs)
 
     def _announce(self, process: StageProcess) -> None:
-        """Have the other processes compare what they have read."""
+        """Announce the batch that has been read, for the other processes to compare it with their own."""
         process.link.announce(self._strategy.fingerprint, batch_name(self._module.trainer))
 
     def module_state(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Settles, at the first mini-batch, where the stages of training_step begin and what each of them holds."""
+"""The functions in this module settle where stages begin, and what each holds, when the first mini-batch comes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,32 +35,34 @@ def settle(
     apart: bool,
     agree: Callable[[Any], Any],
 ) -> StagedStep | None:
-    """Divide training_step into stages; leaves no trace in the module, its metrics and the random states.
+    """Divide training_step into stages, at the first mini-batch.
+
+    The step runs a few times for this. These runs leave no trace in the module, its metrics and the random states.
 
     Args:
-        module: all that training_step calls.
-        steps: training_step on the micro-batches of the first mini-batch.
-        whole: training_step on that mini-batch.
-        other: training_step on a part of it.
-        settings: of the strategy.
-        split_at: names of the modules with which stages 1 … M−1 begin; ``None`` to measure.
-        splits_by_sample: whether mini-batches are split along the first dimension, as nobody has said otherwise.
+        module: the LightningModule, which holds all modules that training_step calls.
+        steps: the runs of training_step on the micro-batches of the first mini-batch.
+        whole: the run of training_step on that mini-batch as a whole.
+        other: the run of training_step on a part of that mini-batch.
+        settings: the arguments of the strategy.
+        split_at: the names of the modules with which stages 1 … M−1 begin; ``None`` to choose them by measured time.
+        splits_by_sample: whether batches are split along the samples, because there is no function of the user.
         trained: tensors that the optimizer trains and that are no parameters of the module.
-        apart: whether the stages live in processes of their own.
-        agree: gives all processes what the first one measured.
+        apart: whether every stage runs in a process of its own.
+        agree: returns, in every process, the value that rank 0 passes to it.
 
     Returns:
-        ``None`` if all micro-batches skip learning, so that nothing can be told yet.
+        The divided step; ``None`` if all micro-batches skip learning, so that nothing can be observed yet.
 
     Raises:
-        UsageError: if the step cannot be divided so, or does not give the same in stages.
+        UsageError: if the step cannot be divided in this way, or computes something else when it runs in stages.
     """
     schedule = settings.schedule
     data = data_tensors(module.trainer)
     versions = [*map(version, data)]
     for first in range(len(steps)):
         functions = [*steps[first:], *steps[:first]]
-        # One micro-batch alone would not show what overlapping ones share.
+        # One micro-batch alone would not show what overlapping micro-batches share.
         functions += [other] if len(steps) == 1 and schedule.is_async else []
         trials = trials_of(module, functions, [step.inputs for step in (*functions, whole)])
         calls = Calls()
@@ -112,14 +114,14 @@ def settle(
 
 
 def trials_of(module: "pl.LightningModule", functions: Sequence[Function], inputs: Any = None) -> Trials:
-    """Runs of a step that leave no trace in the module, nor in the trainer's optimizers and their schedulers."""
+    """Return trials of a step. These runs leave no trace in the module, nor in the optimizers and their schedulers."""
     trainer = module.trainer
     beside = [("optimizers", trainer.optimizers), ("lr_schedulers", trainer.lr_scheduler_configs)]
     return Trials(module, functions, inputs, beside, outside=[trainer])
 
 
 def data_tensors(trainer: "pl.Trainer") -> list[Tensor]:
-    """The tensors that are attributes of the data sets of training, alone or in a tuple."""
+    """Return the tensors that are attributes of the training data sets, alone or in a tuple."""
     sets = [getattr(loader, "dataset", None) for loader in tree_leaves(trainer.train_dataloader)]
     held = [value for dataset in sets for value in variables_of(dataset).values()]
     values = [inner for value in held for inner in (value if isinstance(value, tuple) else (value,))]
@@ -134,18 +136,18 @@ def settle_evaluation(
     split_at: Sequence[str] | None,
     agree: Callable[[Any], Any],
 ) -> StagedStep:
-    """Divide a step of validation, test or predict into stages; leaves no trace.
+    """Divide a step of validation, test or predict into stages. The runs of the step for this leave no trace.
 
     Args:
-        module: all that the step calls.
-        function: the step on the first batch.
-        inputs: that batch.
-        num_stages: M.
-        split_at: names of the modules with which stages 1 … M−1 begin; ``None`` to measure.
-        agree: gives all processes what the first one measured.
+        module: the LightningModule, which holds all modules that the step calls.
+        function: runs the step on the first batch.
+        inputs: the first batch.
+        num_stages: M, the number of stages.
+        split_at: the names of the modules with which stages 1 … M−1 begin; ``None`` to choose them by measured time.
+        agree: returns, in every process, the value that rank 0 passes to it.
 
     Raises:
-        UsageError: if the step cannot be divided so.
+        UsageError: if the step cannot be divided in this way.
     """
 
     def without_loss() -> None:
@@ -171,11 +173,11 @@ def _divide(
     may_share: bool,
     agree: Callable[[Any], Any],
 ) -> tuple[list[str], str]:
-    """Where the stages begin, and what is to be said about it."""
+    """Return the names of the modules with which stages begin, and a remark on measured times for the log."""
     if split_at is not None or num_stages == 1:
         boundaries.check(calls, split_at or ())
         return list(split_at or ()), ""
-    rank_zero_info("Measuring the layers that the step calls, on the first micro-batch, to divide it evenly")
+    rank_zero_info("Measuring the layers that the step calls, on the first micro-batch, to divide the step evenly")
     found, shares = agree(
         boundaries.find(trials, calls, num_stages, may_share=may_share, repeats=min(len(trials.functions), 2))
     )

@@ -1,4 +1,4 @@
-"""What we need of Lightning that has no public name, each with a test that notices when it goes."""
+"""This module holds every use of a private name of Lightning. A test for each name notices if Lightning removes it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,32 +21,35 @@ from torch.optim import Optimizer
 from aimc_pl.patches import patched
 
 SET_AROUND_STEPS = ("log", "_current_fx_name")
-"""Attributes of a LightningModule that change while a training step waits: our ``log``, and the hook that runs."""
+"""Attributes of a LightningModule that change while a training step waits.
+
+They are ``log``, which this package replaces, and the name of the hook that runs.
+"""
 
 _BEFORE_STEP = ("on_after_backward", "on_before_optimizer_step")
 _PREPARING = (*_BEFORE_STEP, "configure_gradient_clipping", "clip_gradients")
 
 
 class ScriptLauncher(_SubprocessScriptLauncher):
-    """Starts the user's script once more for every further process."""
+    """A launcher that starts the user's script once more for every further process."""
 
     def start_children(self) -> None:
-        """Start them; they are then in ``procs``."""
+        """Start the further processes. The attribute ``procs`` then holds them."""
         self._call_children_scripts()
 
 
 def random_states() -> dict[str, Any]:
-    """The random states of torch on the CPU, of numpy and of Python."""
+    """Return the random states of torch on the CPU, of numpy and of Python."""
     return _collect_rng_states(include_cuda=False)
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Go back to what :func:`random_states` has returned."""
+    """Restore the random states that :func:`random_states` has returned."""
     _set_rng_states(states)
 
 
 def is_step_hooked(trainer: "pl.Trainer") -> bool:
-    """Whether :func:`prepare_step` does anything: there are hooks, or gradients are clipped."""
+    """Return whether :func:`prepare_step` does anything: whether there are hooks, or gradients are clipped."""
     module, precision = trainer.lightning_module, type(trainer.precision_plugin)
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue], set later
     return (
@@ -59,14 +62,14 @@ def is_step_hooked(trainer: "pl.Trainer") -> bool:
 
 
 def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
-    """What Lightning does between a backward and the optimizer's step: its hooks, and the clipping."""
+    """Run what Lightning runs between a backward and the optimizer's step: its hooks, and gradient clipping."""
     module, precision = trainer.lightning_module, trainer.precision_plugin
     precision.post_backward(torch.zeros((), device=module.device), module)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(parameter.grad is not None for parameter in parameters):
         precision._after_closure(module, optimizer)
     else:
-        # A stage that is frozen, or all analog: torch's clipping by value fails without any gradient.
+        # The stage is frozen, or all analog. torch's clipping by value fails if there is no gradient at all.
         with patched((precision, "clip_grad_by_value", lambda *args, **kwargs: None)):
             precision._after_closure(module, optimizer)
 
@@ -74,7 +77,7 @@ def prepare_step(trainer: "pl.Trainer", optimizer: Optimizer) -> None:
 def hooks_before_step_inside(
     precision: Precision, context: Callable[[], AbstractContextManager[Any]]
 ) -> AbstractContextManager[None]:
-    """While it is open, Lightning's hooks and clipping before an optimizer's step run inside a context."""
+    """Return a context manager in which Lightning runs its hooks and clipping before a step inside ``context()``."""
     after_closure = precision._after_closure
 
     def inside(*args: Any) -> None:
@@ -85,7 +88,7 @@ def hooks_before_step_inside(
 
 
 def last_batch_before_look(trainer: "pl.Trainer") -> bool:
-    """Whether validation, the end of the epoch or the end of the fit follows this mini-batch."""
+    """Return whether validation, the end of the epoch or the end of the fit follows this mini-batch."""
     epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     assert fetcher is not None
     return (
@@ -96,12 +99,12 @@ def last_batch_before_look(trainer: "pl.Trainer") -> bool:
 
 
 def share_threads(num_processes: int) -> None:
-    """Let the processes of this machine share its processors, unless OMP_NUM_THREADS says otherwise."""
+    """Divide the processors of this machine among its processes, unless OMP_NUM_THREADS is set."""
     _set_num_threads_if_needed(num_processes)
 
 
 def batch_name(trainer: "pl.Trainer") -> str:
-    """The batch that a trainer is at, for messages."""
+    """Return how messages name the batch that a trainer is at."""
     stage = trainer.state.stage
     if trainer.training:
         return f"batch {trainer.fit_loop.batch_idx} of epoch {trainer.current_epoch}"
@@ -110,20 +113,24 @@ def batch_name(trainer: "pl.Trainer") -> str:
 
 
 def logging_in(module: "pl.LightningModule", hook: str) -> AbstractContextManager[None]:
-    """Log as if ``hook`` ran."""
+    """Return a context manager in which values are logged as if ``hook`` was running."""
     return patched((module, "_current_fx_name", hook))
 
 
 def without_loggers(trainer: "pl.Trainer") -> AbstractContextManager[None]:
-    """Discard what is given to the trainer's loggers."""
+    """Return a context manager in which the trainer's loggers discard what they are given."""
     return patched((trainer, "_loggers", [DummyLogger() for _ in trainer.loggers]))
 
 
 class CheckpointReadingCLI(LightningCLI):
-    """Lightning's command line, with a context around what it reads from the checkpoint that ``ckpt_path`` names."""
+    """Lightning's command line, which enters a context to read from the checkpoint that ``ckpt_path`` names."""
 
     def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
-        """Entered while hyperparameters are read from a checkpoint; ``path`` is empty without one."""
+        """Return a context manager that is entered while hyperparameters are read from a checkpoint.
+
+        Args:
+            path: the checkpoint; empty if there is none.
+        """
         return nullcontext()
 
     @override
@@ -133,48 +140,51 @@ class CheckpointReadingCLI(LightningCLI):
 
 
 def evaluate_without_inference_mode(trainer: "pl.Trainer") -> None:
-    """Let evaluation only switch gradients off: tensors of inference mode do not tell when they change in place."""
+    """Make evaluation switch off gradients only, without inference mode.
+
+    Tensors of inference mode do not count their changes in place.
+    """
     for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
 
 
 def should_log(trainer: "pl.Trainer") -> bool:
-    """Whether values are logged with this training step."""
+    """Return whether values are logged with this training step."""
     return trainer._logger_connector.should_update_logs
 
 
 def epoch_metrics(trainer: "pl.Trainer") -> dict[str, Any]:
-    """What the running loop alone has logged in this epoch, as callbacks see it."""
+    """Return the metrics that the running loop alone has logged in this epoch, as callbacks see them."""
     return {} if trainer._results is None else trainer._results.metrics(on_step=False)["callback"]
 
 
 def update_callback_metrics(trainer: "pl.Trainer", metrics: dict[str, Tensor]) -> None:
-    """Add to what callbacks see of the metrics."""
+    """Add metrics to those that callbacks see."""
     trainer._logger_connector._callback_metrics.update(metrics)
 
 
 def saves_by_metric(trainer: "pl.Trainer", step: int) -> bool:
-    """Whether a checkpoint that a metric decides about is due at a global step."""
+    """Return whether a checkpoint that depends on a metric is due at a global step."""
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return any(c.monitor and c._every_n_train_steps and step % c._every_n_train_steps == 0 for c in savers)
 
 
 def train_loader(trainer: "pl.Trainer") -> Any:
-    """The CombinedLoader of a fit, which is iterated once per epoch."""
+    """Return the CombinedLoader of a fit, which is iterated once per epoch."""
     return trainer.fit_loop._combined_loader
 
 
 def train_fetcher(trainer: "pl.Trainer") -> Any:
-    """What fetches batches from the CombinedLoader, and counts them in ``fetched``."""
+    """Return the object that fetches batches from the CombinedLoader, and counts them in ``fetched``."""
     return trainer.fit_loop._data_fetcher
 
 
 def set_epoch(trainer: "pl.Trainer") -> None:
-    """Tell the samplers the number of the epoch that is going on."""
+    """Tell the samplers the number of the current epoch."""
     for loader in train_loader(trainer).flattened:
         _set_sampler_epoch(loader, trainer.current_epoch)
 
 
 def make_iterator_in_epoch(trainer: "pl.Trainer") -> None:
-    """Let the first epoch of a resumed fit make its iterator where later ones do, and not take the one there is."""
+    """Make the first epoch of a resumed fit create its iterator, as later epochs do, and not use the existing one."""
     trainer.fit_loop._resuming_from_checkpoint = False

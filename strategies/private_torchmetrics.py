@@ -1,4 +1,4 @@
-"""What we need of torchmetrics that has no public name, each with a test that notices when it goes."""
+"""This module holds every use of a private name of torchmetrics. A test notices if torchmetrics removes it."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torchmetrics import Metric
 
 
 def last_value(metric: Metric) -> Any:
-    """What the metric's last call returned, the value of that batch alone; ``None`` after ``update``."""
+    """Return what the metric's last call returned, the value of that batch alone; ``None`` after ``update``."""
     return metric._forward_cache
 
 
 def set_last_value(metric: Metric, value: Tensor) -> None:
-    """Let Lightning log another value for the step."""
+    """Make Lightning log another value of the metric for the step."""
     metric._forward_cache = value

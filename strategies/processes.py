@@ -1,4 +1,7 @@
-"""Where the processes of a pipeline come from, and what they tell each other besides activations and errors."""
+"""The base class of the strategy launches and connects the processes of a pipeline.
+
+It also exchanges the values that the processes share besides activations and errors.
+"""
 
 import os
 import signal
@@ -24,18 +27,19 @@ from aimc_pl.strategies.private_lightning import random_states, set_random_state
 
 
 class ProcessStrategy(ParallelStrategy):
-    """One process, or one per stage, launched by Lightning or by the cluster and connected by torch.distributed.
+    """A strategy that runs in one process, or in one process per stage.
 
-    All processes read the same batches in the same order, and what is logged is known to rank 0.
+    Lightning or the cluster launches the processes, and torch.distributed connects them. All processes read the same
+    batches in the same order. Rank 0 knows the values that are logged.
 
     Args:
-        num_stages: M.
+        num_stages: M, the number of stages.
         timeout: seconds after which a process that does not answer is taken for lost.
-        start_timeout: the same until the first mini-batch runs through the processes.
+        start_timeout: the same, until the first mini-batch runs through the processes.
 
     Attributes:
-        processes: all of them, once they are connected; ``None`` if there is one.
-        fingerprint: of the batch that was read last.
+        processes: all processes, once they are connected; ``None`` if there is only one.
+        fingerprint: a hash of the batch that was read last.
     """
 
     def __init__(self, num_stages: int, timeout: float, start_timeout: float) -> None:
@@ -72,7 +76,7 @@ class ProcessStrategy(ParallelStrategy):
     @property
     @override
     def world_size(self) -> int:
-        """Replicas of the model: one, whose stages share the processes. (All of them read the same data.)"""
+        """The number of replicas of the model: always 1. The processes share its stages, and read the same data."""
         return 1
 
     @override
@@ -90,7 +94,10 @@ class ProcessStrategy(ParallelStrategy):
             self._launcher = Launcher(self.cluster_environment, devices, self.num_nodes)
 
     def set_world_ranks(self) -> None:
-        """Tell the cluster environment who we are (called by the Trainer)."""
+        """Set the rank of this process and the number of processes in the cluster environment.
+
+        The Trainer calls this method.
+        """
         if self.is_multiprocess and self.cluster_environment is not None:
             devices = len(self.parallel_devices or [])
             self.cluster_environment.set_global_rank(self.node_rank * devices + self.local_rank)
@@ -105,7 +112,7 @@ class ProcessStrategy(ParallelStrategy):
             environment = self.cluster_environment
             assert environment is not None
             if self.num_nodes == 1:
-                # Else gloo listens at the address of the machine's name.
+                # Without this, gloo listens at the address of the machine's name.
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             backend = "gloo" if self.root_device.type == "cpu" else f"cpu:gloo,{self.root_device.type}:nccl"
             meet(
@@ -129,7 +136,7 @@ class ProcessStrategy(ParallelStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if self.processes is not None:
-            # Of what the loader has yielded, on the host, where it costs no synchronization.
+            # The batch is still on the host, where a fingerprint costs no synchronization.
             self.fingerprint = fingerprint(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -137,17 +144,17 @@ class ProcessStrategy(ParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         if self.processes is not None:
             if isinstance(exception, SIGTERMException):
-                exception.code = 128 + signal.SIGTERM  # or Python would exit with 0
+                exception.code = 128 + signal.SIGTERM  # otherwise Python would exit with 0
             self.processes.fail(exception)
         Launcher.end_children()
 
     def drain(self) -> None:
-        """Finish what is under way; there is nothing here."""
+        """Finish the micro-batches in flight. This base class has none."""
 
     # ------------------------------------------------- between the processes
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
+        """Return the values of all processes, in the order of their ranks."""
         return [value] if self.processes is None else self.processes.gather(value)
 
     @override
@@ -160,7 +167,7 @@ class ProcessStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        """What is logged is known to one process, and is all there is."""
+        """Return the tensor as it is: only one process has the value that is logged."""
         return tensor
 
     @override
@@ -169,7 +176,7 @@ class ProcessStrategy(ParallelStrategy):
         return False not in decisions if all else True in decisions
 
     def share_start(self, module: "pl.LightningModule") -> None:
-        """Start everywhere from rank 0's weights and random states, as a run in one process would."""
+        """Give all processes the weights and random states of rank 0, from which a run in one process would start."""
         set_random_states(self.broadcast(random_states()))
         values = [v.detach() for v in (*module.parameters(), *module.buffers()) if not is_analog(v)]
         for value, first in zip(values, self.broadcast(values), strict=True):
@@ -177,11 +184,14 @@ class ProcessStrategy(ParallelStrategy):
         for metric in module.modules():
             if isinstance(metric, Metric):
                 metric.distributed_available_fn = _never
-        # Values are logged by one process only.
+        # Only one process logs values, so there is nothing to synchronize.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
     def share_metrics(self, trainer: "pl.Trainer") -> None:
-        """Let every process decide (to stop, to save, to lower a learning rate) by what rank 0 has logged."""
+        """Give all processes the metrics that rank 0 has logged.
+
+        All of them then decide alike, for example to stop, to save or to lower a learning rate.
+        """
         if self.is_multiprocess:
             metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
             known = self.broadcast(metrics)
@@ -194,12 +204,12 @@ _show_warning = warnings.showwarning
 def _show_once(
     processes: Processes, process: int, message: Warning | str, category: type[Warning], *where: Any
 ) -> None:
-    """Show a warning in the process that is the first to give it: all of them run the same code."""
-    is_worker = os.getpid() != process  # a data loader's, which must not use the connections it has inherited
+    """Show a warning in the first process that gives it only, since all processes run the same code."""
+    is_worker = os.getpid() != process  # a data loader's worker must not use the connections that it has inherited
     if is_worker or processes.is_first(f"{category.__name__} {message}"):
         _show_warning(message, category, *where)
 
 
 def _never() -> bool:
-    """For torchmetrics: whether there are other processes to gather from."""
+    """Return ``False``. torchmetrics asks this function whether there are other processes to gather from."""
     return False

@@ -1,4 +1,7 @@
-"""A resumed fit goes on with the random numbers and the batches that would have come next."""
+"""The callback in this module brings a resumed fit to the place where the checkpoint was made.
+
+The fit then continues with the random numbers and the batches that would have come next.
+"""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,11 +24,11 @@ from aimc_pl.strategies.private_lightning import make_iterator_in_epoch, set_epo
 
 
 class Resuming(Callback):
-    """Knows how the epoch began, so that a resumed fit can come to the same place in it.
+    """A callback that remembers how an epoch began, and brings a resumed fit to the same place in the epoch.
 
-    Batches are no part of a checkpoint. A fit that goes on in mid-epoch sets the random states to what they were when
-    the epoch began, and fetches the epoch's batches up to that place once more. That takes any data loader which
-    gives the same batches from the same random states.
+    Batches are not part of a checkpoint. A fit that is resumed within an epoch sets the random states to what they were
+    when the epoch began, and fetches the batches of the epoch up to that place once more. This works with every data
+    loader that gives the same batches from the same random states.
     """
 
     def __init__(self) -> None:
@@ -34,9 +37,9 @@ class Resuming(Callback):
         self._before_iterator: list[Any] = []
 
     def note_loader(self, loader: object, module: "pl.LightningModule") -> None:
-        """Called with each loader of training batches, before Lightning makes its iterator."""
+        """Note a loader of training batches. The strategy calls this before Lightning makes the loader's iterator."""
         self._loaders.append(loader)
-        # A tile's random numbers are in its own state.
+        # Tiles are left out, because the random state of a tile is in its own state dict.
         tiles = {id(part) for layer in analog_layers(module) for part in layer.modules() if part is not layer}
         modules = [part for part in module.modules() if id(part) not in tiles]
         datamodule = module.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -48,11 +51,11 @@ class Resuming(Callback):
         self._watch(trainer)
 
     def state(self, trainer: "pl.Trainer", gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
-        """What a checkpoint needs.
+        """Return what a checkpoint needs to resume the fit at this place; empty if no loader is known.
 
         Args:
-            trainer: that fits.
-            gather: the values of all processes, which hold generators of other stages.
+            trainer: the trainer of the fit.
+            gather: returns the values of all processes. Each process holds the generators of its own stage.
         """
         if self._random is None:
             return {}
@@ -63,12 +66,12 @@ class Resuming(Callback):
         return tree_map(lambda value: value.tolist() if isinstance(value, np.ndarray) else value, state)
 
     def go_on(self, trainer: "pl.Trainer", state: dict[str, Any], rank: int) -> None:
-        """Set random states, and the data loaders' iterators, to where a checkpoint was made.
+        """Set the random states, and the iterators of the data loaders, to where a checkpoint was made.
 
         Args:
-            trainer: after its own state has been restored, at the start of the training.
-            state: what :meth:`state` gave.
-            rank: of this process.
+            trainer: the trainer, at the start of the training, with its own state restored.
+            state: what :meth:`state` returned for the checkpoint.
+            rank: the rank of this process.
         """
         self._watch(trainer)
         loop = trainer.fit_loop
@@ -77,12 +80,12 @@ class Resuming(Callback):
         if in_epoch and "beginning" in state and not _keep_their_place(trainer):
             self._fetch_again(trainer, state, progress.current.processed)
         now = state["now"]
-        # With another number of processes, generators that modules hold go on as those of the last stage.
+        # A rank that the checkpoint does not have takes the generators of rank 0, which holds the last stage.
         self._write(now[rank] if rank < len(now) else now[0])
         if not loop.restarting:
             make_iterator_in_epoch(trainer)
         elif progress.is_last_batch and progress.current.completed < progress.current.processed:
-            # Saved within the epoch's last mini-batch: the next epoch begins, with the iterator that there is.
+            # The checkpoint is from the epoch's last mini-batch. The next epoch begins, with the existing iterator.
             iter(train_fetcher(trainer))
 
     def _watch(self, trainer: "pl.Trainer") -> None:
@@ -93,7 +96,7 @@ class Resuming(Callback):
         if not isinstance(loader, _Watched):
             loader.__class__ = type(f"Watched{type(loader).__name__}", (_Watched, type(loader)), {})
         loader.random = self._random
-        # Where the number of batches is not known, Lightning has fetched the first one together with the iterator.
+        # If the number of batches is not known, Lightning has fetched the first batch when it made the iterator.
         loader.beginning = [self._before_iterator] * (2 if fetcher.fetched else 1)
         self._loaders = []
 
@@ -101,12 +104,12 @@ class Resuming(Callback):
         assert self._random is not None
         if not self._random.write(states):
             rank_zero_warn(
-                "the module and the data loaders hold other random generators than when the checkpoint was made: "
-                "theirs begin anew"
+                "the module and the data loaders do not hold as many random generators as when the checkpoint was "
+                "made: the states of these generators are not restored"
             )
 
     def _fetch_again(self, trainer: "pl.Trainer", state: dict[str, Any], number: int) -> None:
-        """Make the epoch's iterator again, and fetch its first batches."""
+        """Make the iterator of the epoch again, and fetch its first ``number`` batches."""
         loader, fetcher = train_loader(trainer), train_fetcher(trainer)
         before_iterator, before_batches = state["beginning"]
         set_epoch(trainer)
@@ -115,23 +118,24 @@ class Resuming(Callback):
         self._write(before_batches)
         for _ in range(number):
             next(fetcher, None)
-        # Lightning adds those that a checkpoint counts.
+        # Lightning will add the number of batches that the checkpoint counts.
         fetcher.fetched -= number
         if state["first_batch"] not in (None, loader.first_batch):
             rank_zero_warn(
-                "the data loader gives other batches than when this epoch began, so that some will repeat and others "
-                "not come: resume from the end of an epoch, or use a data loader with state_dict and load_state_dict"
+                "the data loader gives other batches than when this epoch began, so that some will repeat and some "
+                "will be missed: resume from the end of an epoch, or use one with state_dict and load_state_dict"
             )
-        # Lightning says so of every loader that does not keep its place itself.
+        # Lightning gives this warning for every loader that does not keep its place itself.
         warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is")
 
 
 class _Watched(CombinedLoader):
-    """Lightning's loader of training batches, which remembers how an epoch began.
+    """Lightning's loader of training batches, extended to remember how an epoch began.
 
     Attributes:
-        beginning: the random states before the iterator was made, and before its first batch was fetched.
-        first_batch: a checksum; ``None`` if it is not known.
+        random: reads the random states.
+        beginning: the random states before the iterator was made, and those before its first batch was fetched.
+        first_batch: a checksum of the first batch; ``None`` if it is not known.
     """
 
     random: RandomStates
@@ -154,7 +158,7 @@ class _Watched(CombinedLoader):
 
 
 def _generators_of(owners: Iterable[object]) -> list[Any]:
-    """Random generators among the objects' attributes, and among the attributes of those."""
+    """Return the random generators among the attributes of objects, and among the attributes of these attributes."""
     held = [value for owner in owners if hasattr(owner, "__dict__") for value in vars(owner).values()]
     held += [inner for value in held if hasattr(value, "__dict__") for inner in vars(value).values()]
     return [value for value in held if isinstance(value, GENERATORS)]
@@ -165,7 +169,7 @@ def _keep_their_place(trainer: "pl.Trainer") -> bool:
 
 
 def _checksum(batch: Any) -> int:
-    """Of a batch's tensors."""
+    """Return a checksum of the tensors in a batch."""
     checksum = 0
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:

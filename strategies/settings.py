@@ -1,4 +1,4 @@
-"""The arguments of the strategy, checked."""
+"""This module holds the arguments of the strategy, and checks them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ OnNonfinite = Literal["stop", "warn"]
 def make_schedule(
     schedule: ScheduleName | Callable[[int, int], Schedule], num_stages: int, num_microbatches: int, duplex: Duplex
 ) -> Schedule:
-    """The schedule that has been asked for by name, or what the user's class or function makes.
+    """Return the built-in schedule of a name, or the schedule that the user's class or function makes.
 
     Raises:
-        UsageError: if that is no schedule for so many stages and micro-batches, or one of them is out of range.
+        UsageError: if the result is no schedule for this number of stages and micro-batches, or if one of these numbers
+            is out of range.
     """
     if not callable(schedule):
         try:
@@ -27,7 +28,7 @@ def make_schedule(
         except ValueError as error:
             raise UsageError(str(error)) from error
     if duplex != "half":
-        raise UsageError(f"duplex={duplex!r} goes with schedule='async': a schedule of your own says it itself")
+        raise UsageError(f"duplex={duplex!r} is for schedule='async': a custom schedule sets its own, so leave it out")
     check_number("num_stages", num_stages, at_least=1, at_most=MAX_STAGES, whole=True)
     check_number("num_microbatches", num_microbatches, at_least=1, at_most=MAX_MICROBATCHES, whole=True)
     made = schedule(num_stages, num_microbatches)
@@ -45,10 +46,10 @@ def make_schedule(
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; see :class:`AnalogPipelineStrategy` for the fields.
+    """The settings of the training. See :class:`AnalogPipelineStrategy` for the fields.
 
     Raises:
-        UsageError: if one is of another kind, or some exclude each other.
+        UsageError: if a field has a wrong type or value, or if some fields exclude each other.
     """
 
     schedule: Schedule

@@ -1,4 +1,4 @@
-"""One optimizer for stages that update one by one."""
+"""With the class in this module, one optimizer updates the stages one by one."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -14,27 +14,27 @@ from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 
 _SHARED = ("params", "lr")
-"""Entries of a group that are no stage's own; a learning rate may be a tensor that its scheduler changes in place."""
+"""Entries of a parameter group that all stages share. A learning rate may be a tensor that is changed in place."""
 
 _ABSENT = object()
 
 
 class StageOptimizer:
-    """Lets an optimizer step for the parameters of one stage.
+    """An optimizer of all parameters that can step for the parameters of one stage.
 
-    What an optimizer keeps in its parameter groups (a count of steps, say) it keeps for every stage by itself. What is
-    set there from outside, as learning rate schedulers do, is for all stages.
+    What the optimizer keeps in its parameter groups, such as a count of steps, is kept for each stage separately. What
+    is set there from outside, as learning rate schedulers do, applies to all stages.
 
     Args:
-        optimizer: of all parameters.
-        stages: that update one by one.
+        optimizer: the optimizer of all parameters.
+        stages: the stages that update one by one.
     """
 
     def __init__(self, optimizer: Optimizer, stages: Sequence[Stage]) -> None:
         self.optimizer = optimizer
         self._stages = stages
         self._own: list[list[dict[str, Any]]] = []
-        """Of every group, for every stage: entries that steps change, as this stage has left them."""
+        """For every group and every stage, the entries that steps change, as the stage has left them."""
         self._left: list[dict[str, Any]] = []
         """The groups after the last step."""
         self._is_checked = False
@@ -42,9 +42,9 @@ class StageOptimizer:
 
     @contextmanager
     def restricted_to(self, stage: Stage) -> Iterator[None]:
-        """While it is open, the optimizer has the parameters of a stage only, and what it has kept for these.
+        """Context manager that restricts the optimizer to the parameters of a stage, and to what it has kept for them.
 
-        The gradients of other stages are for their own updates, and are not there.
+        The gradients of other stages are taken away meanwhile, as they belong to the updates of those stages.
         """
         self._take_over()
         groups, number = self.optimizer.param_groups, self._stages.index(stage)
@@ -72,10 +72,12 @@ class StageOptimizer:
                 parameter.grad = gradient
 
     def step(self) -> None:
-        """Update.
+        """Update the parameters to which the optimizer is restricted.
+
+        The first step also checks that the optimizer can keep the stages apart.
 
         Raises:
-            UsageError: if the optimizer counts in an attribute of its own, which is not by stage.
+            UsageError: if the optimizer counts in an attribute of its own, which all stages would share.
         """
         if self._is_checked:
             self.optimizer.step()
@@ -96,7 +98,7 @@ class StageOptimizer:
             )
 
     def _take_over(self) -> None:
-        """Let all stages have what has been set in the groups since the last step, and new groups."""
+        """Give all stages the entries that have been set in the groups since the last step, and new groups."""
         groups = self.optimizer.param_groups
         for group, left, own in zip(groups, self._left, self._own, strict=False):
             for key in _changed(left, group):
@@ -108,7 +110,7 @@ class StageOptimizer:
 
 
 def _copies(group: dict[str, Any]) -> dict[str, Any]:
-    """The entries that a step may change in place; of others ``deepcopy`` makes no copy."""
+    """Return copies of the entries that a step may change in place. ``deepcopy`` makes no copy of other entries."""
     copies = {key: copy.deepcopy(value) for key, value in group.items() if key not in _SHARED}
     return {key: value for key, value in copies.items() if value is not group[key]}
 
@@ -128,7 +130,7 @@ def _put(group: dict[str, Any], entries: dict[str, Any]) -> None:
 
 
 def _numbers(optimizer: Optimizer) -> dict[str, Any]:
-    """Public attributes; torch and its schedulers count in others."""
+    """Return the numbers among an optimizer's public attributes. torch and its schedulers count in private ones."""
     found = {name: value for name, value in vars(optimizer).items() if not name.startswith("_")}
     return {
         name: value.clone() if isinstance(value, Tensor) else value

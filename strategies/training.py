@@ -1,4 +1,7 @@
-"""The training of a fit: mini-batches through the pipeline, gradients to Lightning or to the stages' updates."""
+"""The class in this module runs the mini-batches of a fit through the pipeline.
+
+It hands their gradients to Lightning, or to the updates of the stages.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,15 +34,15 @@ from aimc_pl.strategies.training_step import TrainingStep, merge_outputs
 
 
 class Training:
-    """Runs mini-batches through the pipeline, which is built when the first one comes.
+    """The training of a fit, which runs mini-batches through a pipeline. The first mini-batch builds the pipeline.
 
     Args:
-        module: to train.
-        settings: of the strategy.
-        placement: where the stages run.
-        observers: told of every operation.
-        split_at: overrides that of the settings.
-        counters: what :meth:`counters` gave when a checkpoint was made, to go on from.
+        module: the module to train.
+        settings: the arguments of the strategy.
+        placement: runs the stages, in this process or in several.
+        observers: objects that are told of every operation of the pipeline.
+        split_at: names of the modules with which stages 1 … M−1 begin. They override those in the settings.
+        counters: what :meth:`counters` returned when a checkpoint was made. The counts continue from there.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Training:
         self.batches = Batches(module, settings)
         self.split_at = split_at
         self.is_cut_off = False
-        """Whether an error has ended a mini-batch before all stages have learnt from it."""
+        """Whether an error has ended a mini-batch after which some stages may have been updated, and others not."""
         self._module = module
         self._settings = settings
         self._placement = placement
@@ -69,13 +72,16 @@ class Training:
             module, settings.on_nonfinite, None if placement.is_apart else self._running_again
         )
         self._num_learnt = 0
-        """Micro-batches before the last update of all stages."""
+        """The number of micro-batches up to the last update of all stages."""
         self._is_hooked = True
-        """Whether hooks run between a backward and the step."""
+        """Whether hooks run between a backward and the step of the optimizer."""
         reset_pending_updates(module)
 
     def run(self, batch: Any, args: tuple[Any, ...]) -> Any:
-        """One mini-batch; returns what the micro-batches returned that have gone through all stages since the last."""
+        """Run one mini-batch, and return what Lightning takes as the result of training_step.
+
+        The result merges the outputs of the micro-batches that have gone through all stages since the last mini-batch.
+        """
         steps = self.batches.steps(batch, args, self._precision.train_step_context)
         for number, step in enumerate(steps, self.counters()["num_entered"]):
             step.number = number
@@ -99,7 +105,11 @@ class Training:
         return result
 
     def backward(self) -> None:
-        """Where the forwards come first, the backward of the last mini-batch; put its gradients where they belong."""
+        """Add the gradients of the last mini-batch to the parameters.
+
+        Under a schedule with all forwards first, the backwards run in this method. Otherwise they have run already, and
+        their gradients were kept apart.
+        """
         if self.pipeline is not None and not self.pipeline.is_empty:
             with self._running():
                 self.pipeline.drain()
@@ -108,10 +118,10 @@ class Training:
         self._gradients = []
 
     def check_gradients(self) -> None:
-        """Before an update of all stages.
+        """Check, before an update of all stages, that the gradients are finite. If not, end the run or warn.
 
         Raises:
-            UsageError: if they are not finite, or a loss is not.
+            UsageError: if a gradient is not finite.
         """
         if self.pipeline is None:
             return
@@ -122,11 +132,11 @@ class Training:
         self._num_learnt = last + 1
 
     def watch_saturation(self) -> None:
-        """Warn of analog layers whose weights are at the bounds of their devices."""
+        """Warn about analog layers with many weights at the bounds of their devices."""
         self._number_check.watch_saturation()
 
     def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The gradients of some parameters for a micro-batch, if all stages had their present weights."""
+        """Return the gradients that some parameters have for a micro-batch if all stages use their current weights."""
         takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
         args = (batch_idx,) if takes_index else ()
         step = self.batches.whole(microbatch, args, self._precision.train_step_context)
@@ -134,13 +144,13 @@ class Training:
             return trials_of(self._module, [step]).gradients(parameters)
 
     def counters(self) -> dict[str, int]:
-        """Clocks and micro-batches of the pipeline so far."""
+        """Return the numbers of clocks and of micro-batches of the pipeline so far."""
         if self.pipeline is None:
             return {"clock": 0, "num_entered": 0, **self._counters}
         return {"clock": self.pipeline.clock, "num_entered": self.pipeline.num_entered}
 
     def drain(self) -> None:
-        """Finish the micro-batches in flight, with their updates."""
+        """Finish the micro-batches in flight, including their updates."""
         if self.pipeline is None or self.pipeline.is_empty:
             return
         with self._running():
@@ -152,7 +162,7 @@ class Training:
         self._logbook = Logbook()
 
     def abandon(self) -> None:
-        """After an error: nothing in flight goes on, and nothing half done is applied later."""
+        """Drop the micro-batches in flight after an error, and what they have left for later updates."""
         self._steps = []
         self._logbook = Logbook()
         if self.pipeline is not None:
@@ -172,7 +182,7 @@ class Training:
         if len(steps) < schedule.num_microbatches:
             raise UsageError(
                 f"a mini-batch of {self.batches.size(batch)} samples cannot be split into num_microbatches="
-                f"{schedule.num_microbatches} micro-batches: lower it, or raise the batch size"
+                f"{schedule.num_microbatches} micro-batches: lower num_microbatches, or raise the batch size"
             )
         trained = self._trained_besides()
         gradients = [tensor.grad for tensor in trained]
@@ -200,7 +210,7 @@ class Training:
         return Pipeline(stages, schedule, self._update, self._observers, **self.counters())
 
     def _trained_besides(self) -> list[Any]:
-        """What the optimizer trains that is no parameter of the module: plain tensors, modules in lists."""
+        """Return what the optimizer trains besides the module's parameters: plain tensors, and modules in lists."""
         known = set(map(id, self._module.parameters()))
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         return [tensor for group in groups for tensor in group["params"] if id(tensor) not in known]
@@ -218,7 +228,7 @@ class Training:
                 pipeline.run(microbatches)
 
     def _update(self, stage: Stage) -> None:
-        """Lightning's order for one stage: the hooks and the clipping, the step, zero_grad."""
+        """Update one stage in the order of Lightning: the hooks and the clipping, the step, then ``zero_grad``."""
         trainer, module = self._trainer, self._module
         assert self.pipeline is not None
         if self._optimizer is None:
@@ -236,7 +246,10 @@ class Training:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Inside training_step, boundaries open stages and logged values enter the logbook."""
+        """Context manager in which the boundaries of training_step open stages, and logged values enter the logbook.
+
+        An error inside of it gives up all micro-batches in flight.
+        """
         with (
             logging_to(self._module, self._record if self._placement.holds_last else discard),
             self._placement.running(),
@@ -250,8 +263,11 @@ class Training:
 
     @contextmanager
     def _gradients_kept_apart(self) -> Iterator[None]:
-        """Lightning clears gradients after training_step, which here includes the backward, until it asks for them."""
-        # An analog tile's pulses wait in the tile.
+        """Context manager that keeps the gradients of a mini-batch until Lightning asks for them.
+
+        Here the backwards run within training_step, after which Lightning clears all gradients.
+        """
+        # What an analog tile has still to apply is kept in the tile.
         parameters = [p for p in self._module.parameters() if not is_analog(p)]
         parameters += self._trained_besides()
         accumulated = [parameter.grad for parameter in parameters]
@@ -263,7 +279,7 @@ class Training:
             parameter.grad = gradient
 
     def _record(self, *args: Any, **kwargs: Any) -> None:
-        # Micro-batches that are still under way come back here, and find the logbook of then.
+        # The logbook is looked up here, because a micro-batch that goes on later must use the logbook of that time.
         self._logbook.record(*args, **kwargs)
 
     def _write_log(self) -> None:
@@ -281,6 +297,6 @@ class Training:
 
     @contextmanager
     def _running_again(self) -> Iterator[None]:
-        """Inside, a micro-batch may run once more, undivided, and leaves no trace."""
+        """Context manager in which a micro-batch may run once more, undivided, without leaving a trace."""
         with logging_to(self._module, discard), trials_of(self._module, []).fresh(), torch.no_grad():
             yield

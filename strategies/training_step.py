@@ -1,4 +1,4 @@
-"""A mini-batch as runs of the user's training_step on its micro-batches, and what these return as one."""
+"""This module runs the user's training_step on micro-batches, and merges what these runs return."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +17,15 @@ _current: ContextVar[Optional["TrainingStep"]] = ContextVar("current training st
 
 
 class TrainingStep:
-    """A run of training_step on one micro-batch; called, it returns the loss.
+    """A run of training_step on one micro-batch. A call of this object runs the step and returns the loss.
 
     Args:
         function: runs training_step on the micro-batch.
         inputs: the micro-batch.
-        size: samples of the micro-batch.
-        share: of its loss in that of the mini-batch.
-        weight: what its loss counts in the gradient.
-        context: entered while the function runs.
+        size: the number of samples in the micro-batch.
+        share: the share of the micro-batch's loss in the loss of the mini-batch.
+        weight: the weight of the micro-batch's loss in the gradient.
+        context: returns a context manager, which is entered while the function runs.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class TrainingStep:
         self.output: Any = None
         self.is_finished = False
         self.number = 0
-        """Counted over the whole run."""
+        """The number of the micro-batch, counted over the whole training."""
         self.num_logged: Counter[str] = Counter()
-        """How often each name has been logged."""
+        """The number of times that each name has been logged."""
         self._function = function
         self._context = context
 
     @staticmethod
     def current() -> "TrainingStep | None":
-        """The one inside which we are, if any."""
+        """Return the run inside which the caller is; ``None`` if there is none."""
         return _current.get()
 
     def start_anew(self) -> None:
@@ -62,11 +62,11 @@ class TrainingStep:
 
     @property
     def loss(self) -> Any:
-        """Of the run, without its graph; ``None`` before, or where training_step skips the micro-batch."""
+        """The loss, without its graph; ``None`` before the run, or if training_step skips the micro-batch."""
         return self.output.get("loss") if isinstance(self.output, Mapping) else self.output
 
     def run(self) -> Any:
-        """Run, and return what training_step returns."""
+        """Run training_step, and return what it returns."""
         before = _current.set(self)
         try:
             with self._context():
@@ -75,10 +75,10 @@ class TrainingStep:
             _current.reset(before)
 
     def __call__(self) -> Tensor | None:
-        """Run to the end; ``None`` where training_step skips the micro-batch.
+        """Run training_step to its end, and return the loss; ``None`` if training_step skips the micro-batch.
 
         Raises:
-            UsageError: if training_step returns something else than a loss.
+            UsageError: if training_step returns something other than a loss.
         """
         output = self.run()
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -94,17 +94,17 @@ class TrainingStep:
 
 
 def _detached(output: Any) -> Any:
-    """Without the graph, which would keep all activations."""
+    """Return an output of training_step without its graph, which would keep all activations in memory."""
     return tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, output)
 
 
 def merge_outputs(steps: Sequence[TrainingStep], loss_reduction: str) -> Any:
-    """What the training_steps of several micro-batches returned, as one for all their samples.
+    """Merge what training_step has returned for several micro-batches, as if they were one batch.
 
-    The loss is the mean by the micro-batches' shares (the sum, if the loss sums over samples). Other values of one
-    element are averaged over the samples, tensors and lists with a row per sample are joined, anything else becomes a
-    list with an item per micro-batch that has returned it. Micro-batches that were skipped do not count. What a single
-    one returned is given back as it is.
+    The merged loss is the mean weighted by the micro-batches' shares, or the sum if the loss sums over samples. Other
+    values of one element are averaged over the samples. Tensors and lists with a row per sample are joined. Anything
+    else becomes a list with an item per micro-batch that has returned it. Micro-batches that were skipped do not count.
+    The output of a single micro-batch is returned as it is.
     """
     steps = [step for step in steps if step.output is not None]
     if len(steps) <= 1:

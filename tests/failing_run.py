@@ -1,4 +1,4 @@
-"""Runs of three processes that come to grief.
+"""This script runs training in three processes and lets one of them fail, in all cases.
 
 python tests/failing_run.py FOLDER
 """
@@ -48,12 +48,12 @@ CASES = [
     ("taken port", "before joining", 0),
 ]
 TIMEOUT, START_TIMEOUT, LIMIT = 12.0, 25.0, 150.0
-"""The last one is that of a test, for a busy machine; all others end by themselves."""
+"""LIMIT bounds the time of a run on a busy machine. Runs should end by themselves, within the other limits."""
 AT_ONCE = 12
 
 
 class Trouble:
-    """What happens to one rank at one point."""
+    """The failure that happens to one rank at one point of the run."""
 
     def __init__(self, kind, point, rank, own):
         self.kind = kind
@@ -61,7 +61,7 @@ class Trouble:
         self.trainer = None
 
     def at(self, point, since=0):
-        """At a point, from so many optimizer steps on."""
+        """Fail if this is the point. ``since`` is the first optimizer step at which it counts."""
         if point != self.point or (self.trainer is not None and self.trainer.global_step < since):
             return False
         if self.kind == "kill":
@@ -157,7 +157,7 @@ def train(folder, trouble, devices=3, max_epochs=2):
 
 
 class Run:
-    """Three processes of a case."""
+    """The three processes of one case."""
 
     def __init__(self, folder, case):
         self.case = case
@@ -182,12 +182,12 @@ class Run:
 
     @property
     def has_ended(self):
-        """Whether all have that can; one that is stopped never does."""
+        """Whether all processes have ended that can end. A stopped process never ends."""
         return len(self.exits) + (self.case[0] == "stop") >= len(RANKS)
 
 
 def main(folder):
-    """Start a few runs at a time, and write how they have ended."""
+    """Start a few runs at a time and write how each process has ended."""
     torch.set_num_threads(1)
     waiting, running, results = [*CASES], [], []
     while waiting or running:
@@ -202,7 +202,7 @@ def main(folder):
 
 
 def reap(run):
-    """Note who has ended; once all have, or the time is over, end the rest."""
+    """Record the processes that have ended. Kill the rest when all have ended that can, or when the time is over."""
     left = {process: rank for process, rank in run.processes.items() if rank not in run.exits}
     for process, rank in left.items():
         ended, status = os.waitpid(process, os.WNOHANG)

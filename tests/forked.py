@@ -1,4 +1,4 @@
-"""Processes that are forked from one that has imported everything, since to import takes longer than to train."""
+"""Functions that fork processes from one that has imported everything, because importing takes longer than training."""
 
 import gc
 import os
@@ -6,21 +6,21 @@ import sys
 import traceback
 from pathlib import Path
 
-import omegaconf  # noqa: F401, as the import below
+import omegaconf  # noqa: F401, like the next import
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-import aimc_pl.devices.checkpoint  # noqa: F401, here once: checkpoints would load it and omegaconf in every process
+import aimc_pl.devices.checkpoint  # noqa: F401, here once, or every process would load it and omegaconf
 
 
 def fork(call, output=None, **environment):
-    """The process number of a copy of this process, which makes the call.
+    """Fork this process, make the call in the copy, and return the copy's process number.
 
     Args:
-        call: a function without arguments. The exit code is 1 where it raises, or that of its ``SystemExit``.
+        call: a function without arguments. The copy's exit code is 1 if it raises, or that of its ``SystemExit``.
         output: the file to which stdout and stderr are appended.
-        environment: variables of the copy.
+        environment: environment variables of the copy.
     """
-    # Collections in the copy would otherwise write to, and so copy, all memory of this process.
+    # Otherwise garbage collection in the copy would write to all memory, and so duplicate it.
     gc.freeze()
     if process := os.fork():
         return process
@@ -39,15 +39,15 @@ def fork(call, output=None, **environment):
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python's own way to end takes a second of destructors.
+    # A normal exit takes a second for destructors.
     os._exit(code)
 
 
 def fork_ranks(world, call, folder):
-    """Make the call in processes of ranks 0 to ``world`` − 1 of one host.
+    """Make the call in processes of ranks 0 to ``world`` − 1 on one host.
 
     Raises:
-        RuntimeError: with what they have written, if one of them fails.
+        RuntimeError: if a process fails, with the end of all outputs.
     """
     outputs = [Path(folder) / f"{world} {rank}.txt" for rank in range(world)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port()}

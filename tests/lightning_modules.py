@@ -1,4 +1,4 @@
-"""LightningModules that were never written for a pipeline."""
+"""LightningModules that were written without a pipeline in mind, and their data."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ class Configurable(L.LightningModule):
 
 
 class Attributes(Configurable):
-    """Layers as attributes, a functional forward."""
+    """A module with layers as attributes and functional code in its forward."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Attributes(Configurable):
 
 
 class MLP(Configurable):
-    """A Sequential in one submodule."""
+    """A module whose layers are a Sequential in one submodule."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class TorchvisionResNet(Configurable):
 
 
 class DictBatch(Configurable):
-    """A dict batch, layers before the backbone, an auxiliary input and a learnt scale in the loss."""
+    """A module with a dict batch, layers before the backbone, an auxiliary input and a learned scale in the loss."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class DictBatch(Configurable):
 
 
 class Samples(Dataset):
-    """19 samples: uneven mini-batches of 8, 8 and 3."""
+    """A data set of 19 samples, which gives uneven mini-batches of 8, 8 and 3."""
 
     def __init__(self, as_dict=False, length=19):
         generator = torch.Generator().manual_seed(3)

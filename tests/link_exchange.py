@@ -1,4 +1,4 @@
-"""Two processes that send each other awkward messages. Run under torchrun by test_distributed.py."""
+"""This script sends awkward messages between two processes. test_distributed.py runs it under torchrun."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ MESSAGES = [
     (),
     (torch.tensor(5),),
 ]
-"""Growing and shrinking, of many types, not contiguous, of many tensors (their header is long), of none."""
+"""Messages of growing and shrinking sizes, many types, non-contiguous tensors, and 200 tensors with a long header."""
 
 
 def same(a, b):
@@ -43,7 +43,7 @@ def main():
         processes = Processes(2, 60, node=0 if shares_memory else dist.get_rank())
         assert processes.is_near(1 - processes.rank) == shares_memory
         link, stage = Link(processes, torch.device("cpu")), processes.stage
-        # More messages than are kept on their way, in both directions, some of them in inference mode.
+        # There are more messages than fit into the link, in both directions, and some are sent in inference mode.
         for turn in range(4):
             with torch.inference_mode(turn % 2 == 1):
                 for k, message in enumerate(MESSAGES):
@@ -79,7 +79,7 @@ def main():
     processes._exchanges += processes.rank
     with pytest.raises(UsageError, match="do not take the same way"):
         processes.gather(None)
-    if processes.rank == 0:  # which has raised before it has answered
+    if processes.rank == 0:  # Rank 0 has raised before it sent its answer, so the answer is sent here.
         processes._send(None, [1])
     dist.barrier()
 

@@ -1,4 +1,4 @@
-"""A run that takes its time, to be disturbed: one process per stage, a checkpoint every fifth step.
+"""This script runs slowly in one process per stage, with a checkpoint every fifth step, for tests that disturb it.
 
 LOCAL_RANK=0 python tests/long_run.py FOLDER TIMEOUT
 """
@@ -49,7 +49,7 @@ def train(folder, num_stages=3, timeout=60.0, max_epochs=2000, ckpt_path=None, *
 
 
 if __name__ == "__main__":
-    # A shell starts background jobs with Ctrl-C ignored, and tests may run in one.
+    # A shell starts background jobs with Ctrl-C ignored. The tests may run in such a job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     world, here = (int(os.environ.get(name, 3)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     train(Path(sys.argv[1]), world, float(sys.argv[2]), devices=here, num_nodes=world // here)

@@ -1,6 +1,7 @@
-"""What is trained both in one process and with a stage per process.
+"""This script trains cases that tests compare between one process and one process per stage.
 
-Under torchrun the script trains the cases of that many stages, and otherwise it forks the processes of all cases:
+Under torchrun it trains the cases that have as many stages as there are processes. Otherwise it forks the processes of
+all cases:
 
 python tests/multiprocess_cases.py RESULTS
 """
@@ -37,13 +38,13 @@ STAGES = (2, 3, 4)
 
 
 class ComputesWithGradients(Attributes):
-    """Clips, logs and skips by norms of the gradients of all stages, and decays all weights."""
+    """A module that clips gradients, logs their norms, skips steps by the norm over all stages, and decays weights."""
 
     def on_after_backward(self):
         clip_grad_norm_(self.parameters(), 0.3)
 
     def on_before_optimizer_step(self, optimizer):
-        if not self.trainer.strategy.schedule.is_async:  # where a hook sees the gradients of one stage
+        if not self.trainer.strategy.schedule.is_async:  # under async a hook sees the gradients of one stage
             self.log_dict(grad_norm(self, 2))
         if torch.stack([p.grad.norm() for p in self.parameters() if p.grad is not None]).norm() < 0.25:
             for parameter in self.parameters():
@@ -75,7 +76,7 @@ SPLITS = {
 
 
 def digital(num_stages, schedule, make_module=Attributes, optimizer="momentum", **trainer):
-    """Skip connections across stages, uneven batches of 8, 8 and 3 in 3 micro-batches, shuffled, with validation."""
+    """Return a case with connections that skip stages, batches of 8, 8 and 3 in 3 micro-batches, and validation."""
 
     def train(folder, **processes):
         L.seed_everything(7)
@@ -102,7 +103,7 @@ def analog(num_stages, schedule, device, **trainer):
 
 
 def resumed(num_stages, schedule):
-    """The second of two epochs, after one of plain Lightning."""
+    """Return a case that trains the second of two epochs, after a first one in plain Lightning."""
 
     def train(folder, **processes):
         module = Attributes().double()
@@ -114,7 +115,7 @@ def resumed(num_stages, schedule):
 
 
 def train_plainly(folder, max_epochs):
-    """As :func:`resumed`, from the start and without a pipeline; leaves plain.ckpt."""
+    """Train like :func:`resumed`, from the start and without a pipeline, and leave plain.ckpt in the folder."""
     L.seed_everything(7)
     module = Attributes().double()
     saver = ModelCheckpoint(folder, filename="plain")
@@ -126,7 +127,7 @@ def train_plainly(folder, max_epochs):
 
 
 class Held(Callback):
-    """How many numbers the digital weights of this process take in memory during the fit."""
+    """A callback that counts the numbers that this process's digital weights keep in memory during the fit."""
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         digital = [p for p in pl_module.parameters() if not isinstance(p, AnalogContext)]
@@ -136,7 +137,7 @@ class Held(Callback):
 def fit(
     folder, processes, module, data, validation, num_stages, settings, callbacks=(), fit=None, evaluate=False, **trainer
 ):
-    """Train; returns what is to be compared."""
+    """Train and return the values to compare."""
     clock, staleness, held = ClockMonitor(), StalenessMonitor(), Held()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -173,7 +174,7 @@ def stop_early():
 
 
 def imperfect_devices():
-    """Of the kinds that are fixed per device: other noise every process draws for itself."""
+    """Return noise that is fixed per device. Other kinds of noise are drawn by every process for itself."""
     return DeviceNoise([DeviceVariation(0.3), StuckAt(0.2, value=0.05)])
 
 
@@ -226,7 +227,7 @@ def assert_same(theirs, ours, exactly, is_analog):
 
 
 def train_all(folder, world, num_nodes=1):
-    """All cases of so many stages, in one of as many processes."""
+    """Train all cases with ``world`` stages, in this one of ``world`` processes."""
     results = {
         name: train(folder / name, devices=world // num_nodes, num_nodes=num_nodes)
         for name, (num_stages, train) in CASES.items()

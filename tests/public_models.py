@@ -1,6 +1,6 @@
-"""Public models, tiny and with random weights, in LightningModules as their users write them.
+"""Public models, small and with random weights, in LightningModules as their users write them.
 
-The script trains those that have two stages in two processes, and writes their weights:
+The script trains the models that have two stages in two processes, and writes their weights:
 
 python tests/public_models.py RESULTS
 """
@@ -46,14 +46,14 @@ class Wrapper(Public):
 
 
 class OwnLoss(Wrapper):
-    """A model of Hugging Face, which computes its loss itself."""
+    """A model of Hugging Face that computes its own loss."""
 
     def training_step(self, batch, batch_idx):
         return self.model(**batch).loss
 
 
 class MaskedTokens(Wrapper):
-    """The loss is the mean over the tokens that are asked for, of which samples have different numbers."""
+    """A language model whose loss is the mean over the masked tokens. Their number differs from sample to sample."""
 
     def training_step(self, batch, batch_idx):
         logits = self.model(batch["input_ids"]).logits
@@ -65,7 +65,7 @@ def masked_tokens(batch):
 
 
 class Labels(Wrapper):
-    """A classifier of samples, or of their pixels."""
+    """A classifier of samples or of their pixels."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -88,7 +88,7 @@ def block(channels, width):
 
 
 class UNet(nn.Module):
-    """Its skips run from the first stages to the last ones."""
+    """A U-Net. Its connections skip from the first stages to the last ones."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ class UNet(nn.Module):
 
 
 class Translator(Public):
-    """torch's encoder and decoder; the memory goes to every layer of the decoder."""
+    """torch's encoder and decoder. The encoder's output goes to every layer of the decoder."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class Translator(Public):
 
 
 class Recurrent(Public):
-    """Two recurrent layers; their kind is an argument."""
+    """A network of two recurrent layers of a given kind."""
 
     def __init__(self, kind, batch_first=True):
         super().__init__()
@@ -139,7 +139,7 @@ class Recurrent(Public):
 
 
 class TimeFirst(Recurrent):
-    """Batches of shape (time, samples)."""
+    """A recurrent network on batches of shape (time, samples)."""
 
     def __init__(self):
         super().__init__(nn.GRU, batch_first=False)
@@ -167,7 +167,7 @@ class VAE(Public):
 
 
 class SimCLR(Public):
-    """Two views of each sample in one pass; the loss compares every view with all others."""
+    """A network that takes two views of each sample in one pass. The loss compares every view with all other views."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ class GraphClassifier(Public):
 
 
 def three(make_batch):
-    """Three mini-batches, the same ones every time."""
+    """Return three mini-batches, the same ones at every call."""
     generator = torch.Generator().manual_seed(3)
     return [make_batch(generator) for _ in range(3)]
 
@@ -235,7 +235,11 @@ def padded_text():
 
 
 def masked_text(counts):
-    """``counts``: how many tokens of each sample are asked for, the others have the label -100."""
+    """Return a function that makes batches of masked text.
+
+    Args:
+        counts: the number of masked tokens of each sample. Tokens that are not masked have the label -100.
+    """
 
     def batch(generator):
         text = tokens(generator, 8, 10)
@@ -267,23 +271,23 @@ def graphs():
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and what is true of it."""
+    """A model, its data, and what tests need to know of it."""
 
     make: Callable[[], L.LightningModule]
     data: Callable[[], list]
     split_at: Mapping[int, Sequence[str]]
-    """Where stages begin, by the number of stages."""
+    """The modules with which stages begin, by the number of stages."""
     exact: Sequence[int] = (1, 2)
-    """Numbers of micro-batches that change nothing but the order of sums."""
+    """Numbers of micro-batches that change only the order in which numbers are summed."""
     shared: str | None = None
     """The parameter that several stages use."""
     digital: Sequence[str] = ()
-    """Patterns of the linear layers and convolutions that no crossbar can be."""
+    """Patterns of the linear layers and convolutions that cannot be analog."""
     options: Mapping = field(default_factory=dict)
-    """More arguments of the strategy."""
+    """Further arguments of the strategy."""
 
 
-# With the usual 0.02 attention would be all but uniform at this width.
+# With the usual value of 0.02, attention would be nearly uniform at this width.
 INIT = {"initializer_range": 0.2}
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, **INIT}
 
@@ -478,7 +482,7 @@ def loader(name):
 
 
 def fit(name, strategy="auto", precision="64-true", sgd=Public.sgd, **trainer):
-    """Train the model of that name; returns its module."""
+    """Train the model of this name and return its module."""
     module = seeded(name)
     module.sgd = sgd
     if precision == "64-true":
@@ -488,17 +492,17 @@ def fit(name, strategy="auto", precision="64-true", sgd=Public.sgd, **trainer):
 
 
 def fit_public(name, num_stages, schedule="sync", num_microbatches=1, strategy=(), **options):
-    """Train it in stages: in one process, or under torchrun with ``devices=num_stages`` in as many.
+    """Train the model in stages, in one process or, with ``devices=num_stages``, in this one of several.
 
-    Where the stages begin is found if nothing says so. ``strategy`` holds more arguments of the strategy, ``options``
-    are those of :func:`fit`.
+    Boundaries that the case does not name are measured. ``strategy`` has further arguments of the strategy, and
+    ``options`` are those of :func:`fit`.
     """
     arguments = {"split_at": CASES[name].split_at.get(num_stages)} | CASES[name].options | dict(strategy)
     return fit(name, AnalogPipelineStrategy(num_stages, schedule, num_microbatches, **arguments), **options)
 
 
 def train_all(folder):
-    """All that have two stages, in one of two processes."""
+    """Train all models that have two stages, in this one of two processes."""
     results = {
         (name, schedule): fit_public(name, 2, schedule, case.exact[-1], devices=2).state_dict()
         for name, case in CASES.items()

@@ -1,4 +1,4 @@
-"""Delayed pipeline updates recomputed in numpy float64 from the closed forms: no autograd, no clock, no stages."""
+"""This module recomputes delayed updates in numpy float64 from the closed forms, without autograd, clock and stages."""
 
 from itertools import pairwise
 
@@ -6,10 +6,11 @@ import numpy as np
 
 
 def delayed_updates(weights, biases, owners, microbatches, delays, learning_rate, drains=(), stashing=False):
-    """Train a tanh network on squared error with the versions of the asynchronous pipeline.
+    """Train a tanh network on squared error with the weight versions of the asynchronous pipeline.
 
-    Every layer l belongs to stage owners[l]. Micro-batch k is forwarded with the weights of version max(0, k − delay),
-    goes back with the weights of version k (with those of its forward if `stashing`), and is then updated.
+    Every layer l belongs to stage owners[l]. Micro-batch k has its forward with the weights of version max(0, k −
+    delay) and its backward with the weights of version k, or with those of its forward if `stashing`. Then the weights
+    are updated.
 
     Args:
         weights: per layer, (out, in).
@@ -19,7 +20,7 @@ def delayed_updates(weights, biases, owners, microbatches, delays, learning_rate
         delays: per stage.
         learning_rate: of plain SGD.
         drains: micro-batches before which the pipeline has run empty.
-        stashing: whether the forward's weights are kept.
+        stashing: whether the backward uses the forward's weights.
     """
     parameters = list(zip(weights, biases, strict=True))
     for first, end in pairwise([0, *drains, len(microbatches)]):

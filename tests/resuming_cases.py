@@ -1,4 +1,4 @@
-"""Runs that are interrupted and go on, each in a process (or in as many as stages) that is forked for it.
+"""This script interrupts and resumes runs, each in a forked process or in one process per stage.
 
 python tests/resuming_cases.py FOLDER PART+PART PORT...    with LOCAL_RANK for one of two processes
 """
@@ -31,31 +31,31 @@ SCHEDULES = {
 }
 NETWORKS = ("momentum", "adamw", "mean field")
 NOISY = "dropout and noise"
-"""Draws by stages, which are others with another number of processes."""
+"""The network whose stages draw random numbers, which differ with another number of processes."""
 
 LAST_STEP = 10
 PLACES = {"in the epoch": 2, "at the epoch's end": 5}
-"""The global steps of checkpoints; an epoch has five."""
+"""The global steps of the checkpoints that are resumed. An epoch has five steps."""
 
 CASES = [(schedule, network) for schedule in SCHEDULES for network in (*NETWORKS, NOISY)]
 CROSSING = [case for case in CASES if case[1] == "mean field" or (case[0] == "async" and case[1] != NOISY)]
-"""What goes on with another number of processes."""
+"""The cases that are also resumed with another number of processes."""
 
 TRAINED = {1: CASES, 2: [case for case in CASES if case in CROSSING or case[1] == NOISY]}
-"""What is trained, by the number of processes."""
+"""The cases that are trained, by the number of processes."""
 
 INTERRUPTIONS = {"SIGTERM": 3, "Ctrl-C": 6, "kill -9": 8}
-"""The global steps of the checkpoints that are left, of which only the first is made because of the signal."""
+"""The global steps of the last checkpoints. Only the one at SIGTERM is made because of the signal."""
 
 INTERRUPTED = {
     1: [case for case in CASES if case[0] == "async" or case[1] == NOISY],
     2: [("async", NOISY)],
 }
-"""What is interrupted, by the number of processes."""
+"""The cases that are interrupted, by the number of processes."""
 
 
 class Augmented(Samples):
-    """Draws from all global random states."""
+    """Samples with noise from all global random states."""
 
     def __getitem__(self, index):
         x, y = super().__getitem__(index)
@@ -76,7 +76,10 @@ class Noisy(Attributes):
 
 
 class Interrupt(Callback):
-    """Sends a signal to its own process, and lets the pipeline drain where SIGTERM will."""
+    """A callback that sends a signal to its own process.
+
+    It also drains the pipeline at the step where SIGTERM ends the run, so that an uninterrupted run drains there too.
+    """
 
     def __init__(self, kind):
         self.kind = kind
@@ -95,8 +98,8 @@ class Interrupt(Callback):
 
 
 def train(folder, schedule, network, interruption=None, ckpt_path=None, **processes):
-    """Two epochs, with a checkpoint at every second step and after every epoch; the result is saved as well."""
-    # What is resumed may have come to another state.
+    """Train two epochs and save the result. A checkpoint is made at every second step and after every epoch."""
+    # A resumed run starts from another random state, which the checkpoint must replace.
     L.seed_everything(7 if ckpt_path is None else 8)
     module = (Noisy if network == NOISY else Attributes)().double()
     module.optimizer = network if network in OPTIMIZERS else "momentum"
@@ -145,7 +148,7 @@ def checkpoint(folder, step):
 
 
 def runs(folder, world):
-    """Parts of the script, and keyword arguments of :func:`train`, in an order in which checkpoints come first."""
+    """Yield parts of the script and arguments of :func:`train`, in an order in which checkpoints come first."""
     here, there = ("one", "two")[:: 1 if world == 1 else -1]
     for schedule, network in TRAINED[world]:
         case = Path(schedule) / network
@@ -170,7 +173,7 @@ def main():
     folder, parts, ports = Path(sys.argv[1]), sys.argv[2].split("+"), iter(sys.argv[3:])
     world = 2 if "LOCAL_RANK" in os.environ else 1
     torch.set_num_threads(1)
-    # A shell starts background jobs with Ctrl-C ignored, and tests may run in one.
+    # A shell starts background jobs with Ctrl-C ignored. The tests may run in such a job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for part, run in runs(folder, world):
         if part not in parts:

@@ -1,4 +1,4 @@
-"""Steps in stages, as the tests of the core build them."""
+"""Functions with which the tests of the core build and run steps in stages."""
 
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.stage import Stage
@@ -6,7 +6,7 @@ from aimc_pl.trial import Trials
 
 
 def make_step(network, names, function=None, **kwargs):
-    """A step whose stages 1 … M−1 begin with the modules of these names; recorded on ``function``, if given."""
+    """Return a step whose stages 1 … M−1 begin with the modules of these names, recorded on ``function`` if given."""
     step = StagedStep(network, names, [Stage(index) for index in range(len(names) + 1)], **kwargs)
     if function is not None:
         Trials(network, [function]).record(step)
@@ -14,7 +14,10 @@ def make_step(network, names, function=None, **kwargs):
 
 
 def fly(step, functions, order=None):
-    """Run micro-batches; in turn through all stages, or by ``order``, triples (pass, stage, micro-batch)."""
+    """Run micro-batches through all stages and return their flights.
+
+    They run one after the other or in ``order``, a list of triples (pass, stage, micro-batch).
+    """
     stages = range(len(step.stages))
     if order is None:
         order = [
@@ -31,7 +34,7 @@ def fly(step, functions, order=None):
 
 
 def overlapping(num_stages, num_microbatches):
-    """The forwards of micro-batches that follow each other one stage behind, then their backwards."""
+    """Return an order in which the forwards overlap, one stage behind each other, and the backwards follow."""
     clocks = range(num_stages + num_microbatches - 1)
     forwards = [
         ("F", clock - k, k)

@@ -1,10 +1,10 @@
-"""Something to sweep over, importable by other processes."""
+"""A case for sweeps that other processes can import."""
 
 from pathlib import Path
 
 
 def square(x, seed):
-    """A case; the second attempt at 3 succeeds."""
+    """Return two rows. The first call with x = 3 raises an error, and later ones succeed."""
     if x == 3 and not Path("tried").exists():
         Path("tried").touch()
         raise RuntimeError("no power")

@@ -1,4 +1,4 @@
-"""Hooks that compute with the gradients of all stages, in the process of each stage: threads stand in for processes."""
+"""These tests run hooks that compute with the gradients of all stages, in a thread for the process of each stage."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -23,13 +23,13 @@ def network():
 
 
 def with_gradients(net):
-    """Of all parameters but one, which is not used."""
+    """Return the network with gradients of all parameters except one, which its loss does not use."""
     net[:5](torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)).square().sum().backward()
     return net
 
 
 def in_all_stages(hook, net=network):
-    """What the hook returns in every stage, and the stage's own gradients and weights afterwards."""
+    """Run a hook in every stage and return its result, the stage's own gradients and weights, and the network."""
     values, barrier = [None] * STAGES, Barrier(STAGES, timeout=20)
 
     def gather(stage, value):

@@ -1,4 +1,4 @@
-"""What is read of modules is what is written back."""
+"""These tests check that attributes of modules, and what containers there hold, are read, compared and written back."""
 
 from collections import Counter, OrderedDict, defaultdict, deque
 
@@ -11,7 +11,7 @@ from aimc_pl.attributes import Attributes, is_alike
 
 
 class Backwards(list):
-    """Shows what it held first, whatever comes later."""
+    """A list that always shows what it held first."""
 
     def __init__(self, *items):
         super().__init__(items)
@@ -46,7 +46,7 @@ class Holder(nn.Module):
 
 
 def state(module):
-    """All that a test below looks at, as plain values of its own."""
+    """Return everything that the tests below compare, as text."""
     return repr(
         [
             (
@@ -135,7 +135,7 @@ def test_changes_are_found_and_undone(change):
     if names:
         assert state(holder) == known
         assert attributes.changes(before) == {}
-        # Containers are the objects that they were: others may hold them too.
+        # The containers must be the same objects, because others may hold them too.
         assert all(vars(holder)[name] is value for name, value in containers.items())
     attributes.write(changed)
     assert state(holder) == after
@@ -143,7 +143,7 @@ def test_changes_are_found_and_undone(change):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_found_again_and_again(change):
-    """Also of modules that have changed before, which are looked at in another way."""
+    """Check changes after earlier ones, since modules that have changed before are compared in another way."""
     act, names = CHANGES[change]
     holder = Holder()
     attributes = Attributes(holder)
@@ -185,7 +185,7 @@ def test_names_left_out_do_not_count():
     before = attributes.read()
     holder.number, holder.unknown, holder.name = 5, 5, "y"
     assert {attributes.name(place) for place in attributes.changes(before)} == {"name"}
-    # Of modules inside, the same names are others.
+    # Modules inside may have attributes of the same names, which do count.
     holder.inner.number = 5
     assert {attributes.name(place) for place in attributes.changes(before)} == {"name", "inner.number"}
 
@@ -205,7 +205,7 @@ def test_current_values_do_not_follow_what_happens_later():
 
 
 def test_values_written_twice_do_not_grow():
-    """What is put back, changed and put back again is the same each time."""
+    """Check that values can be written back, changed and written back again."""
     holder = Holder()
     attributes = Attributes(holder)
     values = attributes.current([(0, "items"), (0, "recent")])
@@ -256,19 +256,19 @@ def test_a_parameter_that_two_modules_share_is_frozen_for_both():
 
 
 def test_large_containers_are_not_looked_into():
-    """Only their number counts: to compare a vocabulary in every step takes too long."""
+    """Check that only their length counts. It would take too long to compare a vocabulary in every step."""
     holder = Holder()
     attributes = Attributes(holder)
     before = attributes.read()
     holder.odd.large[0] = holder.odd.index[0] = -1
     assert attributes.changes(before) == {}
-    # Their number is seen; what has been added stays.
+    # A new length is noticed, but the added elements stay.
     holder.odd.large.append(1)
     changed = attributes.changes(before)
     assert {attributes.name(place) for place in changed} == {"odd.large"}
     attributes.write(attributes.select(before, changed))
     assert len(holder.odd.large) == 258
-    # One of 256 elements is looked into.
+    # A container of 256 elements is still compared element by element.
     del holder.odd.large[256:]
     before = attributes.read()
     holder.odd.large[1] = -2
@@ -288,7 +288,7 @@ def test_a_counter_is_refilled_and_not_added_to():
 
 
 def test_containers_that_hold_each_other():
-    """A list that holds itself is read once; what it holds besides is put back."""
+    """Check that a list that holds itself is read once, and that its other contents are written back."""
     holder = Holder()
     holder.items.append(holder.items)
     holder.inner.outputs["holder"] = holder.items
@@ -310,7 +310,7 @@ def test_containers_that_hold_each_other():
 
 
 def test_a_container_in_two_places_is_put_back_in_both():
-    """Met again beside itself, it is no cycle."""
+    """Check that a container that is met twice side by side is not taken for a cycle."""
     holder = Holder()
     shared = [1]
     holder.pair = [shared, shared]
@@ -323,7 +323,7 @@ def test_a_container_in_two_places_is_put_back_in_both():
 
 
 class Refusing(dict):
-    """Whose own methods cannot fill it again."""
+    """A dict whose own methods refuse to fill it again."""
 
     def clear(self):
         raise TypeError("cannot be cleared")
@@ -344,7 +344,7 @@ class Counting(list):
 
 
 def test_containers_with_methods_of_their_own():
-    """What they hold is put back without them."""
+    """Check that contents are written back without the container's own methods."""
     holder = Holder()
     holder.refusing, holder.counting = Refusing(a=1), Counting([5, 6])
     attributes = Attributes(holder)

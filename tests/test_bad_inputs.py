@@ -1,4 +1,4 @@
-"""What cannot work ends in one clear line, before any weight is updated."""
+"""These tests check that what cannot work ends in one clear line before any weight is updated."""
 
 import sys
 from functools import partial
@@ -64,7 +64,7 @@ COMMANDS = {
         [STRATEGY + 'split_at=["network.3","network.5","x"]'],
         "split_at names 'x', which is no submodule of Classifier; it has network,",
     ),
-    "split by names of the network": ([STRATEGY + 'split_at=["3","5","7"]'], "so that this one is 'network.3'"),
+    "split by names of the network": ([STRATEGY + 'split_at=["3","5","7"]'], "so write 'network.3'"),
     "split at a layer that is not called": (
         [STRATEGY + 'split_at=["network.3","network.5","test_accuracy"]'],
         "split_at names 'test_accuracy', which training_step does not call",
@@ -189,7 +189,7 @@ FILES = {"text.ckpt": "a letter", "reference.yaml": "data: {init_args: {batch_si
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMMANDS)
 def test_command_line(case, monkeypatch):
-    """Exit code 1, one line on standard error, and no update before it."""
+    """Check for exit code 1 and one line on standard error, without an update before."""
     arguments, message = COMMANDS[case]
     updates = []
     monkeypatch.setattr(Training, "_update", lambda *args: updates.append(1))
@@ -265,7 +265,7 @@ AT_4_AND_8 = ASYNC | {"split_at": ["net.4", "net.8"]}
 
 
 class Hasty(Schedule):
-    """Backwards everywhere at once."""
+    """A schedule in which the backwards of a micro-batch run in all stages at once."""
 
     def __init__(self, num_stages, num_microbatches):
         super().__init__("async", num_stages, num_microbatches)
@@ -312,7 +312,7 @@ MODULES = {
     "a schedule that is none": (MLP, {"schedule": lambda stages, parts: None}, {}, "schedule= must be a name"),
     "a schedule for others": (MLP, {"schedule": lambda stages, parts: Schedule("sync", 2, 1)}, {}, "num_stages=4"),
     "a schedule out of order": (MLP, {"schedule": Hasty}, {}, "schedule= cannot run: Hasty has B(stage 2, micro-"),
-    "duplex of a schedule of one's own": (MLP, {"schedule": Hasty, "duplex": "full"}, {}, "duplex='full' goes with"),
+    "duplex of a schedule of one's own": (MLP, {"schedule": Hasty, "duplex": "full"}, {}, "a custom schedule sets"),
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),
@@ -339,7 +339,7 @@ def test_modules(case, monkeypatch):
     updates = []
 
     def step(optimizer, *args, **kwargs):
-        # Copies, on which layers are measured, may be updated.
+        # Layers are measured on copies, which may be updated.
         own = {id(parameter) for parameter in module.parameters()}
         updates.extend(p for group in optimizer.param_groups for p in group["params"] if id(p) in own)
 
@@ -369,7 +369,7 @@ def test_batches(batch, message):
 
 NAN, INF = float("nan"), float("inf")
 STRANGE = (NAN, INF, -INF, "1", None, True)
-"""What no number is."""
+"""Values that are not valid numbers."""
 NEGATIVE = (-1, -1e-9, *STRANGE)
 HALVES = (1.5, *STRANGE)
 
@@ -486,7 +486,7 @@ CASES = [
 
 @pytest.mark.parametrize(("make", "name", "value"), CASES)
 def test_ranges(make, name, value):
-    """The line tells the argument, and the value if it is short enough to recognise."""
+    """Check that the message names the argument, and also its value if that is short."""
     with pytest.raises(UsageError) as error:
         make(**{name: value})
     told = repr(value) if isinstance(value, float | int | str | None) else ""
@@ -521,7 +521,7 @@ def test_constructors(make, message):
 
 
 def test_numbers_of_numpy_are_numbers():
-    """Whole ones where whole ones are asked for, and the ends of ranges."""
+    """Check that numpy's numbers, whole numbers where floats are wanted, and the ends of ranges are accepted."""
     soft_bounds(tau=np.float32(0.5), num_states=np.int32(2), cycle_to_cycle=0)
     linear_step(gamma=0)
     linear_step(gamma=1)
@@ -562,7 +562,7 @@ def cut(path):
     ],
 )
 def test_image_folders(spoil, message):
-    root = Path("images")  # short, for the length of the line
+    root = Path("images")  # The name is short because the length of the message is checked.
     make_images(root, *(f"{part}/{name}/{n}.png" for part in ("train", "test") for name in "ab" for n in range(3)))
     data = ImageFolder(root)
     data.load()
@@ -581,7 +581,7 @@ def test_too_few_images(count, message):
 
 
 def test_data_sets_that_are_damaged():
-    """MNIST's files are there, and no MNIST is in them."""
+    """Check MNIST's files with other contents."""
     folder = Path("MNIST/raw")
     folder.mkdir(parents=True)
     for part in ("train", "t10k"):

@@ -1,4 +1,4 @@
-"""Where stages begin: measured, named, and refused."""
+"""These tests check how boundaries of stages are found by measuring, and which named ones are refused."""
 
 import itertools
 import time
@@ -15,7 +15,7 @@ from aimc_pl.trial import Trials
 
 
 class Slow(nn.Module):
-    """A layer that takes so many units of time."""
+    """A layer whose forward takes so many units of time."""
 
     def __init__(self, units):
         super().__init__()
@@ -76,13 +76,13 @@ def test_backwards_count():
 
 
 def test_the_fastest_of_several_runs_counts():
-    """One run that something else delays moves no boundary."""
+    """Check that a delay in one of the runs does not move a boundary."""
     network = nn.Sequential(*(Slow(1) for _ in range(4)))
     runs = []
 
     def delay(module, args):
         runs.append(1)
-        if len(runs) == 2:  # the first measured one
+        if len(runs) == 2:  # this is the first measured run
             time.sleep(0.1)
 
     network[3].register_forward_pre_hook(delay)
@@ -104,7 +104,7 @@ def test_updates_of_tiles_count(monkeypatch):
 
 
 def test_the_outermost_module_opens_a_stage():
-    """Not the one within it that holds the parameters, nor what comes before it."""
+    """Check that no stage begins at an inner module that holds the parameters, or at a module called before."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -122,7 +122,7 @@ def test_the_outermost_module_opens_a_stage():
 
 
 class Tied(nn.Module):
-    """The first and the third layer share their weight."""
+    """A network whose first and third layer share their weight."""
 
     def __init__(self):
         super().__init__()
@@ -146,13 +146,13 @@ def test_shared_parameters_are_kept_together():
 def test_a_parameter_that_is_used_without_its_module_is_seen():
     network = nn.Sequential(*(Slow(1) for _ in range(4)))
     x = torch.randn(3, 2, dtype=torch.float64)
-    # The last layer's weight is used before the first layer, as an embedding's is in a language model's head.
+    # The last layer's weight is used before the first layer, like an embedding that is also the head.
     names, _ = found(network, 2, function=lambda: network(x * network[2].weight).sum(), may_share=False)
     assert names == ["3"]
 
 
 def test_a_parameter_of_the_module_around_the_layers_belongs_where_it_is_used():
-    """Not where the module is called, which is before its layers."""
+    """Check a parameter that is used after the layers, although its module is called before them."""
 
     class Scaled(nn.Module):
         def __init__(self):
@@ -303,7 +303,7 @@ def test_balance_is_the_best_of_all_splits(groups):
 
 
 def test_many_layers_are_balanced_quickly():
-    """Hundreds of layers, as a transformer of a hundred blocks calls them."""
+    """Check a transformer of a hundred blocks, which calls hundreds of layers."""
     start = time.perf_counter()
     chosen = boundaries.balance([1.0] * 400, 8)
     assert chosen == list(range(50, 400, 50))

@@ -1,4 +1,4 @@
-"""What is drawn stands where the clock table has it. (tests/test_schedule.py compares the drawing as text.)"""
+"""These tests check that drawings agree with the clock table. tests/test_schedule.py compares drawings as text."""
 
 import pytest
 from matplotlib.colors import to_rgba
@@ -18,7 +18,7 @@ def test_every_operation_is_a_box_in_its_clock_and_on_its_stages_row(name, duple
     found = [(int(box.get_x()), int(box.get_y()), "B" if box.get_hatch() else "F") for box in boxes]
     expected = [(clock, stage, kind, k) for clock, row in enumerate(schedule.clocks(4)) for kind, stage, k in row]
     assert sorted(found) == sorted(operation[:3] for operation in expected)
-    # The number of a micro-batch stands in its boxes, and its colour is its own.
+    # A micro-batch's boxes have its number and a colour that only they have.
     numbers = [(int(text.get_position()[0]), int(text.get_position()[1]), int(text.get_text())) for text in axes.texts]
     assert sorted(numbers) == sorted((clock, stage, k) for clock, stage, _, k in expected)
     assert len({to_rgba(box.get_facecolor()) for box in boxes}) == 4

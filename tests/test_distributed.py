@@ -1,4 +1,4 @@
-"""Messages between two processes arrive as they were sent, through shared memory and through the network."""
+"""These tests send messages between two processes, through shared memory and through the network."""
 
 import os
 import subprocess

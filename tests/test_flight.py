@@ -1,4 +1,4 @@
-"""Micro-batches that overlap against the same steps one after the other, without stages."""
+"""These tests compare micro-batches that overlap with the same steps run one after the other, without stages."""
 
 import random
 
@@ -16,7 +16,7 @@ from aimc_pl.trial import Trials
 
 
 class Network(nn.Module):
-    """Three layers that open the stages, and what a step may keep on modules."""
+    """Three layers that open the stages, and attributes of all kinds that a step may set."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Network(nn.Module):
         self.stat = nn.Buffer(torch.zeros(4, dtype=torch.float64))
 
     def keep(self, module, args, out):
-        """A hook."""
+        """Keep the output of a module. This is a forward hook."""
         self.nested["a"][module] = out
 
     def loss(self, h):
@@ -142,7 +142,7 @@ def accumulators_in_the_middle(net, x):
 
 
 def accumulators_in_every_stage(net, x):
-    """Each stage has its own."""
+    """Count in every stage, each with its own counter."""
     net.a.n = getattr(net.a, "n", 0) + 1
     h = net.a(x) * net.a.n
     h = net.b(h)
@@ -153,7 +153,7 @@ def accumulators_in_every_stage(net, x):
 
 
 def set_at_times(net, x):
-    """What one micro-batch sets in the first stage, another one does without."""
+    """Set an attribute in the first stage with some micro-batches only."""
     if x.sum() < 2:
         net.scale = x.max()
     h = net.b(net.a(x))
@@ -163,7 +163,7 @@ def set_at_times(net, x):
 
 
 def set_where_needed(net, x):
-    """As a mask is, made anew for another size: what the step before has left, others may replace meanwhile."""
+    """Set an attribute only where needed, as a mask for another size. Other steps may replace it meanwhile."""
     if x.sum() < 2:
         net.hidden = x.max()
     h = net.b(net.a(x))
@@ -216,7 +216,7 @@ def make_inputs(count=4):
 
 
 def plain(value):
-    """What is kept on modules, as values that can be compared."""
+    """Return the value of an attribute in a form that can be compared."""
     if isinstance(value, torch.Tensor):
         return value.detach().tolist()
     if isinstance(value, nn.Module):
@@ -254,7 +254,7 @@ def test_what_a_step_keeps_belongs_to_its_micro_batch(step, order):
         "all at once": [("F", stage, k) for stage in range(3) for k in range(len(inputs))]
         + [("B", stage, k) for stage in (2, 1, 0) for k in range(len(inputs))],
     }
-    # Recorded on one that sets what others leave out.
+    # The step is recorded on a micro-batch that sets what some others do not set.
     assert [bool(x.sum() < 2) for x in inputs] == [True, False, True, True]
     flights = fly(make_step(net, ["b", "c"], functions[0]), functions, orders[order])
     assert [flight.loss for flight in flights] == losses
@@ -264,7 +264,7 @@ def test_what_a_step_keeps_belongs_to_its_micro_batch(step, order):
 
 
 def test_outside_of_its_stages_nothing_of_a_waiting_step_is_seen():
-    """Between its stages a hook or a callback finds modules as the steps before have left them."""
+    """Check that hooks and callbacks between its stages find modules as the earlier steps have left them."""
     net = Network()
     inputs = make_inputs(2)
 
@@ -326,7 +326,7 @@ def between_a_new_parameter(net, k):
 
 
 def affected(net, x):
-    """Depends, in its last stage, on all that the functions above set."""
+    """Compute a loss that depends, in its last stage, on everything that the functions above set."""
     out = net.c(net.b(net.a(x)))
     return net.loss(out * net.temperature * net.nested["temperature"] * (2.0 if net.drop.training else 1.0))
 
@@ -337,7 +337,7 @@ BETWEEN = [between_a_number, between_a_container, between_a_mode, between_a_froz
 @pytest.mark.slow
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda between: between.__name__)
 def test_what_is_set_between_mini_batches_is_for_those_that_follow(between):
-    """Micro-batches that wait go on with what they have begun with, as those of an undivided training would."""
+    """Check that waiting micro-batches keep the values with which they began, as in undivided training."""
     inputs = make_inputs()
     expected, net = Network(), Network()
     losses, gradients = [], []
@@ -361,11 +361,11 @@ def test_what_is_set_between_mini_batches_is_for_those_that_follow(between):
             for k, flight in reversed([*enumerate(flights)]):
                 if 0 <= clock - k < 3:
                     flight.forward(clock - k)
-        # Outside, nobody sees what those that wait go on with.
+        # Outside of the steps nobody sees the values that waiting micro-batches keep.
         assert (left_on(net), [p.requires_grad for p in net.parameters()]) == now
     assert [flight.loss for flight in flights] == losses
     assert step.waiting == []
-    # A parameter that is frozen at the time of a backward gets no gradient.
+    # A parameter that is frozen during a backward gets no gradient.
     net.requires_grad_(True)
     for flight, theirs in zip(flights, gradients, strict=True):
         for stage in (2, 1, 0):
@@ -376,7 +376,7 @@ def test_what_is_set_between_mini_batches_is_for_those_that_follow(between):
 
 
 def test_what_is_set_again_while_micro_batches_are_under_way_is_for_those_that_begin_later():
-    """By an observer of updates, for example, that has also set it between mini-batches."""
+    """Check an attribute that is set twice, for example between mini-batches and by an observer of updates."""
     net, expected = Network(), Network()
     (x,) = make_inputs(1)
 
@@ -507,7 +507,7 @@ def test_shared_parameters_under_delayed_updates(used):
     "view", [lambda token: token[1], lambda token: token.unbind(0)[0], lambda token: token.expand(3, 2, 4)[2, 0]]
 )
 def test_a_view_of_a_parameter_belongs_to_the_stage_that_makes_it(view, reader):
-    """It shows the weights of the moment at which it is read, and its gradient comes back to its stage."""
+    """Check that a view shows the weights of the moment when it is read, and sends its gradient back to its stage."""
     net, inputs = Network(), make_inputs(2)
     net.token = nn.Parameter(torch.randn(2, 4, dtype=torch.float64))
 
@@ -631,7 +631,7 @@ def test_the_earliest_stages_that_share_a_parameter_are_named():
 
 
 def test_a_module_whose_parameters_another_stage_uses_is_refused():
-    """Also where the graph does not show what the module has done, unless it was called without gradients."""
+    """Check that the use is found even if the graph does not show it, unless the module ran without gradients."""
     (x,) = make_inputs(1)
 
     def function(net, way):
@@ -684,7 +684,7 @@ def test_weight_scales_the_gradient(boundaries):
 
 
 def test_control_flow_may_leave_stages_out():
-    """A step that skips a boundary or comes to two at once, or calls the module again, does what it would."""
+    """Check steps that skip one boundary or two, or that call the modules again."""
     (x, *_) = make_inputs(1)
 
     def no_b(net):
@@ -723,13 +723,13 @@ def test_skipped_and_detached_losses():
     assert all(parameter.grad is None for parameter in net.parameters())
     with pytest.raises(UsageError, match="depends on no parameter that requires grad; to skip a batch, return None"):
         fly(step, [lambda: set_and_read(net, x).detach()])
-    # A constant that requires grad, another way to skip.
+    # Another way to skip a batch is to return a constant that requires grad.
     fly(step, [lambda: torch.zeros((), requires_grad=True)])
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def without_gradients(net, x, context):
-    """Calls the modules of all stages before it uses them."""
+    """Compute a loss after calling the modules of the later stages without gradients."""
     with context():
         target = net.c(net.b(x))
     return net.loss(net.c(net.b(net.a(x))) - target.clone())
@@ -760,7 +760,7 @@ def test_calls_without_gradients_begin_no_stage(context):
 
 
 def test_calls_without_gradients_may_begin_stages():
-    """As evaluation does."""
+    """Check steps of evaluation, which run without gradients."""
     net = Network()
     (x,) = make_inputs(1)
     stages = []
@@ -781,7 +781,7 @@ def test_calls_without_gradients_may_begin_stages():
 
 
 def test_a_boundary_in_inference_mode_is_refused():
-    """Where calls without gradients count."""
+    """Check the refusal where calls without gradients begin stages."""
     net = Network()
     (x,) = make_inputs(1)
 
@@ -821,7 +821,7 @@ def test_a_boundary_in_a_checkpoint_is_refused():
 
 
 def test_a_reentrant_checkpoint_belongs_to_the_stage_that_begins_it():
-    """Its region runs without gradients, and again in the backward."""
+    """Check a reentrant checkpoint, whose region runs without gradients, and again in the backward."""
     net, expected = Network(), Network()
     inputs = make_inputs(2)
 
@@ -838,7 +838,7 @@ def test_a_reentrant_checkpoint_belongs_to_the_stage_that_begins_it():
 
 
 def test_a_buffer_that_the_next_micro_batch_changes_in_place_is_an_error():
-    """Two forwards of a stage before its backward, which still needs the buffer of the first."""
+    """Check two forwards of a stage before the first backward, which still needs the old buffer."""
     net = Network()
     inputs = make_inputs(2)
 
@@ -849,12 +849,12 @@ def test_a_buffer_that_the_next_micro_batch_changes_in_place_is_an_error():
     step = make_step(net, ["b"], delayed=True)
     with pytest.raises(UsageError, match=r"stage 0 cannot differentiate, .* changed in place"):
         fly(step, [lambda x=x: function(x) for x in inputs], overlapping(2, 2))
-    # One after the other it is fine.
+    # Without overlap this is no error.
     fly(make_step(net, ["b"], delayed=True), [lambda x=x: function(x) for x in inputs])
 
 
 def test_weights_that_change_before_a_step_differentiates_are_an_error():
-    """In its forward; other errors of torch are left as they are."""
+    """Check a step that differentiates in its forward. Other errors of torch must stay as they are."""
     net = Network()
     (x,) = make_inputs(1)
 
@@ -876,7 +876,7 @@ def test_weights_that_change_before_a_step_differentiates_are_an_error():
 
 
 def test_steps_outside_of_a_flight_do_not_wait():
-    """Validation, or whatever calls the network while micro-batches are under way, runs through."""
+    """Check that validation, or another call of the network, runs through while a micro-batch waits."""
     net = Network()
     (x,) = make_inputs(1)
     step = make_step(net, ["b", "c"], lambda: set_and_read(net, x))

@@ -1,4 +1,4 @@
-"""One stage per process, without processes: every stage has a copy of the module and hands its messages over."""
+"""These tests run one stage per process without processes: each stage has a copy of the module."""
 
 import copy
 import gc
@@ -31,7 +31,7 @@ def _float64():
 
 
 class Net(nn.Module):
-    """A network that computes its loss; ``boundaries`` for up to four stages."""
+    """A network that computes its loss. ``boundaries`` suffice for up to four stages."""
 
     boundaries: tuple[str, ...] = ("layers.1", "layers.2", "layers.3")
     width = 6
@@ -56,7 +56,10 @@ class Net(nn.Module):
 
 
 def own(module, boundaries, batch):
-    """The stage of each parameter: the first in which a module that has it, and no boundary, is called."""
+    """Return the names of all parameters with their stages.
+
+    It is the first stage in which a module with the parameter is called that has no boundary inside.
+    """
     stage, owners, hooks = 0, {}, []
 
     def note(name, inner):
@@ -79,7 +82,7 @@ def own(module, boundaries, batch):
 
 
 class Pipeline:
-    """One copy of a module for every stage, and what the processes would do with it."""
+    """A copy of the module for every stage, and the calls that the processes of the stages would make."""
 
     def __init__(self, module, boundaries, batch, owners=None):
         self.plain = module
@@ -164,7 +167,7 @@ class Residual(Net):
 
 
 class Skips(Net):
-    """What stage 0 makes is needed by the last one only."""
+    """A network in which only the last stage needs a value of stage 0."""
 
     def run(self, x):
         first = self.layers[0](x)
@@ -364,7 +367,7 @@ class InPlace(Net):
 
 
 class Auxiliary(Net):
-    """Losses that pile up in a list, some of them inside the layers."""
+    """A network that collects losses in a list, some of them inside its layers."""
 
     class Layer(nn.Linear):
         def forward(self, x, losses):
@@ -384,7 +387,7 @@ class Auxiliary(Net):
 
 
 class BatchOnly(Net):
-    """Masks, positions and lengths that come of the batch, in Python too."""
+    """A network with masks and lengths that are computed from the batch, also in Python."""
 
     def run(self, x):
         mask = x > 0
@@ -406,7 +409,7 @@ class Inner(nn.Module):
 
 
 class Nested(Net):
-    """Boundaries inside of modules whose own code goes on after them."""
+    """A network with boundaries inside of modules whose own code continues after them."""
 
     boundaries = ("net.layers.1.linear", "net.layers.2.linear", "net.layers.3")
 
@@ -421,7 +424,7 @@ class Nested(Net):
 
 
 class Views(Net):
-    """Functions that give back what they were given, of every kind of layout."""
+    """A network of functions that may return their own argument, in several layouts."""
 
     def run(self, x):
         for layer in self.layers:
@@ -448,7 +451,7 @@ class Reentrant(Net):
 
 
 class Experts(nn.Module):
-    """Sends every row to the expert it scores highest for."""
+    """A layer that sends every row to the expert with the row's highest score."""
 
     def __init__(self):
         super().__init__()
@@ -465,7 +468,7 @@ class Experts(nn.Module):
 
 
 class Routed(Net):
-    """Shapes inside of modules depend on values."""
+    """A network in which shapes inside of modules depend on values."""
 
     def __init__(self):
         super().__init__()
@@ -473,7 +476,7 @@ class Routed(Net):
 
 
 class RoutedByTheBatch(Net):
-    """Shapes of the code around modules depend on values of the batch."""
+    """A network in which shapes between modules depend on values of the batch."""
 
     def run(self, x):
         rows = x.mean(1) > 0
@@ -484,7 +487,7 @@ class RoutedByTheBatch(Net):
 
 
 class Bag:
-    """Holds values without being a container."""
+    """An object that holds values but is no container."""
 
     def __init__(self, x):
         self.x, self.depth = x, 0
@@ -510,7 +513,7 @@ class Bags(Net):
 
 
 class Swaps(Net):
-    """What a layer does to its argument cannot be told by shapes."""
+    """A network whose layers swap values in their argument, which shapes alone do not show."""
 
     class Layer(nn.Linear):
         def forward(self, pair):
@@ -531,7 +534,7 @@ class Swaps(Net):
 
 
 class Remembering(Net):
-    """Layers find values in their attributes, where the step has put them."""
+    """A network whose layers read values from attributes into which the step has put them."""
 
     class Layer(nn.Linear):
         def forward(self, x):
@@ -551,7 +554,7 @@ class Remembering(Net):
 
 
 class Gathering(Net):
-    """Shapes inside of modules depend on values of the batch."""
+    """A network in which shapes inside of modules depend on values of the batch."""
 
     class Layer(nn.Linear):
         def forward(self, x, rows):
@@ -569,7 +572,7 @@ class Gathering(Net):
 
 
 class ReentrantLayers(Net):
-    """Whole modules inside of custom functions."""
+    """A network that runs whole modules inside of custom autograd functions."""
 
     def __init__(self):
         super().__init__()
@@ -605,7 +608,7 @@ class Compiled(Net):
 
 
 class Hooked(Net):
-    """Hooks on modules and on tensors, and a gradient that is kept."""
+    """A network with hooks on modules and on tensors, and with retained gradients."""
 
     def __init__(self):
         super().__init__()
@@ -634,7 +637,7 @@ MODELS = (
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # inputs without gradients are part of the case
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile reads .grad
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_the_undivided_module(model, num_stages):
@@ -716,11 +719,11 @@ def test_messages_hold_what_later_stages_need_and_nothing_else():
     pipeline = Pipeline(Skips(), Skips.boundaries, Skips.batch())
     for _ in range(2):
         sent = [len(flight.outgoing[1]) for flight in pipeline.forward(Skips.batch())[:-1]]
-        assert sent == [2, 3, 2]  # first and its tanh; first, second and its tanh; first and the product
+        assert sent == [2, 3, 2]  # layer 0 and its tanh; layers 0 and 1 and the tanh of 1; layer 0 and the product
 
 
 class TwoHeads(Net):
-    """Asks in some batches for a value it does not need in others."""
+    """A network that needs a value of stage 0 in the last stage with some batches only."""
 
     def step(self, batch):
         x, y, *more = batch
@@ -731,7 +734,7 @@ class TwoHeads(Net):
 
 
 class Choosing(Remembering):
-    """The last layer finds one value or another in its attribute."""
+    """A network whose last layer finds different values in its attribute."""
 
     def step(self, batch):
         x, y, *flag = batch
@@ -751,7 +754,7 @@ def test_another_kind_of_batch_is_looked_at_anew(model):
 
 
 class Alternating(Net):
-    """A counter in the module decides what the last stage needs."""
+    """A network in which a counter in the module decides what the last stage needs."""
 
     def step(self, batch):
         first = self.layers[0](batch[0])
@@ -761,7 +764,7 @@ class Alternating(Net):
 
 
 class Scheduled(Net):
-    """The end of the step changes a number that the first layer reads."""
+    """A network that changes, at the end of the step, a number that the first layer reads."""
 
     class Layer(nn.Linear):
         scale = 1.0
@@ -788,7 +791,7 @@ def test_a_step_that_writes_to_modules_is_run_to_its_end(model):
 
 
 class Deciding(Net):
-    """Draws in Python, and notes what it has drawn apart from the module."""
+    """A network that draws numbers in Python and records them outside of the module."""
 
     def __init__(self):
         super().__init__()
@@ -805,7 +808,7 @@ DRAWN = {}
 
 
 class RandomSkip(Deciding):
-    """Python's and numpy's random numbers decide what is needed, in all stretches."""
+    """A network in which random numbers of Python and numpy decide what is needed, in all stages."""
 
     def run(self, x):
         first = x
@@ -819,7 +822,7 @@ class RandomSkip(Deciding):
 
 
 class LayerDrop(Deciding):
-    """Layers that do not begin stages are left out at random."""
+    """A network that leaves out some layers at random, but none that begins a stage."""
 
     def run(self, x):
         for i, layer in enumerate(self.layers):
@@ -863,7 +866,7 @@ def test_runs_of_equal_seed_are_equal():
 
 
 class Measured(Net):
-    """Numbers for the log, from all stretches."""
+    """A network that logs numbers from all stages."""
 
     def __init__(self):
         super().__init__()
@@ -1025,7 +1028,7 @@ class ThroughAView(Net):
 
 
 class ThroughAViewOfTheNext(Net):
-    """Stage 1 changes what it has received through a view of its own; stage 2 reads it."""
+    """A network whose stage 1 changes a received value through a view that stage 1 makes; stage 2 reads the value."""
 
     def run(self, x):
         x = layers(self, x, end=1)
@@ -1035,7 +1038,7 @@ class ThroughAViewOfTheNext(Net):
 
 
 class ThroughAnAttribute(Net):
-    """A layer changes what it has not been given."""
+    """A network with a layer that changes a value which is not among its arguments."""
 
     class Layer(nn.Linear):
         def forward(self, x):
@@ -1125,7 +1128,7 @@ def test_backward_hooks_on_all_modules_are_refused():
 
 
 class Drifting(Net):
-    """Does more in one process than in the others, with the same shapes."""
+    """A network that does more operations in one process than in the others, with the same shapes."""
 
     extra = 0
 
@@ -1153,7 +1156,7 @@ def test_processes_that_take_different_ways_are_stopped(extra, match):
 
 
 class Averaging(Net):
-    """The last stage keeps a running mean of its own loss, and another value in a buffer."""
+    """A network whose last stage keeps running means of its loss and, in a buffer, of its output."""
 
     def __init__(self):
         super().__init__()
@@ -1178,7 +1181,7 @@ def test_state_may_stay_within_a_stage():
 
 
 class Analog(Net):
-    """Aihwkit's layers as stages of their own, inside of larger modules and next to digital ones."""
+    """A network with aihwkit's layers as whole stages, inside of larger modules, and next to digital layers."""
 
     boundaries = ("features.1", "features.2", "head")
 
@@ -1212,7 +1215,7 @@ def test_analog_layers(num_stages):
             gradients = [read_gradients(m, [m.get_parameter(name)]) for m in (module, pipeline.modules[stage])]
             torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
             assert gradients[0].any()
-    # Stages do not run others' tiles.
+    # A stage does not run the tiles of other stages.
     assert not pipeline.modules[0].get_parameter("head.analog_module.analog_ctx").analog_input
 
 

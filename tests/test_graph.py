@@ -1,4 +1,4 @@
-"""The backward in stages against an undivided one: gradients, hooks, and what runs how often."""
+"""These tests compare the backward in stages with an undivided one: gradients, hooks, and how often functions run."""
 
 import gc
 import warnings
@@ -24,10 +24,10 @@ def _in_float64():
 
 
 class Program:
-    """A computation in stages, each given what the one before returned, and what it tells on the way.
+    """A computation in stages, each of which gets what the stage before has returned.
 
     Args:
-        events: to add to.
+        events: a list to which hooks and functions append what they see.
     """
 
     def __init__(self, events):
@@ -37,7 +37,7 @@ class Program:
         self.build()
 
     def build(self):
-        """Make what the stages need."""
+        """Create what the stages need."""
 
     def note(self, name):
         return lambda *values: self.events.append((name, *values))
@@ -54,7 +54,7 @@ class Chain(Program):
 
 
 class Skips(Program):
-    """Values used by the next stage, by later ones, and by all."""
+    """Values that the next stage uses, that later stages use, and that all stages use."""
 
     def first(self, _):
         a = torch.tanh(self.x @ self.w[0])
@@ -70,7 +70,7 @@ class Skips(Program):
 
 
 class Tied(Chain):
-    """One parameter in every stage, with hooks that see its whole gradient, once."""
+    """One parameter in every stage. Its hooks see the whole gradient once."""
 
     def build(self):
         self.w = [self.w[0]] * 4
@@ -80,7 +80,7 @@ class Tied(Chain):
 
 
 class TiedAcrossSkip(Program):
-    """The second stage's gradients do not lead to the parameter's first use."""
+    """A tied parameter where the gradients of the second stage do not lead to the parameter's first use."""
 
     def build(self):
         self.w[0].register_hook(self.note("tensor"))
@@ -95,7 +95,7 @@ class TiedAcrossSkip(Program):
 
 
 class TiedSparse(Program):
-    """Sparse and dense gradients of one embedding meet."""
+    """An embedding with both sparse and dense gradients."""
 
     def stages(self):
         rows = torch.tensor([0, 2, 0])
@@ -108,7 +108,7 @@ class TiedSparse(Program):
 
 
 class HookOnCrossing(Program):
-    """A hook on a value that two later stages use edits the whole gradient, once."""
+    """A value that two later stages use, with a hook that changes its whole gradient once."""
 
     def first(self, _):
         h = torch.tanh(self.x @ self.w[0])
@@ -127,7 +127,7 @@ class HookOnCrossing(Program):
 
 
 class RetainedGradients(Program):
-    """Of a value inside a stage and of one that crosses."""
+    """Retained gradients of a value inside a stage and of one that crosses a boundary."""
 
     def first(self, _):
         self.inner = self.x @ self.w[0]
@@ -149,7 +149,7 @@ class RetainedGradients(Program):
 
 
 class ModuleHooks(Program):
-    """Full backward hooks of modules within a stage, and of one around several."""
+    """Full backward hooks of modules inside a stage, and of a module around several stages."""
 
     def build(self):
         self.net = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
@@ -166,12 +166,12 @@ class ModuleHooks(Program):
         self.w.append(self.before)
 
     def stages(self):
-        # The whole network is called, so that its own hooks act; a call within it begins each stage.
+        # The whole network is called, so its own hooks run. Calls inside begin the stages.
         return in_stages(lambda: self.net(self.x * self.before).square().mean(), [self.net[1], self.net[2]])
 
 
 class NoGradients(Program):
-    """A custom function that has no gradient for one of its inputs, and an output that nothing uses."""
+    """A custom function without a gradient for one of its inputs, and an output that nothing uses."""
 
     class Split(torch.autograd.Function):
         @staticmethod
@@ -196,7 +196,7 @@ class NoGradients(Program):
 
 
 class EarlyLoss(Program):
-    """The loss does not depend on the last stages, whose parameters get no gradient."""
+    """A loss that does not depend on the last stages. Their parameters get no gradient."""
 
     def stages(self):
         return [
@@ -208,7 +208,7 @@ class EarlyLoss(Program):
 
 
 class DoubleBackward(Program):
-    """A gradient penalty, and the gradient of a part with respect to its parameter."""
+    """A gradient penalty, and a gradient with respect to a parameter in the last stage."""
 
     def build(self):
         self.x.requires_grad_()
@@ -252,7 +252,7 @@ class CheckpointedReentrant(Checkpointed):
 
 
 class ChangedInPlace(Program):
-    """A later stage writes into a value, and into a view of a value, of an earlier one."""
+    """Stages that write into a value of an earlier stage, also through a view."""
 
     def second(self, h):
         h[:, 1] *= 3.0
@@ -269,7 +269,7 @@ class ChangedInPlace(Program):
 
 
 class Counted(Program):
-    """A function whose backward tells that it runs, in every stage, with branches that meet again."""
+    """A function that reports each run of its backward, in every stage, in branches that join again."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -295,7 +295,7 @@ class Counted(Program):
 
 
 class Constant(Chain):
-    """The loss is a leaf itself: nothing but it has a gradient."""
+    """A loss that is a leaf itself and the only tensor with a gradient."""
 
     def build(self):
         self.w.append(nn.Parameter(torch.tensor(2.0)))
@@ -305,7 +305,7 @@ class Constant(Chain):
 
 
 def in_stages(function, openers):
-    """The stages of a call that waits where it comes to certain modules."""
+    """Return the stages of one call, which waits where it calls one of the ``openers``."""
     call = SuspendableCall(function)
 
     def wait(module, args):
@@ -378,7 +378,7 @@ def assert_alike(ours, theirs):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_equals_an_undivided_backward(name):
-    """Gradients, and all that hooks and functions tell, as often and with the same values."""
+    """Compare gradients and all events: as many, and with the same values."""
     told = []
     for run in (undivided, divided):
         torch.manual_seed(1)
@@ -396,13 +396,13 @@ def test_equals_an_undivided_backward(name):
 
 
 def in_order(events):
-    """By name: a tied parameter's hooks run with its first stage, so that the order among all may differ."""
+    """Sort events by name. A tied parameter's hooks run with its first stage, so the order of all events may differ."""
     return sorted(events, key=lambda event: event[0])
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_frees_the_graph(name):
-    """When the backward is over, nothing holds the nodes; no cyclic collector is needed."""
+    """Check that nothing holds the nodes after the backward, without a garbage collection."""
     program = PROGRAMS[name]([])
 
     class Marked(torch.autograd.Function):
@@ -438,7 +438,7 @@ def test_frees_the_graph(name):
 
 
 def test_frees_each_stage_with_its_backward():
-    """After the backward of a stage only the nodes of those before it are alive."""
+    """Check that after the backward of a stage only the nodes of earlier stages are alive."""
 
     class Marker:
         pass
@@ -475,7 +475,7 @@ def test_frees_each_stage_with_its_backward():
 
 
 def test_micro_batches_that_take_turns():
-    """Two micro-batches of one thread whose stages take turns keep their graphs apart."""
+    """Check that two micro-batches of one thread keep their graphs apart when their stages take turns."""
     torch.manual_seed(1)
     programs = [Skips([]), Skips([])]
     for program in programs:

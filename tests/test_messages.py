@@ -1,4 +1,4 @@
-"""What is packed comes out the same, and bytes from a stranger do nothing but raise."""
+"""These tests check that messages arrive as they were sent, and that bytes from a stranger only raise an error."""
 
 import json
 import math
@@ -39,7 +39,7 @@ nested = st.recursive(plain, containers, max_leaves=20)
 def test_plain_values_stay_what_they_are(values):
     there = sent(values)
     assert there == values
-    assert repr(there) == repr(values)  # 1 is not True, nor 1.0
+    assert repr(there) == repr(values)  # so that True does not pass for 1, nor 1 for 1.0
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
@@ -120,7 +120,7 @@ FORGED = [
 
 @pytest.mark.parametrize("description", FORGED, ids=str)
 def test_forged_descriptions_raise(description):
-    with pytest.raises(ValueError, match="no message"):
+    with pytest.raises(ValueError, match="not a valid message"):
         read(description, torch.zeros(64, dtype=torch.uint8))
 
 

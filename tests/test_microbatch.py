@@ -1,4 +1,4 @@
-"""Splitting batches of all kinds."""
+"""These tests check how batches of all kinds are split."""
 
 import sys
 from collections import OrderedDict, defaultdict, deque, namedtuple
@@ -58,7 +58,7 @@ class Slotted:
 
 
 class Unknown:
-    """Holds tensors in a way of its own."""
+    """An object that holds tensors in a way that nobody else knows."""
 
     def __init__(self, held):
         self.held = held
@@ -241,7 +241,7 @@ def test_one_graph_is_one_sample():
 def test_graphs_that_cannot_be_taken_apart_are_refused():
     batch = Batch.from_data_list([graph(3), graph(4)])
     batch.later = torch.ones(7)
-    with pytest.raises(UsageError, match=r"DataBatch whose \['later'\] no single graph has, .*split_batch="):
+    with pytest.raises(UsageError, match=r"DataBatch with \['later'\], which no single graph has, .*split_batch="):
         split_batch(batch, 2)
     by_hand = Batch(x=torch.ones(4, 1), batch=torch.tensor([0, 0, 1, 1]))
     with pytest.raises(UsageError, match=r"Batch \(Cannot reconstruct"):
@@ -292,7 +292,7 @@ def detections(count):
 @pytest.mark.parametrize("kind", [list, tuple])
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_lists_of_images_and_targets_have_a_sample_per_element(kind, count):
-    """As detection models take them; with three images too, which have as many channels."""
+    """Check lists of images and targets, also of three images, which is the number of channels too."""
     images, targets = map(kind, detections(count))
     parts = split_batch((images, targets), 2)
     assert all(type(value) is kind for part in parts for value in part)
@@ -325,7 +325,7 @@ def test_samples_that_nobody_has_collated_are_split_as_they_are(sample):
 
 
 def test_batches_of_several_loaders_are_no_samples():
-    """As Lightning's ``CombinedLoader`` gives them."""
+    """Check a list of batches, as Lightning's ``CombinedLoader`` gives it."""
     loaders = [(torch.arange(4.0).view(4, 1), torch.arange(4)) for _ in range(2)]
     second = split_batch(loaders, 2)[1]
     assert [[value.flatten().tolist() for value in pair] for pair in second] == [[[2, 3], [2, 3]]] * 2
@@ -401,7 +401,7 @@ def test_what_is_not_understood_is_refused_by_name_with_the_remedy(value, name):
             split_batch(batch, 2)
 
 
-# torch warns of both kinds.
+# torch warns about both kinds of tensors.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
 def test_nested_and_quantized_tensors():
     for layout in (torch.strided, torch.jagged):
@@ -425,7 +425,7 @@ def test_neither_library_is_imported_for_other_batches():
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 3])
 def test_writes_into_one_micro_batch_do_not_disturb_another(num_microbatches):
-    """They share memory and no version counter, which would have autograd refuse what it has saved of the others."""
+    """Check that parts share memory but no version counter, for which autograd would refuse its saved tensors."""
     x = torch.arange(6.0, dtype=torch.float64).view(6, 1)
     batch = {"x": x, "inner": Sample(x.clone(), inner=[x.clone()]), "packed": pack_sequence([*x.clone()])}
     weight = torch.full((1, 1), 2.0, dtype=torch.float64, requires_grad=True)
@@ -438,7 +438,7 @@ def test_writes_into_one_micro_batch_do_not_disturb_another(num_microbatches):
         losses.append(sum((tensor * weight).sum() for tensor in (*dense, part["packed"].data)))
     for loss in losses:
         loss.backward()
-    # 0 + 1 + … + 5 in five tensors, to each of whose samples 1 has been added in four and 100 in one.
+    # Five tensors hold 0 + 1 + … + 5. 1 was added to each sample in four of them, and 100 in one.
     assert weight.grad.item() == 5 * 15 + 4 * 6 + 600
     assert parts[-1]["x"].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 

@@ -1,4 +1,4 @@
-"""One stage per process, in this process: copies of a network that hand each other messages in memory."""
+"""These tests run one stage per process in a single process. Copies of a network pass messages in memory."""
 
 import copy
 import pickle
@@ -24,7 +24,7 @@ BOUNDARIES = ["4", "6"]
 
 
 class Letters:
-    """A link of all stages. What it is given it hands over as bytes, once, for the operation it is meant for."""
+    """A link between all stages. It delivers each message once, as bytes, for the operation it is meant for."""
 
     def __init__(self):
         self.messages = {}
@@ -66,7 +66,7 @@ def squared_error(network, x, target):
 
 
 class Processes:
-    """A copy of the network for every stage, of which each knows its own weights only."""
+    """A copy of the network for every stage. Each copy holds the weights of its own stage only."""
 
     def __init__(self, network, stashes=False, **kwargs):
         owners = {f"{2 * layer}.{name}": stage for layer, stage in enumerate(OWNERS) for name in ("weight", "bias")}
@@ -82,7 +82,7 @@ class Processes:
             self.all.append(StageProcess(ghosts, self.letters, stage, 3, saved=saved, **kwargs))
 
     def run(self, schedule, microbatches, functions=None, update=lambda stage: None):
-        """Clock by clock, each process as :class:`aimc_pl.pipeline.Pipeline` lets it run."""
+        """Run clock by clock, as :class:`aimc_pl.pipeline.Pipeline` lets each process run."""
         passages = []
         for process, network in zip(self.all, self.networks, strict=True):
             for x, target, weight in microbatches:
@@ -100,7 +100,7 @@ class Processes:
         assert self.letters.messages == {}
 
     def parameters(self, name):
-        """Of each layer, from the process that owns it."""
+        """Return a parameter of each layer, from the process that owns the layer."""
         return [getattr(self.networks[stage][2 * layer], name) for layer, stage in enumerate(OWNERS)]
 
 
@@ -196,7 +196,7 @@ def test_inference_gives_the_result_to_the_last_stage():
     assert results[:2] == [None, None]
     torch.testing.assert_close(results[2], network(x).detach(), rtol=1e-12, atol=1e-15)
     assert not results[2].requires_grad
-    # Training goes on with the numbers that follow.
+    # Training continues with the next numbers of micro-batches.
     processes.run(Schedule("sync", 3, 1), [(x, target, 1.0)])
     assert {operation.microbatch for operation in processes.letters.sent[-4:]} == {2}
 
@@ -218,6 +218,6 @@ def test_micro_batches_draw_numbers_of_their_own_that_the_seed_decides():
     assert len(set(first)) == 3
     assert losses(1) == first
     assert not set(losses(123456789)) & set(first)
-    # Each process asks for the same number, however many others have run before it.
+    # The seed depends on the number only, and not on the process.
     one, other = Processes(make_network(), seed=1).all[:2]
     assert [one.seed(number) for number in (1, 2)] == [other.seed(number) for number in (1, 2)]

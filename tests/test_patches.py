@@ -1,4 +1,4 @@
-"""Patches are undone, also after errors, and nobody else's is lost without a word."""
+"""These tests check that patches are undone, also after errors, and that a patch by others is not lost silently."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""The one-process runner against a numpy recomputation, whole-batch autograd and the closed forms."""
+"""These tests compare the pipeline in one process with a numpy recomputation, with autograd and with closed forms."""
 
 import gc
 import weakref
@@ -26,7 +26,7 @@ LEARNING_RATE = 1.0
 
 
 def to_parts(batch, num_microbatches):
-    """Micro-batches with their weights in the mini-batch."""
+    """Return the micro-batches of a mini-batch with their weights."""
     return [(*part, len(part[0]) / len(batch[0])) for part in split_batch(batch, num_microbatches)]
 
 
@@ -76,7 +76,7 @@ def make_batches(num_batches, size=11, dtype=torch.float64):
 
 
 def split_evenly(num_stages):
-    """The names of the layers with which stages 1 … M−1 begin, layers spread evenly."""
+    """Return the names of the layers with which stages 1 … M−1 begin, for stages of nearly equal length."""
     owners = owners_of(num_stages)
     return [str(2 * owners.index(stage)) for stage in range(1, num_stages)]
 
@@ -90,7 +90,7 @@ def make_even_step(network, num_stages, batch, **kwargs):
 
 
 class SlowLinks(Schedule):
-    """It takes two clocks more from stage to stage."""
+    """A schedule in which a message takes two clocks more to the next stage."""
 
     def forward_clock(self, stage, microbatch, num_microbatches=None):
         return super().forward_clock(stage, microbatch, num_microbatches) + 2 * stage
@@ -102,7 +102,7 @@ class SlowLinks(Schedule):
 def train_async(
     network, num_stages, num_microbatches, duplex, batches, drain_after, observers=(), kind=Schedule, **kwargs
 ):
-    """Train with one SGD per stage; returns the numbers of micro-batches before which the pipeline drained."""
+    """Train with one SGD per stage and return the numbers of micro-batches before which the pipeline drained."""
     step = make_even_step(network, num_stages, batches[0], delayed=True, may_share=False, **kwargs)
     optimizers = [AnalogSGD(stage.parameters, lr=LEARNING_RATE) for stage in step.stages]
 
@@ -123,7 +123,7 @@ def train_async(
 
 
 def numpy_parameters(network):
-    """Weights and biases, layer by layer."""
+    """Return weights and biases, layer by layer."""
     linears = [layer for layer in network if isinstance(layer, nn.Linear)]
     copies = [[p.detach().double().numpy().copy() for p in layer.parameters()] for layer in linears]
     return list(zip(*copies, strict=True))
@@ -243,7 +243,7 @@ def test_gradients_equal_those_of_the_whole_batch(name, num_stages, num_microbat
 
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
 def test_observed_versions_are_the_closed_form_with_uneven_minibatches(name):
-    """Mini-batches of 3, 2 and 1 samples are split into as many micro-batches."""
+    """Check mini-batches of 3, 2 and 1 samples, which are split into as many micro-batches."""
     schedule, recorder = Schedule(name, 3, num_microbatches=2), Recorder()
     batches = make_batches(3, size=3)
     step = make_even_step(make_network(), 3, batches[0])
@@ -298,7 +298,7 @@ def test_stages_hold_no_more_than_the_closed_form(name, duplex):
 
 
 ALIVE = Counter()
-"""By stage, what the nodes of :class:`Held` hold."""
+"""The number of living objects that nodes of :class:`Held` hold, by stage."""
 
 
 class Activation:
@@ -311,7 +311,7 @@ class Activation:
 
 
 class Held(torch.autograd.Function):
-    """Identity whose node holds on to an object of its own."""
+    """The identity, with an object that its node keeps alive."""
 
     @staticmethod
     def forward(ctx, x, stage):
@@ -328,7 +328,7 @@ class Held(torch.autograd.Function):
     ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 )
 def test_graphs_alive_are_the_closed_form(name, duplex):
-    """What autograd holds of a stage is what the micro-batches in flight need, and nothing once they have landed."""
+    """Check that autograd holds only what the micro-batches in flight need, and nothing in the end."""
     schedule = Schedule(name, 4, 6, duplex)
     network, most = make_network(), Counter()
     for stage, layer in enumerate([0, 4, 8, 12]):
@@ -361,7 +361,7 @@ def test_graphs_alive_are_the_closed_form(name, duplex):
 @pytest.mark.slow
 @pytest.mark.parametrize("duplex", ["half", "full"])
 def test_micro_batches_are_forgotten_when_they_have_landed(duplex):
-    """A pipeline that never drains holds those in flight, with their samples, and no others."""
+    """Check that a pipeline that never drains holds only the micro-batches in flight and their samples."""
     schedule = Schedule("async", 3, 2, duplex)
     batches = make_batches(6)
     step = make_even_step(make_network(), 3, batches[0], delayed=True, may_share=False)
@@ -378,7 +378,7 @@ def test_micro_batches_are_forgotten_when_they_have_landed(duplex):
                 del flights
                 held = [index for index, flight in enumerate(alive) if flight() is not None]
                 assert held == list(range(len(alive)))[-step.stages[0].num_in_flight :]
-        # One short of the most: the next one could enter.
+        # This is one less than the maximum, because the next micro-batch may enter now.
         assert step.stages[0].num_in_flight == schedule.in_flight(0, 12) - 1
     finally:
         gc.enable()
@@ -386,7 +386,7 @@ def test_micro_batches_are_forgotten_when_they_have_landed(duplex):
 
 @pytest.mark.parametrize("num_microbatches", [2, 11])
 def test_gradients_on_floating_point_tiles_equal_those_of_the_whole_batch(num_microbatches):
-    """Micro-batches of one sample too, whose errors autograd shares with the gradients of the biases."""
+    """Check gradients, also with micro-batches of one sample, where autograd shares errors with biases' gradients."""
     (x, target), *_ = make_batches(1, dtype=torch.float32)
     reference = make_network(torch.float32)
     nn.functional.mse_loss(reference(x), target).backward()
@@ -418,12 +418,12 @@ def test_abandon_forgets_what_is_in_flight():
     with step.running():
         pipeline.run([Flight(step, endless), Flight(step, endless)])
         assert not pipeline.is_empty
-        assert ended == [True]  # the first one's forward, by itself
+        assert ended == [True]  # the forward of the first one has finished
         pipeline.abandon()
         assert pipeline.is_empty
         assert ended == [True, True]
         assert [stage.num_in_flight for stage in step.stages] == [0] * 4
-        # The next fill starts anew: nothing of the old one is waited for.
+        # The next fill does not wait for anything of the old one.
         pipeline.run(to_flights(step, batches[1], 2))
         pipeline.drain()
     assert [stage.version for stage in step.stages] == [2] * 4
@@ -431,7 +431,7 @@ def test_abandon_forgets_what_is_in_flight():
 
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b", "async"])
 def test_events_count_micro_batches_over_the_whole_run(name):
-    """An update once per mini-batch is that of its last micro-batch, also when the pipeline has drained before it."""
+    """Check that an update once per mini-batch has the number of its last micro-batch, also after a drain."""
     batches, recorder = make_batches(3), Recorder()
     step = make_even_step(make_network(), 2, batches[0], delayed=name == "async", may_share=False)
     pipeline = Pipeline(step.stages, Schedule(name, 2, 2), lambda stage: None, [recorder])
@@ -453,7 +453,7 @@ def test_events_count_micro_batches_over_the_whole_run(name):
 
 @pytest.mark.parametrize("skipped", [{0}, {1, 2}, {5}, set(range(6))])
 def test_skipped_micro_batches_learn_nothing_and_keep_their_clocks(skipped):
-    """A step that returns no loss leaves no gradient, and the others go on as if it had one."""
+    """Check that a step without a loss leaves no gradient, and that the other steps go on as usual."""
     batches = make_batches(6)
     network, start = make_network(), make_network()
 
@@ -478,7 +478,7 @@ def test_skipped_micro_batches_learn_nothing_and_keep_their_clocks(skipped):
 
 
 def test_a_process_runs_its_own_stages_of_the_table():
-    """Of every stage exactly its operations, in the table's order, with the versions of the whole pipeline."""
+    """Check that each stage does its own operations in the table's order, with the versions of the whole pipeline."""
 
     class Counting:
         def __init__(self, k):

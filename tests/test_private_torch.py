@@ -1,4 +1,4 @@
-"""What we use of torch without a public name still does what we rely on."""
+"""These tests check that private names of torch, which this project uses, still behave as it needs."""
 
 from functools import partial
 
@@ -66,7 +66,7 @@ def test_nodes_are_numbered_as_they_are_made():
     first = next_sequence_number()
     a = x * 2
     between = next_sequence_number()
-    assert next_sequence_number() == between  # to look makes no node
+    assert next_sequence_number() == between  # the call itself makes no node
     b = a + x
     assert first <= sequence_number(a.grad_fn) < between <= sequence_number(b.grad_fn) < next_sequence_number()
 
@@ -192,9 +192,9 @@ def test_function_modes():
 
 
 def test_is_checkpointing():
-    """In the forward of a checkpointed region, and in no other context that saves tensors in its own way.
+    """Check the forward of a checkpointed region against other contexts that save tensors in their own way.
 
-    (The reentrant kind runs its region in no_grad, where no stage begins either.)
+    The reentrant kind runs its region in no_grad, where no stage begins either.
     """
 
     def region(x):
@@ -211,7 +211,7 @@ def test_is_checkpointing():
         assert not is_checkpointing()
 
     def region_with_hooks_of_its_own(x):
-        # A partial has no name.
+        # A partial has no name by which it could be recognised.
         with saved_tensors_hooks(partial(torch.clone), lambda tensor: tensor):
             return region(x)
 
@@ -234,7 +234,7 @@ def test_is_checkpointing():
     ],
 )
 def test_is_in_functorch(transform):
-    """In functions that transforms run, and in no other that autograd looks at."""
+    """Check functions that transforms of torch.func run, against functions that only autograd calls."""
     seen = []
 
     def function(x):
@@ -258,7 +258,7 @@ def test_is_in_functorch(transform):
 
 @pytest.mark.parametrize("is_disabled", [False, True])
 def test_saved_tensor_hooks_while_they_are_disabled(is_disabled):
-    """Within a context that forbids them there are none, and to count them is allowed."""
+    """Check that saved-tensor hooks can be counted in a context that forbids them, and that there are none."""
     if is_disabled:
         with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
             assert count_saved_tensor_hooks() == 0
@@ -267,9 +267,9 @@ def test_saved_tensor_hooks_while_they_are_disabled(is_disabled):
 
 
 class Telling(torch.Tensor):
-    """Tells the functions that it is given to."""
+    """A tensor that records the functions it is passed to."""
 
-    seen: list[str] = []  # noqa: RUF012, of the class
+    seen: list[str] = []  # noqa: RUF012, shared by all tensors of the class
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -305,7 +305,7 @@ def test_functions_are_not_intercepted():
 
 
 def test_a_module_calls_what_stands_in_its_place():
-    """And a call with hooks is what it has called before."""
+    """Check that a module calls the replacement, between its hooks if it has any."""
     module, calls = nn.Linear(2, 2), []
     module.register_forward_hook(lambda *args: calls.append("hook"))
     plain = call_of(module)
@@ -336,7 +336,7 @@ def test_backward_hooks_on_all_modules_are_seen():
             assert has_global_backward_hooks()
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # inputs without gradients are part of the case
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # some inputs have no gradient on purpose
 def test_backward_hooks_can_be_left_out():
     module, calls = nn.Sequential(nn.Linear(2, 2)), []
     assert not has_backward_hooks(module[0])
@@ -384,7 +384,7 @@ def test_schedulers_see_the_steps_of_a_changed_class(recwarn):
     scheduler.step()
     assert Counting.steps == 1
     assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
-    # A scheduler made later does not wrap it once more.
+    # A scheduler that is made later does not wrap the step again.
     step = optimizer.step
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     assert optimizer.step is step
@@ -454,7 +454,7 @@ def test_hooks_over_several_tensors_are_told_from_others(mode):
 
 @pytest.mark.parametrize("had_hooks", [False, True])
 def test_hooks_of_tensors_are_put_back(had_hooks):
-    """Those that came later are called no more, and those that were there are called and can be removed."""
+    """Check that later hooks are no longer called, and that earlier hooks are called and can be removed."""
     parameter, calls = nn.Parameter(torch.ones(2)), []
     handles = []
     if had_hooks:

@@ -1,4 +1,4 @@
-"""What a process says that has lost another one."""
+"""These tests check what a process reports when it has lost another one."""
 
 import pytest
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from aimc_pl.processes import Processes
 
 
 class Store:
-    """Of a rank 0 that goes while it is asked: after some calls, the connection is gone."""
+    """The store of a rank 0 that ends: after some calls the connection is lost."""
 
     def __init__(self, calls, told=True):
         self.calls = calls
@@ -35,7 +35,7 @@ class Store:
 def processes():
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     alone = Processes(1, timeout=5.0, node=0)
-    alone.rank, alone.num_stages = 1, 3  # as rank 1 of three, none of which the system watches
+    alone.rank, alone.num_stages = 1, 3  # as rank 1 of three, whose processes the system does not watch
     yield alone
     dist.destroy_process_group()
 

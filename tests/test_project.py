@@ -1,4 +1,4 @@
-"""Rules of the house that tests can keep: imports, the wheel, docstrings."""
+"""These tests check rules of the project: imports, the wheel, docstrings and private names."""
 
 import ast
 import inspect
@@ -50,7 +50,7 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_installed_wheel_trains(wheel, tmp_path):
-    """From another folder, by one of the configs that it brings along."""
+    """Check that the installed package trains from another folder, with one of its own configs."""
     install = [
         sys.executable,
         "-m",
@@ -105,7 +105,7 @@ def test_public_names_are_documented(package):
 
 
 def foreign_private_names(tree):
-    """Imports of private names, and attributes with an underscore that nothing in the file defines."""
+    """Yield imports of private names, and attributes with an underscore that nothing in the file defines."""
     nodes = [*ast.walk(tree)]
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     of_self = {id(a) for a in attributes if isinstance(a.value, ast.Name) and a.value.id in ("self", "cls")}
@@ -121,7 +121,7 @@ def foreign_private_names(tree):
         elif isinstance(node, ast.Attribute) and id(node) not in of_self and node.attr not in own:
             names = [node.attr]
         for name in names:
-            # namedtuple's methods are public, and begin with an underscore to leave names to its fields
+            # The methods of namedtuple are public, and begin with an underscore to avoid clashes with fields.
             if name.startswith("_") and not name.endswith("__") and name not in ("_replace", "_asdict", "_"):
                 yield f"line {node.lineno}: {name}"
 
@@ -137,7 +137,7 @@ EXCEPTIONS = {
     "forked.py": (": _exit",),
     "link_exchange.py": (": _exchanges", ": _send"),
 }
-"""Names that users have to import too, and do; a documented function of ``os``; our own, which a forger would use."""
+"""Names that users must import too, a documented function of ``os``, and own names that a forger would use."""
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ from aimc_pl.a import _b
 
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.stem)
 def test_callbacks_learn_from_events_only(path):
-    """No stage at work, and nothing of how the strategy divides and runs a step."""
+    """Check that callbacks import neither stages nor the code that divides and runs a step."""
     imported = {*imports_of(path)}
     inside = {"planning", "training", "training_step", "placement", "ownership", "batches"}
     assert not any(name.startswith(f"aimc_pl.strategies.{room}") for name in imported for room in inside)

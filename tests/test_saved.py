@@ -1,4 +1,4 @@
-"""What a backward sees of weights that have changed since its forward."""
+"""These tests check which weights a backward uses when weights have changed since its forward."""
 
 import copy
 import gc
@@ -44,7 +44,7 @@ class Scaled(nn.Module):
 
 
 class InPlace(nn.Module):
-    """A layer whose weight does not begin, or is not laid out, as a new tensor is."""
+    """A layer whose weight has another storage offset, strides or memory order than a new tensor."""
 
     def __init__(self, weight):
         super().__init__()
@@ -74,7 +74,7 @@ def gradients_of(layer, x, error):
 
 
 def update(module, optimizer):
-    """Change all weights in place."""
+    """Change all weights in place by a step of an optimizer."""
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
     step = OPTIMIZERS[optimizer](module.parameters())
@@ -91,7 +91,7 @@ def backward(module, loss, versions, error):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_backward_uses_the_weights_of_its_time(layer, optimizer, saved):
-    """For a single layer, the input's gradient is that of a layer with the current (or the forward's) weights."""
+    """Check that a layer's input gradient is that of a layer with the current weights, or with those of the forward."""
     torch.manual_seed(0)
     make, shape = LAYERS[layer]
     module = make().double()
@@ -118,7 +118,7 @@ def test_backward_uses_the_weights_of_its_time(layer, optimizer, saved):
 
 
 def test_without_the_forwards_versions_autograd_refuses():
-    """What the other tests pass for would otherwise be torch's own error."""
+    """Check that torch raises an error without the forward's versions, so the other tests do depend on them."""
     module = nn.Linear(3, 3)
     out = module(torch.randn(2, 3, requires_grad=True))
     update(module, "sgd")
@@ -128,7 +128,7 @@ def test_without_the_forwards_versions_autograd_refuses():
 
 @pytest.mark.parametrize("stash", [False, True])
 def test_backward_under_autocast(stash):
-    """Autocast's copies of weights are made anew from the current ones, or are those of the forward."""
+    """Check that autocast's copies come from the current weights or, with stashing, from those of the forward."""
     module = nn.Linear(6, 4, bias=False)
     x, error = torch.randn(5, 6, requires_grad=True), torch.randn(5, 4).bfloat16()
     before = module.weight.detach().clone()
@@ -145,7 +145,7 @@ def test_backward_under_autocast(stash):
 
 
 def test_one_copy_per_version():
-    """Two micro-batches forwarded at one version and backwarded two versions later see that version."""
+    """Check that two micro-batches with the same version in their forwards see that version in later backwards."""
     module = nn.Linear(3, 3, bias=False).double()
     saved = SavedParameters(module.parameters(), stash=True)
     weights, flights = [module.weight.detach().clone()], []

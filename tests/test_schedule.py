@@ -1,4 +1,4 @@
-"""The clock tables against the closed forms, against a drawing, and against what any pipeline must obey."""
+"""These tests compare clock tables with closed forms, with drawings, and with rules that hold for every pipeline."""
 
 from collections import Counter, defaultdict
 
@@ -52,7 +52,7 @@ def test_full_duplex_turns_around_in_the_last_stage():
 @pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
 @pytest.mark.parametrize("total", [1, 3, 16, 40])
 def test_closed_forms_for_all_sizes(name, duplex, total):
-    """DESIGN's formulas, written out here, for all M ≤ 16 and (as a run of `total`) B."""
+    """Check the closed forms, written out here, for all M ≤ 16 and a run of `total` micro-batches."""
     for stages in range(1, 17):
         schedule = Schedule(name, stages, total, duplex)
         rows = list(schedule.clocks(total))
@@ -99,7 +99,7 @@ def test_async_versions_and_staleness_counted(duplex, total):
                     assert schedule.version(stage, k) == seen[stage, k] == max(0, k - delay)
                 else:
                     assert schedule.staleness(stage, k) == updates[stage] - seen[stage, k] == min(k, delay)
-            # updates come after all operations of a clock
+            # Updates come after all operations of a clock.
             updates.update(stage for kind, stage, _ in row if kind == "B")
 
 
@@ -111,7 +111,7 @@ def test_one_update_per_minibatch_has_no_staleness(name):
 
 
 class Shifted(Schedule):
-    """Backwards of a stage come ``early`` clocks before their time."""
+    """A schedule in which the backwards of one stage come ``early`` clocks too soon."""
 
     early = 0
     stage = 1

@@ -1,4 +1,4 @@
-"""What a stage counts."""
+"""These tests check what a stage counts and holds."""
 
 import pytest
 from torch import nn
@@ -7,7 +7,7 @@ from aimc_pl.stage import Stage, StageInfo
 
 
 def test_versions_seen_by_micro_batches_in_flight():
-    """A stage that goes backward two micro-batches behind its forwards."""
+    """Check a stage whose backwards follow two micro-batches behind its forwards."""
     stage = Stage(1)
     seen = []
     for k in range(6):

@@ -1,4 +1,4 @@
-"""What the pages of docs/ show as programs runs as it stands there."""
+"""These tests run the programs that pages of docs/ show, as they stand there."""
 
 import re
 import subprocess
@@ -38,7 +38,7 @@ def test_the_study_runs(tmp_path):
 def test_the_schedule_of_ones_own_runs(num_stages):
     names = {}
     exec(blocks()[2], names)
-    assert names["strategy"].schedule.num_cycles() == 2 * (8 + 3) + 2 * 2 * 3  # two more clocks a link, there and back
+    assert names["strategy"].schedule.num_cycles() == 2 * (8 + 3) + 2 * 2 * 3  # two more clocks a link, both ways
     monitor = StalenessMonitor()
     split_at = ["network.3", "network.5", "network.7"][: num_stages - 1]
     strategy = AnalogPipelineStrategy(num_stages, names["SlowLinks"], 4, split_at=split_at)
@@ -60,7 +60,7 @@ def test_the_observer_counts():
     make_trainer(strategy, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(
         Classifier(MLP([64, 8, 10])), Digits()
     )
-    # one stage is late by one update, but for the first after the fill
+    # One stage is late by one update, except for the first update after the fill.
     assert lateness.total == 3 * 4 - 1
 
 

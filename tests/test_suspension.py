@@ -1,4 +1,4 @@
-"""Calls that wait inside."""
+"""These tests check calls that can be suspended inside."""
 
 import gc
 import weakref
@@ -66,7 +66,7 @@ def test_abort_runs_the_functions_cleanup():
 
 
 def test_what_a_call_has_entered_is_set_aside():
-    """Interleaved calls that wait inside contexts leave none of them on for the caller or for each other."""
+    """Check that interleaved calls that wait inside contexts leave none of them on for the caller or other calls."""
 
     def function():
         assert torch.is_grad_enabled()
@@ -92,7 +92,7 @@ def test_what_a_call_has_entered_is_set_aside():
 
 
 def test_saved_tensor_hooks_belong_to_their_call():
-    """The innermost hooks pack: a call's own within it, the caller's outside."""
+    """Check that the innermost hooks pack: a call's own hooks inside the call, and the caller's outside."""
     packed = []
 
     def named(name):
@@ -167,7 +167,7 @@ def test_function_modes_belong_to_their_call():
 
 
 def test_autocast_keeps_no_copies_for_another_call():
-    """Within autocast torch uses a weight's copy again: not another call's, nor one of older weights."""
+    """Check that a call does not reuse autocast's copy of a weight from another call or from before an update."""
     weight = torch.eye(2, requires_grad=True)
 
     def function():

@@ -1,4 +1,4 @@
-"""What steps switch for the whole process belongs to their micro-batch."""
+"""These tests check that settings of the process that a step changes belong to the step's micro-batch."""
 
 import sys
 import threading
@@ -22,7 +22,7 @@ class Network(nn.Module):
 
 
 def settings():
-    """Those that take another value, and what to set."""
+    """Return the settings to test by name, each with another value to set."""
     others = {
         "sys.stdout": sys.stderr,
         "sys.stderr": sys.stdout,
@@ -71,7 +71,7 @@ def test_a_switch_is_set_aside_while_its_step_waits(name):
                 flight.forward(stage)
     assert switch.read() == before
     assert seen == [before, other] * 2
-    # An aborted step leaves what it has entered; one that does not switch costs nothing.
+    # An aborted step restores its settings. A step that changes no setting costs nothing.
     flight = Flight(step, lambda: function(1))
     with step.running():
         flight.forward(0)

@@ -1,4 +1,4 @@
-"""The LightningModules."""
+"""These tests check the LightningModules of the package."""
 
 import math
 
@@ -13,7 +13,7 @@ from aimc_pl.tasks import LanguageModel
 
 @pytest.fixture
 def table():
-    """A bigram model: the logits of what follows a token are a row of a table."""
+    """Return a bigram model: the logits of the token after a token are a row of a table."""
     torch.manual_seed(0)
     return nn.Embedding(5, 5)
 
@@ -47,7 +47,7 @@ def test_language_model_learns_by_its_optimizer_and_scheduler(table):
     )
     fit = trainer(max_epochs=1)
     fit.fit(module, DataLoader(TensorDataset(tokens, following), batch_size=6))
-    # the gradient of a mean cross-entropy: softmax minus one-hot, summed over the token's places
+    # The gradient of a mean cross-entropy is softmax minus one-hot, summed over the places of the token.
     gradient = torch.zeros(5, 5)
     for token, after in zip(tokens.flatten(), following.flatten(), strict=True):
         gradient[token] += (before[token].softmax(0) - torch.eye(5)[after]) / 18

@@ -1,4 +1,4 @@
-"""Trials leave no trace, repeat themselves, and find steps that stages would change."""
+"""These tests check that trials of a step leave no trace, repeat themselves, and find steps that stages change."""
 
 import copy
 import random
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
 
 def messy(net, x):
-    """Leaves something in every place, and draws from every source."""
+    """Compute a loss, leave something in every place, and draw from every source."""
     noise = torch.randn(4, generator=net.generator).double() + np.random.rand() + random.random()
     noise += net.rng.random() + net.old_rng.rand() + net.pythons.random()
     h = net.a(x) + noise
@@ -66,7 +66,7 @@ def messy(net, x):
 
 
 def snapshot(net):
-    """All that a trial might change, by ways of its own."""
+    """Return everything that a trial might change, found without the code under test."""
     states = [torch.get_rng_state(), net.generator.get_state()]
     arrays = np.random.get_state()
     net.source, peek = tee(net.source)
@@ -131,7 +131,7 @@ def test_trials_leave_no_trace(run, gradients):
     elif run == "staged":
         assert trials.staged(step) is not None
     elif run == "losses":
-        assert trials.losses(functions) is None  # they are random
+        assert trials.losses(functions) is None  # the losses are random, so they are not comparable
     elif run == "fails":
         with pytest.raises(KeyError):
             trials.undivided()
@@ -143,7 +143,7 @@ def test_trials_leave_no_trace(run, gradients):
 
 
 def test_messy_leaves_its_mark():
-    """What the test above looks at would change without it."""
+    """Check that everything that the test above compares does change without a trial."""
     net = Network()
     before = snapshot(net)
     messy(net, make_inputs()[0]).backward()
@@ -191,13 +191,13 @@ class Watched:
 
 
 def test_undivided_is_a_plain_backward():
-    """Of the first two micro-batches, one after the other."""
+    """Check the first two micro-batches, one after the other."""
     net, reference = Network(), Network()
     x, other = make_inputs()
     states = torch.get_rng_state()
     losses = []
     for inputs in (x, other):
-        # Each from the same random states and statistics.
+        # Both start from the same random states and statistics.
         torch.set_rng_state(states)
         buffers = copy.deepcopy(dict(reference.named_buffers()))
         losses.append(reference.loss(inputs))
@@ -218,7 +218,7 @@ def test_undivided_is_a_plain_backward():
 @pytest.mark.parametrize("num_microbatches", [1, 2, 3])
 @pytest.mark.parametrize("delayed", [False, True])
 def test_staged_equals_undivided_with_random_numbers(delayed, num_microbatches):
-    """Micro-batches draw the same dropout masks, although others draw between their stages."""
+    """Check that micro-batches draw the same dropout masks, although others draw between their stages."""
     net = Network()
     functions = [lambda x=x: net.loss(x) for x in make_inputs(num_microbatches)]
     trials = Trials(net, functions)
@@ -259,7 +259,7 @@ def test_a_step_that_skips_its_first_micro_batch():
 
 
 def test_losses_are_each_from_the_same_state():
-    """And without dropout, if that is all that is random."""
+    """Check that each loss starts from the same state. Dropout is switched off if nothing else is random."""
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double()
     inputs = make_inputs(3)
     functions = [lambda x=x: (net(x) + net[1].running_mean).square().mean() for x in inputs]
@@ -284,7 +284,7 @@ def test_losses_are_each_from_the_same_state():
 
 @pytest.mark.parametrize("differentiates", [False, True])
 def test_forwards_alone_run_without_gradients(differentiates):
-    """They need less memory; but a step that differentiates in its forward needs gradients."""
+    """Check that forwards run without gradients, which saves memory, unless the step differentiates in its forward."""
     net = Network().eval()
     inputs = make_inputs(3)
     enabled = []
@@ -301,13 +301,13 @@ def test_forwards_alone_run_without_gradients(differentiates):
     trials.check_repeats(reference)
     enabled.clear()
     losses = trials.losses(functions, reference)
-    assert enabled == [differentiates]  # the first two are known
+    assert enabled == [differentiates]  # the losses of the first two are already known
     assert torch.equal(torch.stack(losses), torch.stack([function(x).detach() for x in inputs]))
 
 
 @pytest.mark.parametrize("remembers", [False, True])
 def test_recording_shows_whether_a_step_remembers(remembers):
-    """Only then is it looked for what; see test_memory_is_named."""
+    """Check that the step is searched for memory only if it remembers. test_memory_is_named checks the search."""
     m = Remembering()
     calls = []
 
@@ -384,7 +384,7 @@ def test_verify_refuses_what_micro_batches_share(function):
 
 
 def test_verify_refuses_another_gradient():
-    """With the same loss."""
+    """Check a step with the right loss but another gradient."""
 
     class Leaks(torch.autograd.Function):
         @staticmethod
@@ -420,7 +420,7 @@ def test_a_step_that_does_not_repeat_itself_is_refused():
     reference = trials.undivided()
     trials.check_repeats(reference)
     verify(trials, make_step(net, ["b", "c"], delayed=True), reference)
-    # A step that is another one each time.
+    # This step gives another loss at each run.
     times = []
 
     def restless(x):
@@ -437,7 +437,7 @@ def test_a_step_that_does_not_repeat_itself_is_refused():
 
 
 def test_verify_looks_at_the_second_loss_too():
-    """Where only that one meets what the other has left."""
+    """Check a step in which only the second micro-batch meets what another one has left."""
     net = Network().eval()
 
     def function(x):
@@ -559,7 +559,7 @@ def warm_up(m, x):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_memory_is_named(function, names):
-    """Beside others that the step leaves and does not read."""
+    """Check that only attributes are named that the step also reads, and not others that it writes."""
 
     def run(x):
         m.losses.append(x)
@@ -596,7 +596,7 @@ def cleared_at_the_end(m, x):
 
 
 def started_anew_before_it_is_set(m, x):
-    """In another stage, where at the first step there is nothing to start anew."""
+    """Reset an attribute in the first stage and set it in another one. At the first step there is nothing to reset."""
     m.hidden = None
     h = m.net[1](m.net[0](x))
     m.hidden = h if m.hidden is None else m.hidden + h
@@ -633,7 +633,7 @@ def test_what_is_not_read_again_is_no_memory(function):
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_a_step_that_reads_gradients_is_refused(overlaps):
-    """As a penalty on the gradient of the step before does; whether micro-batches overlap or not."""
+    """Check a penalty on the last step's gradient, whether micro-batches overlap or not."""
     m = Remembering()
 
     def function(x):
@@ -648,7 +648,7 @@ def test_a_step_that_reads_gradients_is_refused(overlaps):
 
 
 def test_gradients_taken_within_the_step_are_no_memory():
-    """With respect to the input, and of a graph of its own."""
+    """Check a gradient with respect to the input, in a graph of its own."""
     m = Remembering()
 
     def function(x):
@@ -663,7 +663,7 @@ def test_gradients_taken_within_the_step_are_no_memory():
 
 
 def test_a_batch_that_the_step_changes_is_put_back_between_runs():
-    """Every run starts from the batch as it came."""
+    """Check that every run starts from the unchanged batch."""
     m = Remembering()
     batches = [{"x": x, "scale": torch.tensor(2.0).double()} for x in make_inputs()]
     before = [{name: value.clone() for name, value in batch.items()} for batch in batches]
@@ -719,7 +719,7 @@ def test_recording_notices_seeding(seeds, overlaps):
 
 @pytest.mark.parametrize("delayed", [False, True])
 def test_staged_runs_pretend_updates(delayed):
-    """A step that differentiates in one stage what another one has computed finds other weights there."""
+    """Check that a step that differentiates another stage's values finds changed weights there."""
     m = Remembering()
 
     def function(x):
@@ -751,5 +751,5 @@ def test_a_list_that_several_stages_add_to_is_refused():
     reference = trials.undivided()
     step = make_step(m, ["net.1", "net.2"])
     trials.record(step)
-    with pytest.raises(UsageError, match=r"adds to 'queue' in several stages without starting it anew"):
+    with pytest.raises(UsageError, match=r"adds to 'queue' in several stages without resetting it"):
         trials.check_memory(step, reference)

@@ -1,4 +1,4 @@
-"""Digital networks train, in the core and with the strategy, where aihwkit cannot be imported."""
+"""These tests train digital networks in the core and with the strategy, without aihwkit being installed."""
 
 import subprocess
 import sys

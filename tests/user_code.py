@@ -1,4 +1,4 @@
-"""LightningModules as users write them, none of them with a pipeline in mind."""
+"""LightningModules as users write them, without a pipeline in mind."""
 
 import asyncio
 import contextlib
@@ -47,7 +47,7 @@ def perceptron():
 
 
 class Plain(L.LightningModule):
-    """What the others change. Tests cut it at `net.2` and `net.4`."""
+    """The module that most others change. Tests cut it at `net.2` and `net.4`."""
 
     lr, momentum, batch_size, length = 0.1, 0.9, 6, 17
 
@@ -73,7 +73,7 @@ class Plain(L.LightningModule):
 
 
 class Layered(Plain):
-    """A loop over the layers, with a place for what is done between them."""
+    """A module that calls its layers in a loop and lets subclasses act between them."""
 
     def forward(self, x):
         for index, layer in enumerate(self.net):
@@ -112,7 +112,7 @@ class GradientReversal(Layered):
 
 
 class Round(torch.autograd.Function):
-    """Straight-through, with a saved tensor and state on ctx."""
+    """Straight-through rounding, with a saved tensor and other state on ctx."""
 
     @staticmethod
     def forward(ctx, x):
@@ -132,7 +132,7 @@ class StraightThrough(Layered):
 
 
 class Multiply(torch.autograd.Function):
-    """Keeps the weight on ctx, past the saved-tensor hooks."""
+    """A product that keeps its weight on ctx, where saved-tensor hooks do not see it."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -156,7 +156,7 @@ class WeightOnContext(Plain):
 
 
 class RunInFunction(torch.autograd.Function):
-    """A checkpoint of one's own: modules called in forward, again in backward."""
+    """A custom checkpoint: modules are called in the forward, and again in the backward."""
 
     @staticmethod
     def forward(ctx, run, x):
@@ -193,7 +193,7 @@ class NoGradBlock(Layered):
 
 
 class GradModeByHand(Plain):
-    """Switched over a boundary, without a context manager."""
+    """A module that switches gradients off and on over boundaries without a context manager."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -214,7 +214,7 @@ class Autocast(Plain):
 
 
 class DefaultDtype(Layered):
-    """A default dtype over the boundaries of a float64 network."""
+    """A module that sets another default dtype over the boundaries of a float64 network."""
 
     def training_step(self, batch, batch_idx):
         torch.set_default_dtype(torch.float32)
@@ -228,7 +228,7 @@ class DefaultDtype(Layered):
 
 
 class Probe(Plain):
-    """A frozen backbone without graph."""
+    """A head on a frozen backbone, which is called without a graph."""
 
     def __init__(self):
         super().__init__()
@@ -241,7 +241,7 @@ class Probe(Plain):
 
 
 class Teacher(Plain):
-    """Follows the student by a running mean, after the update."""
+    """A teacher that follows the student by a running mean after each update."""
 
     def __init__(self):
         super().__init__()
@@ -260,7 +260,7 @@ class Teacher(Plain):
 
 
 class TargetNetwork(Plain):
-    """Q-learning: the target is called first, and copied in the step now and then."""
+    """Q-learning: the step sometimes copies the network into the target, and calls the target first."""
 
     def __init__(self):
         super().__init__()
@@ -276,7 +276,7 @@ class TargetNetwork(Plain):
 
 
 class CopiesTheNetworkInTheStep(Plain):
-    """The copy carries what is hooked to the original."""
+    """A module that copies the network, with everything that is hooked to it, in the step."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -300,7 +300,7 @@ class InputPenalty(Plain):
 
 
 class PenaltyOfOneCall(Plain):
-    """The network is called once, so that no parameter is on two stages."""
+    """A gradient penalty for which the network is called only once, so no parameter is in two stages."""
 
     def training_step(self, batch, batch_idx):
         x = batch[0].clone().requires_grad_()
@@ -318,7 +318,7 @@ class PenaltyInTheLastStage(Plain):
 
 
 class Adversarial(Plain):
-    """Gradients of the input first, then the step on what they made."""
+    """Adversarial training: gradients of the input first, then a step on the changed input."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch[0].clone().requires_grad_(), batch[1]
@@ -327,7 +327,7 @@ class Adversarial(Plain):
 
 
 class BalancesLosses(Plain):
-    """Two losses, weighed by their gradients at a layer of an early stage."""
+    """Two losses that are balanced by their gradients at a layer of an early stage."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -346,7 +346,7 @@ class TensorHooks(Layered):
 
 
 class HookOfSeveralTensors(Layered):
-    """Measures what flows back through all layers, once per backward."""
+    """A hook over the outputs of all layers, which runs once per backward."""
 
     mode, last = "all", None
 
@@ -399,7 +399,7 @@ class GradientsAfterAccumulation(Plain):
 
 
 class RetainsGradients(Plain):
-    """Reads the gradient of an activation after the backward."""
+    """A module that reads the retained gradient of an activation after the backward."""
 
     def training_step(self, batch, batch_idx):
         self.h = self.net[:4](batch[0])
@@ -464,7 +464,7 @@ class FunctionMode(Plain):
 
 
 class Tanhs(TorchDispatchMode):
-    """As FlopCounterMode does: sees the operations of its own block only."""
+    """A dispatch mode that, like FlopCounterMode, sees the operations of its own block only."""
 
     def __init__(self):
         super().__init__()
@@ -511,14 +511,14 @@ class InferenceModeElsewhere(Plain):
 
 
 class NoisyWeights(Plain):
-    """Runs the network with other weights in their places."""
+    """A module that runs the network with other weights in place of its own."""
 
     def forward(self, x):
         return functional_call(self.net, {name: p * 1.1 for name, p in self.net.named_parameters()}, (x,))
 
 
 class SlowWeights(Plain):
-    """The same without gradients: the teacher is the network with weights of its own."""
+    """A teacher without gradients: the network with other weights, which the teacher owns."""
 
     def __init__(self):
         super().__init__()
@@ -536,7 +536,7 @@ class SlowWeights(Plain):
 
 
 class MovesWeights(Plain):
-    """Moves the weights in place for the forward, and back."""
+    """A module that changes weights in place for the forward and changes them back."""
 
     def training_step(self, batch, batch_idx):
         for p in self.net.parameters():
@@ -556,7 +556,7 @@ class ClampsWeights(Plain):
 
 
 class FreezesForAWhile(Plain):
-    """requires_grad switched off and on again, over the boundaries."""
+    """A module that switches requires_grad off and on again, over boundaries."""
 
     def training_step(self, batch, batch_idx):
         self.net[4].requires_grad_(False)
@@ -575,7 +575,7 @@ class Dropout(Plain):
 
 
 class LayerDrop(Layered):
-    """Layers of equal sizes are left out at random."""
+    """A module that leaves out layers of equal sizes at random."""
 
     def draw(self):
         return random.random()
@@ -621,7 +621,7 @@ class NoiseOfItsOwnGenerator(Layered):
 
 
 class SeedsInTheStep(Layered):
-    """The same noise for all samples, seeded at the start of the step and drawn in every stage."""
+    """A module that adds the same noise to all samples, seeded at the start of the step and drawn in every stage."""
 
     def training_step(self, batch, batch_idx):
         torch.manual_seed(batch_idx)
@@ -651,7 +651,7 @@ class UsesTheTrainer(Layered):
 
 
 class ReadsGradients(Plain):
-    """Those of the step before, which Lightning clears after training_step."""
+    """A module that reads the gradients of the last step, which Lightning clears only after training_step."""
 
     def training_step(self, batch, batch_idx):
         gradient = self.net[0].weight.grad
@@ -698,7 +698,7 @@ class KeywordArguments(Plain):
 
 
 class CollectsFeatures(Plain):
-    """A dictionary that forward hooks fill and the loss reads."""
+    """A dictionary that forward hooks fill and that the loss reads."""
 
     def __init__(self):
         super().__init__()
@@ -716,7 +716,7 @@ class CollectsFeatures(Plain):
 
 
 class CollectsInAClosure(Plain):
-    """The same in a variable of `__init__`, that no attribute of a module leads to."""
+    """Outputs in a local variable of `__init__`, to which no attribute of a module leads."""
 
     def __init__(self):
         super().__init__()
@@ -730,7 +730,7 @@ class CollectsInAClosure(Plain):
 
 
 class HooksOfTheStep(Plain):
-    """Registered when the step begins, and removed at its end."""
+    """Hooks that are registered at the start of the step and removed at its end."""
 
     def training_step(self, batch, batch_idx):
         kept = []
@@ -776,7 +776,7 @@ class KeepsLabelsOnTheClass(Plain):
 
 
 class LossWithMemory:
-    """An object that is no module."""
+    """A loss that keeps its target and is no module."""
 
     def prepare(self, y):
         self.target = F.one_hot(y, 3).double()
@@ -803,7 +803,7 @@ class Remembers(nn.Module):
 
 
 class SkipsThroughAttributes(Plain):
-    """An early layer keeps its input, a late one fetches it."""
+    """An early layer keeps its input in an attribute, from which a late stage fetches it."""
 
     def __init__(self):
         super().__init__()
@@ -816,7 +816,7 @@ class SkipsThroughAttributes(Plain):
 
 
 class NumberThroughAttributes(SkipsThroughAttributes):
-    """No tensor passes, so that no graph shows it."""
+    """A number in an attribute connects two stages, which no graph shows."""
 
     def training_step(self, batch, batch_idx):
         logits = self(batch[0])
@@ -840,7 +840,7 @@ class AuxiliaryList(Layered):
 
 
 class AuxiliaryLater(AuxiliaryList):
-    """From the second epoch on: nothing of it is there in the first mini-batch."""
+    """Auxiliary losses from the second epoch on. The first mini-batch has none."""
 
     def between(self, index, h):
         return super().between(index, h) if self.current_epoch else h
@@ -857,7 +857,7 @@ class AuxiliaryNewList(AuxiliaryList):
 
 
 class AuxiliaryTakenOut(AuxiliaryList):
-    """Emptied at the end of the step: nothing is there when a step begins."""
+    """A list that is empty when a step begins and when it ends."""
 
     def training_step(self, batch, batch_idx):
         loss = Plain.training_step(self, batch, batch_idx)
@@ -892,7 +892,7 @@ class AuxiliaryDeque(AuxiliaryList):
 
 
 class AuxiliaryTuple(AuxiliaryList):
-    """A tuple does not change, what it holds does."""
+    """A tuple whose containers change, although the tuple does not."""
 
     def __init__(self):
         super().__init__()
@@ -910,7 +910,7 @@ class AuxiliaryTuple(AuxiliaryList):
 
 
 class AuxiliarySlots(AuxiliaryList):
-    """Overwritten in every step, in every stage."""
+    """A list whose elements every stage overwrites in every step."""
 
     def __init__(self):
         super().__init__()
@@ -925,7 +925,7 @@ class AuxiliarySlots(AuxiliaryList):
 
 
 class AuxiliaryBuffer(Layered):
-    """The same in place, in one tensor."""
+    """A tensor whose elements every stage overwrites in place."""
 
     def __init__(self):
         super().__init__()
@@ -940,7 +940,7 @@ class AuxiliaryBuffer(Layered):
 
 
 class AuxiliaryCounter(Layered):
-    """A dict that is no plain one: its update adds."""
+    """A Counter, whose update adds instead of replacing."""
 
     def __init__(self):
         super().__init__()
@@ -965,7 +965,7 @@ class AuxiliaryDeleted(Plain):
 
 
 class AuxiliarySum(Layered):
-    """An attribute that grows in every stage."""
+    """An attribute to which every stage adds."""
 
     def training_step(self, batch, batch_idx):
         self.penalty = 0.0
@@ -994,7 +994,7 @@ class EvaluatesInTheStep(Plain):
 
 
 class Carries(Plain):
-    """A hidden state that goes on from step to step."""
+    """A hidden state that is carried from step to step."""
 
     def __init__(self):
         super().__init__()
@@ -1010,7 +1010,7 @@ class Carries(Plain):
 
 
 class CarriesOverABoundary(Carries):
-    """Read by the first stage, written by the last."""
+    """A hidden state that the first stage reads and the last stage writes."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -1063,7 +1063,7 @@ class CarriesDeepInside(Plain):
 
 
 class CarriesTheLoss(Plain):
-    """The loss is measured in units of its running mean."""
+    """A loss that is divided by its running mean."""
 
     mean = 1.0
 
@@ -1074,7 +1074,7 @@ class CarriesTheLoss(Plain):
 
 
 class Anneals(Layered):
-    """A number that grows with every step, read in every stage."""
+    """A number that grows with every step and is read in every stage."""
 
     beta = 0.0
 
@@ -1087,7 +1087,7 @@ class Anneals(Layered):
 
 
 class AnnealsWithTheSteps(Anneals):
-    """The same from global_step: nothing is carried."""
+    """A number that grows with global_step, so nothing is carried."""
 
     def training_step(self, batch, batch_idx):
         self.beta = min(1.0, 0.1 * self.global_step)
@@ -1108,7 +1108,7 @@ class Hyperparameters(AnnealsWithTheSteps):
 
 
 class LooksAtTheBatchFirst(Plain):
-    """A number of the whole mini-batch, from a hook before the step, read in the last stage."""
+    """A number of the whole mini-batch, which a hook sets before the step and the last stage reads."""
 
     def on_train_batch_start(self, batch, batch_idx):
         self.scale = batch[0].abs().mean()
@@ -1118,7 +1118,7 @@ class LooksAtTheBatchFirst(Plain):
 
 
 class CountsInABuffer(Plain):
-    """Counted in the first stage, read in the last."""
+    """A counter that the first stage raises and the last stage reads."""
 
     def __init__(self):
         super().__init__()
@@ -1130,7 +1130,7 @@ class CountsInABuffer(Plain):
 
 
 class CountsInAnArray(Plain):
-    """The same in numpy, by class."""
+    """Counters per class in a numpy array, which the last stage reads."""
 
     def __init__(self):
         super().__init__()
@@ -1153,7 +1153,7 @@ class RebindsABuffer(Plain):
 
 
 class RunningScale(Plain):
-    """A buffer that the backward needs, changed in place by the next step."""
+    """A buffer that the backward needs and that the next step changes in place."""
 
     def __init__(self):
         super().__init__()
@@ -1166,7 +1166,7 @@ class RunningScale(Plain):
 
 
 class Standardise(nn.Module):
-    """Running statistics, written and read in one layer."""
+    """A layer that writes and reads running statistics."""
 
     def __init__(self):
         super().__init__()
@@ -1192,7 +1192,7 @@ class BatchNorm(Plain):
 
 
 class Queue(Plain):
-    """MoCo: a slow encoder, moved in the step, and a queue of its outputs, all in the last stage."""
+    """MoCo: a slow encoder that the step moves, and a queue of its outputs, all in the last stage."""
 
     def __init__(self):
         super().__init__()
@@ -1213,7 +1213,10 @@ class Queue(Plain):
 
 
 class QueueInTheFirstStage(Queue):
-    """The slow encoder is moved first, the queue written last: fine, as the encoder's layers lie in no later stage."""
+    """A slow encoder that the first stage calls, and a queue that the last stage writes.
+
+    This works because no later stage has any of the encoder's layers.
+    """
 
     def training_step(self, batch, batch_idx):
         with torch.no_grad():
@@ -1225,7 +1228,7 @@ class QueueInTheFirstStage(Queue):
 
 
 class Quantise(nn.Module):
-    """A codebook of running means (VQ-VAE)."""
+    """A codebook of running means, as in VQ-VAE."""
 
     def __init__(self):
         super().__init__()
@@ -1250,7 +1253,7 @@ class Codebook(Plain):
 
 
 class MaskOnDemand(Plain):
-    """Made anew where the shape has changed, as positional encodings and masks are."""
+    """A mask that is made again when the shape has changed, as positional encodings often are."""
 
     def __init__(self):
         super().__init__()
@@ -1282,7 +1285,10 @@ class CachedMask(Plain):
 
 
 class KeepsOutputs(Plain):
-    """Lightning's own advice: collect in the step, log and clear at the end of the epoch."""
+    """A module that collects outputs in the step, and logs and clears them at the end of the epoch.
+
+    Lightning advises users to do this.
+    """
 
     def __init__(self):
         super().__init__()
@@ -1301,7 +1307,7 @@ class KeepsOutputs(Plain):
 
 
 class KeepsOutputsOfStages(Layered):
-    """The same with outputs of all layers."""
+    """A module that collects outputs of all layers."""
 
     def __init__(self):
         super().__init__()
@@ -1319,7 +1325,7 @@ class KeepsOutputsOfStages(Layered):
 
 
 class MetricOfStages(Layered):
-    """One metric, updated in every stage."""
+    """A metric that every stage updates."""
 
     def __init__(self):
         super().__init__()
@@ -1334,7 +1340,7 @@ class MetricOfStages(Layered):
 
 
 class LeavesTraces(Layered):
-    """Draws, counts, keeps and logs: all that a look at the step beforehand could leave behind."""
+    """A module that draws, counts, keeps and logs, which an earlier run of the step could leave behind."""
 
     def __init__(self):
         super().__init__()
@@ -1369,7 +1375,7 @@ class LeavesTraces(Layered):
 
 
 class KeepsAGraph(Plain):
-    """The step leaves an activation with its graph behind; nothing reads it, and nothing can copy it."""
+    """A module that leaves an activation with its graph, which nothing reads and nothing can copy."""
 
     def training_step(self, batch, batch_idx):
         self.last = self.net[:3](batch[0])
@@ -1415,7 +1421,7 @@ class WritesIntoTensors(Plain):
 
 
 class WritesAcrossTheBoundary(Plain):
-    """A late stage writes into a tensor of an early one, through views too."""
+    """A late stage writes into a tensor of an early stage, also through views."""
 
     def forward(self, x):
         h = self.net[0](x) * 1
@@ -1453,7 +1459,7 @@ class Constants(Layered):
 
 
 class Embeds(Plain):
-    """Sparse gradients, and rows that the forward renormalises in place."""
+    """An embedding with sparse gradients, whose forward renormalises rows in place."""
 
     def __init__(self):
         super().__init__()
@@ -1468,7 +1474,7 @@ class Embeds(Plain):
 
 
 class TimeFirst(Plain):
-    """Samples along the second dimension."""
+    """Batches with the samples along the second dimension."""
 
     def collate(self, samples):
         x, y = default_collate(samples)
@@ -1498,7 +1504,7 @@ class WithNames(Plain):
 
 
 class TwoLoaders(Plain):
-    """Twice as many unlabelled samples as labelled ones."""
+    """Two loaders, one with twice as many samples as the other."""
 
     def train_dataloader(self):
         data = Samples(length=18)
@@ -1558,7 +1564,7 @@ class StepInAnAttribute(Plain):
 
 
 class MaskedMean(Plain):
-    """A mean over the samples that count, of which micro-batches have more and less."""
+    """A mean over some of the samples, of which micro-batches have different numbers."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -1577,7 +1583,7 @@ class SeveralLosses(Plain):
 
 
 class LossOfAnEarlyStage(Plain):
-    """The late stages run without a say in the loss."""
+    """A loss of an early stage. The late stages run but do not contribute."""
 
     def training_step(self, batch, batch_idx):
         h = self.net[:3](batch[0])
@@ -1603,7 +1609,7 @@ class SometimesNone(Plain):
 
 
 class NoneForSomeData(Plain):
-    """Of one micro-batch yes, of another no."""
+    """A module that skips some micro-batches and not others."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -1611,7 +1617,7 @@ class NoneForSomeData(Plain):
 
 
 class NoneBeforeTheNetwork(Plain):
-    """Leaves the step before its boundaries."""
+    """A module that leaves the step before its boundaries."""
 
     def training_step(self, batch, batch_idx):
         return None if batch_idx == 1 else super().training_step(batch, batch_idx)
@@ -1662,7 +1668,7 @@ class OwnLog(Plain):
 
 
 class HalvesGradients(Plain):
-    """In the hook that a subclass names."""
+    """A module that halves gradients in a hook, which subclasses may change."""
 
     def halve(self, factor=0.5):
         for p in self.parameters():
@@ -1681,7 +1687,7 @@ class DropsGradients(HalvesGradients):
 
 
 class RemovesGradients(Plain):
-    """From the first layer, for good."""
+    """A module that removes the gradient of the first layer in every step."""
 
     def on_after_backward(self):
         self.net[0].weight.grad = None
@@ -1719,7 +1725,7 @@ class OwnOptimizerStep(Plain):
 
 
 class EveryOtherStep(Plain):
-    """Gradients of two mini-batches, by skipping the step and the zeroing."""
+    """A module that accumulates two mini-batches by skipping every other step and its clearing of gradients."""
 
     momentum = 0.0
 
@@ -1741,7 +1747,7 @@ class RatesPerLayer(Plain):
 
 
 class NeverAStep(Plain):
-    """As one skips a step whose gradients are not finite."""
+    """A module that never makes a step, as code does when gradients are not finite."""
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure: Callable[[], Any]):
         optimizer_closure()
@@ -1753,7 +1759,7 @@ class OwnZeroGrad(Plain):
 
 
 class HalvesBeforeZeroGrad(HalvesBeforeTheStep):
-    """Which Lightning calls before the gradients are cleared: without effect."""
+    """A module that halves gradients in a hook that Lightning calls just before clearing them, without effect."""
 
     def on_before_optimizer_step(self, optimizer):
         pass
@@ -1773,7 +1779,7 @@ class LineSearch(Plain):
 
 
 class ScalesBeforeBackward(Plain):
-    """A hook of the weight scales its gradient by a number that is set between the forward and the backward."""
+    """A hook on a weight, with a number that is set between the forward and the backward."""
 
     def __init__(self):
         super().__init__()
@@ -1793,7 +1799,7 @@ class FreezesBeforeBackward(Plain):
 
 
 class ClampsBeforeZeroGrad(Plain):
-    """Between the forward and the backward, where Lightning has this hook."""
+    """A module that clamps weights between the forward and the backward, where Lightning calls this hook."""
 
     def on_before_zero_grad(self, optimizer):
         for parameter in self.parameters():
@@ -1801,7 +1807,7 @@ class ClampsBeforeZeroGrad(Plain):
 
 
 class TrainsATensor(Plain):
-    """What is trained is no parameter of the module, as in soft actor-critic."""
+    """A module that trains a tensor that is no parameter of the module, as in soft actor-critic."""
 
     def __init__(self):
         super().__init__()
@@ -1820,7 +1826,7 @@ class TrainsATensor(Plain):
 
 
 class TrainsAHiddenModule(TrainsATensor):
-    """In a list, where torch does not look for modules."""
+    """A module that trains a module in a list, where torch does not look for modules."""
 
     def __init__(self):
         super().__init__()
@@ -1838,7 +1844,7 @@ class TrainsAHiddenModule(TrainsATensor):
 
 
 class CountingSGD(torch.optim.SGD):
-    """Steps grow smaller by a count that it keeps in its groups."""
+    """An optimizer whose steps shrink by a count that it keeps in its parameter groups."""
 
     def step(self, closure=None):
         loss = None if closure is None else closure()
@@ -1852,7 +1858,7 @@ class CountingSGD(torch.optim.SGD):
 
 
 class CountsSteps(Plain):
-    """The learning rate also changes, by a scheduler."""
+    """An optimizer that counts, with a scheduler that changes the learning rate too."""
 
     def configure_optimizers(self):
         optimizer = CountingSGD(self.parameters(), self.lr)
@@ -1873,7 +1879,7 @@ class CountsStepsInAnAttribute(Plain):
 
 
 class LogsTwice(Plain):
-    """The same name, several times in a step."""
+    """A module that logs the same name twice in a step."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -1884,7 +1890,7 @@ class LogsTwice(Plain):
 
 
 class ReadsOutputs(Plain):
-    """What the step returns comes to on_train_batch_end as it is."""
+    """A module that reads the step's output, as it was returned, in on_train_batch_end."""
 
     def __init__(self):
         super().__init__()
@@ -1901,7 +1907,7 @@ class ReadsOutputs(Plain):
 
 
 class WritesForAHook(Plain):
-    """Leaves something in the batch for on_train_batch_end."""
+    """A module that leaves values in the batch for on_train_batch_end."""
 
     def __init__(self):
         super().__init__()
@@ -1924,7 +1930,7 @@ class WritesForAHook(Plain):
 
 
 class ListsOfSamples(Plain):
-    """Samples of several sizes in lists, as in detection."""
+    """A list of samples of different sizes, as in detection."""
 
     def collate(self, samples):
         return [(x[: 3 + k % 3], {"y": y, "name": str(k)}) for k, (x, y) in enumerate(samples)]
@@ -1945,7 +1951,7 @@ class WeightNorm(Plain):
 
 
 class OldWeightNorm(Plain):
-    """A forward pre-hook that sets the weight."""
+    """The old weight norm: a forward pre-hook sets the weight."""
 
     def __init__(self):
         super().__init__()
@@ -1963,7 +1969,7 @@ class Orthogonal(Plain):
 
 
 class SpectralNorm(Plain):
-    """Its power iteration moves with every forward."""
+    """Spectral norm, whose power iteration advances with every forward."""
 
     def __init__(self):
         super().__init__()
@@ -1972,7 +1978,7 @@ class SpectralNorm(Plain):
 
 
 class CachedParametrizations(WeightNorm):
-    """Computed once in the step, for all micro-batches that are under way."""
+    """Parametrizations that are computed once per step."""
 
     def training_step(self, batch, batch_idx):
         with parametrize.cached():
@@ -2008,7 +2014,7 @@ class CallsTwice(Plain):
 
 
 class SharedInTime(Plain):
-    """A cell that is called four times, all before the next stage."""
+    """A cell that is called four times in one stage."""
 
     def __init__(self):
         super().__init__()
@@ -2032,7 +2038,7 @@ class PenaltyOnTheLastLayer(Plain):
 
 
 class SharedScale(Layered):
-    """One parameter for all layers."""
+    """One parameter that all layers use."""
 
     def __init__(self):
         super().__init__()
@@ -2050,7 +2056,7 @@ class Frozen(Plain):
 
 
 class FrozenStages(Plain):
-    """No parameter of two stages is trained."""
+    """Two stages whose parameters are all frozen."""
 
     def __init__(self):
         super().__init__()
@@ -2116,7 +2122,7 @@ class TriesInOneStage(Tries):
 
 
 class Generates(Plain):
-    """Generators and closures in the step."""
+    """A step with generators and closures."""
 
     def states(self, x):
         for layer in self.net:
@@ -2177,7 +2183,7 @@ class Scripted(Plain):
 
 
 class CallsForward(Plain):
-    """Past the hooks of the module that begins a stage."""
+    """A module that calls the layers' forward, which skips the hooks that begin stages."""
 
     def forward(self, x):
         for layer in self.net:
@@ -2192,7 +2198,7 @@ class InAThread(Plain):
 
 
 class SkipsABoundary(Plain):
-    """The second mini-batch does not call the layer that begins a stage."""
+    """The second mini-batch does not call the layer with which a stage begins."""
 
     def training_step(self, batch, batch_idx):
         layers = [layer for index, layer in enumerate(self.net) if index != 2 or batch_idx != 1]
@@ -2206,7 +2212,7 @@ class ChangesTheOrder(Plain):
 
 
 class DetectsAnomalies(Plain):
-    """A switch of the whole process, set over the boundaries."""
+    """A module that sets a switch of the whole process over boundaries."""
 
     def training_step(self, batch, batch_idx):
         with torch.autograd.set_detect_anomaly(True):
@@ -2252,7 +2258,7 @@ class ForbidsSavedTensorHooks(Plain):
 
 
 class PatchesAFunction(Plain):
-    """Another function for the time of the step, made of the one that it replaces."""
+    """A module that replaces a function during the step by one that calls the original."""
 
     def training_step(self, batch, batch_idx):
         cross_entropy = F.cross_entropy
@@ -2289,7 +2295,7 @@ class RunsACoroutine(Plain):
 
 
 class DifferentiatesForward(Plain):
-    """A directional derivative in the loss."""
+    """A loss with a directional derivative."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -2308,7 +2314,7 @@ class PerceptronWithScale(nn.Module):
 
 
 class ScaledAtTheEnd(Plain):
-    """As CLIP: a parameter of the module around all layers, used after them."""
+    """A parameter of the module around all layers, used after them, as in CLIP."""
 
     def __init__(self):
         super().__init__()
@@ -2316,7 +2322,7 @@ class ScaledAtTheEnd(Plain):
 
 
 class ViewOfAParameter(Plain):
-    """As CaiT: made in the first stage, used in the last one."""
+    """A view of a parameter that the first stage makes and a later stage uses, as in CaiT."""
 
     def __init__(self):
         super().__init__()
@@ -2328,7 +2334,7 @@ class ViewOfAParameter(Plain):
 
 
 class SkipsLayersAtRandom(Plain):
-    """LayerDrop of the layers with which stages begin."""
+    """LayerDrop of layers with which stages begin."""
 
     def forward(self, x):
         x = self.net[0](x)
@@ -2339,7 +2345,7 @@ class SkipsLayersAtRandom(Plain):
 
 
 class PenaltyLater(Plain):
-    """On a layer of another stage, not from the start."""
+    """A penalty on a layer of another stage, which starts after the first epoch."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -2354,7 +2360,7 @@ class ReplacesAParameter(Plain):
 
 
 class ReplacesALayer(Plain):
-    """The one with which a stage begins."""
+    """A module that replaces the layer with which a stage begins."""
 
     def on_train_epoch_start(self):
         if self.current_epoch == 1:
@@ -2373,7 +2379,7 @@ class AddsALayer(Plain):
 
 
 class DividesByAFixedNumber(Plain):
-    """A sum that the step divides by the size of the mini-batch, beside dropout."""
+    """A module that divides a sum by the size of the mini-batch, in a network with dropout."""
 
     def __init__(self):
         super().__init__()
@@ -2397,7 +2403,7 @@ class Average:
 
 
 class AveragesInObjects(Plain):
-    """Objects, in a dict and with lists and arrays inside, as many training loops have them."""
+    """Objects in a dict, with lists and arrays inside, as in many training loops."""
 
     def __init__(self):
         super().__init__()
@@ -2418,7 +2424,7 @@ class AveragesInObjects(Plain):
 
 
 class AnnealsBy(Plain):
-    """The weight of a loss grows with the steps."""
+    """A loss whose weight grows with the steps."""
 
     def steps(self):
         raise NotImplementedError
@@ -2482,7 +2488,7 @@ class AnnealsInAClosure(AnnealsBy):
 
 
 class AnnealsOutOfReach(AnnealsBy):
-    """Nothing tells where an iterator in a list stands."""
+    """An iterator in a list, whose position cannot be read."""
 
     def __init__(self):
         super().__init__()
@@ -2512,7 +2518,7 @@ class GeneratorsInContainers(Plain):
 
 
 class HiddenTeacher(Plain):
-    """In a list, where it is no submodule; it follows the network."""
+    """A teacher in a list, where it is no submodule. It follows the network."""
 
     def __init__(self):
         super().__init__()
@@ -2560,7 +2566,7 @@ class SchedulesItsOwnInTheStep(SchedulesInTheStep):
 
 
 class OfTheFirstStep(Plain):
-    """Does something in its first step that lasts."""
+    """A module that does something lasting in its first step."""
 
     is_ready = False
 
@@ -2603,7 +2609,7 @@ class LayerOfTheFirstStep(OfTheFirstStep):
 
 
 class HiddenStates(Plain):
-    """Transformers registers hooks in the first call that asks for hidden states."""
+    """A model of transformers, which registers hooks in the first call that asks for hidden states."""
 
     def __init__(self):
         super().__init__()
@@ -2664,7 +2670,7 @@ class ContainersOfItsOwn(Plain):
 
 
 class BackwardInTheStep(Plain):
-    """Lightning clears the gradient that it leaves."""
+    """A module that calls backward in the step. Lightning clears the gradient."""
 
     def training_step(self, batch, batch_idx):
         super().training_step(batch, batch_idx).backward()
@@ -2672,7 +2678,7 @@ class BackwardInTheStep(Plain):
 
 
 class UpdatesInTheBackward(Plain):
-    """Each parameter, as soon as its gradient is there."""
+    """A module that updates each parameter as soon as its gradient is known."""
 
     def configure_optimizers(self):
         for parameter in self.parameters():

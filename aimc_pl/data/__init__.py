@@ -1,4 +1,4 @@
-"""Data modules."""
+"""This package holds the data modules of the experiments."""
 
 from aimc_pl.data.datasets import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, ImageFolder
 from aimc_pl.data.images import InMemoryImages

@@ -1,4 +1,4 @@
-"""The data sets of the experiments."""
+"""This module holds the image data sets of the experiments."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from aimc_pl.errors import UsageError
 
 
 class Digits(InMemoryImages):
-    """1,797 real handwritten digits of 8x8 pixels, which scikit-learn brings: no download.
+    """1,797 real handwritten digits of 8x8 pixels. scikit-learn contains them, so nothing is downloaded.
 
     Every fifth image (360) is a test image.
     """
@@ -32,12 +32,12 @@ class _TorchvisionImages(InMemoryImages):
     """A data set of torchvision.
 
     Args:
-        root: the folder that torchvision keeps it in.
-        download: fetch it if it is not there.
-        kwargs: of :class:`InMemoryImages`.
+        root: the folder in which torchvision keeps the data set.
+        download: whether to download the data set if the folder lacks it.
+        kwargs: arguments of :class:`InMemoryImages`.
 
     Raises:
-        UsageError: if it is not there and is not to be downloaded.
+        UsageError: from ``setup``, if the folder lacks the data set; from ``prepare_data``, if the download fails.
     """
 
     def __init__(self, root: str | Path = "data", download: bool = False, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class _TorchvisionImages(InMemoryImages):
         self.download = download
 
     def prepare_data(self) -> None:
-        """Download on request."""
+        """Download the data set if ``download`` is set."""
         if self.download:
             for train in (True, False):
                 self._open(train, download=True)
@@ -93,12 +93,13 @@ class ImageFolder(InMemoryImages):
     """Any images in folders ``root/train/CLASS`` and ``root/test/CLASS``, scaled to squares.
 
     Args:
-        root: the folder.
+        root: the folder that contains ``train`` and ``test``.
         image_size: height and width in pixels, at most 4096.
-        kwargs: of :class:`InMemoryImages`.
+        kwargs: arguments of :class:`InMemoryImages`.
 
     Raises:
-        UsageError: if the folders are not there, have other classes than each other, or an image cannot be read.
+        UsageError: from ``setup``, if a folder is missing, if the two have different classes, or if an image cannot be
+            read.
     """
 
     def __init__(self, root: str | Path, image_size: int = 32, **kwargs: Any) -> None:
@@ -128,7 +129,7 @@ class ImageFolder(InMemoryImages):
             try:
                 images.append(folder[index][0])
             except (OSError, SyntaxError, ValueError) as error:
-                # Pillow's own words name an object in memory.
+                # Pillow's message names an object in memory instead of the file.
                 raise UsageError(f"{path} is no image that can be read: repair or remove it") from error
         return torch.stack(images), torch.tensor(folder.targets)
 

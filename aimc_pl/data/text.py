@@ -1,4 +1,4 @@
-"""Text held in memory, a character a token."""
+"""This module keeps text in memory, with one token per character."""
 
 from collections.abc import Iterator, Sequence
 from pydoc_data.topics import topics
@@ -16,22 +16,22 @@ Sequences = tuple[Tensor, Tensor]
 
 
 class PydocText(pl.LightningDataModule):
-    """Half a megabyte of English, the Python reference that CPython brings for its ``help()``: no download.
+    """Half a megabyte of English: the Python reference that CPython contains for ``help()``. Nothing is downloaded.
 
-    A token is a character's ASCII code (the few characters beyond ASCII become "?"), so that ``vocab_size`` is 128
-    whatever the release of CPython. Batches are pairs of int64 inputs ``(batch, context)`` and targets of the same
-    shape, the characters that follow the inputs. Training, validation and test parts are one piece of the text each,
-    in this order, cut into sequences without overlap.
+    A token is a character's ASCII code (the few characters beyond ASCII become "?"). ``vocab_size`` is therefore 128
+    for every release of CPython. A mini-batch is a pair of int64 inputs ``(batch, context)`` and targets of the same
+    shape, the characters that follow the inputs. The training, validation and test parts are three consecutive pieces
+    of the text, in this order. Each part is cut into sequences without overlap.
 
     Args:
-        batch_size: sequences of a mini-batch.
-        context: characters of a sequence.
-        val_fraction: of the text, kept for validation.
-        test_fraction: of the text, kept for the test.
-        seed: draws the order of the training sequences, another one in every epoch.
+        batch_size: number of sequences in a mini-batch.
+        context: number of characters in a sequence.
+        val_fraction: the fraction of the text that is kept for validation.
+        test_fraction: the fraction of the text that is kept for the test.
+        seed: the seed for the order of the training sequences, which differs between epochs.
 
     Raises:
-        UsageError: for a size or fraction out of range, or a part too short for one sequence.
+        UsageError: if a size or a fraction is out of range, or, from ``setup``, if a part is shorter than a sequence.
     """
 
     vocab_size = 128
@@ -62,7 +62,7 @@ class PydocText(pl.LightningDataModule):
         self._sets: dict[str, TextSet] = {}
 
     def setup(self, stage: str) -> None:
-        """Cut the text into its parts."""
+        """Cut the text into its training, validation and test parts."""
         tokens = encode("\n\n".join(topics[name] for name in sorted(topics)))
         num_val, num_test = (round(fraction * len(tokens)) for fraction in (self.val_fraction, self.test_fraction))
         parts = tokens.split([len(tokens) - num_val - num_test, num_val, num_test])
@@ -77,19 +77,19 @@ class PydocText(pl.LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader[Sequences]:
-        """Shuffled mini-batches."""
+        """Return a loader of shuffled training mini-batches."""
         return self._loader("train", _SeededOrder(len(self._sets["train"]), self.seed))
 
     def val_dataloader(self) -> DataLoader[Sequences]:
-        """Mini-batches in order."""
+        """Return a loader of validation mini-batches in order."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Sequences]:
-        """Mini-batches in order."""
+        """Return a loader of test mini-batches in order."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Sequences]:
-        """The test sequences."""
+        """Return the loader of the test sequences, which predictions use too."""
         return self._loader("test")
 
     def _loader(self, name: str, sampler: Sampler[int] | None = None) -> DataLoader[Sequences]:
@@ -101,7 +101,7 @@ class TextSet(Dataset[Sequences]):
 
     Args:
         tokens: the text ``(characters,)``.
-        context: tokens of a sequence.
+        context: number of tokens in a sequence.
     """
 
     def __init__(self, tokens: Tensor, context: int) -> None:
@@ -112,13 +112,13 @@ class TextSet(Dataset[Sequences]):
         return max(len(self.tokens) - 1, 0) // self.context  # the last target is one token beyond the last input
 
     def __getitems__(self, indices: Sequence[int]) -> Sequences:
-        """A mini-batch."""
+        """Return the mini-batch of these sequences: inputs and targets."""
         places = torch.as_tensor(indices)[:, None] * self.context + torch.arange(self.context)
         return self.tokens[places], self.tokens[places + 1]
 
 
 class _SeededOrder(Sampler[int]):
-    """An order of its own in each epoch. Lightning tells the epoch, so that a resumed fit goes on as it would have."""
+    """A random order that differs between epochs. Lightning sets the epoch, so a resumed fit has the same orders."""
 
     def __init__(self, num_samples: int, seed: int) -> None:
         self.num_samples = num_samples
@@ -132,18 +132,18 @@ class _SeededOrder(Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        # not the sum: the next seed's epochs would be this one's; the hash of numbers is the same in every process
+        # With a sum, the next seed would repeat the orders of this one. A hash of numbers is the same in every process.
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)))
         yield from torch.randperm(self.num_samples, generator=generator).tolist()
 
 
 def encode(text: str) -> Tensor:
-    """The characters' ASCII codes, int64 ``(characters,)``; that of "?" for a character beyond ASCII."""
+    """Return the characters' ASCII codes, int64 ``(characters,)``. Characters beyond ASCII get the code of "?"."""
     return torch.tensor(list(text.encode("ascii", "replace")))
 
 
 def decode(tokens: Tensor) -> str:
-    """The text of tokens ``(characters,)``."""
+    """Return the text of tokens ``(characters,)``."""
     return bytes(tokens.tolist()).decode("ascii")
 
 

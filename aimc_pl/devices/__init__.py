@@ -1,4 +1,4 @@
-"""Analog devices by name, conversion of networks to them, and pictures of how they respond to pulses."""
+"""This package holds a catalogue of analog devices, converts networks to them, and draws their responses to pulses."""
 
 from aimc_pl.analog import analog_layers, reset_pending_updates
 from aimc_pl.devices.catalogue import (

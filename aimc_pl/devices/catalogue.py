@@ -1,6 +1,6 @@
-"""Analog devices by name, each a function of its parameters.
+"""This module is the catalogue of analog devices. Each device is a function of its parameters.
 
-The functions are also what a config file names: ``class_path: aimc_pl.devices.soft_bounds`` with ``init_args``.
+A config file names a function, too: ``class_path: aimc_pl.devices.soft_bounds`` with ``init_args``.
 """
 
 from abc import ABC, abstractmethod
@@ -26,22 +26,23 @@ from aimc_pl.errors import UsageError
 
 
 class AnalogDevice(ABC):
-    """What a crossbar is made of."""
+    """The hardware of a crossbar: its devices, its converters and its pulse trains."""
 
     @property
     @abstractmethod
     def rpu_config(self) -> RPUConfigBase:
-        """The configuration that aihwkit's layers are converted with."""
+        """The configuration with which layers are converted to aihwkit's analog layers."""
 
 
 class ConfiguredDevice(AnalogDevice):
-    """A device given by its configuration, which names the tile that simulates it.
+    """A device given by its configuration, which also selects the tile that simulates the device.
 
-    YAML needs the class: a config file may name the functions of this module where an :class:`AnalogDevice` is taken,
-    because they return one. aihwkit's configurations are dataclasses, of which jsonargparse takes the fields alone.
+    The functions of this module return this class, because a config file may then name them wherever an
+    :class:`AnalogDevice` is expected. They could not return aihwkit's configurations: for these, which are dataclasses,
+    jsonargparse accepts only the fields.
 
     Args:
-        rpu_config: aihwkit's, or a mean-field one.
+        rpu_config: an aihwkit configuration or a mean-field one.
     """
 
     def __init__(self, rpu_config: RPUConfigBase) -> None:
@@ -49,16 +50,16 @@ class ConfiguredDevice(AnalogDevice):
 
     @property
     def rpu_config(self) -> RPUConfigBase:
-        """The configuration that aihwkit's layers are converted with."""
+        """The configuration with which layers are converted to aihwkit's analog layers."""
         return self._rpu_config
 
 
 Backend = Literal["mean_field", "bits", "aihwkit"]
-"""What simulates a pulsed device.
+"""How a pulsed device is simulated.
 
-- ``mean_field``: updates from the mean and the variance of the numbers of pulses, in torch.
-- ``bits``: the same tile, with pulse trains drawn and coincidences counted; for weights that move in whole steps.
-- ``aihwkit``: pulse by pulse, by aihwkit's own tiles (CPU, or GPU where aihwkit has been built for it).
+- ``mean_field``: in torch, with updates from the mean and the variance of the numbers of pulses.
+- ``bits``: by the same tile, which draws pulse trains and counts their coincidences. Weights then move in whole steps.
+- ``aihwkit``: pulse by pulse, by aihwkit's own tiles (on the CPU, or on a GPU if aihwkit has been built for it).
 """
 
 Material = Literal["ReRamES", "ReRamSB", "Capacitor", "EcRam", "EcRamMO", "Idealized"]
@@ -81,11 +82,11 @@ def constant_step(
 
     Args:
         w_max: the weight's range is [−w_max, w_max].
-        num_states: steps from one bound to the other; the mean step is Δw_min = 2·w_max/num_states.
+        num_states: number of steps from one bound to the other. The mean step is Δw_min = 2·w_max/num_states.
         cycle_to_cycle: standard deviation of a step, in units of Δw_min.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
-        perfect_io: exact forward and backward products, without converters and noise.
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        perfect_io: whether forward and backward products are exact, without converters and noise.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     device = ConstantStepDevice(**_pulsed("w_max", w_max, num_states, cycle_to_cycle, device_to_device))
     return _config(device, perfect_io, backend)
@@ -100,16 +101,16 @@ def linear_step(
     perfect_io: bool = False,
     backend: Backend = "mean_field",
 ) -> AnalogDevice:
-    """Pulsed device whose step falls linearly with the weight, to (1 − gamma) of it at the bound.
+    """Pulsed device whose step falls linearly with the weight, to a fraction (1 − gamma) at the bound.
 
     Args:
-        gamma: from 0, a constant step, to 1, soft bounds.
+        gamma: relative decrease of the step from weight 0 to a bound: 0 is a constant step, 1 is soft bounds.
         w_max: the weight's range is [−w_max, w_max].
-        num_states: the range over the mean step at weight 0, 2·w_max/Δw_min.
-        cycle_to_cycle: standard deviation of a step, relative to it.
+        num_states: the weight's range divided by Δw_min, the mean step at weight 0: 2·w_max/Δw_min.
+        cycle_to_cycle: standard deviation of a step, relative to the step.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
-        perfect_io: exact forward and backward products, without converters and noise.
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        perfect_io: whether forward and backward products are exact, without converters and noise.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     check_number("gamma", gamma, at_least=0, at_most=1)
     device = LinearStepDevice(
@@ -135,12 +136,12 @@ def soft_bounds(
 
     Args:
         tau: τ, the dynamic range: weights stay in [−τ, τ].
-        num_states: 2τ/Δw_min.
-        cycle_to_cycle: standard deviation of a step, relative to it.
+        num_states: the range divided by Δw_min, the mean step at weight 0: 2τ/Δw_min.
+        cycle_to_cycle: standard deviation of a step, relative to the step.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
-        write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
-        perfect_io: exact forward and backward products, without converters and noise.
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        write_noise: standard deviation of the noise that an update adds to the visible weight, in units of Δw_min.
+        perfect_io: whether forward and backward products are exact, without converters and noise.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     check_number("write_noise", write_noise, at_least=0)
     device = SoftBoundsDevice(
@@ -158,16 +159,16 @@ def soft_bounds_reference(
     perfect_io: bool = False,
     backend: Backend = "mean_field",
 ) -> AnalogDevice:
-    """Soft bounds around a reference device, with noise added to the step instead of scaling it.
+    """Soft-bounds device whose weight is relative to a reference device, with noise added to the step, not scaling it.
 
     Args:
         tau: τ, the dynamic range: weights stay in [−τ, τ].
-        num_states: 2τ/Δw_min.
+        num_states: the range divided by Δw_min, the mean step at weight 0: 2τ/Δw_min.
         cycle_to_cycle: standard deviation of a step, in units of Δw_min.
         device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
-        write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
-        perfect_io: exact forward and backward products, without converters and noise.
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        write_noise: standard deviation of the noise that an update adds to the visible weight, in units of Δw_min.
+        perfect_io: whether forward and backward products are exact, without converters and noise.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     check_number("write_noise", write_noise, at_least=0)
     device = SoftBoundsReferenceDevice(
@@ -180,7 +181,7 @@ def ecram(backend: Backend = "mean_field") -> AnalogDevice:
     """Electro-chemical RAM, fitted to measurements (aihwkit's preset).
 
     Args:
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     return _simulated(presets.EcRamPreset(), backend)
 
@@ -189,7 +190,7 @@ def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
     """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset).
 
     Args:
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     return _simulated(presets.ReRamESPreset(), backend)
 
@@ -198,7 +199,7 @@ def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
     """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset).
 
     Args:
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     return _simulated(presets.ReRamSBPreset(), backend)
 
@@ -207,7 +208,7 @@ def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
     """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset).
 
     Args:
-        backend: what simulates it: ``mean_field``, ``bits`` (its pulse trains drawn) or ``aihwkit``.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     return _simulated(presets.GokmenVlasovPreset(), backend)
 
@@ -216,26 +217,25 @@ def tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
     """Tiki-Taka: gradients accumulate on a fast array and are transferred to the weight array (runs on aihwkit).
 
     Args:
-        material: what both arrays are made of.
+        material: the material of both arrays.
     """
     return _preset("TikiTaka", material)
 
 
 def tiki_taka_v2(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2: a digital buffer between the fast and the weight array filters the transfer
-    (runs on aihwkit).
+    """Tiki-Taka version 2: a digital buffer filters the transfer from the fast to the weight array (runs on aihwkit).
 
     Args:
-        material: what both arrays are made of.
+        material: the material of both arrays.
     """
     return _preset("TTv2", material)
 
 
 def chopped_tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2 with choppers that flip the sign of the gradient array against its offset (runs on aihwkit).
+    """Tiki-Taka version 2 with choppers, which flip the gradient array's sign to cancel its offset (runs on aihwkit).
 
     Args:
-        material: what both arrays are made of.
+        material: the material of both arrays.
     """
     return _preset("ChoppedTTv2", material)
 
@@ -244,7 +244,7 @@ def agad(material: Material = "ReRamSB") -> AnalogDevice:
     """Analog gradient accumulation with dynamic reference (Rasch et al., arXiv 2303.04721) (runs on aihwkit).
 
     Args:
-        material: what both arrays are made of.
+        material: the material of both arrays.
     """
     return _preset("AGAD", material)
 
@@ -253,7 +253,7 @@ def mixed_precision(material: Material = "ReRamSB") -> AnalogDevice:
     """Gradients accumulate digitally, and whole steps are written to the analog weights (runs on aihwkit).
 
     Args:
-        material: what the array is made of.
+        material: the material of the array.
     """
     return _preset("MixedPrecision", material)
 
@@ -277,13 +277,13 @@ DEVICES: dict[str, Callable[..., AnalogDevice]] = {
         mixed_precision,
     )
 }
-"""The devices that ``device="name"`` knows."""
+"""The devices by the names that ``device="name"`` accepts."""
 
 
 def _pulsed(
     range_name: str, w_max: float, num_states: int, cycle_to_cycle: float, device_to_device: float
 ) -> dict[str, Any]:
-    # Its step is a number in float32.
+    # The largest values keep the step within the range of float32.
     check_number(range_name, w_max, above=0, at_most=10**9)
     check_number("num_states", num_states, at_least=2, at_most=10**9, whole=True)
     check_number("cycle_to_cycle", cycle_to_cycle, at_least=0)

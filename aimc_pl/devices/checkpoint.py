@@ -1,4 +1,7 @@
-"""What a checkpoint of a network with analog layers holds: classes by an exact list, and the devices of its tiles."""
+"""This module handles checkpoints of networks with analog layers.
+
+It lists the classes that such a checkpoint may contain, and checks that its tiles have the module's devices.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,10 +61,13 @@ _NAMES = {
 
 
 class AnalogCheckpoint:
-    """Stands in a checkpoint with analog layers, and tells a reader other than the strategy how to use it."""
+    """A marker in checkpoints with analog layers.
+
+    Code other than the strategy that loads such a checkpoint gets a warning that says how to use it.
+    """
 
     def __init__(self) -> None:
-        # An object without attributes is restored without a word.
+        # Without any attribute, unpickling would not call __setstate__.
         self.is_analog = True
 
     def __setstate__(self, state: dict[str, bool]) -> None:
@@ -77,21 +83,21 @@ class AnalogCheckpoint:
 def _find(module: str, name: str) -> type:
     found = getattr(import_module(module), name)
     if not isinstance(found, type) or (found.__module__, found.__qualname__) != (module, name):
-        raise TypeError(f"{module}.{name} is not a class defined there, and checkpoints may name no other thing")
+        raise TypeError(f"{module}.{name} is not a class defined there, and checkpoints may only name such classes")
     return found
 
 
 CLASSES = (AnalogCheckpoint, *(_find(module, name) for module, names in _NAMES.items() for name in names))
-"""The classes that the checkpoints of all devices of the catalogue name, and no other.
+"""The classes that the checkpoints of the catalogue's devices contain, and no others.
 
-``torch.load`` may make objects of them with ``weights_only=True``. None of them runs what a file says.
+With ``weights_only=True``, ``torch.load`` may create objects of these classes. None of them executes code from a file.
 """
 
 add_safe_globals([*CLASSES])
 
 
 def classes_of_tiles(module: nn.Module) -> list[type]:
-    """The classes beyond the catalogue's that the configurations of a module's tiles consist of."""
+    """Return the classes in the configurations of a module's tiles that are not in :data:`CLASSES`."""
     found, left = set[type](), [tile.rpu_config for tile in _tiles(module).values()]
     while left:
         value = left.pop()
@@ -108,7 +114,11 @@ def classes_of_tiles(module: nn.Module) -> list[type]:
 
 
 def leave_out_contexts(state: dict[str, Any]) -> dict[str, Any]:
-    """A module's state dict without the entries that aihwkit neither fills nor reads: they show unused memory."""
+    """Return a module's state dict without the entries of aihwkit's contexts.
+
+    A context is the parameter that stands for a tile. aihwkit neither fills nor reads its entry in a state dict, which
+    therefore shows unused memory.
+    """
     return {
         key: value
         for key, value in state.items()
@@ -117,14 +127,14 @@ def leave_out_contexts(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """See that a state dict is of a module with the same layers on the same devices.
+    """Check that a state dict belongs to a module with the same layers on the same devices.
 
     Args:
-        module: that is to take the state.
-        state: of another module, by the same names.
+        module: the module that will load the state.
+        state: the state dict, with the names of ``module``.
 
     Raises:
-        UsageError: naming the first layer that differs, what it is in both, and what to do.
+        UsageError: if a layer differs. The message names the first such layer, both its devices, and what to do.
     """
     for name, tile in _tiles(module).items():
         saved = state.get(f"{name}.analog_tile_state")
@@ -159,13 +169,13 @@ def _is_digital(module: nn.Module, name: str) -> bool:
 
 
 def _name(config: RPUConfigBase) -> str:
-    """The configuration's class and its device's."""
+    """Return the names of the configuration's class and of its device's class."""
     device = getattr(config, "device", None)
     return type(config).__name__ if device is None else f"{type(device).__name__} in a {type(config).__name__}"
 
 
 def _contrast(differing: Sequence[tuple[str, Any, Any]], theirs: RPUConfigBase, ours: RPUConfigBase) -> tuple[str, str]:
-    """Both configurations in words that tell them apart."""
+    """Return two descriptions, one per configuration, that show how the configurations differ."""
     if _name(theirs) != _name(ours):
         return _name(theirs), _name(ours)
     named = differing[:_FEW]
@@ -176,11 +186,11 @@ def _contrast(differing: Sequence[tuple[str, Any, Any]], theirs: RPUConfigBase, 
 
 
 _FEW = 4
-"""How many differing parameters a message names."""
+"""How many differing parameters a message names at most."""
 
 
 def _differing(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The parameters in which two configurations differ, by their paths."""
+    """Yield the path and both values of each parameter in which two configurations differ."""
     if type(theirs) is not type(ours):
         yield path, type(theirs).__name__, type(ours).__name__
     elif isinstance(theirs, list | tuple) and len(theirs) == len(ours):

@@ -1,4 +1,4 @@
-"""Digital layers to analog ones, and optimizers that know how to update them."""
+"""This module converts digital layers to analog ones, and optimizers to ones that update analog layers."""
 
 import re
 from collections import Counter
@@ -30,14 +30,18 @@ _MATRICES = (
     *(*_CONVOLUTIONS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 _FEW = 3
-"""How many names are spelt out where a pattern could stand for them."""
+"""How many names a message lists one by one. A longer list is replaced by a pattern."""
 
 
 def get_device(device: Device) -> RPUConfigBase:
-    """The aihwkit configuration of a device, given by name (with its defaults), as itself or as configuration.
+    """Return a copy of the aihwkit configuration of a device.
+
+    Args:
+        device: a device's name (all its parameters are then the defaults), an :class:`AnalogDevice`, or an aihwkit
+            configuration.
 
     Raises:
-        UsageError: if no device has that name, or it is none of these.
+        UsageError: if no device has that name, or if ``device`` has another type.
     """
     if isinstance(device, str) and device in DEVICES:
         device = DEVICES[device]()
@@ -50,23 +54,24 @@ def get_device(device: Device) -> RPUConfigBase:
 
 
 def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> list[str]:
-    """Replace the network's Linear and Conv layers in place by aihwkit's, with the same weights.
+    """Replace the network's Linear and Conv layers, in place, by aihwkit's analog layers with the same weights.
 
-    Layers that are analog already stay as they are, and so do those that cannot be: subclasses with a computation of
-    their own, grouped convolutions, weights that other code reads. :func:`describe_layers` names them.
+    Layers that are already analog are not changed. Layers that cannot be analog stay digital: subclasses with a custom
+    computation, grouped convolutions, and layers whose weight other code reads. :func:`describe_layers` names them.
 
     Args:
-        network: names of its parameters stay; each layer gets tiles of its own.
-        device: for all layers, or a mapping from patterns of layer names (``"layer4.*"``) and stage numbers to
-            devices; the last match wins, ``None`` and layers without a match stay digital.
-        split_at: names of the modules with which stages 1 … M−1 begin, to know a layer's stage by.
+        network: the module to convert. Its layers keep their names, and each converted layer gets its own tiles.
+        device: one device for all layers, or a mapping to devices. The keys of a mapping are patterns of layer names
+            (``"layer4.*"``) and stage numbers; the last key that matches a layer wins. Layers without a match stay
+            digital, and so do those whose device is ``None``.
+        split_at: the names of the modules with which stages 1 … M−1 begin. Stage numbers in ``device`` need them.
 
     Returns:
         The names of the layers that have been converted.
 
     Raises:
-        UsageError: for an unknown device, a key that matches no layer or is the name of one that cannot be analog, a
-            network without layers, two layers with one weight.
+        UsageError: if a device is unknown, if a key matches no layer or names one that cannot be analog, if there are
+            stage numbers without ``split_at``, if the network has no layer to convert, or if two layers share a weight.
     """
     choices = device if isinstance(device, Mapping) else {"*": device}
     if any(isinstance(key, int) for key in choices) and split_at is None:
@@ -81,7 +86,7 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
 
 
 def describe_layers(network: nn.Module) -> str:
-    """One line on the analog layers and what they are made of, and on those that stayed digital and why."""
+    """Return a line that counts the analog layers of each device, and lists the digital layers with the reasons."""
     counts = Counter(
         getattr(layer, "device_name", None) or _name_of(next(layer.analog_tiles()).rpu_config)
         for layer in analog_layers(network)
@@ -93,10 +98,14 @@ def describe_layers(network: nn.Module) -> str:
 
 
 def make_analog_aware(optimizer: Optimizer) -> None:
-    """Turn a torch optimizer, in place, into one whose step also applies the pulsed updates of analog tiles.
+    """Change a torch optimizer, in place, so that its step also applies the pulsed updates of analog tiles.
 
-    It becomes a subclass with aihwkit's ``AnalogOptimizerMixin``, as ``aihwkit.optim.AnalogOptimizer`` makes them, but
-    stays the same object for the schedulers that hold it. Without analog parameters it is left as it is.
+    The optimizer's class becomes a subclass with aihwkit's ``AnalogOptimizerMixin``, of the kind that
+    ``aihwkit.optim.AnalogOptimizer`` creates. The optimizer stays the same object for the schedulers that hold it. An
+    optimizer without analog parameters is not changed.
+
+    Raises:
+        UsageError: if the optimizer holds the ``weight`` or ``bias`` of an analog layer, which is a view of the tile.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
@@ -107,14 +116,14 @@ def make_analog_aware(optimizer: Optimizer) -> None:
     digital: Any = type(optimizer)
     optimizer.__class__ = new_class(f"Analog{digital.__name__}", (AnalogOptimizerMixin, digital))
     if "step" in vars(optimizer):
-        # A scheduler has wrapped the digital class's step.
+        # A scheduler has already wrapped the step of the digital class.
         show_steps_to_schedulers(optimizer)
 
 
 def _choose(
     network: nn.Module, choices: Mapping[Any, Device | None], stages: Mapping[str, int]
 ) -> dict[str, Device | None]:
-    """The device chosen for each layer that can become analog."""
+    """Return the device chosen for each layer that can become analog."""
     obstacles = _obstacles(network)
     able = [name for name in stages if name not in obstacles]
     if not able:
@@ -142,8 +151,8 @@ def _convert(network: nn.Module, name: str, rpu_config: RPUConfigBase, device_na
     layer = to_analog(digital, rpu_config, name)
     layer.device_name = device_name
     _compute_on_images(layer)
-    # Tiles compute in float32, also where autocast makes a digital layer before them send less. That there is a hook
-    # also keeps nn.TransformerEncoderLayer from its fast path, which reads weights and calls no layer.
+    # Tiles compute in float32, but under autocast a digital layer before them may send a lower precision. The hook also
+    # keeps nn.TransformerEncoderLayer from its fast path, which reads weights instead of calling layers.
     layer.register_forward_pre_hook(_to_float32)
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if module is digital:
@@ -151,7 +160,7 @@ def _convert(network: nn.Module, name: str, rpu_config: RPUConfigBase, device_na
 
 
 def _compute_on_images(layer: Any) -> None:
-    """Tell a mean-field tile the convolution it belongs to, so that it need not unfold the images."""
+    """Tell a layer's mean-field tile its convolution. The tile then computes without unfolding the images."""
     tile = layer.analog_module
     if hasattr(layer, "kernel_size") and isinstance(tile, MeanFieldTile | MeanFieldTileArray):
         if getattr(tile, "analog_bias", False):
@@ -165,7 +174,7 @@ def _to_float32(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
 
 
 def _avoid_nested_tensors(network: nn.Module) -> None:
-    """Keep padding as it is in the encoders with analog layers: nested tensors need the fast path in each layer."""
+    """Turn off nested tensors in encoders with analog layers, which prevent the fast path that nested tensors need."""
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoder) and analog_layers(module):
             module.use_nested_tensor = False
@@ -190,13 +199,13 @@ def _digital_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def _obstacles(network: nn.Module) -> dict[str, str]:
-    """The layers that cannot be analog, and why."""
+    """Return the layers that cannot be analog, each with the reason."""
     digital = _digital_layers(network)
     parents = {name: network.get_submodule(name.rpartition(".")[0]) for name in digital}
     reasons = {name: _obstacle(layer, parents[name]) for name, layer in digital.items()}
     found = {name: reason for name, reason in reasons.items() if reason is not None}
     able = {name: layer for name, layer in digital.items() if name not in found}
-    # What shares its weight with a layer that stays digital stays with it.
+    # A layer that shares its weight with a digital module stays digital too.
     for owner, module in network.named_modules():
         parameters = {id(parameter) for parameter in module.parameters(recurse=False)} if owner not in able else ()
         for name, layer in able.items():
@@ -226,7 +235,7 @@ def _obstacle(layer: Any, parent: nn.Module) -> str | None:
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
-    """Names with reasons; many names with one reason by their patterns."""
+    """Return names and their reasons as text. A pattern replaces many similar names with the same reason."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, reason in reasons.items():
         alike.setdefault((re.sub(r"\d+", "*", name), reason), []).append(name)

@@ -1,4 +1,7 @@
-"""aihwkit's layers, which tell of their weights as digital layers do, and let nothing compute with them."""
+"""This module gives aihwkit's analog layers a ``weight`` and a ``bias`` that can be read as those of a digital layer.
+
+Code that computes with them or writes to them would bypass the tile, so this is refused.
+"""
 
 from collections.abc import Callable
 from math import nan
@@ -23,10 +26,11 @@ _COMPARE = {"__eq__", "__ne__", "eq", "ne", "equal", "isclose", "allclose"}
 
 
 class AnalogWeight(Tensor):
-    """The weight or bias of an analog layer, to look at: its values are read when someone copies or compares them.
+    """A read-only view of the weight or bias of an analog layer.
 
-    Whatever computes with it or writes to it would bypass the tile and is refused, also without gradients: validation
-    would be digital.
+    The values are read from the tile when code copies, prints or compares the view. Code that computes with the view or
+    writes to it would bypass the tile and is refused. This holds without gradients too, because validation would
+    otherwise be digital.
     """
 
     _owner: "ReadableLayer"
@@ -34,7 +38,7 @@ class AnalogWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what is harmless, of what torch offers for tensors."""
+        """Call ``func`` if it only reads values or metadata, and refuse it otherwise."""
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         if name in _COPY | _PRINT | _COMPARE:
             return func(*map(_values, args), **{key: _values(value) for key, value in (kwargs or {}).items()})
@@ -45,20 +49,21 @@ class AnalogWeight(Tensor):
         if name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__")):
             raise _no_writing(layer)
         raise UsageError(
-            f"{name}() computes with the weight of analog layer {layer!r} instead of calling it: keep it digital with "
-            f"device={{..., {layer!r}: None}}, or all like it with a pattern (layer.weight.detach() is a copy)"
+            f"{name}() computes with the weight of analog layer {layer!r} instead of calling the layer: keep it "
+            f"digital with device={{..., {layer!r}: None}} (or a pattern), or use a copy, layer.weight.detach()"
         )
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride], read only here
-        """Itself, so that writing to it is refused too."""
+        """The view itself, so that writing to ``weight.data`` is refused too."""
         return self
 
 
 class ReadableLayer(AnalogLayerBase):
-    """Mixin for an analog layer: ``weight`` and ``bias`` answer in the digital layer's shape.
+    """Mixin that gives an analog layer a ``weight`` and a ``bias`` in the shapes of the digital layer.
 
-    Neither is a parameter; a digital bias is, and is the one of the tile.
+    Both are read-only views of the tile, and no parameters. A digital bias is an exception: ``bias`` then returns the
+    tile's parameter.
     """
 
     name: str
@@ -75,7 +80,7 @@ class ReadableLayer(AnalogLayerBase):
         super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
-        """Program what the digital layer would start with."""
+        """Program the tile with new initial values, drawn as the digital layer draws them."""
         layer: Any = self
         digital = layer.to_digital(layer)
         digital.reset_parameters()
@@ -87,13 +92,13 @@ class ReadableLayer(AnalogLayerBase):
         return self.analog_module.bias
 
     def _layout(self, matrix: Tensor) -> Tensor:
-        """The tile's matrix ``(out, in)`` as the digital layer has it."""
+        """Return the tile's matrix ``(out, in)`` in the layout of the digital layer's weight."""
         return matrix
 
     def _view(self, layout: Callable[[Tensor], Tensor], part: int, *shape: int) -> AnalogWeight:
         layer: Any = self
         context = next(layer.analog_tiles()).analog_ctx
-        # No memory of its own, and not a number to whoever gets past the guard.
+        # The expanded NaN takes no memory, and exposes any code that gets past the guard.
         values = torch.full((), nan, dtype=context.dtype, device=context.device).expand(shape)
         view = layout(values).as_subclass(AnalogWeight)
         view._owner = self
@@ -102,11 +107,11 @@ class ReadableLayer(AnalogLayerBase):
 
 
 class AnalogLinear(ReadableLayer, aihwkit.nn.AnalogLinear):
-    """Linear."""
+    """An analog linear layer with a readable weight and bias."""
 
 
 class AnalogLinearTransposed(AnalogLinear):
-    """Linear, whose digital layer has the weight ``(in, out)``, as those of GPT-2 in transformers."""
+    """An analog linear layer whose digital layer has a weight ``(in, out)``, as GPT-2's layers in transformers have."""
 
     def _layout(self, matrix: Tensor) -> Tensor:
         return matrix.T
@@ -121,15 +126,15 @@ class _ReadableConv(ReadableLayer):
 
 
 class AnalogConv1d(_ReadableConv, aihwkit.nn.AnalogConv1d):
-    """Convolution of series."""
+    """An analog 1D convolution with a readable weight and bias."""
 
 
 class AnalogConv2d(_ReadableConv, aihwkit.nn.AnalogConv2d):
-    """Convolution of images."""
+    """An analog 2D convolution with a readable weight and bias."""
 
 
 class AnalogConv3d(_ReadableConv, aihwkit.nn.AnalogConv3d):
-    """Convolution of volumes."""
+    """An analog 3D convolution with a readable weight and bias."""
 
 
 _READABLE = {
@@ -139,12 +144,18 @@ convert_to_digital_too([*_READABLE.values(), AnalogLinearTransposed])
 
 
 def is_transposed_linear(layer: nn.Module) -> bool:
-    """Whether it is the Linear that transformers calls Conv1D, which has its weight transposed."""
+    """Return whether a layer is the linear layer that transformers calls Conv1D. Its weight is transposed."""
     return (type(layer).__module__, type(layer).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def to_analog(layer: Any, rpu_config: RPUConfigBase, name: str) -> Any:
-    """The analog layer with a digital layer's weights; messages call it by its name."""
+    """Convert a digital layer to an analog layer with the same weights.
+
+    Args:
+        layer: a Linear or Conv layer, or the Conv1D of transformers.
+        rpu_config: the configuration of the layer's tiles.
+        name: how messages name the layer.
+    """
     transposed = is_transposed_linear(layer)
     analog: Any = conversion.convert_to_analog(
         _transposed(layer) if transposed else layer, rpu_config, ensure_analog_root=False
@@ -161,7 +172,7 @@ def _transposed(layer: Any) -> nn.Linear:
 
 
 def _no_writing(layer: str) -> UsageError:
-    return UsageError(f"analog layer {layer!r} has its weight on a tile, to be written with layer.set_weights")
+    return UsageError(f"analog layer {layer!r} has its weight on a tile: write the weight with layer.set_weights()")
 
 
 def _asks_for_metadata(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What we need of aihwkit that has no public name, each with a test that notices when it goes."""
+"""This module holds all uses of private names of aihwkit. A test fails if aihwkit drops one of these names."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +9,15 @@ from torch import nn
 
 
 def convert_to_digital_too(layers: Iterable[type[nn.Module]]) -> None:
-    """Let aihwkit's ``convert_to_digital`` convert these classes of analog layers: it goes by exact types."""
+    """Register classes of analog layers with aihwkit's ``convert_to_digital``, which compares exact types."""
     conversion._DEFAULT_DIGITAL_CONVERSION_SET.update(layers)
 
 
 class RecreatedQuietly:
-    """Mixin of a tile: to make its crossbar anew, as a copy and a loaded state do, draws no numbers of torch's."""
+    """Mixin for a tile that keeps torch's random state when aihwkit creates the tile's crossbar again.
+
+    aihwkit does this for a copy, and when a state is loaded.
+    """
 
     def _recreate_simulator_tile(self, x_size: int, d_size: int, rpu_config: Any) -> Any:
         parent: Any = super()

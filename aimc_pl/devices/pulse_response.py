@@ -1,4 +1,4 @@
-"""How a device's weight answers to update pulses."""
+"""This module measures and draws how the weights of a device respond to update pulses."""
 
 from copy import deepcopy
 from typing import Any
@@ -15,15 +15,18 @@ from aimc_pl.errors import UsageError
 
 
 def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) -> NDArray[np.float64]:
-    """The weights ``(4·num_pulses, num_devices)`` of a few cross-points under single pulses up, then down, twice over.
+    """Return the weights of a few cross-points after each of many pulses: up, then down, twice over.
 
     Args:
-        device: a configuration of pulsed devices.
-        num_pulses: pulses in one direction, at most 10,000.
-        num_devices: cross-points, at most 1,000.
+        device: an aihwkit configuration of a pulsed device.
+        num_pulses: number of pulses in one direction, at most 10,000.
+        num_devices: number of cross-points, at most 1,000.
+
+    Returns:
+        The weights ``(4·num_pulses, num_devices)``.
 
     Raises:
-        UsageError: for a number out of range.
+        UsageError: if a number is out of range.
     """
     check_number("num_pulses", num_pulses, at_least=1, at_most=10_000, whole=True)
     check_number("num_devices", num_devices, at_least=1, at_most=1000, whole=True)
@@ -32,23 +35,23 @@ def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) ->
     config.update.desired_bl = 1
     tile = config.tile_class(num_devices, 1, config, False)
     tile.set_weights(torch.zeros(num_devices, 1))
-    # One slot in which all lines fire, whatever the step.
+    # A train has one slot. At this learning rate all lines fire in that slot, whatever the device's step.
     tile.set_learning_rate(1.0)
     directions = np.tile(np.repeat([1.0, -1.0], num_pulses), 2)
     return compute_pulse_response(tile, directions)[:, :, 0]
 
 
 def plot_response(device: RPUConfigBase, title: str = "", num_pulses: int = 1000, num_devices: int = 8) -> Figure:
-    """Draw the weights of a few cross-points under pulses up, then down, twice over.
+    """Draw the weights of a few cross-points after each of many pulses: up, then down, twice over.
 
     Args:
         device: an aihwkit configuration.
-        title: of the picture.
-        num_pulses: pulses in one direction, at most 10,000.
-        num_devices: cross-points, at most 1,000.
+        title: title of the figure.
+        num_pulses: number of pulses in one direction, at most 10,000.
+        num_devices: number of cross-points, at most 1,000.
 
     Raises:
-        UsageError: if the device is not updated by pulses, or for a number out of range.
+        UsageError: if the device is not updated by pulses, or if a number is out of range.
     """
     if not hasattr(device, "update"):
         raise UsageError(f"{title or type(device).__name__} is not updated by pulses: there is no response to draw")

@@ -1,4 +1,4 @@
-"""How much of a layer's crossbars is at the end of what its devices can reach."""
+"""This module measures how many weights of an analog layer are at a bound of their devices."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import torch
 from aimc_pl.devices.mean_field import MeanFieldTile
 
 _MARGIN = 0.05
-"""Of the distance between the bounds: soft bounds are never quite reached."""
+"""The distance from a bound, relative to the range, within which a weight counts. Soft bounds are never reached."""
 
 
 def saturated_fraction(layer: Any) -> float:
-    """The fraction of an analog layer's weights that are at a bound of their device, or nearly so.
+    """Return the fraction of an analog layer's weights that are at a bound of their device, or close to one.
 
     Args:
-        layer: analog. Only mean-field tiles of devices with bounds are looked at; of others nothing counts.
+        layer: an analog layer. Only its mean-field tiles count; without any, the fraction is 0.
     """
     near, total = 0, 0
     for tile in layer.analog_tiles():

@@ -1,4 +1,4 @@
-"""Parameters, gradients and the loss where user code outside of the step computes with them: in hooks."""
+"""Placeholders for other stages' parameters, gradients and loss in user code outside of the step, that is, in hooks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ _outcomes = Outcomes()
 
 @dataclass(frozen=True)
 class Exchange:
-    """How processes that do the same give each other what they have.
+    """How processes that run the same code exchange values.
 
     Attributes:
-        stage: of this process.
-        gather: returns the values of all stages, given this stage's. All processes call it.
+        stage: the stage of this process.
+        gather: takes the value of this stage, and returns those of all stages in order. All processes must call it.
     """
 
     stage: int
@@ -30,7 +30,12 @@ class Exchange:
 
 
 class ForeignParameter(nn.Parameter):
-    """A parameter of another stage, without memory of its own."""
+    """A parameter of another stage: a placeholder that takes no memory.
+
+    Attributes:
+        stage: the stage of the parameter.
+        label: the name of the parameter, for messages.
+    """
 
     stage: int
     label: str
@@ -46,17 +51,17 @@ class ForeignParameter(nn.Parameter):
 
 
 class Apart(Tensor):
-    """A gradient, for example, or what comes of it: a value in the process of its stage, in the others a shape.
+    """A tensor, such as a gradient, whose values only the process of its stage has. In other processes it has a shape.
 
-    What is computed of values of one stage is again a value of that stage, and what is written to them only its own
-    process writes. Where values of several stages meet, or Python reads one, all processes exchange them, and they
-    become plain tensors. As all processes run the same hooks, they do so alike.
+    The result of a computation with values of one stage is again a value of that stage. A write to such a value takes
+    place only in the process of that stage. Where values of several stages meet, or Python reads a value, all processes
+    exchange the values, which thereby become plain tensors. All processes take part, since all run the same hooks.
 
     Attributes:
-        stage: whose value it is.
-        label: the parameter that it comes of.
-        exchange: ``None`` if its own process has it as a plain tensor and would not take part: what comes of a weight
-            or of the loss.
+        stage: the stage that has the values.
+        label: the name of the parameter from which the tensor derives, or ``"loss"``.
+        exchange: how the processes exchange the tensor. ``None`` if the tensor derives from a weight or from the loss:
+            the process of its stage has these as plain tensors, and would not take part.
     """
 
     stage: int
@@ -72,11 +77,11 @@ class Apart(Tensor):
 
 @contextmanager
 def gradients_known(parameters: Mapping[str, nn.Parameter], exchange: Exchange) -> Iterator[None]:
-    """While it is open, parameters of all stages have gradients, so that norms over all of them are right.
+    """Context manager in which the parameters of all stages have gradients, which makes norms over all of them right.
 
     Args:
-        parameters: of all stages, by name.
-        exchange: between their processes.
+        parameters: the parameters of all stages, by name.
+        exchange: how the processes of the stages exchange values.
     """
     own = {
         name: parameter.grad
@@ -100,19 +105,19 @@ def gradients_known(parameters: Mapping[str, nn.Parameter], exchange: Exchange) 
 
 
 def loss_of(stage: int, device: torch.device) -> Tensor:
-    """The loss, in a process that does not know it because it is of another stage."""
+    """Return a placeholder, NaN, for the loss, which only the process of ``stage`` has."""
     loss = torch.full((), torch.nan, device=device)
     _be_of(loss, stage, "loss", None)
     return loss
 
 
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What comes of a torch function of parameters of other stages, and of gradients."""
+    """Return the result of a torch function that was called on gradients, or on parameters of other stages."""
     kind = kind_of(func)
     if kind in KNOWN:
         return plainly(func, args, kwargs)
     if name_of(func) == "equal" and any(isinstance(value, ForeignParameter) for value in args):
-        # Lightning asks so whether an optimizer has a parameter already.
+        # Lightning calls this to find out whether an optimizer already has a parameter.
         return args[0] is args[1]
     given = tensors_in(*args, *kwargs.values())
     apart = [tensor for tensor in given if isinstance(tensor, Apart | ForeignParameter)]
@@ -135,7 +140,7 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _outcome(kind: Kind, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome | None:
-    """What is known of the outcome without values; ``None`` if nothing is."""
+    """Return what is known of the outcome of a call without values, or ``None`` if nothing is known."""
     if kind not in (Kind.OPERATION, Kind.RANDOM):
         return None
     try:
@@ -145,17 +150,17 @@ def _outcome(kind: Kind, func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 
 def _leaks(outcome: Outcome, given: list[Tensor], first: Apart | ForeignParameter) -> bool:
-    """Whether what all processes have would become one stage's by being written to."""
+    """Return whether a call writes to a tensor that all processes have, which would then differ between them."""
     changed = [given[number] for number in outcome.changed]
     own = (Apart, ForeignParameter, nn.Parameter) if _is_here(first) else (Apart, ForeignParameter)
     return not all(isinstance(tensor, own) for tensor in changed)
 
 
 def _share(what: str, values: list[Any]) -> None:
-    """Let all processes have values of several stages.
+    """Send values of one or several stages to all processes. The values become plain tensors.
 
     Raises:
-        UsageError: if they cannot.
+        UsageError: if a value cannot be exchanged, or if another process does not call the same function.
     """
     values = [*{id(value): value for value in values}.values()]
     for value in values:
@@ -177,6 +182,7 @@ def _share(what: str, values: list[Any]) -> None:
 
 
 def _is_here(value: Apart | ForeignParameter) -> bool:
+    """Return whether this process has the values of a tensor."""
     exchange = _exchange_of(value)
     return exchange is not None and value.stage == exchange.stage
 
@@ -186,14 +192,16 @@ def _exchange_of(value: Apart | ForeignParameter) -> Exchange | None:
 
 
 def _imagined(slot: Slot, given: list[Tensor], like: Tensor) -> Tensor:
+    """Return a placeholder for a tensor of a result, or the given tensor if the result is that tensor."""
     return _stand_in(slot.spec.shape, slot.spec.dtype, like) if slot.same is None else given[slot.same]
 
 
 def _stand_in(shape: torch.Size, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """One element that stands for all."""
+    """Return a tensor of the given shape in which one element in memory stands for all."""
     return torch.zeros((), dtype=dtype, device=like.device).expand(shape)
 
 
 def _be_of(tensor: Tensor, stage: int, label: str, exchange: Exchange | None) -> None:
+    """Turn a tensor, in place, into one whose values belong to ``stage``."""
     value = give_class(tensor, Apart)
     value.stage, value.label, value.exchange = stage, label, exchange

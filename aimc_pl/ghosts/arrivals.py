@@ -1,4 +1,4 @@
-"""What a stage has received, where it is used."""
+"""The values that a stage has received, and their use in the step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,10 @@ from aimc_pl.private_torch import version
 
 
 class _Receive(torch.autograd.Function):
-    """A received value as part of the graph: no leaf, so that it can be changed in place; leaves its gradient."""
+    """A function that makes a received value part of the autograd graph, and stores its gradient in the backward.
+
+    The value is no leaf. A leaf could not be changed in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, value: Tensor, key: Key, gradients: dict[Key, Tensor]) -> Tensor:
@@ -25,23 +28,24 @@ class _Receive(torch.autograd.Function):
         return None, None, None, None
 
 
-# Bound here: the attribute is replaced while a step runs.
+# Bound here, since the attribute ``apply`` is replaced while a step runs.
 _receive: Callable[..., Tensor] = _Receive.apply
 
 
 class Arrivals:
-    """The values received for one forward.
+    """The values that this stage has received for one forward.
 
     Args:
-        stage: of this process.
-        sent: by the stage before; all of it is this stage's own.
+        stage: the stage of this process.
+        sent: the tensors that the stage before has sent, by key. No one else uses these tensors.
         differentiates: whether a backward follows.
 
     Attributes:
-        sent: until it is known what of it later stages need.
-        token: what own and received tensors of this forward are named with. They refer to this and not to the
-            arrivals, which have them: a cycle would keep them longer.
-        gradients: with respect to what has been received, after the backward.
+        sent: the tensors that the stage before has sent, until it is known which of them later stages need.
+        token: identifies this forward. The tensors that this stage makes or receives in the forward are marked with the
+            token and a key. They refer to the token and not to this object, which holds them: a reference cycle would
+            keep them alive longer.
+        gradients: the gradients with respect to the received values, by key, after the backward.
     """
 
     def __init__(self, stage: int, sent: dict[Key, Tensor], differentiates: bool) -> None:
@@ -54,14 +58,14 @@ class Arrivals:
         self._versions: dict[Key, int] = {}
 
     def recall(self, ghost: Ghost) -> Tensor:
-        """The value of a ghost if this stage has used it; the ghost if not."""
+        """Return the value of a ghost if this stage has used that value, and the ghost itself otherwise."""
         return self._values.get(ghost.key, ghost) if ghost.key else ghost
 
     def take(self, ghost: Ghost) -> Tensor:
-        """The value of a ghost, to compute with.
+        """Return the value of a ghost, to compute with it.
 
         Raises:
-            UsageError: if it cannot be had, or is not what the step would see in one process.
+            UsageError: if this stage cannot have the value, or if the step would see another value in one process.
         """
         key, memory = ghost.key, ghost.memory
         if ghost.home is not self:
@@ -85,7 +89,7 @@ class Arrivals:
         return value
 
     def rename(self, old: Key, new: Key) -> Tensor | None:
-        """A value has been changed in place; its name changes. Returns the value if this stage has used it."""
+        """Change the key of a value that was changed in place. Return the value, or ``None`` if it is not used here."""
         value = self._values.pop(old, None)
         if value is not None:
             self._keep(new, value)
@@ -93,7 +97,7 @@ class Arrivals:
         return value
 
     def writes(self, ghost: Ghost) -> int:
-        """How often the value of a ghost has been changed in place here since it got its name."""
+        """Return how often the value of a ghost has been changed in place in this process since it got its key."""
         value = self._values.get(ghost.key) if ghost.key else None
         return 0 if value is None else version(value) - self._versions[ghost.key]  # pyright: ignore[reportArgumentType], ghosts seen have one
 
@@ -103,10 +107,10 @@ class Arrivals:
 
 
 def name(tensor: Tensor, token: object, key: Key) -> None:
-    """Name a value of this process."""
+    """Mark a tensor of this process with the token of its forward and with its key."""
     vars(tensor)["_made"] = token, key  # faster than setattr
 
 
 def name_of_value(tensor: Tensor) -> tuple[object, Key] | None:
-    """The token of the forward and the key that a value of this process has been named with."""
+    """Return the token and the key with which :func:`name` has marked a tensor, or ``None`` if it has no mark."""
     return tensor.__dict__.get("_made")

@@ -1,4 +1,8 @@
-"""The events of other stages' stretches: imagined, that is known by shape."""
+"""Events of other stages' stretches, which are imagined: only the shapes and types of their results are found.
+
+A *stretch* is the part of the step that one stage computes. An *event* is a module or a torch function that is called
+in it.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -35,11 +39,13 @@ from aimc_pl.private_torch import without_backward_hooks, without_functions
 
 
 class Elsewhere:
-    """Finds the shapes of what other stages make, and what of this and earlier stages' they need for it.
+    """The part of a forward that handles events of other stages. It computes no values.
+
+    It finds the shapes of their results, and the values of this and earlier stages that later stages need.
 
     Attributes:
-        watch: open after this stage's own stretch.
-        guessed: why the result of an event could only be guessed.
+        watch: checks whether what follows this stage's own stretch can be left out next time; ``None`` until then.
+        guessed: why the result of an event could only be guessed; ``None`` if no result was guessed.
     """
 
     def __init__(self, state: State) -> None:
@@ -51,7 +57,7 @@ class Elsewhere:
         self.guessed: UsageError | None = None
 
     def operation(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A torch function."""
+        """Return what a torch function returns, with ghosts in place of tensors."""
         with without_functions():
             given = tensors_in(*args, *kwargs.values())
             self._state.check_parameters(given)
@@ -65,7 +71,7 @@ class Elsewhere:
     def _outcome_by_values(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
     ) -> Outcome:
-        """The outcome of a function whose shapes may depend on values that come of the batch alone: a mask, lengths."""
+        """Return the outcome of a function whose shapes may depend on values of the batch alone, such as a mask."""
         self._is_lasting = False
         twins = [tensor.clone() if self._state.is_common(tensor) else twin_of(tensor) for tensor in given]
         try:
@@ -74,14 +80,14 @@ class Elsewhere:
             raise refusals.reads(self._state.stretch, str(error)) from error
 
     def function(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A custom autograd function."""
+        """Return what a custom autograd function returns, with ghosts in place of tensors."""
         call = partial(_without_graph, apply)
         if self._state.inside:
             return call(*args, **kwargs)
         return self._event(name_of(apply), False, call, args, kwargs)
 
     def module(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module that is run as a whole."""
+        """Return what a module that is run as a whole returns, with ghosts in place of tensors."""
         if not part.is_metric:
             return self._event(part.name, part.module.training, partial(self._rehearse_part, part), args, kwargs)
         with without_functions():
@@ -90,7 +96,7 @@ class Elsewhere:
         return self._metric(part)
 
     def inside(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module that is called inside of another."""
+        """Return what a module returns that is called inside another one, with ghosts in place of tensors."""
         if part.is_metric:
             return self._metric(part)
         return self._digital(part)(*args, **kwargs) if part.is_analog else part.call(*args, **kwargs)
@@ -120,8 +126,8 @@ class Elsewhere:
             changed = tuple(number for number, tensor in enumerate(given) if _writes(tensor) != before[number])
             used = tuple(number for number, tensor in enumerate(given) if id(tensor) in self._used)
             outcome = outcome_of(label, result, given, changed, used)
-            # What it does besides can be told from arguments that are not the same afterwards, and from values that it
-            # has not been given.
+            # The outcome is remembered only if the call has no other effects: its arguments hold the same tensors as
+            # before, and it has used no value except its arguments.
             after = tensors_in(*args, *kwargs.values())
             is_same = len(after) == len(given) and all(map(is_, after, given))
             is_alone = is_same and self._is_lasting and self._used <= set(map(id, given))
@@ -132,7 +138,7 @@ class Elsewhere:
     def _rehearse(
         self, given: Sequence[Tensor], call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run an event on ghosts, to see what it does."""
+        """Run an event on ghosts, to find what it returns, uses and changes."""
         self._state.inside, self._is_lasting, self._used = True, True, set()
         try:
             with _uncompiled():
@@ -151,9 +157,10 @@ class Elsewhere:
             return part.call(*args, **kwargs)
 
     def _guess(self, given: Sequence[Tensor], error: UsageError) -> Any:
-        """The result of a module that decides by values: most give back what is shaped as they were given.
+        """Return a guess at the result of a module that decides by values.
 
-        Where it matters, the mark of the event tells whether that is right.
+        The guess is a ghost shaped like the first floating-point tensor given, as most such modules keep the shape.
+        Where the shape matters, the mark of the event (a hash that processes compare) shows whether the guess is right.
         """
         specs = [spec for spec in map(spec_of, given) if spec.dtype.is_floating_point]
         if not specs:
@@ -163,6 +170,7 @@ class Elsewhere:
             return self._ghost(Slot(spec, None, None), None, Memory())
 
     def _digital(self, part: Part) -> Callable[..., Any]:
+        """Return a function that finds the result of an analog layer by the layer's digital rule."""
         requires_grad = any(parameter.requires_grad for parameter in part.module.parameters())
         self._state.check_parameters(part.module.parameters())
 
@@ -174,9 +182,9 @@ class Elsewhere:
         return lambda x: digital_result(part.module, x, like_weight)
 
     def _imagined(self, label: str, outcome: Outcome, given: Sequence[Tensor], left: Sequence[Tensor] = ()) -> Any:
-        """Make what an event makes, and name it."""
+        """Return what an event returns, with ghosts in place of tensors. Give the ghosts keys, and note the event."""
         state = self._state
-        # Inside of an event nothing has a name.
+        # Values that are made inside an event have no key.
         event = None if state.inside else state.trail.event
         for number in outcome.changed:
             self._overwrite(given[number], None if event is None else (state.stretch, event, -1 - number))
@@ -211,14 +219,14 @@ class Elsewhere:
         return become_ghost(slot.tensor(), slot.spec, key, self._state.stretch, self._state.arrivals, memory)
 
     def _claim(self, tensor: Tensor, key: Key) -> None:
-        """Name what a module has left in a list."""
+        """Give a key to a tensor that a module has left in a list."""
         if is_ghost(tensor):
             tensor.key = tensor.key or key
         elif not isinstance(tensor, nn.Parameter):
             become_ghost(tensor, spec_of(tensor), key, self._state.stretch, self._state.arrivals, Memory())
 
     def _overwrite(self, tensor: Tensor, key: Key | None) -> None:
-        """A value is changed in place: from now on it is a ghost, if it was none before."""
+        """Note that a tensor is changed in place. Turn it into a ghost if it is none yet."""
         if is_ghost(tensor):
             if key is None:
                 tensor.writes += 1
@@ -227,7 +235,7 @@ class Elsewhere:
         elif not isinstance(tensor, nn.Parameter):
             is_buffer = any(tensor is buffer for buffer in self._state.setting.module.buffers())
             if is_buffer and key is None:
-                return  # only its own stage has what modules keep in them
+                return  # only the stage of a module knows what the module keeps in its buffers
             if is_buffer and self.watch is not None:
                 self.watch.has_effects = True
             self._turn_into_ghost(tensor, key)
@@ -242,7 +250,7 @@ class Elsewhere:
         become_ghost(tensor, spec_of(tensor), key, state.stretch, state.arrivals, Memory())
 
     def _use(self, tensors: Sequence[Tensor]) -> None:
-        """An event computes with these."""
+        """Note that an event computes with ``tensors``."""
         if self._state.inside:
             self._used.update(id(tensor) for tensor in tensors if _has_key(tensor))
         if self._state.stretch > self._state.own:
@@ -250,7 +258,7 @@ class Elsewhere:
                 self.need(tensor)
 
     def need(self, tensor: Tensor) -> None:
-        """A later stage computes with a value, or logs it."""
+        """Note that a later stage computes with a tensor, or logs it."""
         if is_ghost(tensor):
             self._need_ghost(tensor)
         elif not isinstance(tensor, nn.Parameter):
@@ -263,7 +271,7 @@ class Elsewhere:
     def _need_ghost(self, ghost: Ghost) -> None:
         state = self._state
         if ghost.home is not state.arrivals or ghost.key is None or ghost.key[0] > state.own:
-            return  # of another process: that one will say if it cannot be had
+            return  # not for this process to send; the process that needs it reports if it cannot have it
         if ghost.key[0] < state.own and state.arrivals.writes(ghost):
             raise refusals.written_through_a_view(ghost.key[0], state.own)
         self._need_key(ghost.key, state.arrivals.recall(ghost))
@@ -275,7 +283,10 @@ class Elsewhere:
 
 
 def _without_graph(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Apply a custom autograd function to ghosts, which are leaves, so that autograd would not let it change them."""
+    """Apply a custom autograd function to ghosts, without a graph.
+
+    Ghosts are leaves. With a graph, autograd would not let the function change them in place.
+    """
     requires_grad = torch.is_grad_enabled() and any(spec_of(tensor).requires_grad for tensor in tensors_in(*args))
     with torch.no_grad():
         result = apply(*args, **kwargs)
@@ -286,12 +297,12 @@ def _without_graph(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    # The compiler, if it is in use, could not compile for ghosts.
+    # torch.compile, if it is in use, cannot compile for ghosts.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _directly_in(values: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that a module certainly takes: all but those in lists and dictionaries."""
+    """Return the tensors that a module certainly uses: all except those in lists and dictionaries."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What torch functions want of a tensor: its shape, its values, its place in the graph."""
+"""Kinds of torch functions, by what they need of a tensor: its shape, its values or its place in the autograd graph."""
 
 from collections.abc import Callable
 from enum import Enum, auto
@@ -7,23 +7,23 @@ from typing import Any
 
 
 class Kind(Enum):
-    """What a torch function is to ghosts."""
+    """What a torch function means for ghosts, the placeholders for values of other stages."""
 
     OPERATION = auto()
-    """Makes tensors of tensors."""
+    """It computes tensors from tensors."""
     RANDOM = auto()
-    """An operation that draws random numbers."""
+    """It computes tensors and draws random numbers."""
     ITERATION = auto()
     METADATA = auto()
-    """Tells what is known of a ghost too."""
+    """It asks for what is known of a ghost too, such as its shape."""
     DEVICE = auto()
-    """Tells where a tensor is, which of a ghost is where it would be."""
+    """It asks on which device a tensor is. For a ghost, the answer is the device on which this stage computes."""
     HOOK = auto()
-    """Leaves something with a tensor that matters to its own stage only."""
+    """It attaches to a tensor what matters only to the stage of that tensor, such as a hook."""
     NUMBER = auto()
-    """Gives values that need not be decided by."""
+    """It returns values to Python, which need not decide by them."""
     READ = auto()
-    """Lets Python decide by values."""
+    """It lets Python decide by values."""
     GRADIENT = auto()
 
 
@@ -45,14 +45,14 @@ _KINDS = {
 }
 _BY_NAME = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 KNOWN = (Kind.METADATA, Kind.DEVICE, Kind.HOOK)
-"""What can be answered without values."""
+"""The kinds of functions that can be answered without values."""
 _OPERATIONS = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _DEVICES = frozenset({"device", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_mkldnn"})
 
 
 @cache
 def kind_of(func: Callable[..., Any]) -> Kind:
-    """The kind of a function that was passed to ``__torch_function__``."""
+    """Return the kind of a function that was passed to ``__torch_function__``."""
     name, attribute = getattr(func, "__name__", ""), name_of(func)
     if name == "__set__":
         return Kind.HOOK
@@ -63,7 +63,10 @@ def kind_of(func: Callable[..., Any]) -> Kind:
 
 @cache
 def name_of(func: Callable[..., Any]) -> str:
-    """What to call such a function: the name of an attribute if it gets or sets one."""
+    """Return what to call a function that was passed to ``__torch_function__``.
+
+    If the function gets or sets an attribute, this is the name of the attribute.
+    """
     name = getattr(func, "__name__", type(func).__name__)
     owner = getattr(func, "__self__", None)
     if name in ("__get__", "__set__"):

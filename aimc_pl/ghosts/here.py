@@ -1,4 +1,8 @@
-"""The events of this stage's own stretch: computed."""
+"""Events of this stage's own stretch, which are computed.
+
+A *stretch* is the part of the step that one stage computes. An *event* is a module or a torch function that is called
+in it.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,28 +29,31 @@ from aimc_pl.private_torch import version, without_functions
 
 
 class Here:
-    """Computes with what has been received, and names what comes of it."""
+    """The part of a forward that computes this stage's events with received values, and gives keys to the results."""
 
     def __init__(self, state: State) -> None:
         self._state = state
 
     def operation(self, label: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A torch function of the code around modules."""
+        """Compute a torch function that is called by the code around modules."""
         return self._event(label, func, args, kwargs, replace)
 
     def module(self, label: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A module that is run as a whole, while no function mode is active."""
+        """Compute a module that is run as a whole, where possible while no function mode is active.
+
+        Lists and dictionaries among the arguments stay the same objects.
+        """
         return self._event(label, call, args, kwargs, replace_directly)
 
     def inside(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A torch function that is no event of its own."""
+        """Compute a torch function that is called inside an event, and is no event itself."""
         return func(*replace(args, self.resolve), **replace(kwargs, self.resolve))
 
     def resolve(self, value: Any) -> Any:
-        """What stands behind a value of the step.
+        """Return the actual value in place of a ghost, and any other value as it is.
 
         Raises:
-            UsageError: if this stage cannot have it.
+            UsageError: if this stage cannot have the value.
         """
         kind = type(value)
         if kind is Ghost:
@@ -97,12 +104,13 @@ class Here:
     def _named(
         self, label: str, result: Any, given: Sequence[Tensor], changed: tuple[int, ...], left: Sequence[Tensor]
     ) -> Any:
-        """Name what an event has made, changed or left in a list."""
+        """Give keys to the tensors that an event has made, changed in place or left in a list. Return its result."""
         own, event = self._state.own, self._state.trail.event
         for number in changed:
             self._rename(given[number], (own, event, -1 - number))
         if type(result) is Tensor and self._has_name(result, but_not_of=event):
-            # It gives back what it was given. Other processes cannot always tell, so it counts as new in all.
+            # The event returns a tensor that it was given. Other processes cannot always see this. For this reason the
+            # result counts as a new tensor in all processes.
             with torch.set_grad_enabled(result.requires_grad or torch.is_grad_enabled()):
                 result = result.view_as(result)
         made = [*tensors_in(result), *left]
@@ -129,7 +137,7 @@ class Here:
             self._state.kept[key] = tensor
 
     def _rename(self, tensor: Tensor, key: Key) -> None:
-        """Name a value anew that has been changed in place."""
+        """Give a new key to a value that has been changed in place."""
         if is_ghost(tensor):
             value = self._state.arrivals.rename(tensor.key, key) if tensor.key else None
             if value is not None:

@@ -1,4 +1,7 @@
-"""What a stage finds out about a step, so that it need not run again what other stages do."""
+"""What a stage remembers of a step, to leave out the code of later stages next time.
+
+A *stretch* is the part of the step that one stage computes.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -11,15 +14,18 @@ from aimc_pl.ghosts.shapes import Outcomes
 from aimc_pl.ghosts.values import Key
 
 _MOST = 1000
-"""Ways to remember: they must not fill the memory if every batch takes another."""
+"""How many ways to remember. They must not fill the memory if every batch takes another way."""
 
 
 class Learned:
-    """For the forwards to come.
+    """What past forwards of a stage have shown, for the forwards to come.
+
+    A *way* is all that decides how the step goes on after this stage's stretch: its inputs, the events so far and the
+    modes.
 
     Attributes:
-        outcomes: of calls.
-        wanted: all values of this stage that later ones have ever needed.
+        outcomes: the outcomes of calls.
+        wanted: the keys of all values of this stage that later stages have ever needed.
     """
 
     def __init__(self, own: int) -> None:
@@ -29,11 +35,11 @@ class Learned:
         self._needs: dict[Any, tuple[Key, ...]] = {}
 
     def needs(self, way: Any) -> tuple[Key, ...] | None:
-        """What the stages after this one need when the step has taken this way so far, if that is known."""
+        """Return what the later stages need when the step has taken this way, or ``None`` if that is not known."""
         return self._needs.get(way)
 
     def remember(self, way: Any, needs: tuple[Key, ...]) -> None:
-        """Note what the stages after this one have needed, when the step had taken this way."""
+        """Note what the later stages have needed when the step had taken this way."""
         if len(self._needs) >= _MOST:
             self._needs.clear()
         self._needs[way] = needs
@@ -41,13 +47,16 @@ class Learned:
 
 
 class Watch:
-    """Looks, while the step runs on after this stage's stretch, whether that can be left out next time.
+    """A check whether the code after this stage's stretch can be left out next time. It is made while that code runs.
 
-    It cannot if it decides by random numbers what to compute with. Nor if it writes to attributes of modules (counters,
-    lists) that this stage may read next time.
+    The code cannot be left out if it draws random numbers in Python, since it may decide by them what to compute with.
+    Nor can it be left out if it writes to attributes of modules (counters, lists) that this stage may read next time.
 
     Args:
-        modules: whose attributes this stage may read.
+        modules: the modules whose attributes this stage may read.
+
+    Attributes:
+        has_effects: whether the code is known to have such an effect.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -57,15 +66,15 @@ class Watch:
         self._drawn: Any = None
 
     def begin(self) -> None:
-        """A stretch begins, with generators of a new state."""
+        """Begin a stretch, for which the random number generators have been seeded again."""
         self._drawn = _generators()
 
     def end(self) -> None:
-        """A stretch ends."""
+        """End a stretch: check whether it has drawn random numbers."""
         self.has_effects |= self._drawn != _generators()
 
     def finish(self) -> bool:
-        """The step ends. Returns whether it can be left out."""
+        """End the step. Return whether the code after this stage's stretch can be left out."""
         self.end()
         before, after = self._attributes, _attributes(self._modules)
         is_same = len(before) == len(after) and all(old is new for old, new in zip(before, after, strict=True))
@@ -73,12 +82,13 @@ class Watch:
 
 
 def _generators() -> Any:
+    """Return the states of the generators of ``random`` and ``numpy.random``."""
     _, numbers, position, *_ = np.random.get_state()
     return random.getstate(), np.asarray(numbers).tobytes(), position
 
 
 def _attributes(modules: Sequence[nn.Module]) -> list[Any]:
-    """The objects in the modules' attributes, and in lists and dictionaries there."""
+    """Return the objects in the modules' attributes, and in collections there."""
     found: list[Any] = []
     for module in modules:
         for value in vars(module).values():

@@ -1,4 +1,4 @@
-"""The modules of a step that are run, or skipped, as a whole."""
+"""Parts of a step: modules that are run, or skipped, as a whole, and modules with which a stage begins."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,16 +13,16 @@ from aimc_pl.weights import product
 
 
 class Part:
-    """A callable of the step that ghosts must know of: a module, or a method of a metric.
+    """A callable of the step whose calls are intercepted: a module, or a method of a metric.
 
     Args:
-        name: for messages and to look up by.
-        module: that is called, or whose method it is.
-        attribute: of the module, to be replaced while the step runs.
+        name: the name of the part, for messages and for looking up outcomes.
+        module: the module that is called, or whose method is called.
+        attribute: the attribute of the module that is replaced while the step runs.
         call: what is called when nothing is replaced.
-        opens: the stage that begins when it is called.
-        is_whole: whether it is run or skipped as a whole.
-        is_analog: whether it is an analog layer, which shapes alone cannot run.
+        opens: the stage that begins with a call of the part; ``None`` if the part is no boundary.
+        is_whole: whether the part is run or skipped as a whole.
+        is_analog: whether the part is an analog layer, which cannot run on shapes alone.
         owners: the stages of its parameters.
     """
 
@@ -53,7 +53,7 @@ class Part:
 
 
 def parts_of(network: nn.Module, boundaries: Sequence[str], owners: Mapping[str, int]) -> list[Part]:
-    """The largest modules without a boundary inside, the boundaries, the metrics and the analog layers."""
+    """Return the largest modules without a boundary inside, the boundaries, the metrics and the analog layers."""
     opens = {id(network.get_submodule(name)): stage for stage, name in enumerate(boundaries, start=1)}
     wholes = set(map(id, _wholes(network, {id(module) for module in _ancestors(network, boundaries)})))
     analog = set(map(id, analog_layers(network)))
@@ -80,12 +80,13 @@ def parts_of(network: nn.Module, boundaries: Sequence[str], owners: Mapping[str,
 
 
 def _owners_of(name: str, module: nn.Module, owners: Mapping[str, int]) -> frozenset[int]:
+    """Return the stages of a module's parameters."""
     names = (f"{name}.{inner}" for inner, _ in module.named_parameters(remove_duplicate=False))
     return frozenset(owners[full] for full in names if full in owners)
 
 
 def glue_of(network: nn.Module, parts: Sequence[Part]) -> list[nn.Module]:
-    """The modules whose own code runs in every process: those around the parts that are run as a whole."""
+    """Return the modules whose own code runs in every process: those around the parts that are run as a whole."""
     inside = {id(inner) for part in parts if part.is_whole for inner in part.module.modules()}
     return [module for module in network.modules() if id(module) not in inside]
 
@@ -111,12 +112,12 @@ def _wholes(module: nn.Module, around: set[int]) -> Iterator[nn.Module]:
 
 
 def digital_result(layer: Any, x: Tensor, like_weight: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
-    """What an analog layer of another stage returns, computed by its digital rule.
+    """Return the result of an analog layer of another stage, found by the layer's digital rule.
 
     Args:
         layer: an analog Linear or Conv layer.
-        x: its input.
-        like_weight: makes a ghost of a weight of that shape.
+        x: the input of the layer.
+        like_weight: takes a shape, and returns a ghost in place of a weight of that shape.
     """
     if hasattr(layer, "kernel_size"):
         shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)

@@ -1,4 +1,4 @@
-"""The forward and the backward of one stage of a step, where every stage has a process of its own."""
+"""The forward and the backward of one stage of a step, in a run where every stage has a process of its own."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +25,10 @@ class Flight:
     """A micro-batch between its forward and its backward.
 
     Attributes:
-        result: what the step has returned; ``None`` in all but the last stage.
-        outgoing: what to send to the next stage; ``None`` in the last.
+        result: what the step has returned; ``None`` in all stages except the last.
+        outgoing: the message to the next stage; ``None`` in the last stage.
+        kept: the values of this stage that later stages need, by key.
+        gradients: the gradients with respect to received values, by key, after the backward.
     """
 
     result: Any
@@ -36,23 +38,26 @@ class Flight:
 
 
 class Ghosts:
-    """Runs one stage of a step in a process of its own.
+    """One stage of a step, which runs in a process of its own.
 
-    A stage is the stretch of the step between two calls of modules. Every process runs the whole step on the same
-    batch. What belongs to other stages is not computed there: its values are ghosts, of which shape and type are
-    known. Where this stage computes with a ghost, the value that was received takes its place. Names of values are
-    equal in all processes: the number of the event that made them, an event being a module that is run as a whole or
-    a torch function of the code around such modules. Whether all processes have seen the same events is checked.
+    A stage computes a *stretch* of the step, which lies between two calls of modules. Every process runs the whole step
+    on the same batch. It does not compute the stretches of other stages: their values are *ghosts*, of which only shape
+    and type are known. Where this stage computes with a ghost, the received value takes the ghost's place.
 
-    What comes of the batch alone is computed everywhere and never sent. Random numbers of torch are drawn by the
-    stage that asks for them and sent; ``random`` and ``numpy.random`` draw alike in the code that all processes run.
+    An *event* is a call of a module that is run as a whole, or of a torch function in the code around such modules.
+    Every value has a *key*, which contains the number of the event that made it. Keys are equal in all processes, and
+    the processes check that all of them see the same events.
+
+    What derives from the batch alone is computed in every process and never sent. Random numbers of torch are drawn by
+    the stage that asks for them, and are sent. ``random`` and ``numpy.random`` draw the same numbers in all processes,
+    in the code that all of them run.
 
     Args:
-        module: runs the step, and holds all parameters.
-        boundaries: names of the modules whose calls begin stages 1 … M−1.
-        stage: of this process.
-        owners: the stage of each parameter, by name.
-        device: where this stage computes.
+        module: the module that runs the step and holds all parameters.
+        boundaries: the names of the modules whose calls begin stages 1 … M−1.
+        stage: the stage of this process.
+        owners: the stage of each parameter, by the name of the parameter.
+        device: the device on which this stage computes.
     """
 
     def __init__(
@@ -87,22 +92,25 @@ class Ghosts:
         )
 
     def free(self) -> None:
-        """Give up the memory of other stages' parameters. They stay the same objects; those of tiles are left alone."""
+        """Free the memory of other stages' parameters, except those of analog tiles.
+
+        The parameters stay the same objects.
+        """
         for parameter in self._module.parameters():
             stage = self._owners.get(id(parameter))
             if stage is None or stage == self._stage or type(parameter) is not nn.Parameter:
                 continue
-            # One element that stands for all: shape, type and device stay.
+            # One element in memory stands for all. Shape, type and device stay.
             parameter.data = parameter.new_zeros(()).expand(parameter.shape)
             parameter.grad = None
             foreign = give_class(parameter, ForeignParameter)
             foreign.stage, foreign.label = stage, self._names[id(parameter)]
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Give other stages' parameters memory again.
+        """Give memory back to the parameters of other stages.
 
         Args:
-            state: values by name. A parameter that is not in there becomes zero.
+            state: the values of parameters, by name. A parameter that is missing in it becomes zero.
         """
         for parameter in self._module.parameters():
             if isinstance(parameter, ForeignParameter):
@@ -117,7 +125,10 @@ class Ghosts:
 
     @contextmanager
     def intercepting(self) -> Iterator[None]:
-        """While it is open, forwards see the calls of modules. It can stay open over many, as to open it takes time."""
+        """Context manager in which forwards see the calls of modules.
+
+        It takes time to enter. For this reason it may stay open over many forwards.
+        """
         with patched(*self._patches):
             yield
 
@@ -126,20 +137,21 @@ class Ghosts:
 
         Args:
             function: the whole step.
-            message: from the stage before; ``None`` in the first stage. Its tensors are this stage's own from now on.
-            seed: of this micro-batch's random numbers, the same in all processes. The global generators are seeded
-                with it.
-            inputs: what decides, apart from ``module``, which way the step takes: which step it is, and the batch.
-                Shapes, types and constants of it are looked at.
+            message: the message from the stage before; ``None`` in the first stage. The caller must not use its tensors
+                any more.
+            seed: the seed of this micro-batch's random numbers, the same in all processes. The global generators are
+                seeded with it.
+            inputs: what decides, apart from ``module``, which operations the step calls: which step it is, and the
+                batch. Only shapes, types and constants count.
 
         Raises:
-            UsageError: if the step does what stages in different processes cannot.
+            UsageError: if the step does what stages in different processes cannot do.
         """
         return self._fly(function, message, seed, inputs, differentiates=True)
 
     def infer(self, function: Callable[[], Any], message: Message | None, seed: int, inputs: Any = None) -> Flight:
-        """The same without gradients."""
-        # Tensors of inference mode do not tell whether they have been changed in place.
+        """Run the step like :meth:`forward`, with the same arguments, but without gradients."""
+        # Inference tensors do not record whether they have been changed in place.
         with torch.inference_mode(False), torch.no_grad():
             return self._fly(function, message, seed, inputs, differentiates=False)
 
@@ -168,12 +180,13 @@ class Ghosts:
         """Backpropagate, adding to the gradients of this stage's parameters.
 
         Args:
-            flight: of a forward. It is used up.
-            gradients: from the stage after; ``None`` in the last.
-            loss_weight: the gradient with respect to the loss: the result, or its ``"loss"``; of the last stage.
+            flight: what the forward has returned. It cannot be used again.
+            gradients: the message from the stage after; ``None`` in the last stage.
+            loss_weight: the gradient with respect to the loss, in the last stage; ``None`` in others. The loss is the
+                result of the step, or the ``"loss"`` in it.
 
         Returns:
-            What to send to the stage before; ``None`` in the first.
+            The message to the stage before; ``None`` in the first stage.
         """
         roots: list[Tensor] = []
         weights: list[Tensor] = []
@@ -200,6 +213,7 @@ class Ghosts:
 
 
 def _called(part: Part, *args: Any, **kwargs: Any) -> Any:
+    """Take the place of a part's call: ask the forward under way, if there is one."""
     run: Any = running[-1] if running else None
     return run.called(part, args, kwargs) if run else part.call(*args, **kwargs)
 
@@ -208,12 +222,14 @@ _plain_apply = torch.autograd.Function.__dict__["apply"]
 
 
 def _applied(function: type, *args: Any, **kwargs: Any) -> Any:
+    """Take the place of ``torch.autograd.Function.apply``: ask the forward under way, if there is one."""
     run: Any = running[-1] if running else None
     apply = _plain_apply.__get__(None, function)
     return run.applied(apply, args, kwargs) if run else apply(*args, **kwargs)
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
+    """Return torch's default generators on the CPU and on ``device``."""
     if device.type != "cuda":
         return [torch.default_generator]
     torch.cuda.init()
@@ -222,6 +238,7 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 def _signature(inputs: Any) -> Any:
+    """Return the signature of ``inputs``, or their type if they have none."""
     try:
         return signature(inputs)
     except OpaqueError:

@@ -1,4 +1,4 @@
-"""One forward of one stage: the whole step, of which only this stage's stretch computes."""
+"""One forward of one stage: it runs the whole step, but computes only the part of the step that the stage owns."""
 
 import random
 from collections.abc import Callable
@@ -30,29 +30,34 @@ from aimc_pl.private_torch import (
 )
 
 Message = tuple[tuple[str, ...], tuple[Key, ...], tuple[Tensor, ...]]
-"""What a stage sends: what has happened in every stretch so far, keys of values, values."""
+"""What a stage sends: the marks of the events in every stretch so far, the keys of values, and the values."""
 
 
 class Done(BaseException):
-    """Leaves the step after this stage's stretch: the rest is known. No ``except Exception`` holds it up."""
+    """Raised to leave the step after this stage's stretch, when it is known what later stages need.
+
+    It is a ``BaseException``, which no ``except Exception`` in user code catches.
+    """
 
 
 class Run(TorchFunctionMode):
-    """One forward.
+    """One forward of one stage, in a function mode that intercepts the torch functions of the step.
 
-    A module that is run as a whole is an *event*, and so is a torch function of the code around such modules, if it
-    has to do with parameters or with what has come of them. Events are counted in every stretch, which names their
-    results. What comes of the batch alone is computed in every process and is no event.
+    A *stretch* is the part of the step that one stage computes. An *event* is a call of a module that is run as a
+    whole, or of a torch function in the code around such modules that uses parameters or values derived from
+    parameters. Events are numbered in every stretch. Their numbers become part of the keys of their results. What
+    derives from the batch alone is computed in every process and is no event.
 
     Args:
-        setting: of the stage.
-        message: from the stage before.
-        seed: of this forward.
-        inputs: tells, together with the way that the step has taken so far, which way it will take.
+        setting: what all forwards of the stage have in common.
+        message: the message from the stage before; ``None`` in the first stage.
+        seed: the seed of this forward's random numbers.
+        inputs: decides, together with the events so far, which events follow.
         differentiates: whether a backward follows.
 
     Attributes:
-        outgoing: the message to the stage after.
+        arrivals: the values that this stage has received.
+        outgoing: the message to the stage after; ``None`` in the last stage.
     """
 
     def __init__(self, setting: Setting, message: Message | None, seed: int, inputs: Any, differentiates: bool) -> None:
@@ -73,14 +78,14 @@ class Run(TorchFunctionMode):
 
     @property
     def kept(self) -> dict[Key, Tensor]:
-        """This stage's values that have been sent."""
+        """The values of this stage that later stages need, by key."""
         return self._state.kept
 
     def start(self) -> None:
         """Begin the first stretch.
 
         Raises:
-            UsageError: if a module whose code is run in every process has a backward hook, or all modules have one.
+            UsageError: if a module whose code runs in every process has a backward hook, or if there is a global one.
         """
         if has_global_backward_hooks():
             raise refusals.spans_stages("a backward hook on all modules")
@@ -90,10 +95,10 @@ class Run(TorchFunctionMode):
         self._begin(0)
 
     def finish(self) -> None:
-        """The step has come to its end.
+        """End the forward after the step has returned.
 
         Raises:
-            UsageError: if it has before all stages have begun.
+            UsageError: if the step has returned before all stages have begun.
         """
         stretch, watch = self._state.stretch, self._elsewhere.watch
         if self._is_done:
@@ -107,20 +112,20 @@ class Run(TorchFunctionMode):
             self._send(needs)
 
     def fail(self, error: Exception) -> None:
-        """The step has failed.
+        """Handle an error of the step.
 
         Raises:
-            UsageError: if this may be so because of the values of other stages.
+            UsageError: if the cause may be a result of another stage that could only be guessed.
         """
         guessed = self._elsewhere.guessed
         if guessed is not None and not isinstance(error, UsageError):
             raise guessed from error
 
     def deliver(self, value: Tensor) -> Tensor:
-        """Have a value in the last stage; returns it there.
+        """Make a value available in the last stage. Return it there, and return ``value`` as it is in other stages.
 
         Raises:
-            UsageError: if it cannot be had.
+            UsageError: if the last stage cannot have the value.
         """
         with without_functions():
             if self._setting.own == len(self._setting.boundaries):
@@ -129,12 +134,12 @@ class Run(TorchFunctionMode):
             return value
 
     def close(self) -> None:
-        """Let go of what the backward does not need."""
+        """Release what the backward does not need."""
         self.arrivals.sent = {}
         self._state.written = {}
 
     def _advance(self) -> None:
-        """A boundary ends the stretch."""
+        """End the current stretch at a boundary, and begin the next one."""
         state, watch = self._state, self._elsewhere.watch
         if self._is_done:
             return
@@ -178,7 +183,7 @@ class Run(TorchFunctionMode):
         self.outgoing = self._trail.texts, needs, tuple(tensors)
 
     def called(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What comes of the call of a module, or of a method of a metric."""
+        """Return the result of a call of a module, or of a method of a metric."""
         state = self._state
         is_here = state.stretch == state.own
         if state.inside:
@@ -193,7 +198,7 @@ class Run(TorchFunctionMode):
         return self._compute(part, args, kwargs) if is_here else self._elsewhere.module(part, args, kwargs)
 
     def _compute(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # Unless another mode was entered meanwhile, this one can be left: inside it would only cost time.
+        # Leave this mode while the module runs, as it would only cost time. A mode entered since then prevents this.
         if current_function_mode() is not self:
             return self._here.module(part.name, part.call, args, kwargs)
         self.__exit__(None, None, None)
@@ -203,7 +208,7 @@ class Run(TorchFunctionMode):
             self.__enter__()
 
     def applied(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What comes of a custom autograd function, which function modes do not see."""
+        """Return the result of a custom autograd function, which function modes do not see."""
         state = self._state
         if state.inside and state.stretch == state.own and not any(map(is_ghost, args)):
             return apply(*args, **kwargs)
@@ -219,7 +224,7 @@ class Run(TorchFunctionMode):
         return self.intercept(func, args, kwargs or {})
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What comes of a torch function."""
+        """Return the result of a torch function."""
         kind = kind_of(func)
         if kind is Kind.METADATA:
             return plainly(func, args, kwargs)
@@ -227,7 +232,7 @@ class Run(TorchFunctionMode):
             return plainly(func, (self._setting.example, *args[1:]) if is_ghost(args[0]) else args, kwargs)
         is_drawn = kind is Kind.RANDOM and not self._state.inside
         if self._is_done:
-            return plainly(func, args, kwargs)  # on the way out of the step
+            return plainly(func, args, kwargs)  # ``Done`` is leaving the step
         if not is_drawn and self._are_common(args, kwargs):
             return func(*args, **kwargs)
         if is_in_functorch() and not self._state.inside:

@@ -1,4 +1,4 @@
-"""What comes of functions as far as shapes tell: computed on meta tensors once, then looked up."""
+"""Outcomes of functions, as far as shapes tell. Each is found once, by a call on meta tensors, and then looked up."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,22 @@ from aimc_pl.private_torch import storage_of, version
 
 _META = torch.device("meta")
 _MOST = 10_000
-"""Signatures to remember: shapes that change from batch to batch must not fill the memory."""
+"""How many signatures to remember. Shapes that change from batch to batch must not fill the memory."""
 
 
 class NeedsValuesError(Exception):
-    """A function's outcome depends on values; its argument is the function's name."""
+    """The outcome of a function depends on values. The argument of the error is the name of the function."""
 
 
 class Slot:
     """The place of a tensor in a result.
 
+    A *given* tensor is one in the arguments of the call. Given tensors are numbered in their order.
+
     Attributes:
-        same: the number of the given tensor that it is.
-        view: the number of the given tensor whose memory it shares.
+        spec: the shape and type of the tensor, and whether it requires grad.
+        same: the number of the given tensor that is returned itself; ``None`` if the tensor is a new one.
+        view: the number of the given tensor with which the tensor shares its memory; ``None`` if there is none.
     """
 
     __slots__ = ("_template", "same", "spec", "view")
@@ -39,20 +42,20 @@ class Slot:
         self._template = torch.empty(spec.shape, dtype=spec.dtype, device=_META)
 
     def tensor(self) -> Tensor:
-        """A new meta tensor."""
-        tensor = self._template.detach()  # faster than to make it from the specification
+        """Return a new meta tensor for this place."""
+        tensor = self._template.detach()  # faster than a new tensor
         return tensor.requires_grad_() if self.spec.requires_grad else tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call does, apart from values.
+    """What a call does, apart from the values that it computes.
 
     Attributes:
-        result: with slots in place of tensors.
-        changed: the numbers of the given tensors that it changes in place.
-        used: the numbers of the given tensors that it computes with.
-        mark: tells its name and shapes; 0 if only its own stage knows them.
+        result: the result, with slots in place of tensors.
+        changed: the numbers of the given tensors that the call changes in place.
+        used: the numbers of the given tensors that the call computes with.
+        mark: a hash of the name and the shapes; 0 if only the stage of the call knows the shapes.
     """
 
     result: Any
@@ -61,20 +64,20 @@ class Outcome:
     mark: int
 
     def fill(self, make: Callable[[Slot], Tensor]) -> Any:
-        """The result with tensors in place of slots."""
+        """Return the result, with tensors that ``make`` makes in place of slots."""
         if type(self.result) is Slot:
             return make(self.result)
         return replace(self.result, lambda value: make(value) if type(value) is Slot else value)
 
 
 class Outcomes:
-    """The outcomes of calls, by name, modes, shapes and constants."""
+    """The known outcomes of calls, which are looked up by name, modes, shapes and constants."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Outcome] = {}
 
     def look_up(self, name: Any, training: bool, args: Any, kwargs: Any) -> tuple[Any, Outcome | None]:
-        """A call's signature, ``None`` if it has none, and its outcome, if that is known."""
+        """Return a call's signature, or ``None`` if it has none, and its outcome, or ``None`` if that is not known."""
         try:
             key = (name, training, torch.is_grad_enabled(), signature(args), signature(kwargs) if kwargs else ())
             return key, self._known.get(key)
@@ -82,7 +85,7 @@ class Outcomes:
             return None, None
 
     def remember(self, key: Any, outcome: Outcome) -> None:
-        """Unless the call has no signature, or a result that cannot be made anew."""
+        """Store an outcome, unless the call has no signature or its result cannot be made again."""
         if key is None or not _is_plain(outcome.result):
             return
         if len(self._known) >= _MOST:
@@ -90,10 +93,10 @@ class Outcomes:
         self._known[key] = outcome
 
     def of_operation(self, func: Callable[..., Any], args: Any, kwargs: Any, given: Sequence[Tensor]) -> Outcome:
-        """The outcome of a torch function, while no function mode is active.
+        """Return the outcome of a torch function. No function mode may be active.
 
         Raises:
-            NeedsValuesError: if it depends on values.
+            NeedsValuesError: if the outcome depends on values.
         """
         key, outcome = self.look_up(func, False, args, kwargs)
         if outcome is None:
@@ -103,12 +106,12 @@ class Outcomes:
 
 
 def describe(name: str, result: Sequence[Tensor], changed: Sequence[int]) -> int:
-    """A number that differs, all but surely, where names, shapes or what is changed in place do."""
+    """Return a mark: a hash that almost surely differs where names, shapes or changes in place differ."""
     shapes = [tensor.spec.shape if type(tensor) is Ghost else tensor.shape for tensor in result]
     return _mark(name, tuple(shapes), tuple(changed))
 
 
-@lru_cache(_MOST)  # looked up, as to write it out takes longer
+@lru_cache(_MOST)  # a look-up is faster than the hash
 def _mark(name: str, shapes: tuple[torch.Size, ...], changed: tuple[int, ...]) -> int:
     return crc32(f"{name} {[*map(tuple, shapes)]} {changed}".encode()) or 1
 
@@ -116,7 +119,7 @@ def _mark(name: str, shapes: tuple[torch.Size, ...], changed: tuple[int, ...]) -
 def outcome_of(
     name: str, result: Any, given: Sequence[Tensor], changed: tuple[int, ...], used: tuple[int, ...]
 ) -> Outcome:
-    """The outcome of a call that has been made, on ghosts or on meta tensors."""
+    """Return the outcome of a call that has been made on ghosts or on meta tensors."""
     numbers = {id(tensor): number for number, tensor in enumerate(given)}
     memories = {_memory(tensor): number for number, tensor in enumerate(given)}
 
@@ -132,10 +135,17 @@ def outcome_of(
 def outcome_with_twins(
     func: Callable[..., Any], args: Any, kwargs: Any, twins: Sequence[Tensor], given: Sequence[Tensor]
 ) -> Outcome:
-    """The outcome of a torch function with other tensors, most of them without values, in place of those given.
+    """Return the outcome of a torch function, found by a call with other tensors in place of those given.
+
+    Args:
+        func: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        twins: a tensor in place of each given tensor. Most twins are meta tensors, which have no values.
+        given: the tensors in the arguments.
 
     Raises:
-        NeedsValuesError: if it depends on values that the twins do not have.
+        NeedsValuesError: if the outcome depends on values that the twins do not have.
     """
     by_tensor = {id(tensor): twin for tensor, twin in zip(given, twins, strict=True)}
     twins = [by_tensor[id(tensor)] for tensor in given]  # a tensor may be given twice
@@ -170,10 +180,10 @@ def _on_meta(name: str, func: Callable[..., Any], args: Any, kwargs: Any, twins:
 
 
 def twin_of(tensor: Tensor) -> Tensor:
-    """A meta tensor of the same shape and type."""
+    """Return a meta tensor of the same shape and type as ``tensor``."""
     spec = spec_of(tensor)
     twin = torch.empty(spec.shape, dtype=spec.dtype, device=_META)
-    # What requires grad is no leaf, so that it can be changed in place.
+    # A twin that requires grad must be no leaf, since autograd lets no leaf be changed in place.
     return twin.requires_grad_().clone() if spec.requires_grad and torch.is_grad_enabled() else twin
 
 

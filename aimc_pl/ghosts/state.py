@@ -1,4 +1,8 @@
-"""Where a forward stands, for the code that computes this stage's stretch and for that which imagines the others'."""
+"""The state of a forward, shared by the code that computes this stage's stretch and the code that imagines the others.
+
+A *stretch* is the part of the step that one stage computes. An *event* is a module or a torch function that is called
+in it.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +22,19 @@ from aimc_pl.private_torch import without_functions
 
 @dataclass
 class Setting:
-    """What all forwards of a stage share.
+    """What all forwards of a stage have in common.
 
     Attributes:
-        boundaries: names of the modules that open stages 1 … M−1.
+        boundaries: the names of the modules whose calls begin stages 1 … M−1.
         own: the stage of this process.
         owners: the stage of each parameter, by ``id``.
         names: the name of each parameter, by ``id``.
-        module: that runs the step.
+        module: the module that runs the step.
         glue: the modules whose own code runs in every process.
         watched: the modules whose attributes this stage may read.
-        example: a tensor on the device where this stage computes.
-        generators: torch's, on that device and on the CPU.
+        example: a tensor on the device on which this stage computes.
+        generators: torch's random number generators, on that device and on the CPU.
+        learned: what past forwards of this stage have shown.
     """
 
     boundaries: Sequence[str]
@@ -45,14 +50,15 @@ class Setting:
 
 
 class State:
-    """Where a forward stands.
+    """The state of a forward.
 
     Attributes:
-        stretch: the stage whose stretch of the step runs.
-        inside: whether an event is under way; what happens inside of events is not counted.
-        kept: values of this stage that later ones need, as far as it is known.
-        needs: what later stages have been seen to need.
-        written: the storages of values of the batch alone that have been written to, with the stage that did.
+        stretch: the stage whose stretch of the step runs now.
+        inside: whether an event is under way. Calls inside an event are not counted as events.
+        kept: the values of this stage that later stages need, by key, as far as that is known.
+        needs: the keys of the values that later stages have been seen to need.
+        written: the addresses of the storages of batch-only values that have been written to, each with the stage that
+            has written and the tensor.
     """
 
     def __init__(self, setting: Setting, arrivals: Arrivals, trail: Trail) -> None:
@@ -67,11 +73,11 @@ class State:
         self.written: dict[int, tuple[int, Tensor]] = {}
 
     def are_common(self, values: Iterable[Any]) -> bool:
-        """Whether they come of the batch alone, so that every process has them."""
+        """Return whether all values derive from the batch alone. Every process has such values."""
         return all(map(self.is_common, values))
 
     def is_common(self, value: Any) -> bool:
-        """Whether a value comes of the batch alone, so that every process has it."""
+        """Return whether a value derives from the batch alone. Every process has such a value."""
         kind = type(value)
         if kind is Tensor:
             return self._is_common_tensor(value)
@@ -96,11 +102,18 @@ class State:
             return tensor.grad_fn is None
 
     def note_write(self, tensor: Tensor) -> None:
-        """A value of the batch alone has been written to: what shares its memory is not common any more."""
+        """Note a write to a value that derives from the batch alone.
+
+        Tensors that share its memory no longer count as derived from the batch alone.
+        """
         self.written[tensor.untyped_storage().data_ptr()] = self.stretch, tensor
 
     def check_parameters(self, parameters: Iterable[Tensor]) -> None:
-        """Refuse parameters of another stage than the one that computes with them."""
+        """Check that parameters belong to the stage that computes with them now.
+
+        Raises:
+            UsageError: if a parameter belongs to another stage.
+        """
         for parameter in parameters:
             if isinstance(parameter, nn.Parameter):
                 owner = self.setting.owners.get(id(parameter))

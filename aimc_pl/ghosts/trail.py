@@ -1,4 +1,8 @@
-"""What has happened in a step so far, to name values by and to compare between processes."""
+"""A record of the events in a step so far. It numbers the events, and lets processes compare what they have seen.
+
+A *stretch* is the part of the step that one stage computes. An *event* is a module or a torch function that is called
+in it.
+"""
 
 from collections.abc import Sequence
 
@@ -6,10 +10,10 @@ from aimc_pl.ghosts import refusals
 
 
 class Trail:
-    """The events of each stretch: a mark, which tells names and shapes, and a name for messages.
+    """The events of each stretch: for every event a mark, which is a hash of name and shapes, and a name for messages.
 
     Args:
-        texts: of the stretches before this stage's, as their own processes saw them.
+        texts: the marks of the stretches before this stage's own, as the processes of these stretches saw them.
         own: the stage of this process.
     """
 
@@ -27,24 +31,24 @@ class Trail:
 
     @property
     def way(self) -> tuple[tuple[int, ...], ...]:
-        """All marks so far."""
+        """All marks so far, by stretch."""
         return *self._ended, tuple(self._marks)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Of the stretches up to this stage's, to be sent."""
+        """The marks of the stretches up to this stage's own, as texts to be sent."""
         return *self._texts, "".join(f"{mark:08x}" for mark in self.way[self._own])
 
     def note(self, name: str, mark: int) -> None:
-        """An event: its mark is of 32 bits, or 0 if only the event's own process knows it."""
+        """Note an event. Its mark has 32 bits, and is 0 if only the process of the event's stage knows the mark."""
         self._marks.append(mark)
         self._names.append(name)
 
     def end_stretch(self) -> None:
-        """Go on to the next.
+        """End the current stretch.
 
         Raises:
-            UsageError: if the process of the stretch has taken another way through it.
+            UsageError: if the process of the stretch has seen other events in it.
         """
         stretch = len(self._ended)
         if stretch < self._own:

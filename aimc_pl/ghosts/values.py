@@ -1,4 +1,4 @@
-"""What stands for the values of other stages: ghosts, and numbers that nobody here knows."""
+"""Placeholders for the values of other stages: ghosts in place of tensors, and :class:`Unknown` in place of numbers."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,11 +14,12 @@ from aimc_pl.ghosts.functions import KNOWN, kind_of
 from aimc_pl.private_torch import without_subclass_functions
 
 Key = tuple[int, int, int]
-"""Where a value was made, the same in all processes: stretch, event of the stretch, tensor of the event."""
+"""Where a value was made, which is the same in all processes: the number of the stage, the number of the module call or
+torch function (the *event*) in that stage, and the number of the tensor among the results of the event."""
 
 
 class Spec(NamedTuple):
-    """What is known of every value everywhere."""
+    """What all processes know of a tensor, whichever stage it belongs to."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -26,11 +27,12 @@ class Spec(NamedTuple):
 
 
 class Memory:
-    """What a ghost shares with its views: who has written to it.
+    """The memory that a ghost shares with its views. It records which stages have written to it.
 
     Attributes:
-        written: the latest stage that wrote through one of the views it had made itself.
-        torn: the stage that wrote to a view it had received: the other views do not see that.
+        written: the latest stage that has written through a tensor that it had made itself; -1 if there is none.
+        torn: the stage that has written through a tensor that it had received; ``None`` if there is none. The other
+            views do not see such a write.
     """
 
     __slots__ = ("torn", "written")
@@ -41,40 +43,43 @@ class Memory:
 
 
 class Interceptor(Protocol):
-    """Decides what happens to a torch function that was called on a ghost."""
+    """An object that decides what happens when a torch function is called on a ghost."""
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the function returns."""
+        """Return the result of the function."""
         ...
 
     def deliver(self, value: Tensor) -> Tensor:
-        """The value as it is known in the last stage, to be logged there."""
+        """Return a value that is to be logged in the last stage, as the last stage knows it."""
         ...
 
 
 class Home(Protocol):
-    """Where the value of a ghost may be."""
+    """An object that may hold the value of a ghost."""
 
     def recall(self, ghost: "Ghost") -> Tensor:
-        """The value of a ghost."""
+        """Return the value of a ghost, or the ghost itself if the value is not here."""
         ...
 
 
 running: list[Interceptor] = []
-"""The forwards under way in this process, innermost last."""
+"""The forwards under way in this process. The innermost one is last."""
 
 
 class Ghost(Tensor):
-    """A value of another stage: shape and type, and a key by which it is received where it is used.
+    """A placeholder for a tensor of another stage: it has a shape, a type and a key, but no data.
 
-    A plain tensor becomes one by its class, so that whoever holds it already sees the change. What it contains is
-    never read: every torch function that meets a ghost is intercepted.
+    Where a stage uses the value, it receives the value under the key. A plain tensor becomes a ghost by a change of its
+    class, which all who hold the tensor see. Its contents are never read: every torch function that is called on a
+    ghost is intercepted.
 
     Attributes:
-        key: ``None`` for what a module of another stage made and kept apart from its outputs.
-        stage: that made it.
-        home: what arrives in the forward in which it was made.
-        writes: how often it was changed in place.
+        spec: the shape and type of the value, and whether it requires grad.
+        key: the key of the value; ``None`` if a module of another stage made the value and did not return it.
+        stage: the stage that made the value.
+        home: the values that have arrived in the forward in which the ghost was made.
+        memory: what the ghost shares with its views.
+        writes: how often the value was changed in place.
     """
 
     spec: Spec
@@ -85,12 +90,12 @@ class Ghost(Tensor):
     writes: int
 
     def require_grad(self, requires_grad: bool = True) -> None:
-        """Set whether it requires grad, as its value does."""
+        """Set whether the ghost requires grad, as its value does."""
         plainly(Tensor.requires_grad_, (self, requires_grad), {})
         self.spec = self.spec._replace(requires_grad=requires_grad)
 
     def rename(self, key: Key, stage: int) -> None:
-        """It has been changed in place by a stage."""
+        """Give the ghost a new key, after ``stage`` has changed its value in place."""
         if self.stage < stage:
             self.memory.torn = stage
             self.memory = Memory()
@@ -111,7 +116,7 @@ class Ghost(Tensor):
     ) -> Any:
         if running:
             return running[-1].intercept(func, args, kwargs or {})
-        # Outside of forwards: where a checkpoint recomputes what it has received, or for logging.
+        # No forward is under way: a checkpoint recomputes with what it has received, or a value is logged.
         args = replace(args, _recall)
         named = replace(kwargs or {}, _recall)
         if any(map(is_ghost, tensors_in(args, named))):
@@ -124,7 +129,7 @@ def _recall(value: Any) -> Any:
 
 
 class Unknown:
-    """A number that only another process has. It can be computed with, formatted and logged, but not be decided by."""
+    """A number that only another process has. Code can compute with it, format it and log it, but not decide by it."""
 
     error: Exception
 
@@ -142,7 +147,7 @@ class Unknown:
     __hash__ = object.__hash__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Self:
-        """What comes of a call is unknown too."""
+        """Return an unknown value, as the result of a call on it is unknown too."""
         return self
 
     def __repr__(self) -> str:
@@ -170,46 +175,46 @@ for _name in _DECISIONS:
 
 
 def delivered(value: Any) -> Any:
-    """A value of a step, which is to be known in the last stage, where it is logged."""
+    """Return a value of a step, and have it sent to the last stage, where it is logged."""
     return running[-1].deliver(value) if running and isinstance(value, Tensor) else value
 
 
 def is_ghost(value: Any) -> TypeIs[Ghost]:
-    """Whether a value stands for one of another stage."""
+    """Return whether ``value`` is a placeholder for a tensor of another stage."""
     return type(value) is Ghost
 
 
 def plainly(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a torch function as if ghosts were tensors."""
+    """Call a torch function as if ghosts were plain tensors."""
     with without_subclass_functions():
         return func(*args, **kwargs)
 
 
 def spec_of(tensor: Tensor) -> Spec:
-    """Shape, type and whether it requires grad, of a tensor or of what a ghost stands for."""
+    """Return shape, type and whether it requires grad, of a tensor or of the value that a ghost stands for."""
     return tensor.spec if type(tensor) is Ghost else Spec(tensor.shape, tensor.dtype, tensor.requires_grad)
 
 
 def give_class[T: Tensor](tensor: Tensor, kind: type[T]) -> T:
-    """Make a tensor one of another class, in place."""
+    """Change the class of a tensor in place, and return the tensor."""
     value: Any = tensor
     value.__class__ = kind
     return value
 
 
 def become_ghost(tensor: Tensor, spec: Spec, key: Key | None, stage: int, home: Home, memory: Memory) -> Ghost:
-    """Make a ghost of a tensor, in place."""
+    """Turn a tensor into a ghost in place, and return it."""
     ghost = give_class(tensor, Ghost)
     ghost.spec, ghost.key, ghost.stage, ghost.home, ghost.memory, ghost.writes = spec, key, stage, home, memory, 0
     return ghost
 
 
 SIMPLE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device, slice, torch.memory_format})
-"""What most values are that are no tensors. To find that they are no containers either would take longer."""
+"""The types of most values that are no tensors. A look-up here is faster than the tests for containers."""
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
-    """The tensors of nested tuples, lists, dictionaries, dataclasses and plain objects, in their order."""
+    """Return the tensors in nested tuples, lists, dictionaries, dataclasses and plain objects, in their order."""
     found: list[Tensor] = []
     for value in values:
         _collect(value, found)
@@ -233,7 +238,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def _attributes(value: Any) -> Mapping[str, Any]:
-    """Those of a dataclass, or of a plain object that holds no other such objects."""
+    """Return the attributes of a dataclass, or of a plain object that holds no other plain objects; else none."""
     if isinstance(value, type):
         return {}
     if is_dataclass(value):
@@ -246,7 +251,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def replace(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A copy of such a nested value with ``function`` applied to what is no container."""
+    """Return a copy of a nested value, with ``function`` applied to everything in it that is no container."""
     if isinstance(value, Tensor) or type(value) in SIMPLE:
         return function(value)
     if isinstance(value, tuple):
@@ -269,7 +274,7 @@ def replace(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def replace_directly(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Like ``replace``, but lists and dictionaries, which a module may change, stay themselves."""
+    """Replace like :func:`replace`, but only in tuples. Lists and dictionaries, which modules may change, are kept."""
     if isinstance(value, tuple):
         items = [replace_directly(item, function) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
@@ -279,7 +284,7 @@ def replace_directly(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def left_in(values: Iterable[Any], given: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors without a name that a call has left in the lists, dictionaries and objects it was given."""
+    """Return the tensors without a key that a call has left in the lists, dictionaries and objects it was given."""
     containers = [value for value in values if not isinstance(value, Tensor) and type(value) not in SIMPLE]
     if not containers:
         return []
@@ -288,17 +293,17 @@ def left_in(values: Iterable[Any], given: Sequence[Tensor]) -> list[Tensor]:
 
 
 class OpaqueError(Exception):
-    """A value has no signature: two of them cannot be told apart."""
+    """A value has no signature, because it cannot be told apart from other values of its type."""
 
 
 _CONSTANTS = complex, bytes, type(...), type, range, Enum, torch.layout
 
 
 def signature(value: Any) -> Any:
-    """What a value is apart from what its tensors contain, to look up by.
+    """Return a signature: what a value is, apart from the contents of its tensors, as a key to look up by.
 
     Raises:
-        OpaqueError: for objects of other kinds.
+        OpaqueError: if the value is of a kind that has no signature.
     """
     kind = type(value)
     if kind is Ghost:

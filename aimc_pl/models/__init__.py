@@ -1,4 +1,4 @@
-"""The networks of the experiments."""
+"""This package holds the networks of the experiments."""
 
 from aimc_pl.models.gpt import GPT
 from aimc_pl.models.lenet import LeNet5

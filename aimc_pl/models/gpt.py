@@ -1,4 +1,4 @@
-"""A decoder-only transformer (Radford et al., 2019: GPT-2's layout)."""
+"""This module defines a decoder-only transformer with the layout of GPT-2 (Radford et al., 2019)."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,10 @@ from aimc_pl.errors import UsageError
 
 
 class GPT(nn.Module):
-    """Tokens ``(batch, length)``, int64, to the next token's logits ``(batch, length, vocab_size)``.
+    """A decoder-only transformer: int64 tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``.
 
-    The blocks are ``blocks.0``, ``blocks.1``, …: good places for a pipeline's stages to begin.
+    The logits are those of the next token. The blocks are named ``blocks.0``, ``blocks.1``, …; they are good places for
+    a pipeline's stages to begin.
 
     Args:
         vocab_size: number of different tokens.
@@ -19,11 +20,11 @@ class GPT(nn.Module):
         width: features of a token between the blocks; a multiple of ``num_heads``.
         num_heads: attention heads of a block.
         context: the longest sequence, in tokens.
-        dropout: probability, of the embedding, the attention weights and each residual branch.
+        dropout: dropout probability of the embedding, the attention weights and each residual branch.
 
     Raises:
-        UsageError: for a number out of range, or a width that the heads cannot share.
-        ValueError: for a sequence longer than the context.
+        UsageError: if a number is out of range, or if ``width`` is no multiple of ``num_heads``.
+        ValueError: from ``forward``, if a sequence is longer than the context.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class GPT(nn.Module):
         self._initialise(num_layers)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits; those at position t depend on the tokens up to t only."""
+        """Return the logits. Those at position t depend on the tokens up to t only."""
         length = tokens.shape[1]
         if length > self.positions.num_embeddings:
             raise ValueError(f"a sequence of {length} tokens is longer than context={self.positions.num_embeddings}")
@@ -64,7 +65,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # a sum of 2·num_layers branches keeps the variance of one
+        # The sum of 2·num_layers residual branches then has the variance of one branch.
         for name, weight in self.named_parameters():
             if name.endswith("out.weight"):
                 nn.init.normal_(weight, std=0.02 * (2 * num_layers) ** -0.5)

@@ -1,4 +1,4 @@
-"""LeNet-5 (LeCun et al., 1998), with max pooling."""
+"""This module defines LeNet-5 (LeCun et al., 1998) with max pooling."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from aimc_pl.arguments import check_number
 
 
 class LeNet5(nn.Sequential):
-    """Two convolutions and three linear layers: images ``(batch, 1, 28, 28)`` to logits ``(batch, num_classes)``.
+    """LeNet-5, two convolutions and three linear layers: ``(batch, 1, 28, 28)`` to logits ``(batch, num_classes)``.
 
     Args:
-        num_classes: output features.
+        num_classes: number of classes.
     """
 
     def __init__(self, num_classes: int = 10) -> None:

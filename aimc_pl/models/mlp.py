@@ -1,4 +1,4 @@
-"""Multi-layer perceptron."""
+"""This module defines a multi-layer perceptron."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,14 +10,16 @@ from aimc_pl.errors import UsageError
 
 
 class MLP(nn.Sequential):
-    """Flatten, then linear layers with an activation between them: ``(batch, …)`` to ``(batch, sizes[-1])``.
+    """A multi-layer perceptron: ``(batch, …)`` to ``(batch, sizes[-1])``.
+
+    The input is flattened. Linear layers follow, with an activation between them.
 
     Args:
-        sizes: input, hidden and output features, at least two numbers.
-        activation: the class of the activation.
+        sizes: numbers of input, hidden and output features; at least two numbers.
+        activation: the class of the activation function.
 
     Raises:
-        UsageError: for fewer than two sizes, or one below 1.
+        UsageError: if there are fewer than two sizes, or if a size is below 1.
     """
 
     def __init__(self, sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.Sigmoid) -> None:

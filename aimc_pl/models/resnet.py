@@ -1,4 +1,4 @@
-"""Residual networks for small images (He et al., arXiv 1512.03385, section 4.2)."""
+"""This module defines residual networks for small images (He et al., arXiv 1512.03385, section 4.2)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,11 +30,11 @@ class ResNet(nn.Sequential):
 
     Args:
         depth: 6n+2 for n residual blocks in each of three groups.
-        num_classes: output features.
-        width: channels of the first group; the second and the third have twice and four times as many.
+        num_classes: number of classes.
+        width: number of channels of the first group. The second and the third have twice and four times as many.
 
     Raises:
-        UsageError: for another depth, or a number below 1.
+        UsageError: if the depth is not 6n+2, or if a number is out of range.
     """
 
     def __init__(self, depth: int = 20, num_classes: int = 10, width: int = 16) -> None:

@@ -1,4 +1,4 @@
-"""The command line that studies and benchmarks share."""
+"""This module defines the command line that studies and benchmarks share."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:
-    """Where results go, and ``--quick``."""
+    """Return a parser with ``--folder``, where results go, and ``--quick``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--folder", type=_folder, default=Path(), help="of the results; the current one by default")
@@ -22,7 +22,10 @@ def study_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def sweep_parser(description: str | None, seeds: int) -> argparse.ArgumentParser:
-    """The same, with the seeds and processes of a sweep; a quick one has one seed and stays in this process."""
+    """Return the parser of :func:`study_parser` with ``--seeds`` and ``--jobs`` for a sweep.
+
+    With ``--quick``, a sweep has one seed and stays in this process.
+    """
     parser = study_parser(description)
     parser.add_argument("--seeds", type=at_least_one, default=seeds, help="runs of each setting")
     parser.add_argument("--jobs", type=at_least_one, help="runs at a time; one on each core by default")
@@ -30,7 +33,7 @@ def sweep_parser(description: str | None, seeds: int) -> argparse.ArgumentParser
 
 
 def at_least_one(text: str) -> int:
-    """The type of an argument that counts something."""
+    """Convert the text of an argument to a whole number of at least 1 (a ``type`` for argparse)."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""The rows of a study: in a CSV file, selected by their values, and as arrays."""
+"""This module keeps the rows of a study in a CSV file, selects rows by their values, and converts them to arrays."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 Row = Mapping[str, Any]
-"""The names and values of one line. Read from a file, all values are text."""
+"""The column names and values of one line. Values that are read from a file are text."""
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, none if there is no file."""
+    """Return the rows of a CSV file, or no rows if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -20,13 +20,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows with the same keys into a new CSV file."""
+    """Write rows with the same keys to a CSV file, which is replaced if it exists."""
     path.unlink(missing_ok=True)
     append_rows(path, rows)
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows with the same keys to a CSV file, which is made if it is not there."""
+    """Append rows with the same keys to a CSV file, which is created if it does not exist."""
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -36,12 +36,12 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def select[R: Row](rows: Iterable[R], **values: Any) -> list[R]:
-    """The rows with these values."""
+    """Return the rows that have all these values. Values are compared as text."""
     return [row for row in rows if all(str(row[key]) == str(value) for key, value in values.items())]
 
 
 def curves(rows: Iterable[Row], field: str) -> np.ndarray:
-    """One column of runs of the same length, ``(seeds, points)``, by the text of their ``seed``."""
+    """Return one column of runs of equal length, ``(seeds, points)``, sorted by the text of their ``seed``."""
     by_seed: dict[str, list[float]] = {}
     for row in rows:
         by_seed.setdefault(str(row["seed"]), []).append(float(row[field]))

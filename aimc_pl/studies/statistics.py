@@ -1,4 +1,4 @@
-"""What independent runs say about their mean."""
+"""This module estimates the mean of independent runs and the uncertainty of the mean."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from scipy.stats import sem, t
 
 
 def standard_error(values: ArrayLike) -> float:
-    """Of the mean of independent runs ``(runs,)``; no number for a single run or infinite values."""
+    """Return the standard error of the mean of runs ``(runs,)``; NaN for fewer than two runs or infinite values."""
     values = np.asarray(values)
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan")
@@ -16,7 +16,7 @@ def standard_error(values: ArrayLike) -> float:
 
 
 class Estimate(NamedTuple):
-    """A number and its confidence interval."""
+    """An estimated number and its confidence interval."""
 
     value: float
     low: float
@@ -24,11 +24,13 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: ArrayLike, confidence: float = 0.95) -> Estimate:
-    """Mean of independent runs with Student's interval, which is no number where the standard error is none.
+    """Return the mean of independent runs with Student's confidence interval.
+
+    The interval is NaN if :func:`standard_error` is NaN.
 
     Args:
-        values: ``(runs,)``.
-        confidence: of the interval.
+        values: one value per run, ``(runs,)``.
+        confidence: confidence level of the interval.
     """
     values = np.asarray(values)
     mean = float(values.mean())

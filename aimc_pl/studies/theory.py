@@ -1,9 +1,12 @@
-"""Bounds on the convergence of analog SGD with and without delay, and fits of their form to runs.
+"""This module computes bounds on the convergence of analog SGD with and without delay, and fits their form to runs.
 
-Update k moves the weights by −α·g − (α/τ)|g|⊙w, where g is the loss's gradient for a sample at the weights that the
-sample met. Let α be the learning rate, τ the dynamic range, f a loss with an L-Lipschitz gradient, f₀ − f* its gap,
-σ² the variance of g summed over the weights, |w| ≤ W < τ and q = W/τ. The paper (arXiv 2410.15155) proves rates of
-this form; its body was not at hand, so the constants here are of the proof in ``docs/THEORY.md``.
+Update k moves the weights by −α·g − (α/τ)|g|⊙w, where g is the loss's gradient for a sample, at the weights with which
+the sample was processed. Let α be the learning rate, τ the dynamic range, f a loss with an L-Lipschitz gradient,
+f₀ − f* its initial gap to the minimum, σ² the variance of g summed over the weights, and |w| ≤ W < τ. The saturation is
+q = W/τ.
+
+The paper (arXiv 2410.15155) proves rates of this form. Its body was not available, so the constants here come from the
+proof in ``docs/THEORY.md``.
 """
 
 from math import sqrt
@@ -16,27 +19,27 @@ from torch import Tensor
 
 
 def largest_learning_rate(smoothness: float, saturation: float) -> float:
-    """(1−q)/(2L(1+q)), up to which the bounds hold.
+    """Return (1−q)/(2L(1+q)), the largest learning rate for which the bounds hold.
 
     Args:
-        smoothness: L.
-        saturation: q, below 1.
+        smoothness: L, the Lipschitz constant of the loss's gradient.
+        saturation: q, at least 0 and below 1.
 
     Raises:
-        ValueError: for another saturation.
+        ValueError: if the saturation is out of range.
     """
     return _fill(saturation) / (2 * smoothness * (1 + saturation) ** 2)
 
 
 def asymptotic_error(variance: float, saturation: float) -> float:
-    """2σ²q²/(1−q²), which the bound on the mean squared gradient norm keeps for any number of updates.
+    """Return 2σ²q²/(1−q²), which remains of the bound on the mean squared gradient norm after any number of updates.
 
     Args:
-        variance: σ².
-        saturation: q, below 1.
+        variance: σ², the variance of g summed over the weights.
+        saturation: q, at least 0 and below 1.
 
     Raises:
-        ValueError: for another saturation.
+        ValueError: if the saturation is out of range.
     """
     return 2 * variance * saturation**2 / _fill(saturation)
 
@@ -50,22 +53,22 @@ def error_bound(
     saturation: float,
     delay_error: float | None = None,
 ) -> float:
-    """An upper bound on the expected squared gradient norm, averaged over the updates.
+    """Return an upper bound on the expected squared gradient norm, averaged over the updates.
 
-    Without delay 4(f₀−f*)/(αK(1−q²)) + 2σ²αL(1+q)/(1−q) + 2σ²q²/(1−q²). With delay e² twice as much, and
-    6e²/(1−q²) more.
+    Without delay, the bound is 4(f₀−f*)/(αK(1−q²)) + 2σ²αL(1+q)/(1−q) + 2σ²q²/(1−q²). With a delay error e², it is
+    twice this bound plus 6e²/(1−q²).
 
     Args:
-        num_updates: K.
-        learning_rate: α.
-        gap: f₀ − f*.
-        smoothness: L.
-        variance: σ².
-        saturation: q, below 1.
-        delay_error: e², what :func:`delay_error` bounds; ``None`` for no delay.
+        num_updates: K, the number of updates.
+        learning_rate: α, the learning rate.
+        gap: f₀ − f*, the initial gap of the loss to its minimum.
+        smoothness: L, the Lipschitz constant of the loss's gradient.
+        variance: σ², the variance of g summed over the weights.
+        saturation: q, at least 0 and below 1.
+        delay_error: e², for which :func:`delay_error` gives a bound; ``None`` for no delay.
 
     Raises:
-        ValueError: if the learning rate is above :func:`largest_learning_rate`, or the saturation not below 1.
+        ValueError: if the learning rate is above :func:`largest_learning_rate`, or the saturation is out of range.
     """
     largest = largest_learning_rate(smoothness, saturation)
     if learning_rate > largest:
@@ -82,41 +85,44 @@ def error_bound(
 def delay_error(
     staleness: int, learning_rate: float, signal_smoothness: float, second_moment: float, saturation: float
 ) -> float:
-    """(L'·d·α·(1+q))²·G², at most the expected squared distance of a delayed gradient from the current one.
+    """Return (L'·d·α·(1+q))²·G², a bound on the expected squared distance of a delayed gradient from the current one.
 
     Args:
-        staleness: d, the most updates between the weights that a sample met and those it changes.
-        learning_rate: α.
-        signal_smoothness: L', by which the gradient changes at most with the weights of single layers.
-        second_moment: G² ≥ E‖g‖².
-        saturation: q.
+        staleness: d, the largest number of updates between the weights with which a sample is processed and the weights
+            that it changes.
+        learning_rate: α, the learning rate.
+        signal_smoothness: L', the Lipschitz constant of the gradient in the weights of single layers.
+        second_moment: G² ≥ E‖g‖², a bound on the mean squared norm of g.
+        saturation: q = W/τ.
     """
     return (signal_smoothness * staleness * learning_rate * (1 + saturation)) ** 2 * second_moment
 
 
 def best_learning_rate(num_updates: int, gap: float, smoothness: float, variance: float, saturation: float) -> float:
-    """The α that minimises the bound without delay, √(2(f₀−f*)/(KLσ²))/(1+q); the bound falls with 1/√K then.
+    """Return the learning rate that minimises the bound without delay.
+
+    It is √(2(f₀−f*)/(KLσ²))/(1+q), but at most :func:`largest_learning_rate`. The bound then falls with 1/√K.
 
     Args:
-        num_updates: K.
-        gap: f₀ − f*.
-        smoothness: L.
-        variance: σ².
-        saturation: q, below 1.
+        num_updates: K, the number of updates.
+        gap: f₀ − f*, the initial gap of the loss to its minimum.
+        smoothness: L, the Lipschitz constant of the loss's gradient.
+        variance: σ², the variance of g summed over the weights.
+        saturation: q, at least 0 and below 1.
     """
     best = sqrt(2 * gap / (num_updates * smoothness * variance)) / (1 + saturation)
     return min(best, largest_learning_rate(smoothness, saturation))
 
 
 def stationary_error(weight: Tensor, magnitude: Tensor, tau: float | Tensor) -> Tensor:
-    """Σ(w·E|g|/τ)², the squared gradient norm where the expected motion −α∇f − (α/τ)E|g|⊙w vanishes.
+    """Return Σ(w·E|g|/τ)², the squared gradient norm where the expected motion −α∇f − (α/τ)E|g|⊙w vanishes.
 
-    What is left of the gradient with small steps, exactly and not as a bound.
+    This is what remains of the gradient with small steps. The value is exact, not a bound.
 
     Args:
-        weight: ``(..., out, in)``.
+        weight: the weights w, ``(..., out, in)``.
         magnitude: E|g| at these weights, of the same shape.
-        tau: τ.
+        tau: τ, the dynamic range.
 
     Returns:
         One number per leading index.
@@ -131,28 +137,30 @@ def _fill(saturation: float) -> float:
 
 
 def fit_exponent(epsilon: ArrayLike, updates: ArrayLike) -> float:
-    """p of the power law updates ∝ ε⁻ᵖ that fits best in logarithms.
+    """Return the exponent p of the power law updates ∝ ε⁻ᵖ that fits best in logarithms.
 
     Args:
-        epsilon: ``(points,)``.
-        updates: ``(points,)``.
+        epsilon: errors ε, ``(points,)``.
+        updates: the number of updates to reach each error, ``(points,)``.
     """
     return -float(np.polyfit(np.log(epsilon), np.log(updates), 1)[0])
 
 
 class Complexity(NamedTuple):
-    """Updates to reach an error ε: ``dominant``·ε⁻² + ``extra``·ε⁻¹."""
+    """The number of updates to reach an error ε, as ``dominant``·ε⁻² + ``extra``·ε⁻¹."""
 
     dominant: float
     extra: float
 
 
 def fit_complexity(epsilon: ArrayLike, updates: ArrayLike) -> Complexity:
-    """The paper's form O(ε⁻² + ε⁻¹), fitted to measured updates with coefficients of at least 0 and relative errors.
+    """Fit the paper's form O(ε⁻² + ε⁻¹) to measured numbers of updates.
+
+    The coefficients are at least 0, and the fit minimises relative errors.
 
     Args:
-        epsilon: ``(points,)``.
-        updates: ``(points,)``.
+        epsilon: errors ε, ``(points,)``.
+        updates: the number of updates to reach each error, ``(points,)``.
     """
     epsilon, updates = np.asarray(epsilon), np.asarray(updates)
     terms = np.stack([epsilon**-2, epsilon**-1], axis=1) / updates[:, None]

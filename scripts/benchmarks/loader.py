@@ -1,7 +1,8 @@
-"""Whether loading is the bottleneck: images per second of the in-memory loader, of torchvision's usual one, of a step.
+"""This benchmark tells whether loading images is the bottleneck of training.
 
-Random images of CIFAR-10's size, shifted, flipped and normalised, in mini-batches of 128 and in one process, against
-the training step of a digital ResNet-8. Usage:
+It compares the images per second of the in-memory loader, of torchvision's usual loader and of the training step of a
+digital ResNet-8. The images are random ones of CIFAR-10's size, shifted, flipped and normalised, in mini-batches of 128
+and in one process. Usage:
 
     .venv/bin/python scripts/benchmarks/loader.py --folder docs/results
 """
@@ -26,7 +27,7 @@ BATCH = 128
 
 
 class PerSample(Dataset[tuple[Tensor, int]]):
-    """Images transformed one by one, as torchvision's data sets are."""
+    """A data set that transforms its images one by one, as torchvision's data sets do."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -43,12 +44,12 @@ class PerSample(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image."""
+        """Return one image and its label."""
         return self.transform(self.images[index]), 0
 
 
 def cases(num_batches: int) -> dict[str, tuple[Iterable[Any], Callable[[Any], object]]]:
-    """What to go through, one batch more than are timed, and what to do with each batch."""
+    """Return the batches of each case, one more than are timed, and the function to call with each batch."""
     torch.manual_seed(0)
     images = torch.randint(0, 255, ((num_batches + 1) * BATCH, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (len(images),))
@@ -74,7 +75,7 @@ def cases(num_batches: int) -> dict[str, tuple[Iterable[Any], Callable[[Any], ob
 
 
 def run(what: str, batches: Iterable[Any], do: Callable[[Any], object]) -> Row:
-    """Go through the batches once, after a first one to warm up."""
+    """Time one pass over the batches. The first batch is a warm-up and is not timed."""
     iterator = iter(batches)
     do(next(iterator))
     start, count = time.perf_counter(), 0
@@ -85,15 +86,15 @@ def run(what: str, batches: Iterable[Any], do: Callable[[Any], object]) -> Row:
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print a line for each."""
+    """Print the images per second of every case."""
     for row in rows:
         print(f"{row['what']:<24}{row['images_per_second']:>10.0f} images/s")
 
 
 def main() -> None:
-    """Measure, write and report."""
+    """Measure, write the rows and print the report."""
     parser = study_parser(__doc__)
-    parser.add_argument("--batches", type=at_least_one, default=60, help="timed batches")
+    parser.add_argument("--batches", type=at_least_one, default=60, help="number of timed batches")
     args = parser.parse_args()
     print(conditions(torch.get_num_threads()))
     rows = [run(what, *case) for what, case in cases(1 if args.quick else args.batches).items()]

@@ -1,10 +1,10 @@
-"""What the strategy costs in one process: time per step against plain Lightning on the same micro-batches.
+"""This benchmark measures what the strategy costs in one process, against plain Lightning on the same micro-batches.
 
-Plain Lightning accumulates gradients over B micro-batches; the strategy runs as many in M stages. Under ``sync`` both
-do the same. Under ``async`` every stage updates after every micro-batch, which is compared with ``sync`` and (B − 1)M
-more updates. All sides take turns, step by step, and the medians of the ratios are compared. The start is what the
-first step takes longer than others, in steps: where stages are named, and where layers are measured (split_at=None).
-Usage:
+Plain Lightning accumulates gradients over B micro-batches, and the strategy runs as many in M stages. Under ``sync``
+both do the same work. Under ``async`` every stage updates after every micro-batch; its time is compared with that of
+``sync`` plus that of (B − 1)M more updates of a stage. All sides take turns, step by step, and medians of ratios are
+reported. The start is the extra time of the first step, in units of a later step. It is measured where the boundaries
+are named, and where the strategy finds them by measuring the layers (split_at=None). Usage:
 
     .venv/bin/python scripts/benchmarks/overhead.py --folder docs/results
 """
@@ -38,22 +38,22 @@ Batch = tuple[Tensor, Tensor]
 
 
 def mlp() -> nn.Module:
-    """Eight layers of 1,024."""
+    """Return an MLP of eight layers of 1,024 features."""
     return nn.Sequential(*(nn.Sequential(nn.Linear(1024, 1024), nn.ReLU()) for _ in range(8)))
 
 
 def gpt() -> nn.Module:
-    """Four layers, 128 wide."""
+    """Return a GPT of four layers, 128 wide."""
     return GPT(vocab_size=128, num_layers=4, width=128, num_heads=4, context=128)
 
 
 def images(*shape: int) -> Batch:
-    """A micro-batch of ten classes."""
+    """Return a micro-batch of random images or features with labels of ten classes."""
     return torch.randn(shape), torch.randint(10, shape[:1])
 
 
 def tokens(*shape: int) -> Batch:
-    """A micro-batch of sequences."""
+    """Return a micro-batch of random token sequences."""
     return torch.randint(128, shape), torch.randint(128, shape)
 
 
@@ -66,16 +66,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch], Sequence
     ),
     "GPT 4x128, micro-batch 8x128": (gpt, lambda: tokens(8, 128), ["blocks.1", "blocks.2", "blocks.3"]),
 }
-"""Network, one micro-batch, where stages begin."""
+"""By name: the network, one micro-batch, and the modules with which stages begin."""
 
 
 def cases(quick: bool) -> list[str]:
-    """Networks."""
+    """Return the names of the networks to measure."""
     return [*NETWORKS][:1] if quick else [*NETWORKS]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Plain SGD."""
+    """Return plain SGD."""
     return torch.optim.SGD(parameters, lr=1e-3)
 
 
@@ -87,43 +87,43 @@ class Task(L.LightningModule):
         self.network = network
 
     def training_step(self, batch: Batch) -> Tensor:
-        """The loss, over samples or over tokens."""
+        """Return the loss, a mean over samples or over tokens."""
         return F.cross_entropy(self.network(batch[0]).flatten(0, -2), batch[1].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Of all layers."""
+        """Return an optimizer of all layers."""
         return make_optimizer(self.parameters())
 
 
 def hand_over() -> None:
-    """Wait until it is this side's turn again."""
+    """Give the other sides their turns, and return when the turn of this side comes again."""
     driver = getcurrent().parent
     assert driver is not None
     driver.switch()
 
 
 class Turn(L.Callback):
-    """Hands over to the other sides before the first step, and after every step.
+    """A callback that gives the other sides their turns before the first step and after every step.
 
     Args:
-        num_batches: of a step.
+        num_batches: number of batches of one step.
     """
 
     def __init__(self, num_batches: int) -> None:
         self.num_batches = num_batches
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """All is set up."""
+        """Hand over once everything is set up."""
         hand_over()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the last batch of a step."""
+        """Hand over after the last batch of a step."""
         if (batch_idx + 1) % self.num_batches == 0:
             hand_over()
 
 
 def fit(network: nn.Module, strategy: Any, batches: list[Any], accumulate: int = 1) -> greenlet:
-    """A fit that waits before the first step, and after every step."""
+    """Return a fit that has been started and waits before its first step. It also waits after every step."""
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
@@ -135,14 +135,17 @@ def fit(network: nn.Module, strategy: Any, batches: list[Any], accumulate: int =
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType], a list is one
+    loader = DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType], a list is a data set
     side = greenlet(lambda: trainer.fit(Task(network), loader))
     side.switch()
     return side
 
 
 def updates(network: nn.Module, split_at: Sequence[str]) -> greenlet:
-    """The updates alone that follow one micro-batch: in each stage a step of the optimizer, which clears gradients."""
+    """Return a side that repeats the updates after one micro-batch, and nothing else.
+
+    In each stage it makes a step of the optimizer and clears the gradients.
+    """
     parameters = [*network.parameters()]
     numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
     starts = [numbers[id(next(network.get_submodule(name).parameters()))] for name in split_at]
@@ -164,7 +167,7 @@ def updates(network: nn.Module, split_at: Sequence[str]) -> greenlet:
 
 
 def run(name: str, steps: int) -> list[dict[str, Any]]:
-    """So many steps of every side, in turns; a row per step, with the milliseconds of each."""
+    """Let every side make ``steps`` steps in turns, and return a row per step with the milliseconds of each side."""
     make, microbatch, split_at = NETWORKS[name]
     microbatches = [microbatch() for _ in range(NUM_MICROBATCHES)]
     whole = tuple(torch.cat(parts) for parts in zip(*microbatches, strict=True))
@@ -191,14 +194,14 @@ def run(name: str, steps: int) -> list[dict[str, Any]]:
 
 
 def time_turn(side: greenlet) -> float:
-    """Milliseconds of one step."""
+    """Return the milliseconds of one step of a side."""
     start = time.perf_counter()
     side.switch()
     return 1e3 * (time.perf_counter() - start)
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the medians of one network, with ratios of steps and the steps that the start takes."""
+    """Print the medians for one network, the ratios between sides, and the extra time of the first step."""
     first, later = rows[0], rows[1:] or rows
 
     def middle(number: Callable[[Row], float]) -> float:
@@ -216,16 +219,16 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Measure, report and write."""
+    """Measure, print the report and write the rows."""
     parser = study_parser(__doc__)
-    parser.add_argument("--steps", type=at_least_one, default=200, help="of each side")
+    parser.add_argument("--steps", type=at_least_one, default=200, help="number of steps of each side")
     args = parser.parse_args()
     if not args.quick:
         keep_freed_memory()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning suggests more loader processes; the batches are in memory.
+    # Lightning suggests more worker processes for the loader, but the batches are in memory already.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # The comparison is at equal micro-batches, for BatchNorm too.
+    # Both sides see the same micro-batches, and so does BatchNorm.
     warnings.filterwarnings("ignore", message="BatchNorm computes its statistics per micro-batch")
 
     print(conditions(torch.get_num_threads()))

@@ -1,15 +1,16 @@
-"""Two processes with a stage each against one process with both, and against torch's own pipeline schedules.
+"""This benchmark compares two processes with a stage each with one process and with torch's own pipeline schedules.
 
-Every process computes on one thread. All sides run the same stages and take turns in one run, of which the medians are
-compared; the speedup is that over one process that updates as often. Usage:
+Every process computes on one thread. All sides run the same stages and take turns in one run, and medians over the
+turns are compared. The speedup is that over one process that updates as often. Usage:
 
     .venv/bin/python scripts/benchmarks/processes.py --folder docs/results
 
-Columns: ``own_ms`` is what the longest stage takes by itself, forward, backward and update, in an undivided run
-without any pipeline; the other process does the same meanwhile, as busy cores share their memory. ``efficiency`` is
-that over what two processes take; under ``sync``, over the part of the cycles in which the plan has a stage work.
-``elsewhere_percent`` is what a process does besides, of its time, sending and waiting not counted: it passes through
-the code of other stages, and names what it makes.
+Columns: ``own_ms`` is the time of the slowest stage by itself (forward, backward and update) in an undivided run
+without any pipeline. The other process does the same at the same time, since busy cores share their memory.
+``efficiency`` is ``own_ms`` divided by the time that two processes take; under ``sync`` only the share of that time
+counts in which the schedule gives a stage work. ``elsewhere_percent`` is the share of a process's time, without sending
+and waiting, that does not go into its own stage: the process also runs through the code of the other stages and keeps
+track of the values that it meets there.
 """
 
 import copy
@@ -57,17 +58,17 @@ TIMEOUT = 600.0
 
 
 def mlp() -> nn.Module:
-    """Eight layers of 1,024."""
+    """Return an MLP of eight layers of 1,024 features."""
     return nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.ReLU())))
 
 
 def gpt() -> nn.Module:
-    """Twelve layers, 256 wide."""
+    """Return a GPT of twelve layers, 256 wide."""
     return GPT(vocab_size=256, num_layers=12, width=256, num_heads=8, context=128)
 
 
 def analog_resnet(depth: int) -> nn.Module:
-    """On aihwkit's pulse-level tiles."""
+    """Return a ResNet on aihwkit's pulse-level tiles."""
     network = ResNet(depth)
     convert_to_analog(network, soft_bounds_reference(backend="aihwkit"))
     return network
@@ -80,19 +81,22 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Sequence[str
     "ResNet-8 on aihwkit, micro-batch 8": (lambda: analog_resnet(8), (8, 3, 32, 32), [], 2),
     "ResNet-20 on aihwkit, micro-batch 8": (lambda: analog_resnet(20), (8, 3, 32, 32), [], 1),
 }
-"""Network, one micro-batch, where the second stage begins (measured if it is not said), mini-batches of a turn."""
+"""By name: the network, the shape of a micro-batch, the module with which the second stage begins (if empty, the
+boundary is found by measuring), and the number of mini-batches in a turn.
+"""
 
 
 def cases(quick: bool, only: str = "") -> list[str]:
-    """Networks whose names contain a text; a quick run takes the first."""
+    """Return the networks whose names contain ``only``. A quick run takes the first network."""
     return [*NETWORKS][:1] if quick else [name for name in NETWORKS if only in name]
 
 
 class MicroBatch:
-    """The same samples again and again.
+    """The same samples in every step.
 
     Args:
-        shape: of images and features; of tokens, if it is that of a sequence per sample.
+        network: decides between tokens (for a :class:`GPT`) and images or features.
+        shape: of the images, features or tokens of one micro-batch.
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
@@ -101,22 +105,22 @@ class MicroBatch:
         self.y = torch.randint(256, shape) if is_text else torch.randint(10, shape[:1])
 
     def step(self, network: nn.Module) -> Callable[[], Tensor]:
-        """A training step."""
+        """Return a training step of the network on these samples."""
         return lambda: loss_of(network(self.x), self.y)
 
 
 def loss_of(outputs: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy over samples, or over tokens."""
+    """Return the cross-entropy, a mean over samples or over tokens."""
     return F.cross_entropy(outputs.flatten(0, -2), y.flatten())
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """A step that also pulses tiles."""
+    """Return an optimizer that also sends pulses to analog tiles."""
     return AnalogSGD([*parameters], lr=0.01)
 
 
 def find_boundaries(network: nn.Module, micro: MicroBatch) -> list[str]:
-    """Where the second stage should begin, as the first process measures it."""
+    """Return the module with which the second stage begins, as the first process has measured it."""
     trials = Trials(network, [micro.step(network)], (micro.x, micro.y))
     calls = Calls()
     trials.undivided(calls.recorded(network))
@@ -125,7 +129,7 @@ def find_boundaries(network: nn.Module, micro: MicroBatch) -> list[str]:
 
 
 def staged(network: nn.Module, split_at: Sequence[str], micro: MicroBatch, delayed: bool = True) -> StagedStep:
-    """The step in stages, with what each of them holds."""
+    """Return the training step in stages, after a recording that finds the parameters of each stage."""
     stages = [Stage(index) for index in range(NUM_STAGES)]
     step = StagedStep(network, split_at, stages, delayed=delayed, may_share=False)
     Trials(network, [micro.step(network)], (micro.x, micro.y)).record(step)
@@ -133,7 +137,7 @@ def staged(network: nn.Module, split_at: Sequence[str], micro: MicroBatch, delay
 
 
 def updates(stages: Sequence[Stage]) -> Callable[[Stage], None]:
-    """Updates a stage and clears its gradients."""
+    """Return a function that updates a stage and clears its gradients."""
     optimizers = {stage.index: sgd(stage.parameters) for stage in stages}
 
     def update(stage: Stage) -> None:
@@ -146,7 +150,7 @@ def updates(stages: Sequence[Stage]) -> Callable[[Stage], None]:
 def one_process(
     name: ScheduleName, network: nn.Module, split_at: Sequence[str], micro: MicroBatch
 ) -> Callable[[], None]:
-    """One mini-batch through both stages in this process."""
+    """Return a function that runs one mini-batch through both stages in this process."""
     step = staged(network, split_at, micro, delayed=name == "async")
     update, function = updates(step.stages), micro.step(network)
     pipeline = Pipeline(step.stages, Schedule(name, NUM_STAGES, NUM_MICROBATCHES), update)
@@ -162,7 +166,7 @@ def one_process(
 def two_processes(
     name: ScheduleName, network: nn.Module, split_at: Sequence[str], micro: MicroBatch
 ) -> Callable[[], None]:
-    """One mini-batch through this process's stage."""
+    """Return a function that runs one mini-batch through the stage of this process."""
     step = staged(network, split_at, micro)
     processes = Processes(NUM_STAGES, TIMEOUT, node=0)
     own = step.stages[processes.stage]
@@ -181,7 +185,7 @@ def two_processes(
 
 
 def finish(pipeline: Pipeline, update: Callable[[Stage], None]) -> None:
-    """The update of a mini-batch, if that is not done."""
+    """Update the stages once for the mini-batch, unless the schedule has updated them after every micro-batch."""
     if not pipeline.schedule.is_async:
         for stage in pipeline.stages:
             update(stage)
@@ -189,7 +193,7 @@ def finish(pipeline: Pipeline, update: Callable[[Stage], None]) -> None:
 
 
 def torchs(kind: Any, network: nn.Module, split_at: Sequence[str], micro: MicroBatch) -> Callable[[], None]:
-    """One mini-batch through a schedule of torch.distributed.pipelining."""
+    """Return a function that runs one mini-batch through a schedule of torch.distributed.pipelining."""
     rank = dist.get_rank()
     pipe = pipeline(network, (micro.x,), split_spec=dict.fromkeys(split_at, SplitPoint.BEGINNING))
     stage = pipe.build_stage(rank, CPU)
@@ -209,9 +213,10 @@ def torchs(kind: Any, network: nn.Module, split_at: Sequence[str], micro: MicroB
 
 
 def plain_pass(network: nn.Module, split_at: Sequence[str], micro: MicroBatch) -> Callable[[], list[float]]:
-    """A micro-batch forward and backward, without anything of ours; returns the seconds of each stage.
+    """Return a function that runs a plain forward and backward of one micro-batch and returns each stage's seconds.
 
-    It is noted when a stage's first module is called, and when the backward has come to that module's input.
+    The forward of a stage begins when its first module is called. Its backward ends when the gradient reaches that
+    module's input.
     """
     function, times = micro.step(network), list[float]()
 
@@ -239,7 +244,10 @@ def plain_pass(network: nn.Module, split_at: Sequence[str], micro: MicroBatch) -
 
 
 def ghosts_pass(network: nn.Module, step: StagedStep, micro: MicroBatch) -> Callable[[], list[float]]:
-    """The same as the processes of the stages do it, one after the other and without sending anything."""
+    """Return a function that runs one micro-batch through the processes' code and returns each stage's seconds.
+
+    The stages run one after the other in this process, and nothing is sent.
+    """
     owners = Ownership(network, step.stages).owners
     processes = [Ghosts(network, step.boundaries, index, owners) for index in range(NUM_STAGES)]
     function, inputs = micro.step(network), (micro.x, micro.y)
@@ -247,7 +255,7 @@ def ghosts_pass(network: nn.Module, step: StagedStep, micro: MicroBatch) -> Call
     def run() -> list[float]:
         flights, message, seconds = [], None, [0.0] * NUM_STAGES
         for index, process in enumerate(processes):
-            with process.intercepting():  # for a whole mini-batch, otherwise
+            with process.intercepting():  # not timed: a process enters it once per mini-batch
                 start = time.thread_time()
                 flight = process.forward(function, message, 0, inputs)
                 seconds[index] += time.thread_time() - start
@@ -265,7 +273,7 @@ def ghosts_pass(network: nn.Module, step: StagedStep, micro: MicroBatch) -> Call
 
 
 def _as_received(message: Any) -> Any:
-    """The tensors of a message belong to the process that gets it."""
+    """Return a message as its receiver has it, with tensors of its own."""
     if message is None:
         return None
     texts, keys, tensors = message
@@ -273,11 +281,11 @@ def _as_received(message: Any) -> Any:
 
 
 class Alone:
-    """One stage after the other, each measured by itself, in seconds of the processor that its process spends.
+    """A measurement of each stage by itself, in seconds of processor time.
 
     Args:
-        passes: a micro-batch forward and backward, undivided and as the processes do it, in turns; each returns the
-            seconds of every stage.
+        passes: functions that run a micro-batch forward and backward, undivided and as the processes do it. They take
+            turns, and each returns the seconds of every stage.
         stages: to update.
     """
 
@@ -288,12 +296,12 @@ class Alone:
         self._seconds: list[list[list[float]]] = []
 
     def turn(self, microbatches: int) -> None:
-        """Measure."""
+        """Run and time all passes and the updates for this many micro-batches."""
         for _ in range(microbatches):
             update, seconds = [], list[list[float]]()
             for once in self._passes:
                 seconds.append(once())
-                update = [self._time_update(stage) for stage in self._stages]  # each pass finds no gradients
+                update = [self._time_update(stage) for stage in self._stages]  # clears the gradients
             self._seconds.append([update, *seconds])
 
     def _time_update(self, stage: Stage) -> float:
@@ -302,7 +310,7 @@ class Alone:
         return time.thread_time() - start
 
     def milliseconds(self, warm_up: int) -> list[list[float]]:
-        """Of the update and of each pass, for every stage in its process: medians of those after the warm-up."""
+        """Return medians after the warm-up: of the update and of each pass, for every stage in its own process."""
         stage = Processes(NUM_STAGES, TIMEOUT, node=0).stage
         mine = [1e3 * median(row[stage] for row in rows) for rows in zip(*self._seconds[warm_up:], strict=True)]
         everyones: list[Any] = [None] * NUM_STAGES
@@ -311,7 +319,7 @@ class Alone:
 
 
 def turn(run: Callable[[], None], mini_batches: int, everyone: bool) -> float:
-    """Milliseconds per micro-batch."""
+    """Return the milliseconds per micro-batch of one turn."""
     dist.barrier()
     start = time.perf_counter()
     if everyone or dist.get_rank() == 0:
@@ -324,7 +332,7 @@ def turn(run: Callable[[], None], mini_batches: int, everyone: bool) -> float:
 def sides_of(
     network: nn.Module, split_at: Sequence[str], micro: MicroBatch
 ) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
-    """What to compare, each with a copy of the network; and why the others cannot be."""
+    """Return the sides to compare, each with its own copy of the network, and why other sides are missing."""
     sides: dict[str, Callable[[], None]] = {}
     missing: dict[str, str] = {}
     for name in SCHEDULES:
@@ -339,7 +347,7 @@ def sides_of(
 
 
 def run(case: str, turns: int, divisor: int = 1) -> list[dict[str, Any]]:
-    """One network, in every process; a row per side."""
+    """Measure one network, in every process, and return a row per side. Only rank 0 returns rows."""
     make, shape, given, mini_batches = NETWORKS[case]
     mini_batches = max(mini_batches // divisor, 1)
     torch.manual_seed(0)
@@ -371,14 +379,14 @@ def row(
     own: list[list[float]],
     split_at: Sequence[str],
 ) -> dict[str, Any]:
-    """What was measured of one side."""
+    """Return the row of one side."""
     name: ScheduleName = "async" if side.endswith("async") else "sync"
     schedule = Schedule(name, NUM_STAGES, NUM_MICROBATCHES)
     took = median(times[side])
     update, *passes = own
     share = 1 if schedule.is_async else 1 / NUM_MICROBATCHES
     plain, ghosts = ([a + share * b for a, b in zip(taken, update, strict=True)] for taken in passes)
-    # An asynchronous pipeline stays full from one turn to the next.
+    # An asynchronous pipeline stays full from one turn to the next, so no cycles are lost.
     idle = 1 if schedule.is_async else schedule.num_cycles() / (2 * NUM_MICROBATCHES)
     found = {
         "case": case,
@@ -410,7 +418,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def measure(csv: Path, turns: int, only: str, quick: bool) -> None:
-    """In every process."""
+    """Measure all networks. Every process runs this function."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     rows: list[dict[str, Any]] = []
@@ -424,10 +432,10 @@ def measure(csv: Path, turns: int, only: str, quick: bool) -> None:
 
 
 def main() -> None:
-    """Start the processes; measure, report and write in them."""
+    """Start the processes, which measure, print the report and write the rows."""
     parser = study_parser(__doc__)
     parser.add_argument("--turns", type=at_least_one, default=9)
-    parser.add_argument("--only", default="", help="networks whose names contain this")
+    parser.add_argument("--only", default="", help="measure only the networks whose names contain this text")
     args = parser.parse_args()
     if not args.quick:
         keep_freed_memory()

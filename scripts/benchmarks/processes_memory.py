@@ -1,6 +1,6 @@
-"""The memory of two processes that train asynchronously for long, minute by minute.
+"""This benchmark records the memory of two processes in a long asynchronous training, minute by minute.
 
-A ResNet-8 on mean-field tiles learns made-up images, with validation and a checkpoint every 200 mini-batches. Usage:
+A ResNet-8 on mean-field tiles trains on random images, with validation and a checkpoint every 200 mini-batches. Usage:
 
     .venv/bin/python scripts/benchmarks/processes_memory.py --folder docs/results
 """
@@ -31,7 +31,7 @@ from aimc_pl.tasks import Classifier
 
 
 def train(minutes: float) -> None:
-    """In both processes."""
+    """Train for this many minutes. Both processes run this function."""
     L.seed_everything(0)
     images = DataLoader(
         TensorDataset(torch.randn(3200, 3, 32, 32), torch.randint(10, (3200,))), batch_size=16, shuffle=True
@@ -53,7 +53,7 @@ def train(minutes: float) -> None:
 
 
 def run(minutes: float, every: float) -> Iterator[Row]:
-    """Train in two processes; their memory, every so many seconds."""
+    """Train in two processes and yield their memory every ``every`` seconds."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, str(Path(__file__).resolve()), "--minutes", str(minutes)]
     start = time.monotonic()
@@ -63,7 +63,7 @@ def run(minutes: float, every: float) -> Iterator[Row]:
     ):
         while training.poll() is None:
             time.sleep(every)
-            # It may end at any moment.
+            # The training may end at any moment.
             with suppress(psutil.NoSuchProcess):
                 sizes = [resident_mib(process) for process in psutil.Process(training.pid).children()]
                 if len(sizes) == 2:
@@ -74,18 +74,18 @@ def run(minutes: float, every: float) -> Iterator[Row]:
 
 
 def resident_mib(process: psutil.Process) -> float:
-    """Resident memory, without what is shared with other processes."""
+    """Return the resident memory that the process does not share with other processes."""
     memory = process.memory_info()
     return round((memory.rss - memory.shared) / 2**20, 1)
 
 
 def report(row: Row) -> None:
-    """Print a minute."""
+    """Print the row of one minute."""
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 def main() -> None:
-    """Look at the memory once a minute; report and write."""
+    """Measure the memory once a minute, and print and write every row."""
     parser = study_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     args = parser.parse_args()

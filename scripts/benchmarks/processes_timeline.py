@@ -1,7 +1,8 @@
-"""The runtime alone: stages that sleep instead of computing, one process each, so that two cores suffice for eight.
+"""This benchmark measures the runtime alone: every stage sleeps instead of computing, in a process of its own.
 
-Measures throughput against one stage that does all, writes when every operation began and ended, and draws it beside
-the planned table. Two minutes. Usage:
+Two cores therefore suffice for eight stages. The benchmark compares the throughput with that of one accelerator that
+does all stages, writes when every operation began and ended, and draws these times beside the planned clock table. It
+takes two minutes. Usage:
 
     .venv/bin/python scripts/benchmarks/processes_timeline.py --folder docs/results
 """
@@ -38,18 +39,18 @@ from aimc_pl.studies.rows import Row, read_rows, select, write_rows
 
 PLANS = [("sync", "half"), ("async", "half"), ("async", "full")]
 NUM_MICROBATCHES = 8
-"""Per mini-batch, of which the synchronous schedule drains after each."""
+"""Number of micro-batches in a mini-batch. The synchronous schedule drains after every mini-batch."""
 
 MINI_BATCHES = 6
 
 
 def cases(quick: bool) -> tuple[int, ...]:
-    """Numbers of stages."""
+    """Return the numbers of stages to measure."""
     return (2,) if quick else (2, 4, 8)
 
 
 class _Sleep(torch.autograd.Function):
-    """An operation of one clock cycle, forward and backward."""
+    """An operation that takes one clock cycle, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float, times: list[tuple[str, float, float]]) -> Tensor:
@@ -70,7 +71,7 @@ def _sleep(kind: str, seconds: float, times: list[tuple[str, float, float]]) -> 
 
 
 class SleepingStage(nn.Module):
-    """Returns its input after a clock cycle."""
+    """A stage that returns its input after one clock cycle."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -79,12 +80,12 @@ class SleepingStage(nn.Module):
         self.times: list[tuple[str, float, float]] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sleep."""
+        """Sleep for one clock cycle and return the input."""
         return _Sleep.apply(x * self.weight, self.seconds, self.times)  # pyright: ignore[reportReturnType]
 
 
 def record(folder: Path, seconds: float) -> None:
-    """In every process: run all cases, and write when each operation of this stage began and ended."""
+    """Run all cases and write when each operation of this stage began and ended. Every process runs this function."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     num_stages = dist.get_world_size()
     processes = Processes(num_stages, timeout=120, node=0)
@@ -119,7 +120,7 @@ def record(folder: Path, seconds: float) -> None:
 
 
 def run(num_stages: int, seconds: float) -> Iterator[dict[str, str]]:
-    """The operations of all processes."""
+    """Record in ``num_stages`` processes and yield the operations of all of them."""
     with tempfile.TemporaryDirectory() as folder:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_stages}"]
         command = [*torchrun, __file__, "--record", folder, "--seconds", str(seconds)]
@@ -129,7 +130,11 @@ def run(num_stages: int, seconds: float) -> Iterator[dict[str, str]]:
 
 
 def summary(operations: Sequence[Row], name: Any, duplex: Any, num_stages: int, seconds: float) -> Row:
-    """Of one case: micro-batches per second times what one accelerator needs for one, and the plan's."""
+    """Return the row of one case.
+
+    The speedup is the number of micro-batches per second times the time that one accelerator needs for a micro-batch.
+    The schedule's own speedup stands beside it.
+    """
     batches = MINI_BATCHES * NUM_MICROBATCHES
     schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)
     times = [
@@ -157,7 +162,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int = 30) -> Figure:
-    """The planned tables and, below each, the times at which operations ran."""
+    """Draw the planned clock tables and, beside each, the times at which the operations ran."""
     figure = Figure(figsize=(14, 3.0 * len(PLANS)), layout="constrained")
     for axes, (name, duplex) in zip(figure.subplots(len(PLANS), 2), PLANS, strict=True):
         schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
@@ -179,9 +184,9 @@ def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int
 
 
 def main() -> None:
-    """Record, write, report and draw."""
+    """Record the operations, write the rows, print the report and draw the figure."""
     parser = study_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=0.05, help="one clock cycle")
+    parser.add_argument("--seconds", type=float, default=0.05, help="length of a clock cycle in seconds")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.record:

@@ -1,12 +1,12 @@
-"""One training step on the mean-field tile against aihwkit's tiles and against plain torch.
+"""This benchmark compares one training step on the mean-field tile with one on aihwkit's tiles and in plain torch.
 
 All sides train the same network on soft-bounds reference devices with the same batches. They take turns in one run, and
-medians over all steps are compared. Two minutes on two cores; the pulses of aihwkit, and so its time, depend on the
-learning rate. Usage:
+medians over all steps are compared. The benchmark takes two minutes on two cores. The number of aihwkit's pulses, and
+with it aihwkit's time, depends on the learning rate. Usage:
 
     .venv/bin/python scripts/benchmarks/tile.py --folder docs/results
 
-On a GPU (``--device cuda``) there is one case, ResNet-18 at batch 128, and no aihwkit.
+On a GPU (``--device cuda``) there is one case, ResNet-18 at batch 128, and aihwkit is left out.
 """
 
 import time
@@ -37,17 +37,17 @@ GPU_NETWORKS: dict[str, tuple[Network, tuple[int, ...]]] = {
     "ResNet-18, batch 128": (lambda: resnet18(num_classes=10), (128, 3, 32, 32)),
 }
 WARM_UP = 2
-"""Steps of every turn that are not timed."""
+"""Number of steps at the start of every turn that are not timed."""
 
 
 def cases(device: str, quick: bool) -> list[tuple[str, bool]]:
-    """Networks, each with converters and noise and with perfect products."""
+    """Return the networks, each once with converters and noise and once with perfect products."""
     names = [*(NETWORKS if device == "cpu" else GPU_NETWORKS)]
     return [(name, perfect_io) for name in (names[:1] if quick else names) for perfect_io in (False, True)]
 
 
 class Side:
-    """A network with its optimizer, and the times of its steps."""
+    """A network with its optimizer and the times of its steps."""
 
     def __init__(self, make: Network, backend: Any, perfect_io: bool, device: str, learning_rate: float) -> None:
         torch.manual_seed(0)
@@ -62,7 +62,7 @@ class Side:
         self.times: list[float] = []
 
     def step(self, x: torch.Tensor, y: torch.Tensor, is_timed: bool) -> None:
-        """One forward, backward and update, in milliseconds."""
+        """Make one forward, backward and update, and keep the time in milliseconds if ``is_timed``."""
         _wait(x.device)
         start = time.perf_counter()
         self.optimizer.zero_grad()
@@ -79,7 +79,7 @@ def _wait(device: torch.device) -> None:
 
 
 def run(name: str, perfect_io: bool, device: str, learning_rate: float, turns: int, steps: int) -> Row:
-    """Let the sides take turns with the same batch; the median times of their steps."""
+    """Let the sides take turns with the same batch, and return a row with the median times of their steps."""
     make, shape = (NETWORKS | GPU_NETWORKS)[name]
     on_cpu = device == "cpu"
     backends = ["torch", "mean_field", *(["aihwkit"] if on_cpu else [])]
@@ -101,17 +101,17 @@ def run(name: str, perfect_io: bool, device: str, learning_rate: float, turns: i
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print a line per network and kind of products."""
+    """Print a line for every network, with and without perfect products."""
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def main() -> None:
-    """Measure, write and report."""
+    """Measure, write the rows and print the report."""
     parser = study_parser(__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--turns", type=at_least_one, default=5, help="turns of each side")
-    parser.add_argument("--steps", type=at_least_one, default=10, help="timed steps of one turn")
+    parser.add_argument("--turns", type=at_least_one, default=5, help="number of turns of each side")
+    parser.add_argument("--steps", type=at_least_one, default=10, help="number of timed steps in a turn")
     parser.add_argument("--learning-rate", type=float, default=0.1)
     args = parser.parse_args()
     if not args.quick:

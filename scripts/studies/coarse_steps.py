@@ -1,7 +1,9 @@
-"""Digits on devices with few states: expected pulses, sampled pulses, and aihwkit's tiles.
+"""This study trains on handwritten digits with devices of few states, with three ways to simulate their pulses.
 
-A single array of four linear layers, without pipeline delay, 20 epochs, mean over the seeds. Five minutes on two cores;
-runs that the CSV file holds are not repeated. Usage:
+The number of states is a device's dynamic range divided by its mean step. The ways are expected pulses
+(``mean_field``), sampled pulses (``bits``) and aihwkit's own tiles (``aihwkit``). The network has four linear layers
+and one stage, so that no update is delayed. A run takes 20 epochs, and the report shows means over the seeds. The study
+takes five minutes on two cores. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/coarse_steps.py --folder docs/results
 """
@@ -26,7 +28,7 @@ BACKENDS: tuple[Any, ...] = ("aihwkit", "mean_field", "bits")
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
-    """States, backends and seeds."""
+    """Return all combinations of states, backends and seeds."""
     states, epochs = (STATES[-1:], 1) if quick else (STATES, 20)
     return [
         {"states": n, "backend": backend, "seed": seed, "epochs": epochs}
@@ -35,7 +37,7 @@ def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def run(states: int, backend: Any, seed: int, epochs: int) -> list[dict[str, float]]:
-    """Train once; returns loss and accuracy of the last epoch."""
+    """Train once and return the loss and the accuracy of the last epoch."""
     pl.seed_everything(seed, verbose=False)
     pipeline = {"split_at": [], "device": soft_bounds(tau=4.0, num_states=states, backend=backend)}
     *_, last = train(MLP([64, 64, 48, 32, 10], nn.Tanh), Digits(batch_size=32), pipeline, epochs)
@@ -43,7 +45,7 @@ def run(states: int, backend: Any, seed: int, epochs: int) -> list[dict[str, flo
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the means."""
+    """Print the mean loss and accuracy for every number of states and every backend."""
     for states, backend in product([n for n in STATES if select(rows, states=n)], BACKENDS):
         loss, accuracy = (
             curves(select(rows, states=states, backend=backend), field).mean() for field in ("loss", "accuracy")
@@ -52,7 +54,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Run what is missing and report."""
+    """Run the missing cases and print the report."""
     args = sweep_parser(__doc__, seeds=3).parse_args()
     report(sweep(run, cases(args.seeds, args.quick), args.folder / "coarse_steps.csv", args.jobs))
 

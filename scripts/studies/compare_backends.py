@@ -1,7 +1,8 @@
-"""Learning curves on the mean-field tile beside aihwkit's tiles: digits, and LeNet on MNIST, in 1, 4 and 8 stages.
+"""This study compares learning curves on the mean-field tile with those on aihwkit's tiles.
 
-Under the asynchronous schedule the first layer's updates are 0, 3 and 7 versions late. Runs that the CSV file holds are
-not repeated. About 30 minutes on two cores. Usage:
+It trains an MLP on handwritten digits and LeNet on MNIST, in 1, 4 and 8 stages under the asynchronous schedule. The
+updates of the first layer are then 0, 3 and 7 versions late, where a version is the number of updates so far. The study
+takes about 30 minutes on two cores. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/compare_backends.py --mnist data --folder docs/results
 """
@@ -34,7 +35,7 @@ DELAYS = (0, 3, 7)
 
 
 def cases(num_seeds: int, quick: bool, with_mnist: bool) -> list[dict[str, Any]]:
-    """Problems, backends, delays and seeds."""
+    """Return all combinations of problems, backends, delays and seeds."""
     names = EPOCHS if with_mnist else ("digits",)
     delays = DELAYS[:1] if quick else DELAYS
     return [
@@ -50,13 +51,13 @@ def cases(num_seeds: int, quick: bool, with_mnist: bool) -> list[dict[str, Any]]
 
 
 class Curve(pl.Callback):
-    """The mean training loss and the validation accuracy of every epoch."""
+    """A callback that collects the mean training loss and the validation accuracy of every epoch."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take both from what has been logged."""
+        """Append the loss and the accuracy that the epoch has logged."""
         metrics = trainer.callback_metrics
         self.rows.append(
             {
@@ -68,7 +69,7 @@ class Curve(pl.Callback):
 
 
 def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """A network of four linear layers, its data and its pipeline."""
+    """Return a network of four linear layers, its data, and the strategy's arguments for a pipeline with this delay."""
     splits = {0: [], 3: ["3", "5", "7"], 7: ["2", "3", "4", "5", "6", "7", "8"]}
     network = nn.Sequential(*MLP([64, 64, 48, 32, 10], nn.Tanh), nn.LogSoftmax(1))
     split_at = [f"network.{name}" for name in splits[delay]]
@@ -77,7 +78,7 @@ def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any]]:
 
 
 def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """LeNet-5, its data and its pipeline."""
+    """Return LeNet-5, its data, and the strategy's arguments for a pipeline with this delay."""
     splits = {0: [], 3: ["3", "7", "9"], 7: ["1", "3", "4", "7", "8", "9", "11"]}
     split_at = [f"network.{name}" for name in splits[delay]]
     pipeline = {"split_at": split_at, "device": soft_bounds_reference(tau=0.8, backend=backend)}
@@ -87,7 +88,7 @@ def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str
 def train(
     network: nn.Module, data: Any, pipeline: dict[str, Any], epochs: int, **limits: int
 ) -> list[dict[str, float]]:
-    """Train once through an asynchronous pipeline; returns loss and accuracy by epoch."""
+    """Train once through an asynchronous pipeline and return the loss and the accuracy of every epoch."""
     curve = Curve()
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -110,7 +111,7 @@ def train(
 
 
 def run(problem: str, backend: str, delay: int, seed: int, epochs: int, root: str) -> list[dict[str, float]]:
-    """One run of the comparison; an epoch of MNIST is 125 mini-batches."""
+    """Train once on one of the problems. An epoch of MNIST is cut to 125 mini-batches."""
     pl.seed_everything(seed, verbose=False)
     if problem == "digits":
         return train(*digits(backend, delay), epochs)
@@ -118,13 +119,13 @@ def run(problem: str, backend: str, delay: int, seed: int, epochs: int, root: st
 
 
 def grid_of(rows: Sequence[Row]) -> tuple[list[str], list[int]]:
-    """The problems and the delays that have been run."""
+    """Return the problems and the delays of which there are rows."""
     problems = [problem for problem in EPOCHS if select(rows, problem=problem)]
     return problems, [delay for delay in DELAYS if select(rows, delay=delay)]
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print final accuracies and losses."""
+    """Print the final accuracies and losses of both backends."""
     for problem, delay in product(*grid_of(rows)):
         of_each = []
         for backend in BACKENDS:
@@ -136,7 +137,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Training loss by epoch, mean and standard deviation over the seeds, both backends over each other."""
+    """Draw the training loss by epoch, mean and standard deviation over the seeds, with both backends in one plot."""
     problems, delays = grid_of(rows)
     figure = Figure(figsize=(4 * len(delays), 3.2 * len(problems)), layout="constrained")
     grid = figure.subplots(len(problems), len(delays), squeeze=False)
@@ -154,9 +155,13 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def main() -> None:
-    """Run what is missing, report and draw."""
+    """Run the missing cases, print the report and draw the figure."""
     parser = sweep_parser(__doc__, seeds=10)
-    parser.add_argument("--mnist", metavar="ROOT", help="folder of MNIST, in torchvision's layout; digits only without")
+    parser.add_argument(
+        "--mnist",
+        metavar="ROOT",
+        help="folder that holds MNIST in torchvision's layout; without it only the digits are trained",
+    )
     args = parser.parse_args()
     settings = cases(args.seeds, args.quick, with_mnist=bool(args.mnist))
     rows = sweep(partial(run, root=args.mnist), settings, args.folder / "compare_backends.csv", args.jobs)

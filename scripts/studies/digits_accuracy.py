@@ -1,7 +1,7 @@
-"""Test accuracy on digits under the three schedules, several seeds, into a CSV file.
+"""This study measures the test accuracy on handwritten digits under three schedules, with several seeds.
 
-Four stages on soft-bounds devices, as configs/digits_*.yaml. Six minutes on two cores; runs that the CSV file holds
-are not repeated. Usage:
+The network has four stages on soft-bounds devices, as in configs/digits_*.yaml. The study takes six minutes on two
+cores. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/digits_accuracy.py --folder docs/results
 """
@@ -27,7 +27,7 @@ SCHEDULES: tuple[Any, ...] = ("none", "sync", "async")
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
-    """Schedules and seeds."""
+    """Return all combinations of schedules and seeds."""
     return [
         {"schedule": schedule, "seed": seed, "epochs": 1 if quick else 20}
         for schedule, seed in product(SCHEDULES, range(num_seeds))
@@ -35,7 +35,7 @@ def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
-    """Train once; returns test accuracy, clock cycles and speedup over no pipeline."""
+    """Train once and return the test accuracy, the clock cycles and the speedup over no pipeline."""
     L.seed_everything(seed, verbose=False)
     clock = ClockMonitor()
     trainer = L.Trainer(
@@ -61,7 +61,7 @@ def run(schedule: Any, seed: int, epochs: int) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the means."""
+    """Print the mean accuracy, clock cycles and speedup of every schedule."""
     for schedule in SCHEDULES:
         accuracy, cycles, speedup = (
             curves(select(rows, schedule=schedule), field).mean() for field in ("accuracy", "cycles", "speedup")
@@ -70,7 +70,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Run what is missing and report."""
+    """Run the missing cases and print the report."""
     args = sweep_parser(__doc__, seeds=10).parse_args()
     report(sweep(run, cases(args.seeds, args.quick), args.folder / "digits_accuracy.csv", args.jobs))
 

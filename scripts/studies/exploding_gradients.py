@@ -1,8 +1,9 @@
-"""An EfficientNet-B0 through four stages: how far updates move its weights, and whether its gradients stay finite.
+"""This study trains an EfficientNet-B0 in four stages, and measures how far every update moves the weights.
 
-Five mini-batches of 32 random images, in four micro-batches each, with SGD from random weights. An update's change is
-the largest, over the layers, of the distance that it moves a weight by over the weight's norm. A minute on two cores;
-runs that the CSV file holds are not repeated. Usage:
+A run has five mini-batches of 32 random images, in four micro-batches each, and starts from random weights with SGD. It
+ends early when gradients are no longer finite. The change that an update makes to a weight is the distance that it
+moves the weight, divided by the norm of the weight; the largest change over the layers of the stage is recorded. The
+study takes a minute on two cores. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/exploding_gradients.py --folder docs/results
 """
@@ -32,10 +33,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"schedule": "async", "lr": 0.0003, "clip": 0.0},
     {"schedule": "sync", "lr": 0.003, "clip": 0.0},
 ]
-"""The schedule, the learning rate, and the norm to which gradients are clipped (0: not)."""
+"""Schedules, learning rates, and norms to which gradients are clipped (0 means no clipping)."""
 
 SPLIT_AT = ["network.features.2", "network.features.4", "network.features.6"]
-"""Named, as measured times may differ from run to run."""
+"""The boundaries are named, because boundaries found by measuring may differ from run to run."""
 
 
 class Task(pl.LightningModule):
@@ -47,44 +48,44 @@ class Task(pl.LightningModule):
         self.lr = lr
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         return F.cross_entropy(self.network(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
+        """Return plain SGD."""
         return torch.optim.SGD(self.parameters(), self.lr)
 
 
 class Changes(pl.Callback, Observer):
-    """Measures every update."""
+    """An observer of the pipeline that measures the change of every update."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
         self._before: dict[int, list[Tensor]] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to the pipeline."""
+        """Begin to observe the pipeline."""
         attach(self, trainer)
 
     def on_backward(self, event: Event) -> None:
-        """Keep the weights that the next update changes."""
+        """Keep a copy of the weights that the next update changes."""
         self._before[event.stage.index] = [weight.detach().clone() for weight in event.stage.parameters]
 
     def on_update(self, event: Event) -> None:
-        """Compare."""
+        """Record the largest change of a weight. Vectors, such as biases, do not count."""
         pairs = zip(event.stage.parameters, self._before[event.stage.index], strict=True)
         change = max(((new - old).norm() / old.norm()).item() for new, old in pairs if old.dim() > 1)
         self.rows.append({"stage": event.stage.index, "microbatch": event.microbatch, "change": change})
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
-    """Settings and seeds."""
+    """Return all combinations of settings and seeds."""
     settings, num_batches = (SETTINGS[:1], 1) if quick else (SETTINGS, 5)
     return [setting | {"seed": seed, "num_batches": num_batches} for seed in range(num_seeds) for setting in settings]
 
 
 def run(schedule: Any, lr: float, clip: float, seed: int, num_batches: int) -> list[dict[str, Any]]:
-    """A row per update, and whether the run came to its end."""
+    """Train once and return a row per update, which also says whether all gradients of the run were finite."""
     pl.seed_everything(seed, verbose=False)
     batches = [(torch.randn(32, 3, 32, 32), torch.randint(10, (32,))) for _ in range(num_batches)]
     changes = Changes()
@@ -101,7 +102,7 @@ def run(schedule: Any, lr: float, clip: float, seed: int, num_batches: int) -> l
     )
     is_finite = True
     try:
-        trainer.fit(Task(lr), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType], a list is one
+        trainer.fit(Task(lr), DataLoader(batches, batch_size=None))  # pyright: ignore[reportArgumentType], a list is a data set
     except UsageError as error:
         if "not finite" not in str(error):
             raise
@@ -110,7 +111,7 @@ def run(schedule: Any, lr: float, clip: float, seed: int, num_batches: int) -> l
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print, per setting and seed, the largest change with each of the first micro-batches, and of all."""
+    """Print, per setting and seed, the largest change in each of the first four micro-batches and in the whole run."""
     for setting in SETTINGS:
         for seed in sorted({str(row["seed"]) for row in rows}):
             changes: dict[int, float] = {}
@@ -128,7 +129,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Run what is missing and report."""
+    """Run the missing cases and print the report."""
     args = sweep_parser(__doc__, seeds=3).parse_args()
     report(sweep(run, cases(args.seeds, args.quick), args.folder / "exploding_gradients.csv", args.jobs))
 

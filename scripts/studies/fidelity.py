@@ -1,9 +1,10 @@
-"""Weight changes of one batch on the mean-field tile, with expected and with sampled pulses, against aihwkit's tiles.
+"""This study compares the weight changes of one batch on the mean-field tile with those on aihwkit's tiles.
 
-All cross-points of a tile start at the same weight and see the same inputs and errors; the mean and the standard
-deviation of their changes are taken over tiles and cross-points. Beside the usual cases two sweeps show the limits: how
-far a batch moves a weight (reach, pulses times the relative change of a step per pulse) and how coarse steps are. A
-minute on two cores. Usage:
+The mean-field tile runs with expected and with sampled pulses. All cross-points of a tile start at the same weight and
+see the same inputs and errors. The mean and the standard deviation of their changes are taken over tiles and
+cross-points. Two sweeps beyond the usual cases show the limits: how far a batch moves a weight (the reach: the number
+of pulses times the relative change of a step per pulse), and how coarse steps may be. The study takes a minute on two
+cores. Usage:
 
     .venv/bin/python scripts/studies/fidelity.py --folder docs/results
 """
@@ -56,7 +57,7 @@ COARSE: dict[str, dict[str, Any]] = {
 
 
 def cases(quick: bool) -> list[dict[str, str]]:
-    """Every device as it is usually met, and one device to its limits."""
+    """Return the usual cases for every device, and the cases of both sweeps for one device."""
     if quick:
         return [{"device": "linear step", "case": "usual"}, {"device": "soft bounds", "case": "cut trains"}]
     return [{"device": kind, "case": name} for kind, name in product(KINDS, USUAL)] + [
@@ -65,7 +66,7 @@ def cases(quick: bool) -> list[dict[str, str]]:
 
 
 def changes(config: Any, case: dict[str, Any], x: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """The changes ``(TRIALS, SIZE²)`` of the weights."""
+    """Return the changes of the weights ``(TRIALS, SIZE²)``."""
     torch.manual_seed(0)
     tile = config.tile_class(SIZE, SIZE, config, False)
     tile.set_learning_rate(case["rate"])
@@ -78,7 +79,7 @@ def changes(config: Any, case: dict[str, Any], x: torch.Tensor, error: torch.Ten
 
 
 def run(device: str, case: str) -> list[dict[str, Any]]:
-    """One line of the table."""
+    """Compare the tiles in one case and return a row with the deviations in percent."""
     kind, options = KINDS[device]
     values = BASE | (USUAL | REACH | COARSE)[case]
     config = SingleRPUConfig(
@@ -95,7 +96,7 @@ def run(device: str, case: str) -> list[dict[str, Any]]:
         ours = changes(to_mean_field(config, sampled), values, x, error)
         row[f"{label}_mean_percent"] = round(100 * float(ours.mean() / theirs.mean() - 1), 2)
         row[f"{label}_std_percent"] = round(100 * float(ours.std() / theirs.std() - 1), 2)
-        # Only trials are independent: cross-points of a line share its pulses.
+        # Only trials are independent, because the cross-points of a row or column share its pulses.
         error_of_mean = (theirs.mean(1).var() + ours.mean(1).var()).sqrt() / TRIALS**0.5
         row[f"{label}_mean_error_percent"] = round(100 * float(error_of_mean / theirs.mean().abs()), 2)
     return [row]
@@ -113,7 +114,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def main() -> None:
-    """Run what is missing and report."""
+    """Run the missing cases and print the report."""
     args = study_parser(__doc__).parse_args()
     report(sweep(run, cases(args.quick), args.folder / "fidelity.csv", jobs=1 if args.quick else None))
 

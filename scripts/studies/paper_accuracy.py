@@ -1,8 +1,8 @@
-"""Figure 4 of the paper: a ResNet on CIFAR-10 without a pipeline, with a synchronous and with an asynchronous one.
+"""This study repeats Figure 4 of the paper: a ResNet on CIFAR-10 with no, a synchronous and an asynchronous pipeline.
 
-Soft-bounds devices and, beside them, digital layers. `none` and `sync` are the same arithmetic with any number of
-stages, so that one run stands for both; their clock cycles follow from the schedule. Runs that the CSV file holds are
-not repeated. Usage:
+It trains on soft-bounds devices and, as a control, with digital layers. `none` and `sync` do the same arithmetic with
+any number of stages. One run therefore stands for both, and their clock cycles are computed from the schedule. Runs
+that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/paper_accuracy.py --data data --folder docs/results
 """
@@ -46,13 +46,14 @@ SPLITS = {
 }
 COLORS: dict[ScheduleName, str] = {"none": "C1", "sync": "C0", "async": "C2"}
 TARGETS = (0.5, 0.6)
-"""Accuracies to reach for a speedup."""
+"""Accuracies to which the speedup is measured."""
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
-    """Without delay, and asynchronously in 2 to 16 stages; digital controls without delay and in 8 stages.
+    """Return the cases: analog layers without delay and asynchronously in 2 to 16 stages, and digital controls.
 
-    Without delay and in 8 stages also for twice the epochs, to tell what staleness costs once from what it always does.
+    Digital layers are trained without delay and in 8 stages. Analog layers without delay and in 8 stages are also
+    trained for twice the epochs. This shows whether a longer training makes up for the cost of staleness.
     """
     epochs = 1 if quick else 8
     analog = [("analog", "sync", 4), *(("analog", "async", num_stages) for num_stages in SPLITS)]
@@ -68,7 +69,7 @@ def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
 
 
 class DigitsInColour(Digits):
-    """Images of three equal channels, for the quick mode."""
+    """Handwritten digits as images of three equal channels, for the quick mode."""
 
     def load(self) -> tuple[Images, Images]:
         """See :meth:`InMemoryImages.load`."""
@@ -77,14 +78,14 @@ class DigitsInColour(Digits):
 
 
 class Curve(pl.Callback):
-    """Training loss, test accuracy and clock cycles of every epoch."""
+    """A callback that collects training loss, test accuracy and clock cycles of every epoch."""
 
     def __init__(self, clock: ClockMonitor) -> None:
         self.clock = clock
         self.rows: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note them."""
+        """Append the values that the epoch has logged."""
         metrics = trainer.callback_metrics
         self.rows.append(
             {
@@ -105,7 +106,7 @@ def run(
     epochs: int,
     root: str | None = None,
 ) -> list[dict[str, float]]:
-    """Train once; accuracy is that of the test images after each epoch.
+    """Train once and return a row per epoch; its accuracy is that of the test images after the epoch.
 
     Args:
         kind: of the convolutions of the second and third group.
@@ -113,7 +114,7 @@ def run(
         num_stages: one of :data:`SPLITS`, or 1.
         seed: of weights, devices, noise and the order of images.
         epochs: length of the run, and of the learning rate's cosine.
-        root: the folder of CIFAR-10; handwritten digits without.
+        root: the folder of CIFAR-10; ``None`` trains on handwritten digits.
     """
     pl.seed_everything(seed, verbose=False)
     options: dict[str, Any] = {"batch_size": BATCH_SIZE, "drop_last": True}
@@ -148,13 +149,13 @@ def run(
 
 
 def learning(rows: Sequence[Row], kind: str, num_stages: int | None = None, metric: str = "accuracy") -> np.ndarray:
-    """Test accuracy or training loss, asynchronously in so many stages or without delay ``(seeds, epochs)``."""
+    """Return the metric ``(seeds, epochs)`` in ``num_stages`` asynchronous stages or, if ``None``, without delay."""
     which = {"schedule": "async", "num_stages": num_stages} if num_stages else {"schedule": "sync"}
     return curves(select(rows, kind=kind, **which), metric)
 
 
 def cycles(rows: Sequence[Row], kind: str, schedule: ScheduleName, num_stages: int) -> np.ndarray:
-    """Clock cycles after every epoch, counted (`async`) or from the schedule of every mini-batch."""
+    """Return the clock cycles after every epoch: counted for `async`, otherwise computed from the schedule."""
     if schedule == "async":
         return curves(select(rows, kind=kind, schedule="async", num_stages=num_stages), "cycles")[0]
     mini_batches = curves(select(rows, kind=kind, schedule="sync"), "mini_batches")[0]
@@ -162,7 +163,7 @@ def cycles(rows: Sequence[Row], kind: str, schedule: ScheduleName, num_stages: i
 
 
 def cycles_to(target: float, accuracies: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """The clock cycle in which each seed reaches an accuracy, between epochs by interpolation; infinite if none."""
+    """Return the clock cycle in which each seed reaches an accuracy, interpolated between epochs, or infinity."""
     reached = np.full(len(accuracies), np.inf)
     for seed, values in enumerate(accuracies):
         above = np.flatnonzero(values >= target)
@@ -174,7 +175,7 @@ def cycles_to(target: float, accuracies: np.ndarray, after: np.ndarray) -> np.nd
 
 
 def speedups(rows: Sequence[Row], target: float, kind: str, schedule: ScheduleName, num_stages: int) -> np.ndarray:
-    """How many times fewer clock cycles each seed needs to the target than without a pipeline; no number if never."""
+    """Return how many times fewer clock cycles each seed needs to the target than without a pipeline, or NaN."""
     prompt = learning(rows, kind)
     alone = cycles_to(target, prompt, cycles(rows, kind, "none", num_stages))
     ours = learning(rows, kind, num_stages) if schedule == "async" else prompt
@@ -183,19 +184,19 @@ def speedups(rows: Sequence[Row], target: float, kind: str, schedule: ScheduleNa
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print final accuracies, how far each seed is behind itself without delay, and speedups."""
+    """Print final accuracies, how far each seed ends behind the same seed without delay, and speedups."""
     for epochs in lengths(rows):
         print(f"{epochs} epochs")
         report_length(select(rows, epochs=epochs))
 
 
 def lengths(rows: Sequence[Row]) -> list[int]:
-    """Of the runs, in epochs, in order."""
+    """Return the lengths of the runs in epochs, in ascending order."""
     return sorted({int(row["epochs"]) for row in rows})
 
 
 def report_length(rows: Sequence[Row]) -> None:
-    """The same for runs of one length."""
+    """Print the report of the runs of one length."""
     for kind in sorted({row["kind"] for row in rows}):
         prompt = learning(rows, kind)[:, -1]
         print(f"{kind:<8} none, sync      accuracy {prompt.mean():.4f} ± {standard_error(prompt):.4f}")
@@ -217,7 +218,7 @@ def report_length(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
-    """Accuracy by epoch and by clock cycle, and speedup by number of stages, of the shorter runs."""
+    """Draw accuracy by epoch and by clock cycle, and speedup by number of stages, for the shorter runs."""
     rows = select(rows, epochs=min(lengths(rows)))
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     by_epoch, by_cycle, by_stages = figure.subplots(1, 3)
@@ -246,18 +247,22 @@ def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
 
 
 def band(axes: Axes, x: np.ndarray, values: np.ndarray, label: str, **style: Any) -> None:
-    """The mean over the seeds and their range."""
+    """Draw the mean over the seeds as a line and their range as a band."""
     axes.plot(x, values.mean(0), label=label, marker=".", **style)
     axes.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.2)
 
 
 def main() -> None:
-    """Run what is missing, report and draw."""
+    """Run the missing cases, print the report and draw the figure."""
     parser = sweep_parser(__doc__, seeds=3)
-    parser.add_argument("--data", metavar="ROOT", help="folder of CIFAR-10, in torchvision's layout")
+    parser.add_argument(
+        "--data",
+        metavar="ROOT",
+        help="folder that holds CIFAR-10 in torchvision's layout; needed unless the run is quick",
+    )
     args = parser.parse_args()
     if not (args.data or args.quick):
-        parser.error("--data says where CIFAR-10 is")
+        parser.error("--data is needed: the folder that holds CIFAR-10")
     # A quick run trains a narrow network on handwritten digits.
     root = None if args.quick else args.data
     rows = sweep(partial(run, root=root), cases(args.seeds, args.quick), args.folder / "paper_accuracy.csv", args.jobs)

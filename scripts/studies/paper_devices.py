@@ -1,7 +1,8 @@
-"""How devices move the answer of ``paper_stages.py``: updates to a target, one property of the device at a time.
+"""This study counts updates to a target, as ``paper_stages.py`` does, for devices that differ in one property.
 
-The same residual network with 16 layers, in 1 to 16 stages, on pulsed devices. The learning rate is the best of a grid
-for every number of stages, device and seed. Usage:
+One property of the devices is varied at a time. The network is the same residual one, with 16 layers in 1, 4 and 16
+stages, and its devices are updated by pulses. For every number of stages, device and seed the best learning rate of a
+grid counts. Usage:
 
     .venv/bin/python scripts/studies/paper_devices.py --folder docs/results
 """
@@ -20,7 +21,7 @@ from aimc_pl.studies.sweeps import sweep
 
 STAGES = (1, 4, 16)
 BASE = {"tau": 2.0, "step": 2.0**-8, "cycle_to_cycle": 0.3, "write_noise": 0.0, "io_bits": None}
-"""1,024 steps in the range 2τ."""
+"""The device of which one property at a time is varied. It has 1,024 steps in the range 2τ."""
 
 TARGETS = (("accuracy", 0.8), ("loss", 0.5))
 LABELS = {
@@ -39,19 +40,19 @@ SWEEPS: dict[str, Sequence[Any]] = {
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
-    """Properties and stages; a quick run gives up early."""
+    """Return all combinations of properties and numbers of stages. A quick run gives up after 20 updates."""
     length = {"num_seeds": num_seeds, "num_updates": 20 if quick else 2000}
     return [{"sweep": name, "num_stages": m} | length for name, m in product(SWEEPS, STAGES)]
 
 
 def run(sweep: str, num_stages: int, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
-    """16 layers on pulsed devices that differ in one property."""
+    """Train 16 layers on devices that differ in the property ``sweep``."""
     devices = [BASE | {sweep: value} for value in SWEEPS[sweep]]
     return train(16, num_stages, "half", devices, LEARNING_RATES[::2], num_seeds, num_updates)
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the updates of one stage to every target, and those of more relative to it."""
+    """Print how many updates one stage takes to every target, and how many times as many several stages take."""
     for (name, values), (metric, target) in product(SWEEPS.items(), TARGETS):
         for value in values:
             where = {"sweep": name, name: value}
@@ -62,7 +63,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Updates to an accuracy against each property of the device."""
+    """Draw the updates to every target against each property of the device."""
     figure = Figure(figsize=(16, 4.2), layout="constrained")
     for axes, (name, values) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
         for color, num_stages in enumerate(STAGES):
@@ -83,7 +84,7 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def main() -> None:
-    """Run what is missing, report and draw."""
+    """Run the missing cases, print the report and draw the figure."""
     args = sweep_parser(__doc__, seeds=3).parse_args()
     rows = sweep(run, cases(args.seeds, args.quick), args.folder / "paper_devices.csv", args.jobs)
     report(rows)

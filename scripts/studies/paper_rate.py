@@ -1,9 +1,9 @@
-"""The convergence rate: squared gradient norm against updates, with and without a pipeline's delay.
+"""This study measures the convergence rate: the squared gradient norm against updates, with and without delay.
 
-A linear network of eight layers, whose expected loss has a closed form, and an MLP on real digits, whose full gradient
-is summed over all images. Every update takes one sample, so that it is of rank one, and moves the weights by the
-paper's expected motion; the noise is that of the samples and their labels. Copies with other learning rates, dynamic
-ranges τ, label noises and seeds run side by side. Usage:
+There are two problems: a linear network of eight layers, whose expected loss has a closed form, and an MLP on real
+digits, whose full gradient is summed over all images. Every update takes one sample, is therefore of rank one, and
+moves the weights by the paper's expected motion. The noise is that of the samples and their labels. Copies with
+different learning rates, dynamic ranges τ, label noises and seeds run side by side. Usage:
 
     .venv/bin/python scripts/studies/paper_rate.py --folder docs/results
 """
@@ -35,21 +35,21 @@ LEARNING_RATES = {"linear": [0.02 / 1.5**k for k in range(12)], "mlp": [0.1 / 1.
 RANGES = {"linear": (4.0, 8.0, 16.0, inf), "mlp": (4.0, 8.0, 16.0, inf)}
 NOISES = {"linear": (0.1, 0.5), "mlp": (0.3, 1.0)}
 SHOWN = {"linear": 0.5, "mlp": 0.3}
-"""The noise in the pictures."""
+"""The label noise of the runs in the figure."""
 
 EPSILONS = {"linear": np.geomspace(4, 0.04, 15), "mlp": np.geomspace(1, 0.02, 14)}
 EVERY = {"linear": 20, "mlp": 100}
-"""Updates from one full gradient to the next."""
+"""The number of updates from one full gradient to the next."""
 
 ABOVE_FLOOR = 2
-"""Errors are fitted down to this many floors."""
+"""Only errors above this multiple of the floor are fitted."""
 
 SMALLEST = 6
-"""Exponents are fitted to this many of the smallest errors."""
+"""The exponent is fitted to this many of the smallest errors."""
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
-    """Problems and stages; a quick run learns digits, for a twentieth of the updates."""
+    """Return all combinations of problems and stages. A quick run has digits only and a twentieth of the updates."""
     updates = {"mlp": UPDATES["mlp"] // 20} if quick else UPDATES
     return [
         {"problem": problem, "num_stages": m, "num_updates": num_updates, "num_seeds": num_seeds}
@@ -59,12 +59,12 @@ def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
 
 
 class Problem(ABC):
-    """Something to learn by regression.
+    """A regression problem.
 
     Attributes:
-        sizes: features between the layers.
+        sizes: numbers of features before, between and after the layers.
         activation: between the layers.
-        gain: of the first weights' standard deviation, and of their diagonal.
+        gain: standard deviation of the first weights, and the value that is added to their diagonal.
     """
 
     sizes: Sequence[int]
@@ -73,20 +73,23 @@ class Problem(ABC):
 
     @abstractmethod
     def sample(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Inputs ``(count, 1, in)`` and labels without noise."""
+        """Return inputs ``(count, 1, in)`` and their labels without noise."""
 
     @abstractmethod
     def loss(self, weights: Sequence[Tensor]) -> Tensor:
-        """The expected loss ``(copies,)``, without what label noise adds."""
+        """Return the expected loss ``(copies,)``, without the part that label noise adds."""
 
     def gradient(self, layers: Sequence[Crossbars]) -> list[Tensor]:
-        """The full gradient."""
+        """Return the full gradient of every layer."""
         weights = [layer.weight.detach().requires_grad_() for layer in layers]
         return list(torch.autograd.grad(self.loss(weights).sum(), weights))
 
 
 class LinearNetwork(Problem):
-    """Eight linear layers learn a rotation R by less than 90°: of x with E[xxᵀ] = 1 the loss is ½‖W₈…W₁ − R‖²."""
+    """Eight linear layers that learn a rotation R by less than 90°.
+
+    For inputs x with E[xxᵀ] = 1 the loss is ½‖W₈…W₁ − R‖².
+    """
 
     def __init__(self) -> None:
         self.sizes = [8] * 9
@@ -109,7 +112,7 @@ class LinearNetwork(Problem):
 
 
 class DigitsNetwork(Problem):
-    """Four layers with tanh learn the classes of 256 digits of 4x4 pixels by squares."""
+    """Four layers with tanh that learn the classes of 256 digits of 4x4 pixels by squared error."""
 
     def __init__(self) -> None:
         self.sizes = [16, 16, 16, 16, 10]
@@ -137,7 +140,7 @@ PROBLEMS = {"linear": LinearNetwork, "mlp": DigitsNetwork}
 
 
 class Copies:
-    """The copies of a problem's network, each with its learning rate, range, noise and seed."""
+    """The copies of a problem's network, each with its own learning rate, range, noise and seed."""
 
     def __init__(self, name: str, num_seeds: int) -> None:
         self.problem = problem = PROBLEMS[name]()
@@ -157,12 +160,12 @@ class Copies:
             self.layers.append(Crossbars(weight[self.seed], self.generator, tau))
 
     def pipeline(self, num_stages: int) -> EnsemblePipeline:
-        """The layers in stages; without delay if there is one."""
+        """Return a pipeline of the layers. With one stage it has no delay."""
         modules = [nn.Sequential(layer, self.problem.activation()) for layer in self.layers[:-1]] + [self.layers[-1]]
         return EnsemblePipeline(modules, num_stages, self.rate)
 
     def batch(self, count: int = 1) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Samples with noisy labels; copies that differ in settings only get the same."""
+        """Return noisy samples and their loss function. Copies with the same seed get the same samples."""
         x, y = self.problem.sample(self.num_seeds * count, self.generator)
         noise = torch.randn(y.shape, generator=self.generator)
         x, y, noise = (value.view(self.num_seeds, count, -1)[self.seed] for value in (x, y, noise))
@@ -170,7 +173,7 @@ class Copies:
         return x, lambda output: (output - labels).square().sum((1, 2)) / 2
 
     def magnitude_and_variance(self, count: int = 1000) -> tuple[list[Tensor], Tensor]:
-        """E|g| of every layer, and the variance of g summed over all weights ``(copies,)``."""
+        """Return E|g| of every layer, and the variance of the gradient g summed over all weights ``(copies,)``."""
         output, loss = self.batch(count)
         for layer in self.layers[:-1]:
             output = self.problem.activation()(layer(output))
@@ -186,14 +189,15 @@ class Copies:
 
 
 def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Summed over the layers ``(copies,)``."""
+    """Return the squared norm of the gradients, summed over the layers ``(copies,)``."""
     return torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0)
 
 
 def run(problem: str, num_stages: int, num_updates: int, num_seeds: int) -> list[dict[str, Any]]:
-    """Train all copies; returns, for each setting but the learning rate, the updates to each ε with the best one.
+    """Train all copies and return how many updates they take to each error ε.
 
-    The error is the squared gradient norm, averaged over the updates so far. One stage has no delay.
+    The error is the squared gradient norm, averaged over the updates so far. There is a row for every ε, range, noise
+    and seed, and its updates are those with the best learning rate. With one stage there is no delay.
     """
     torch.set_flush_denormal(True)
     rates, epsilons, every = LEARNING_RATES[problem], EPSILONS[problem], EVERY[problem]
@@ -244,9 +248,10 @@ def run(problem: str, num_stages: int, num_updates: int, num_seeds: int) -> list
 def reach(
     rows: Sequence[Row], problem: str, num_stages: int, tau: float, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The errors ε above the floor that every seed reaches, and the updates it takes ``(seeds, points)``.
+    """Return the errors ε, less the floor, that every seed reaches, and the updates to them ``(seeds, points)``.
 
-    The floor is where the expected motion vanishes; ε far enough above it are returned.
+    The floor is the squared gradient norm where the expected motion of the weights vanishes. Errors below
+    :data:`ABOVE_FLOOR` times the floor are left out.
     """
     mine = select(rows, problem=problem, num_stages=num_stages, tau=tau, noise=noise)
     updates = curves(mine, "updates")
@@ -257,12 +262,15 @@ def reach(
 
 
 def problems(rows: Sequence[Row]) -> list[str]:
-    """Those that have been run."""
+    """Return the problems of which there are rows."""
     return [problem for problem in STAGES if select(rows, problem=problem)]
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print exponents and both terms' coefficients, relative to no delay seed by seed, with 95 % intervals."""
+    """Print the exponents and the coefficients of both terms, with 95 % intervals.
+
+    The coefficients are compared, seed by seed, with those of the run without delay.
+    """
     for problem, num_stages in ((name, m) for name in problems(rows) for m in STAGES[name]):
         for tau, noise in product(RANGES[problem], NOISES[problem]):
             epsilon, updates = reach(rows, problem, num_stages, tau, noise)
@@ -283,12 +291,12 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def shown(value: Estimate, digits: int = 2) -> str:
-    """A number with half the width of its 95 % interval."""
+    """Return a number and half the width of its 95 % interval as text."""
     return f"{value.value:.{digits}f} ± {value.high - value.value:.{digits}f}"
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Error against updates, what delay adds, and the floor against τ."""
+    """Draw the error against updates, the updates that delay adds, and the floor against τ."""
     shown = problems(rows)
     figure = Figure(figsize=(13, 3.75 * len(shown)), layout="constrained")
     for axes, problem in zip(figure.subplots(len(shown), 3, squeeze=False), shown, strict=True):
@@ -299,7 +307,7 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
-    """Mean squared gradient norm above the floor against updates, on the best and on the worst device."""
+    """Draw the mean squared gradient norm above the floor against updates, for the largest and the smallest range."""
     worst, *_, best = RANGES[problem]
     for (tau, style), (color, num_stages) in product(((best, "-"), (worst, "--")), enumerate(STAGES[problem])):
         epsilon, updates = reach(rows, problem, num_stages, tau, SHOWN[problem])
@@ -313,7 +321,7 @@ def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
 
 
 def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
-    """Updates with delay over those without."""
+    """Draw the updates with delay divided by those without."""
     for color, num_stages in enumerate(STAGES[problem]):
         (epsilon, ours), (_, prompt) = (reach(rows, problem, m, inf, SHOWN[problem]) for m in (num_stages, 1))
         points = min(ours.shape[1], prompt.shape[1])
@@ -327,7 +335,7 @@ def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
 
 
 def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
-    """What is left of the gradient, measured and by theory, without delay and with the longest."""
+    """Draw the squared gradient norm that remains, measured and by theory, without delay and with the longest delay."""
     finite = [tau for tau in RANGES[problem] if np.isfinite(tau)]
     kinds = {"floor": "measured", "floor_stationary": "expected motion vanishes", "floor_bound": "bound"}
     for color, (field, label) in enumerate(kinds.items()):
@@ -342,7 +350,7 @@ def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
 
 
 def main() -> None:
-    """Run what is missing, report and draw."""
+    """Run the missing cases, print the report and draw the figure."""
     args = sweep_parser(__doc__, seeds=4).parse_args()
     rows = sweep(run, cases(args.seeds, args.quick), args.folder / "paper_rate.csv", args.jobs)
     report(rows)

@@ -1,6 +1,7 @@
-"""Figures 2 and 3 of the paper and the tables of its schedules, from the operations that the engine runs.
+"""This study makes Figures 2 and 3 of the paper and the tables of its schedules from runs of the pipeline.
 
-Every number of the table is counted in a run of the pipeline, and stands beside its closed form. Ten seconds. Usage:
+Every number of the tables is counted in a run, and is compared with its closed form. The study takes ten seconds.
+Usage:
 
     .venv/bin/python scripts/studies/paper_schedules.py --folder docs/results
 """
@@ -30,7 +31,7 @@ MICROBATCHES = (1, 4, 8, 32)
 
 
 def cases(quick: bool) -> list[dict[str, Any]]:
-    """Schedules, stages and micro-batches."""
+    """Return all combinations of schedules, stages and micro-batches."""
     return [
         {"schedule": name, "duplex": duplex, "num_stages": m, "num_microbatches": b}
         for (name, duplex), m, b in product(KINDS, (8,) if quick else STAGES, (8,) if quick else MICROBATCHES)
@@ -38,7 +39,7 @@ def cases(quick: bool) -> list[dict[str, Any]]:
 
 
 class Counter(Observer):
-    """What happened, and when."""
+    """An observer that counts clocks and operations and keeps the events of a run."""
 
     def __init__(self) -> None:
         self.clocks = 0
@@ -48,38 +49,38 @@ class Counter(Observer):
         self.events: list[tuple[str, Event]] = []
 
     def on_clock(self, clock: int, operations: Sequence[Operation]) -> None:
-        """Count clocks and busy accelerators."""
+        """Count the clock and the accelerators that work in it."""
         self.clocks += 1
         self.operations += len(operations)
 
     def on_forward(self, event: Event) -> None:
-        """Note the most micro-batches that a stage holds."""
+        """Keep the event, and the most micro-batches that a stage has held."""
         self.in_flight = max(self.in_flight, event.in_flight)
         self.events.append(("F", event))
 
     def on_backward(self, event: Event) -> None:
-        """Note it."""
+        """Keep the event."""
         self.events.append(("B", event))
 
     def on_update(self, event: Event) -> None:
-        """Note the largest staleness."""
+        """Keep the largest staleness."""
         self.staleness = max(self.staleness, event.staleness)
 
 
 class Scale(nn.Module):
-    """A stage of one weight."""
+    """A stage with one weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The number times the weight."""
+        """Multiply the input by the weight."""
         return x * self.weight
 
 
 def count(schedule: Schedule, num_microbatches: int) -> Counter:
-    """Run the pipeline from a fill to a drain, with stages of one weight."""
+    """Run the pipeline from a fill to a drain, with stages of one weight, and return what was counted."""
     counter = Counter()
     network = nn.Sequential(*(Scale() for _ in range(schedule.num_stages)))
     stages = [Stage(index) for index in range(schedule.num_stages)]
@@ -94,10 +95,10 @@ def count(schedule: Schedule, num_microbatches: int) -> Counter:
 
 
 def run(schedule: Any, duplex: Any, num_stages: int, num_microbatches: int) -> list[dict[str, Any]]:
-    """One line of the table: closed forms and counts.
+    """Return one row of the table: the closed forms and the counts.
 
     Raises:
-        RuntimeError: if they differ.
+        RuntimeError: if a count differs from its closed form.
     """
     plan = Schedule(schedule, num_stages, num_microbatches, duplex)
     counter = count(plan, num_microbatches)
@@ -122,19 +123,19 @@ def run(schedule: Any, duplex: Any, num_stages: int, num_microbatches: int) -> l
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the tables of Figure 2, and how much was compared."""
+    """Print the tables of Figure 2 and the number of combinations that were compared."""
     for schedule in FIGURE_2:
         print(draw_text(schedule, schedule.num_microbatches), end="\n\n")
     print(f"{len(rows)} combinations: every count equals its closed form")
 
 
 def draw() -> dict[str, Figure]:
-    """Figures 2 and 3."""
+    """Draw Figures 2 and 3."""
     return {"figure_2": figure_2(), "figure_3": figure_3()}
 
 
 def figure_2() -> Figure:
-    """The clock tables of the three schedules."""
+    """Draw the clock tables of the three schedules."""
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     for axes, schedule in zip(figure.subplots(len(FIGURE_2)), FIGURE_2, strict=True):
         draw_table(axes, schedule, 16 if schedule.is_async else schedule.num_microbatches, 32)
@@ -142,7 +143,7 @@ def figure_2() -> Figure:
 
 
 def figure_3(num_clocks: int = 24) -> Figure:
-    """Which input and which weight version every accelerator uses in each clock, in both duplex modes."""
+    """Draw which input and which weight version every accelerator uses in each clock, in both duplex modes."""
     figure = Figure(figsize=(14, 6), layout="constrained")
     for axes, duplex in zip(figure.subplots(2), ("half", "full"), strict=True):
         _versions(axes, Schedule("async", 4, 1, duplex), num_clocks)
@@ -178,7 +179,7 @@ def _versions(axes: Axes, schedule: Schedule, num_clocks: int) -> None:
 
 
 def main() -> None:
-    """Count and compare what is missing, report and draw."""
+    """Run the missing cases, print the report and draw the figures."""
     args = study_parser(__doc__).parse_args()
     report(sweep(run, cases(args.quick), args.folder / "paper_schedules.csv", jobs=1))
     for name, figure in draw().items():

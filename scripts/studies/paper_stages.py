@@ -1,7 +1,8 @@
-"""What would settle it: updates to a target while the number of stages grows.
+"""This study counts the updates to a target while the number of stages grows.
 
-A deep and narrow residual network on real digits: 64 layers in 1 to 64 stages on devices of the paper's expected
-motion. The learning rate is the best of a grid for every number of stages, device and seed. Usage:
+The paper bounds the staleness by a constant, but in a pipeline the staleness grows with the number of stages. The study
+trains a deep and narrow residual network on real digits: 64 layers in 1 to 64 stages, on devices of the paper's
+expected motion. For every number of stages, device and seed the best learning rate of a grid counts. Usage:
 
     .venv/bin/python scripts/studies/paper_stages.py --folder docs/results
 """
@@ -30,7 +31,7 @@ WIDTH = 16
 LEARNING_RATES = tuple(1.28 / 2 ** (k / 2) for k in range(13))
 TARGETS = {"loss": (0.5, 0.25, 0.1), "accuracy": (0.8, 0.9, 0.94)}
 EVERY = 20
-"""Updates from one evaluation to the next."""
+"""The number of updates from one evaluation to the next."""
 
 PIPELINES: tuple[tuple[int, Duplex], ...] = (
     *((num_stages, "half") for num_stages in (1, 2, 4, 8, 16, 32, 64)),
@@ -41,13 +42,13 @@ Device = Mapping[str, Any]
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
-    """Pipelines; a quick run gives up early."""
+    """Return the pipelines. A quick run gives up after 20 updates."""
     length = {"num_seeds": num_seeds, "num_updates": 20 if quick else 2000}
     return [{"num_stages": m, "duplex": duplex} | length for m, duplex in PIPELINES]
 
 
 class Residual(nn.Module):
-    """x + tanh(Wx)·scale."""
+    """A residual layer: x + tanh(Wx)·scale."""
 
     def __init__(self, crossbars: Crossbars, scale: float) -> None:
         super().__init__()
@@ -55,12 +56,12 @@ class Residual(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(copies, batch, width)`` to the same."""
+        """Return the outputs ``(copies, batch, width)`` of inputs of the same shape."""
         return x + torch.tanh(self.crossbars(x)) * self.scale
 
 
 class Digits:
-    """Real digits of 4x4 pixels; every fifth is a test image."""
+    """Real digits of 4x4 pixels. Every fifth image is a test image."""
 
     def __init__(self) -> None:
         data: Any = load_digits()
@@ -72,12 +73,12 @@ class Digits:
 
 
 def all_targets() -> list[tuple[str, float]]:
-    """Metrics and values."""
+    """Return all pairs of a metric and its value to reach."""
     return [(metric, value) for metric, values in TARGETS.items() for value in values]
 
 
 def build(depth: int, seed: Tensor, device: Device, generator: Generator) -> list[nn.Module]:
-    """The layers of all copies; those of the same seed start alike."""
+    """Return the layers of all copies. Copies with the same seed start from the same weights."""
     modules: list[nn.Module] = []
     for layer in range(depth):
         out_size = 10 if layer == depth - 1 else WIDTH
@@ -96,19 +97,22 @@ def train(
     num_seeds: int,
     num_updates: int,
 ) -> list[dict[str, Any]]:
-    """Train a copy for every device, learning rate and seed, until one rate of each has reached all targets.
+    """Train a copy for every device, learning rate and seed.
+
+    The training ends when every device and seed has, with one of the learning rates, reached all targets.
 
     Args:
-        depth: layers.
-        num_stages: of the asynchronous pipeline; one has no delay.
+        depth: number of layers.
+        num_stages: of the asynchronous pipeline; one stage has no delay.
         duplex: of the pipeline.
-        devices: what the crossbars are made of.
+        devices: arguments of the crossbars.
         rates: the grid of learning rates.
         num_seeds: of weights and the order of samples.
-        num_updates: where to give up.
+        num_updates: the number of updates after which the training gives up.
 
     Returns:
-        For each device, seed and target the fewest updates, infinite if no rate gets there, and their rate.
+        For each device, seed and target the fewest updates and their learning rate. The updates are infinite if no
+        rate reaches the target.
     """
     torch.set_flush_denormal(True)
     settings = list(product(range(len(devices)), rates, range(num_seeds)))
@@ -146,7 +150,7 @@ def train(
 
 
 def sample(data: Digits, seed: Tensor, generator: Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A micro-batch of random training images, the same for copies of one seed."""
+    """Return a micro-batch of random training images and its loss. Copies with the same seed get the same images."""
     chosen = torch.randint(len(data.x), (int(seed.max()) + 1, MICROBATCH_SIZE), generator=generator)[seed]
     labels = data.y[chosen]
     return data.x[chosen], lambda output: F.cross_entropy(output.mT, labels, reduction="none").mean(1)
@@ -154,7 +158,7 @@ def sample(data: Digits, seed: Tensor, generator: Generator) -> tuple[Tensor, Ca
 
 @torch.no_grad()
 def evaluate(network: nn.Module, data: Digits, count: int = 240) -> tuple[Tensor, Tensor]:
-    """Loss of some training images and accuracy of the test images ``(copies,)``."""
+    """Return the loss of some training images and the accuracy of the test images, both ``(copies,)``."""
     output = network(torch.cat([data.x[:count], data.x_test])[None])
     labels = data.y[:count].expand(len(output), -1)
     loss = F.cross_entropy(output[:, :count].mT, labels, reduction="none").mean(1)
@@ -162,30 +166,33 @@ def evaluate(network: nn.Module, data: Digits, count: int = 240) -> tuple[Tensor
 
 
 def run(num_stages: int, duplex: Duplex, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
-    """64 layers on devices of the paper's expected motion."""
+    """Train 64 layers on devices of the paper's expected motion."""
     devices = [{"tau": tau} for tau in RANGES]
     return train(64, num_stages, duplex, devices, LEARNING_RATES, num_seeds, num_updates)
 
 
 def updates_to(rows: Sequence[Row], metric: str, target: float, **where: Any) -> np.ndarray:
-    """The updates of every seed, infinite where no learning rate gets there."""
+    """Return the updates of every seed; infinite where no learning rate reaches the target."""
     return curves(select(rows, metric=metric, target=target, **where), "updates")[:, 0]
 
 
 def alone(rows: Sequence[Row], metric: str, target: float, **where: Any) -> np.ndarray:
-    """The updates of one stage, which has no duplex."""
+    """Return the updates with one stage, for which the duplex mode makes no difference."""
     return updates_to(rows, metric, target, num_stages=1, **{k: v for k, v in where.items() if k != "duplex"})
 
 
 def relative(rows: Sequence[Row], metric: str, target: float, num_stages: int, **where: Any) -> np.ndarray:
-    """Updates of every seed over those of one stage; no number where neither gets there."""
+    """Return the updates of every seed divided by those with one stage; NaN where neither reaches the target."""
     with np.errstate(invalid="ignore"):
         ours = updates_to(rows, metric, target, num_stages=num_stages, **where)
         return ours / alone(rows, metric, target, **where)
 
 
 def saved(rows: Sequence[Row], metric: str, target: float, num_stages: int, duplex: Duplex, **where: Any) -> np.ndarray:
-    """Clock cycles of no pipeline over ours of every seed, with fills; no number where we do not get there."""
+    """Return the clock cycles without a pipeline divided by those with one, fills included, for every seed.
+
+    The ratio is NaN where the pipeline does not reach the target.
+    """
     schedules = Schedule("none", num_stages), Schedule("async", num_stages, 1, duplex)
     updates = (
         alone(rows, metric, target, **where),
@@ -199,7 +206,7 @@ def saved(rows: Sequence[Row], metric: str, target: float, num_stages: int, dupl
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the updates of one stage to every target, those of more relative to it, and what staleness costs."""
+    """Print the updates with one stage to every target, the ratios with more stages, and the cost of staleness."""
     for (metric, target), tau in product(all_targets(), RANGES):
         one = alone(rows, metric, target, tau=tau)
         relatives = [
@@ -215,7 +222,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Updates relative to one stage, and the clock cycles saved."""
+    """Draw the updates relative to one stage, and the clock cycles saved."""
     figure = Figure(figsize=(15, 8), layout="constrained")
     grid = figure.subplots(2, len(RANGES))
     for column, tau in enumerate(RANGES):
@@ -240,7 +247,7 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def main() -> None:
-    """Run what is missing, report and draw."""
+    """Run the missing cases, print the report and draw the figure."""
     args = sweep_parser(__doc__, seeds=3).parse_args()
     rows = sweep(run, cases(args.seeds, args.quick), args.folder / "paper_stages.csv", args.jobs)
     report(rows)

@@ -1,6 +1,7 @@
-"""How devices answer to single pulses, on the mean-field tile over aihwkit's: one picture per device.
+"""This study draws how devices respond to single pulses, on the mean-field tile and on aihwkit's tile in one figure.
 
-The cross-points of both have the same parameters; they differ in the noise. Ten seconds on two cores. Usage:
+There is one figure per device. The cross-points of both tiles have the same parameters and differ in the noise. The
+study takes ten seconds on two cores. Usage:
 
     .venv/bin/python scripts/studies/responses.py --folder docs/results
 """
@@ -19,13 +20,13 @@ COLORS = {"aihwkit": "tab:blue", "mean_field": "tab:orange"}
 
 
 def cases(quick: bool) -> list[str]:
-    """The devices that both simulate."""
+    """Return the names of the devices that both tiles simulate."""
     names = [name for name, make in DEVICES.items() if "backend" in signature(make).parameters]
     return names[:1] if quick else names
 
 
 def run(name: str) -> dict[str, Tensor]:
-    """The weights of a few cross-points ``(pulses, points)`` on both tiles; pulses up, down, up and down."""
+    """Return the weights of a few cross-points ``(pulses, points)`` on both tiles: pulses up, down, up and down."""
     weights = {}
     for backend in COLORS:
         config = DEVICES[name](backend=backend).rpu_config
@@ -35,7 +36,7 @@ def run(name: str) -> dict[str, Tensor]:
 
 
 def draw(name: str, of_backends: dict[str, Tensor]) -> Figure:
-    """The weights and their mean."""
+    """Draw the weights and their mean on both tiles."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for backend, weights in of_backends.items():
@@ -48,7 +49,7 @@ def draw(name: str, of_backends: dict[str, Tensor]) -> Figure:
 
 
 def main() -> None:
-    """Draw every device."""
+    """Draw a figure per device."""
     args = study_parser(__doc__).parse_args()
     for name in track(cases(args.quick)):
         draw(name, run(name)).savefig(args.folder / f"response_{name}.png", dpi=90)

@@ -1,4 +1,4 @@
-"""Clock cycles, density and speedup of real runs against the closed forms, and what lands in TensorBoard."""
+"""These tests compare clock cycles, density and speedup of real runs with closed forms, and read TensorBoard's logs."""
 
 import lightning as L
 import pytest
@@ -67,7 +67,7 @@ def test_tensorboard(tmp_path):
     assert [event.value for event in by_clock] == [event.value for event in events.Scalars("val_loss")]
     assert events.Tags()["images"] == ["pipeline"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    # Bins for 0, 1 and 2; the first two micro-batches of either epoch are less stale, as the pipeline fills.
+    # The bins are for staleness 0, 1 and 2. The first two micro-batches of each epoch are less stale.
     last = events.Histograms("staleness/counts_stage_0")[-1].histogram_value
     assert (last.bucket_limit, last.bucket) == ([0.5, 1.5, 2.5], [2.0, 2.0, 18.0])
     assert (last.min, last.max, last.num, last.sum, last.sum_squares) == (0, 2, 22, 38, 74)

@@ -1,6 +1,6 @@
-"""A long run with all callbacks holds no more at its end than after its first epochs.
+"""This test checks that a long run with all callbacks uses no more memory at its end than after its first epochs.
 
-It is 1,000 updates of every stage; ``AIMC_PL_EXAMPLES=20000`` makes it so many.
+Every stage makes 1,000 updates, or as many as ``AIMC_PL_EXAMPLES=20000`` says.
 """
 
 import gc
@@ -29,7 +29,7 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 NUM_UPDATES = max(1000, int(os.environ.get("AIMC_PL_EXAMPLES", "0")))
 UPDATES_PER_EPOCH = 200
 WARM_UP = 2
-"""The epoch at whose end everything has been made that is made once."""
+"""The epoch after which nothing new should be allocated."""
 
 
 class Small(L.LightningModule):
@@ -50,7 +50,7 @@ class Small(L.LightningModule):
 
 
 class Memory(L.Callback):
-    """Measures at the end of every epoch: live tensors, live objects, and blocks of memory that Python has given."""
+    """A callback that counts live tensors, live objects and allocated blocks of memory at the end of every epoch."""
 
     def __init__(self) -> None:
         self.measured: list[tuple[int, int, int]] = []
@@ -64,11 +64,11 @@ class Memory(L.Callback):
         self.measured.append((tensors, num_objects, sys.getallocatedblocks()))
 
 
-# Lightning suggests more loader processes; the data are in memory.
+# Lightning suggests more worker processes for the loader, but the data are in memory already.
 @pytest.mark.slow
 @pytest.mark.parametrize("log_every_n_steps", [0, 50])
 def test_nothing_grows_with_the_updates(log_every_n_steps, tmp_path):
-    """Also where nothing is ever logged."""
+    """Check that memory does not grow with updates, with logging and without."""
     monitor, memory = StalenessMonitor(cosine=True), Memory()
     callbacks = [
         monitor,

@@ -1,4 +1,4 @@
-"""What DeviceNoise does to weights and products. Statistical tests use fixed seeds and bounds of five sigma."""
+"""These tests check what DeviceNoise does to weights and products. Seeds are fixed and statistical bounds 5 sigma."""
 
 import lightning as L
 import pytest
@@ -13,7 +13,7 @@ from aimc_pl.devices import analog_layers
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.weights import layer_weight, product, weight_layers
 
-N = 200_000  # weights in the statistical tests: five sigma of the mean of N(0, 1) are 0.011, of its spread 0.008
+N = 200_000  # number of weights in statistical tests: five sigma of the mean of N(0, 1) are 0.011, of the spread 0.008
 
 
 def apply(noise, weight, before=None, cycles=1, seed=0):
@@ -22,7 +22,7 @@ def apply(noise, weight, before=None, cycles=1, seed=0):
 
 
 def test_write_noise_has_its_standard_deviation():
-    """False alarms: below 1e-6 each, and none under this seed."""
+    """Check mean and deviation. A random seed would raise a false alarm with a probability below 1e-6 for each."""
     noise = (apply(WriteNoise(0.2), torch.ones(N)) - 1) / 0.2
     assert abs(noise.mean()) < 0.0112
     assert abs(noise.std() - 1) < 0.0079
@@ -43,7 +43,7 @@ def test_drift_is_the_power_law():
 
 
 def test_stuck_devices_stay_stuck():
-    # No other weight is as large.
+    # No other weight comes near 100.
     stuck = [apply(StuckAt(0.25, 100.0), torch.randn(N), seed=s) == 100.0 for s in (0, 1)]
     assert torch.equal(stuck[0], stuck[1])
     # five sigma of a binomial fraction
@@ -81,7 +81,7 @@ def weights(module):
 
 
 class Still(Attributes):
-    """Learns nothing: what changes, the noise has changed."""
+    """A module that learns nothing. Every change of its weights is noise."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -89,7 +89,7 @@ class Still(Attributes):
 
 @pytest.mark.parametrize("duplex", ["half", "full"])
 def test_drift_counts_the_clock_cycles_between_updates(duplex):
-    """A full pipeline updates every two cycles: ten times after the first of 11 updates."""
+    """Check the drift of 11 updates: a full pipeline updates every two cycles, so there are ten intervals."""
     module = Still().double()
     start = weights(module)
     strategy = AnalogPipelineStrategy(3, "async", 4, duplex=duplex, split_at=["l2", "l4"])
@@ -143,7 +143,7 @@ def test_logs_how_far_weights_were_moved():
     L.seed_everything(4)
     module, trainer = fit(DeviceNoise([StuckAt(1.0, 0.0)], layers=["l1"]), module=Attributes().double())
     assert torch.equal(module.l1.weight, torch.zeros_like(module.l1.weight))
-    # from the update to nothing: the whole weight
+    # The whole weight was moved to zero.
     assert trainer.logged_metrics["noise/l1"] == pytest.approx(1.0)
 
 
@@ -171,7 +171,7 @@ def test_resume_continues_the_noise(schedule, tmp_path):
 
 
 def test_read_noise_in_both_products():
-    """The output's noise has the standard deviation σ‖x‖, the error's σ‖δ‖, each its own; the weights stay."""
+    """Check that outputs get noise of σ‖x‖ and errors independent noise of σ‖δ‖, and that the weights stay."""
     seen = {}
 
     class Probe(MLP):
@@ -184,7 +184,7 @@ def test_read_noise_in_both_products():
             return (seen["out"] * error).sum()
 
         def on_before_optimizer_step(self, optimizer):
-            # of one sample: the outer product of the error that layer 1 sent back and the input
+            # With one sample the gradient is the outer product of the error from layer 1 and the input.
             seen["sent"] = self.net[0].weight.grad @ x[0] / x[0].square().sum()
 
         def configure_optimizers(self):
@@ -201,7 +201,7 @@ def test_read_noise_in_both_products():
     hidden, weight = F.linear(x, module.net[0].weight), module.net[1].weight
     forward = (seen["out"] - F.linear(hidden, weight))[0] / (0.05 * hidden.norm())
     backward = (seen["sent"] - error @ weight) / (0.05 * error.norm())
-    # 300 values of N(0, 1) each: five sigma of the spread are 0.204, of the mean and of the correlation 0.289
+    # Of 300 values of N(0, 1), five sigma of the spread are 0.204, of the mean and of the correlation 0.289.
     for added in (forward, backward):
         assert abs(added.std() - 1) < 0.204
         assert abs(added.mean()) < 0.289

@@ -1,4 +1,4 @@
-"""What StalenessMonitor measures, against the closed forms and against gradients computed from the definitions."""
+"""These tests compare what StalenessMonitor measures with closed forms and with gradients computed by hand."""
 
 import lightning as L
 import numpy as np
@@ -36,7 +36,7 @@ def test_measured_staleness_is_the_closed_form_at_every_update(num_stages, duple
     assert monitor.mismatches == 0
     for stage in range(num_stages):
         delay = (num_stages - 1 - stage) * (2 if duplex == "full" else 1)
-        # two epochs of 4 + 4 + 3 micro-batches, each drained at its end
+        # two epochs of 4, 4 and 3 micro-batches; the pipeline drains at the end of each
         expected = 2 * [min(k, delay) for k in range(11)]
         assert sorted(monitor.counts[stage].elements()) == sorted(expected)
 
@@ -60,7 +60,7 @@ def test_warns_of_a_mismatch():
 
 
 class Linear(L.LightningModule):
-    """Two scalar layers in two stages, y = b·a·x, so that staleness can be worked out by hand."""
+    """Two scalar layers in two stages, y = b·a·x, whose staleness can be computed by hand."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class Linear(L.LightningModule):
 
 
 def test_drift_and_cosine_by_hand():
-    """Micro-batch 1 passes forward through stage 0 in clock 2, with a₀, and back in clock 5, with a₁."""
+    """Check micro-batch 1 in stage 0: its forward in clock 2 uses a₀, and its backward in clock 5 uses a₁."""
     events = {}
 
     class Keeps(StalenessMonitor):
@@ -89,17 +89,17 @@ def test_drift_and_cosine_by_hand():
     data = DataLoader(torch.tensor([[1.0], [2.0]]).double(), batch_size=2)
     fit(Keeps(cosine=True), AnalogPipelineStrategy(2, "async", 2), module, data, max_epochs=1)
     a0, b0, x0 = 0.5, -2.0, 1.0
-    # stage 1 sends its error before it updates
+    # Stage 1 sends its error before it updates.
     a1 = a0 - 0.1 * 0.5 * (b0 * a0 * x0 - 1) * b0 * x0
     seen = events[0, 1]
     assert seen["drift_stage_0"] == pytest.approx(abs(a1 - a0) / a0, rel=1e-6)
-    # one weight per stage: the cosine is the sign of the product of the gradients
+    # With one weight per stage the cosine is the sign of the product of the gradients.
     assert abs(seen["cosine_stage_0"]) == pytest.approx(1.0)
     assert events[0, 0]["drift_stage_0"] == 0
 
 
 def test_cosine_of_a_stale_gradient_by_hand():
-    """y = b·a·x with two hidden values; micro-batch 1 goes back with b of version 1, and version 2 is current then."""
+    """Check y = b·a·x with two hidden values: micro-batch 1 goes back with version 1 of b when version 2 is current."""
 
     class Wide(Linear):
         def __init__(self):
@@ -131,11 +131,11 @@ def test_cosine_of_a_stale_gradient_by_hand():
     monitor = Keeps()
     fit(monitor, AnalogPipelineStrategy(2, "async", 2), Wide().double(), data, max_epochs=1)
     a, b = np.array([0.5, 0.8]), np.array([0.3, -0.6])
-    # Micro-batch 0, with x = 1 and a share of one half; stage 1 sends its error before it updates.
+    # Micro-batch 0 has x = 1 and half of the loss. Stage 1 sends its error before it updates.
     error = 0.5 * (b @ a - 1)
     a1, b1 = a - rate * error * b, b - rate * error * a
     first = cosine(error * b, (b1 @ a - 1) * b1)
-    # Micro-batch 1, with x = 2, has gone forward with the first a, and goes back through stage 1 with b1.
+    # Micro-batch 1 has x = 2. Its forward used the first a, and its backward goes through stage 1 with b1.
     error = 0.5 * (b1 @ (2 * a) - 1)
     stale, b2 = error * b1, b1 - rate * error * 2 * a
     second = cosine(stale, (b2 @ (2 * a1) - 1) * b2)
@@ -148,7 +148,7 @@ def test_cosine_is_one_where_nothing_is_stale():
     monitor = StalenessMonitor(cosine=True)
     trainer = fit(monitor, AnalogPipelineStrategy(3, "sync", 4))
     for stage in range(3):
-        # of the gradient summed over the micro-batches so far against that of one: equal for the first
+        # This is the gradient summed over the micro-batches so far against that of one. They are equal for the first.
         assert trainer.logged_metrics[f"staleness/cosine_stage_{stage}"] > 0.3
     one = fit(StalenessMonitor(cosine=True), AnalogPipelineStrategy(3, "sync", 1))
     for stage in range(3):
@@ -163,7 +163,7 @@ def test_cosine_is_one_where_nothing_is_stale():
         (lambda: nn.Conv2d(3, 4, 3, padding=1, stride=2), (2, 3, 8, 8)),
         (lambda: nn.Conv1d(3, 4, 3, padding=1, stride=2), (2, 3, 8)),
         (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 3, 5)),
-        # Two tiles in aihwkit's default mapping.
+        # aihwkit's default mapping splits this layer into two tiles.
         (lambda: nn.Conv2d(60, 4, 3, bias=False), (2, 60, 5, 5)),
     ],
 )
@@ -178,7 +178,7 @@ def test_gradients_and_weights_of_tiles_are_those_of_digital_layers(make, shape,
     weights = read_weights(digital.parameters())
     convert_to_analog(digital, device)
     digital(x).backward(error)
-    # Several tiles hold the columns of the weight one after the other.
+    # Several tiles return the columns of the weight one tile after the other.
     for of_tiles, of_layer in (
         (read_gradients(digital, digital.parameters()), expected),
         (read_weights(digital.parameters()), weights),
@@ -204,5 +204,5 @@ def test_analog_network_with_cosine():
     monitor = StalenessMonitor(cosine=True)
     strategy = AnalogPipelineStrategy(5, "async", 4, device="ideal")
     trainer = fit(monitor, strategy, module, data, precision="32-true", max_epochs=1)
-    # the last stage's gradient is stale in nothing but its input
+    # In the last stage only the input is stale.
     assert trainer.logged_metrics["staleness/cosine_stage_4"] > 0.5

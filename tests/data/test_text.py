@@ -1,4 +1,4 @@
-"""The text."""
+"""These tests check the data module of text."""
 
 from pydoc_data.topics import topics
 
@@ -65,7 +65,7 @@ def test_an_epoch_has_an_order_of_its_own_and_a_seed_the_same_again():
 
 
 class Recorder(pl.LightningModule):
-    """Takes down the first token of every batch and its epoch."""
+    """A module that records the epoch and the first sequence of every batch."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize("fraction", [1e-4, 1e-9])
 def test_a_part_shorter_than_a_sequence(fraction):
-    """Python's versions bring texts of different lengths."""
+    """Check the error. Python versions have texts of different lengths, so the number of characters is computed."""
     characters = round(fraction * len(TEXT))
     with pytest.raises(UsageError, match=rf"the test part has {characters} characters.* context=64 .*lower the"):
         PydocText(test_fraction=fraction).setup("fit")

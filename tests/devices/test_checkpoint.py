@@ -1,4 +1,4 @@
-"""Which classes checkpoints may name, and whether a state dict is of the same devices."""
+"""These tests check which classes checkpoints may name, and whether a state dict has the same devices."""
 
 from inspect import signature
 from typing import get_args
@@ -46,7 +46,7 @@ def train(net):
 
 @pytest.fixture
 def unregistered():
-    """torch's own list of classes only."""
+    """Clear the list of classes that torch may load, so that only torch's own remain."""
     registered = get_safe_globals()
     clear_safe_globals()
     yield

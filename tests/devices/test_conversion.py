@@ -1,4 +1,4 @@
-"""Which layers become analog, that their tiles compute, and what is told of the others."""
+"""These tests check which layers become analog, that their tiles compute, and what is reported of the other layers."""
 
 import copy
 import warnings
@@ -19,7 +19,7 @@ class OwnLinear(nn.Linear):
 
 
 class Conv1D(nn.Module):
-    """The Linear of GPT-2, as transformers has it."""
+    """The linear layer of GPT-2, as transformers defines it."""
 
     __module__ = "transformers.pytorch_utils"
 
@@ -91,7 +91,7 @@ def test_dilated_images_are_analog():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("device", ["ideal", soft_bounds(perfect_io=True)])
 def test_linear_of_gpt2(device, training):
-    """Transposed weights: outputs, errors sent back and what is left for the update."""
+    """Check outputs, the errors sent back and the operands of the update. The weights are transposed."""
     torch.manual_seed(0)
     digital = nn.Sequential(Conv1D(6, 4), nn.Tanh(), Conv1D(3, 6)).train(training)
     for parameter in digital.parameters():
@@ -127,7 +127,7 @@ def called_tiles(network):
 @pytest.mark.parametrize("mode", ["train", "eval", "no grad", "padded"])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_transformer_encoders_go_through_the_tiles(mode, norm_first):
-    """In evaluation nn.TransformerEncoderLayer would read the weights of its layers instead of calling them."""
+    """Check that the tiles are called, also in evaluation, where torch's layer would read their weights instead."""
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
     digital = nn.Sequential(nn.TransformerEncoder(block, 2, enable_nested_tensor=not norm_first))
@@ -145,14 +145,14 @@ def test_transformer_encoders_go_through_the_tiles(mode, norm_first):
     torch.testing.assert_close(out[valid], expected[valid], rtol=1e-4, atol=1e-5)
     assert called == [layer.analog_module for layer in analog_layers(network)]
     assert len(called) == 4
-    # What the tiles hold is what is computed with, not what they held at the conversion.
+    # The output follows the weights that the tiles hold now, not those at the conversion.
     network[0].layers[1].linear2.set_weights(torch.zeros(8, 16), torch.zeros(8))
     with torch.no_grad():
         assert not torch.allclose(network[0](x, **arguments)[valid], expected[valid], atol=1e-2)
 
 
 def test_padding_reaches_a_half_analog_encoder():
-    """The digital block would take the fast path, and hand the analog one a nested tensor."""
+    """Check that no digital block takes the fast path, which would hand the analog block a nested tensor."""
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     digital = nn.TransformerEncoder(block, 2).eval()

@@ -1,4 +1,4 @@
-"""Devices by name, conversion and optimizers, against aihwkit used by hand."""
+"""These tests compare devices by name, conversion and optimizers with aihwkit used by hand."""
 
 import pytest
 import torch
@@ -25,7 +25,10 @@ from aimc_pl.devices import (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_device_trains(name):
-    """The product follows the digital one (bounds that vary by device clip some weights), and updates move weights."""
+    """Check that products follow the digital layer and that updates move weights.
+
+    Bounds that vary from device to device clip some of the weights.
+    """
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 10))
     x, digital = torch.randn(5, 20), network[0].weight.detach().clone()
@@ -52,7 +55,7 @@ def test_soft_bounds_parameters():
 
 
 def test_soft_bounds_step_is_the_papers():
-    """Mean of 400 devices after pulses up, then down, without noise: w' = w + Δw(1 ∓ w/τ)."""
+    """Compare the mean of 400 devices with w' = w + Δw(1 ∓ w/τ), after pulses up and then down, without noise."""
     config = get_device(soft_bounds(tau=0.8, num_states=160, cycle_to_cycle=0.0, perfect_io=True))
     config.update.desired_bl = 1
     config.update.update_management = config.update.update_bl_management = False
@@ -141,7 +144,7 @@ def test_response_is_drawn(tmp_path):
     figure = plot_response(get_device("soft_bounds"), "soft_bounds", num_pulses=50)
     mean = figure.axes[0].lines[-1].get_ydata()
     assert len(mean) == 200
-    # up, down, up, down
+    # The pulses go up, down, up and down.
     assert mean[49] > mean[0] < mean[149]
     assert mean[99] < mean[49]
     figure.savefig(tmp_path / "response.png")

@@ -1,4 +1,4 @@
-"""What analog layers tell of their weights, against the digital layers they were, and what they refuse."""
+"""These tests compare what analog layers report of their weights with the digital layers, and check the refusals."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ from aimc_pl.errors import UsageError
 LAYERS = {
     "linear": lambda: nn.Linear(5, 4),
     "linear without bias": lambda: nn.Linear(5, 4, bias=False),
-    # More inputs than a tile has.
+    # This layer has more inputs than a tile.
     "several tiles": lambda: nn.Linear(600, 4),
     "conv1d": lambda: nn.Conv1d(3, 4, 5),
     "conv2d": lambda: nn.Conv2d(3, 4, (3, 2)),
@@ -160,7 +160,7 @@ def test_reset_parameters_draws_as_the_digital_layer(name):
     digital = LAYERS[name]()
     layer = analog(digital)
     torch.manual_seed(1)
-    layer.to_digital(layer)  # draws, too
+    layer.to_digital(layer)  # draws random numbers too
     digital.reset_parameters()
     torch.manual_seed(1)
     layer.reset_parameters()

@@ -1,4 +1,4 @@
-"""What we use of aihwkit without a public name still does what we rely on."""
+"""These tests check that private names of aihwkit, which this project uses, still behave as it needs."""
 
 import copy
 

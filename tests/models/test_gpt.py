@@ -1,4 +1,4 @@
-"""The transformer."""
+"""These tests check the transformer."""
 
 import pytest
 import torch

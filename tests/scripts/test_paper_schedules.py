@@ -1,4 +1,4 @@
-"""The tables of the schedules have the known values."""
+"""This test compares the tables of the schedules with known values."""
 
 import paper_schedules
 

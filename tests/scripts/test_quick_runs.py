@@ -1,4 +1,4 @@
-"""Every study and benchmark runs from start to end, and leaves what the docs show."""
+"""This test runs every study and benchmark in its quick mode, and checks that it writes files that the docs show."""
 
 import csv
 import logging
@@ -19,13 +19,13 @@ SHOWN = {path.name: path for path in (ROOT / "docs").rglob("*") if path.suffix i
 
 @pytest.fixture
 def settings_restored(one_thread):
-    """A script sets its own process up, and here it is that of the tests."""
+    """Restore the settings of the process that a script changes, because it runs in the process of the tests."""
     yield
     torch.set_flush_denormal(False)
     logging.getLogger("lightning.pytorch").setLevel(logging.NOTSET)
 
 
-# Some studies are about what the strategy warns of.
+# Some studies are about cases of which the strategy warns.
 @pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:one update has made", "ignore:splitting the mini-batch", "ignore:BatchNorm computes"
@@ -41,7 +41,7 @@ def test_quick_mode(script, monkeypatch, tmp_path):
     for name, path in written.items():
         if path.suffix == ".csv":
             columns, shown = (next(csv.reader(each.read_text().splitlines())) for each in (path, SHOWN[name]))
-            # Results of benchmarks from before these named the processor lack it.
+            # Older results of benchmarks lack the processor.
             assert [column for column in columns if column in shown or column != "processor"] == shown
         else:
             assert path.stat().st_size > 10_000

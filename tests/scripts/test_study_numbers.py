@@ -1,4 +1,4 @@
-"""What the studies of the paper make of their rows, on rows whose answer is known."""
+"""These tests check how the studies of the paper evaluate rows, on rows with known answers."""
 
 import numpy as np
 import paper_accuracy
@@ -12,7 +12,10 @@ def as_text(rows):
 
 
 def test_speedup_is_the_ratio_of_cycles_to_the_target():
-    """Accuracies rise evenly, a quarter of an epoch later with the second seed: crossings are known in closed form."""
+    """Check rows whose accuracies rise evenly, a quarter of an epoch later with the second seed.
+
+    The crossings of the target are then known in closed form.
+    """
     curves = {("sync", 4): (0.2, 0.4, 0.6, 0.8), ("async", 4): (0.1, 0.3, 0.5, 0.7), ("async", 8): (0.1, 0.2, 0.3, 0.4)}
     rows = as_text(
         {
@@ -28,7 +31,7 @@ def test_speedup_is_the_ratio_of_cycles_to_the_target():
         for epoch, accuracy in enumerate(values)
     )
     target = 0.55
-    alone = [10 * epochs * 2 * 4 * 4 for epochs in (2.75, 3.0)]  # mini-batches of 2MB cycles
+    alone = [10 * epochs * 2 * 4 * 4 for epochs in (2.75, 3.0)]  # A mini-batch has 2MB cycles.
     ours = [85 * epochs for epochs in (3.25, 3.5)]
     assert paper_accuracy.speedups(rows, target, "analog", "none", 4) == pytest.approx([1, 1])
     assert paper_accuracy.speedups(rows, target, "analog", "sync", 4) == pytest.approx([4 * 4 / 7] * 2)
@@ -49,7 +52,7 @@ def test_updates_and_cycles_relative_to_one_stage():
     )
     np.testing.assert_allclose(relative["half"], [1.5, 1.0])
     np.testing.assert_allclose(relative["full"], [2.0, np.inf])
-    # without a pipeline 2·8·K, with one 2(K + 7) or 2(K + 14)
+    # Without a pipeline K updates take 2·8·K cycles, and with one 2(K + 7) or, in full duplex, 2(K + 14).
     np.testing.assert_allclose(saved["half"], [1600 / 314, 3200 / 414])
     np.testing.assert_allclose(saved["full"], [1600 / 428, np.nan])
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, what was written or refused, and never code."""
+"""These tests check that checkpoint files are written whole or not at all, are verified, and cannot run code."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def content(value, size=10):
 
 
 def epoch(path):
-    """The checkpoint's, whose weights belong to it."""
+    """Load a checkpoint, check that its weights belong to its epoch, and return the epoch."""
     loaded = IO.load_checkpoint(path)
     assert (loaded["state_dict"]["weight"] == loaded["epoch"]).all()
     return loaded["epoch"]
@@ -107,7 +107,7 @@ def test_what_is_not_there(tmp_path):
 
 
 class Calls:
-    """Unpickled, it calls a function."""
+    """An object that calls a function when it is unpickled."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -117,7 +117,7 @@ class Calls:
 
 
 def evil(ran):
-    """Each would leave a file if it ran."""
+    """Return objects that would leave a file if they were unpickled."""
     payload = pickle.dumps(Calls(os.mkdir, str(ran)))
     return {
         "os": Calls(os.mkdir, str(ran)),
@@ -130,7 +130,7 @@ def evil(ran):
 
 @pytest.fixture
 def server(tmp_path):
-    """The address of the test's folder."""
+    """Serve the test's folder and give its address."""
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     handler.log_message = lambda *args: None
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -147,7 +147,7 @@ def test_a_file_cannot_run_code(scheme, kind, server, tmp_path):
     path = f"{server}/evil.ckpt" if scheme == "http" else f"{scheme}{tmp_path / 'evil.ckpt'}"
     assert "could run code" in refusal(path)
     assert not (tmp_path / "ran").exists()
-    # It is no fault of the file: with trust it runs.
+    # With weights_only=False the same file does run its code, so the refusal is what stopped it.
     if kind == "os" and not scheme:
         IO.load_checkpoint(path, weights_only=False)
         assert (tmp_path / "ran").exists()
@@ -166,7 +166,7 @@ def test_addresses(server, tmp_path):
 
 
 def in_child(function):
-    """The exit status of a process that calls a function, which may not compute: torch's threads are not forked."""
+    """Return the exit status of a forked process that calls a function, which must not compute with torch's threads."""
     if not (child := os.fork()):
         try:
             function()
@@ -177,7 +177,7 @@ def in_child(function):
 
 
 def save_and_die_at(line, state, path):
-    """Kill this process before a line of checkpoint_io, counted as they run."""
+    """Save, and kill this process before the given line of checkpoint_io, counted as lines run."""
     left = line
 
     def trace(frame, event, arg):
@@ -204,7 +204,7 @@ def test_killed_at_any_line_leaves_a_checkpoint(file):
         seen.add((epoch(file), len(list(file.parent.iterdir()))))
     assert status == 0
     assert line > 20
-    # Before, within and after; the leftovers of the last write are gone with the next.
+    # The process died before, within and after the write. The next write removes what was left.
     assert seen == {(1, 1), (1, 2), (2, 1)}
     assert list(file.parent.iterdir()) == [file]
 
@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_the_old_one(file):
     large = content(2, size=1_000_000)
 
     def save():
-        # As on a disk with 100 kB left.
+        # The limit acts like a disk with 100 kB left.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         with pytest.raises(UsageError, match=f"^cannot write checkpoint {file}: {os.strerror(errno.EFBIG)}"):

@@ -1,4 +1,4 @@
-"""What checkpoints of a Trainer hold, who can load them, and what is refused."""
+"""These tests check what a Trainer's checkpoints hold, who can load them, and what is refused."""
 
 import copy
 import warnings
@@ -44,7 +44,7 @@ def trainer(strategy="auto", **options):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """By what they are of."""
+    """Save checkpoints of a digital, an analog and an inference network, named by their kind."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, device in {"digital": None, "analog": "soft_bounds", "inference": InferenceRPUConfig()}.items():
         ours = trainer(strategy(device))
@@ -56,7 +56,7 @@ def checkpoints(tmp_path_factory):
 # ------------------------------------------------------------------- content
 
 
-@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # torch.load is told which call of ours to use
+@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # the test reads it with torch.load
 def test_no_unused_memory(checkpoints):
     state = torch.load(checkpoints / "analog.ckpt")["state_dict"]
     assert [key for key in state if key.endswith("analog_ctx")] == []
@@ -114,7 +114,7 @@ def test_the_command_says_it_in_a_line(checkpoints, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the loss is not finite")  # it diverges on purpose
-@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # torch.load is told which call of ours to use
+@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # the test reads it with torch.load
 @pytest.mark.parametrize("device", [None, "ideal"])
 @pytest.mark.parametrize("monitor", [None, "loss"])
 @pytest.mark.parametrize("on_nonfinite", ["stop", "warn"])
@@ -133,7 +133,7 @@ def test_a_diverged_module_is_not_saved(on_nonfinite, monitor, device, tmp_path)
     ours = trainer(diverging, max_epochs=5, enable_checkpointing=True, callbacks=[Diverge(), saver])
     if on_nonfinite == "stop":
         ends = pytest.raises(UsageError, match="the loss is not finite, as are the weights of 'l3")
-    elif monitor:  # a loss that is not a number is never the best, and nothing is saved
+    elif monitor:  # a monitored loss that is NaN is never the best, so nothing is saved
         ends = pytest.warns(UserWarning, match="the loss is not finite")
     else:
         ends = pytest.raises(UsageError, match="after step 9 the weights of 'l")
@@ -158,7 +158,7 @@ def test_digital_ones_are_plain_lightnings(checkpoints, recwarn):
 
 
 def test_analog_ones_are_loaded_by_analog_modules(checkpoints):
-    """Others are told how; the strategy, which knows, says nothing."""
+    """Check that plain Lightning loads analog layers and warns, and that the strategy does not warn."""
     path, ready = checkpoints / "analog.ckpt", module(seed=5)
     convert_to_analog(ready, "soft_bounds")
     with pytest.warns(AnalogCheckpointWarning, match="strategy=AnalogPipelineStrategy.*convert_to_analog"):
@@ -179,7 +179,7 @@ def test_analog_ones_are_loaded_by_analog_modules(checkpoints):
 
 
 class Stream(IterableDataset):
-    """Of a length that is not known, and shuffled."""
+    """A shuffled data set without a length."""
 
     def __iter__(self):
         samples = Samples(length=35)
@@ -187,7 +187,7 @@ class Stream(IterableDataset):
 
 
 class Once:
-    """A loader that goes on where it was, whatever the random states are."""
+    """A loader that continues where it stopped, whatever the random states are."""
 
     def __init__(self):
         self.batches = list(loader(None, shuffle=False, length=200))
@@ -203,7 +203,7 @@ class Once:
 
 
 class Keeping(Once):
-    """It keeps its place itself."""
+    """A loader that saves and restores its own place."""
 
     def state_dict(self):
         return {"next": self.next}
@@ -220,7 +220,7 @@ class Keeping(Once):
 
 
 class Noisy(Samples):
-    """Draws in the process that loads it."""
+    """Samples with noise that is drawn in the process that loads them."""
 
     def __getitem__(self, index):
         x, y = super().__getitem__(index)
@@ -228,7 +228,7 @@ class Noisy(Samples):
 
 
 class Repeating(Once):
-    """Any object that gives the same batches."""
+    """An iterable that gives the same batches every time."""
 
     def __iter__(self):
         return iter(self.batches[:5])
@@ -297,7 +297,7 @@ def test_our_images_with_augmentation_come_to_their_place(step, num_workers, tmp
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         options = {"callbacks": [saver]} if ckpt_path is None else {}
         ours = AnalogPipelineStrategy(2, "async", 2, split_at=["net.4"])
-        # Both drain after every step.
+        # Both runs drain after every step.
         drains = type("Drains", (Callback,), {"on_train_batch_end": lambda self, t, *args: t.strategy.drain()})()
         options["callbacks"] = [drains, *options.get("callbacks", [])]
         fitted = trainer(ours, max_epochs=3, limit_val_batches=0, enable_checkpointing=ckpt_path is None, **options)

@@ -1,4 +1,4 @@
-"""What is refused before training starts."""
+"""These tests check which optimizers and parameters are refused before training starts."""
 
 import copy
 
@@ -17,7 +17,7 @@ from aimc_pl.strategies.checks import check_optimizer, check_parameters
 
 
 class Normalized(Optimizer):
-    """Divides by the norm of all gradients."""
+    """An optimizer that divides by the norm of all gradients."""
 
     def step(self, closure=None):
         loss = closure() if closure else None
@@ -32,11 +32,11 @@ class NormalizedSGD(Normalized, SGD):
 
 
 class NormalizedAdam(Normalized, Adam):
-    """Whose first steps hide a common factor of the gradients, all but for rounding and eps."""
+    """Adam with normalized gradients. Apart from rounding and eps, its first steps hide a common factor of them."""
 
 
 class Noisy(SGD):
-    """Langevin dynamics, with a counter of its own."""
+    """Langevin dynamics with a step counter in an attribute."""
 
     steps = 0
 

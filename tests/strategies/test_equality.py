@@ -1,4 +1,4 @@
-"""`none` and `sync` end at the weights of plain Lightning on whole mini-batches, `async` at the recomputed ones."""
+"""These tests compare `none` and `sync` with plain Lightning, and `async` with a recomputation."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_torchvision_resnet_equals_plain_lightning(optimizer):
 
 @pytest.mark.parametrize(("schedule", "num_microbatches"), [("none", 3), ("sync", 4), ("1f1b", 2)])
 def test_lightning_demo_module_equals_plain_lightning(schedule, num_microbatches):
-    """BoringModel has one layer, a loss with targets of its own shape and a step scheduler."""
+    """Check BoringModel, which has one layer, a loss that makes its own targets, and a step scheduler."""
 
     def data():
         generator = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def test_lightning_demo_module_equals_plain_lightning(schedule, num_microbatches
 
 @pytest.mark.slow
 def test_lightning_demo_transformer_equals_plain_lightning():
-    """It remembers its mask in forward, so that it stays whole."""
+    """Check the demo transformer in one stage, because it stores its mask in the forward."""
 
     def make():
         module = LightningTransformer(vocab_size=20)
@@ -94,7 +94,7 @@ def test_lightning_demo_transformer_equals_plain_lightning():
 
 
 class SquaredError(L.LightningModule):
-    """The network of the recomputation."""
+    """The network that the recomputation trains."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class StopAfter(L.Callback):
 @pytest.mark.parametrize(
     ("trainer_options", "batches", "drains"),
     [
-        # of 8, 8, 8, 8 and 3 samples, in 4, 4, 4, 4 and 3 micro-batches
+        # The batches have 8, 8, 8, 8 and 3 samples, in 4, 4, 4, 4 and 3 micro-batches.
         ({"max_epochs": 2}, [0, 1, 2, 3, 4] * 2, [5]),
         ({"max_epochs": 2, "limit_train_batches": 3}, [0, 1, 2] * 2, [3]),
         ({"max_epochs": 1, "val_check_interval": 2}, [0, 1, 2, 3, 4], [2, 4]),
@@ -141,7 +141,7 @@ class StopAfter(L.Callback):
     ids=["epochs", "limit_train_batches", "validation in mid-epoch", "max_steps", "stop", "stop without validation"],
 )
 def test_async_through_lightning_equals_recomputation(trainer_options, batches, drains, duplex):
-    """No micro-batch's update is lost, whatever ends the epoch, and nothing is in flight when someone looks."""
+    """Check that no update is lost, whatever ends the epoch, and that validation sees an empty pipeline."""
     L.seed_everything(3)
     module = SquaredError().double()
     linears = [layer for layer in module.net if isinstance(layer, nn.Linear)]
@@ -171,7 +171,7 @@ def test_async_through_lightning_equals_recomputation(trainer_options, batches, 
 
 @pytest.mark.parametrize("schedule", ["async", "sync"])
 def test_one_stage_is_stochastic_gradient_descent_whatever_the_scale(schedule):
-    """With gradient_scale="microbatch" and one stage, async is plain training on the micro-batches."""
+    """Check that one stage with gradient_scale="microbatch" is plain training on the micro-batches."""
 
     def data(batch_size):
         return lambda: loader(None, batch_size, shuffle=False, length=16)
@@ -191,7 +191,7 @@ def test_one_stage_is_stochastic_gradient_descent_whatever_the_scale(schedule):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_full_steps_are_steps_of_a_share_at_a_larger_learning_rate(num_stages):
-    """Two equal micro-batches: with gradient_scale="microbatch" each moves as far as with the double learning rate."""
+    """Check with two micro-batches that gradient_scale="microbatch" equals a doubled learning rate."""
 
     class Plain(Attributes):
         rate = 0.1
@@ -225,7 +225,7 @@ def test_sum_losses(schedule):
 
 
 class Surrounded(Attributes):
-    """Parameters on the way to the backbone, in the loss, and in the module whose own forward is the backbone."""
+    """A module with parameters before the backbone and in the loss. Its own forward is the backbone."""
 
     def __init__(self):
         super().__init__()
@@ -237,7 +237,7 @@ class Surrounded(Attributes):
 
 
 def test_parameters_around_the_backbone_are_updated_with_its_ends():
-    """`before` with the staleness of stage 0, by a recomputation with autograd; the last stage's parts without."""
+    """Check that `before` is updated with the staleness of stage 0, and the last stage's parameters without delay."""
     L.seed_everything(7)
     module = Surrounded().double()
     reference = copy.deepcopy(module)
@@ -255,7 +255,7 @@ def test_parameters_around_the_backbone_are_updated_with_its_ends():
 
     history = [[p.detach().clone() for p in first]]
     for k, (x, y) in enumerate([part for batch in data for part in split_batch(list(batch), 2)]):
-        # stage 0's forward saw the weights of one version before, its backward uses the current ones
+        # The forward of stage 0 used the weights of one version before; its backward uses the current ones.
         hidden, gradients = first_stage(history[max(0, k - 1)], history[k], x)
         hidden.requires_grad_()
         (nn.functional.cross_entropy(tail(hidden), y) / 2).backward()
@@ -270,7 +270,7 @@ def test_parameters_around_the_backbone_are_updated_with_its_ends():
 
 
 def first_stage(seen, current, x):
-    """Stage 0 written out: its output with the weights it saw, and its gradients with the current ones."""
+    """Compute stage 0 by hand: its output with the weights ``seen`` and its gradients with the ``current`` ones."""
     before, w1, b1, w2, b2 = seen
     scaled = torch.tanh(x * before)
     h1 = torch.tanh(scaled @ w1.T + b1)
@@ -287,11 +287,11 @@ def first_stage(seen, current, x):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # the network has BatchNorm
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # BatchNorm does that
 @pytest.mark.parametrize(("schedule", "num_stages"), [("none", 4), ("sync", 4), ("sync", 8)])
 def test_none_and_sync_draw_the_same_noise_in_any_number_of_stages(schedule, num_stages):
-    """Bit for bit the weights of one stage, on pulsed devices: one run stands for all of these."""
+    """Check on pulsed devices that the weights equal those of one stage bit for bit."""
     splits = [
         "network.group1.0.conv1",
         "network.group1.0.conv2",

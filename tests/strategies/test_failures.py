@@ -1,4 +1,4 @@
-"""However one of three processes fails, the others end too and name it, and the last checkpoint goes on."""
+"""These tests let one of three processes fail. The other processes must end and name it, and a run can be resumed."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LIMIT = 150
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Exit codes and outputs by case, of one launch."""
+    """Run all cases in one launch and return exit codes and outputs by case."""
     folder = tmp_path_factory.mktemp("failing")
     command = [sys.executable, str(TESTS / "failing_run.py"), str(folder)]
     subprocess.run(command, env=ENVIRONMENT, cwd=folder, check=True, timeout=1500)
@@ -41,7 +41,7 @@ def name(rank):
 def test_the_others_end_and_name_it(kind, point, rank, runs):
     exits, outputs = runs[kind, point, rank]
     survivors = [other for other in RANKS if other != rank]
-    # Rank 0 is the one that the user looks at.
+    # The user looks at rank 0.
     telling = survivors if rank == 0 else [0]
     assert all(exits.get(other) == 1 for other in survivors), outputs
     if point == "before joining" and rank == 0:
@@ -49,7 +49,7 @@ def test_the_others_end_and_name_it(kind, point, rank, runs):
     elif point == "before joining":
         said = f"rank {rank} of 3 has not started within {START_TIMEOUT:g} s"
     elif kind == "raise":
-        # The store goes with rank 0, after which the others only know that it has ended.
+        # The store ends with rank 0. After that the other ranks know that rank 0 has ended, but not why.
         said = f"{name(rank)} has "
     else:
         said = f"{name(rank)} {'has ended' if kind == 'kill' else 'does not answer'}"
@@ -75,7 +75,7 @@ def test_a_process_that_gets_sigterm_says_so_by_its_exit_code(kind, point, rank,
     ("point", "batch"), [("batch", "batch 1 of epoch 1"), ("validation batch", "batch 0 of validate")]
 )
 def test_data_that_differ_are_refused(point, batch, rank, runs):
-    # There are three batches in an epoch. The fifth is other in one process, or the first of the second validation.
+    # An epoch has three batches. In one process the fifth batch differs, or the first one of the second validation.
     exits, outputs = runs["other labels", point, rank]
     assert all(exits.values())
     lines = [line for text in outputs.values() for line in text.splitlines()]
@@ -88,7 +88,7 @@ def test_data_that_differ_are_refused(point, batch, rank, runs):
 def test_loaders_of_other_lengths_are_refused(rank, runs):
     exits, outputs = runs["fewer batches", "length", rank]
     assert all(exits.values())
-    # Validation of one process meets training of another, or each waits for what the other will not send.
+    # Validation in one process meets training in another, or each process waits for the other one.
     if rank == 2:
         assert "rank 1 (stage 1) and rank 2 (stage 0) wait for each other: all must read as many batches" in outputs[0]
     else:
@@ -112,7 +112,7 @@ def test_a_port_that_is_taken_and_a_listener_that_says_nothing_end_all(runs):
 
 
 def start(command, environment, folder):
-    """A run that goes on and on, once it has trained for some steps."""
+    """Start a run that takes long, in a session of its own."""
     return subprocess.Popen(
         [sys.executable, str(TESTS / "long_run.py"), str(folder), *command],
         env=ENVIRONMENT | environment,
@@ -133,7 +133,7 @@ def wait_for_steps(folder, processes):
 
 
 def session(process):
-    """All processes that it has started, and itself."""
+    """Return the ids of the process and of all processes in its session that still run."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -146,7 +146,7 @@ def session(process):
 
 
 def assert_goes_on(folder):
-    """In one process, from the last checkpoint."""
+    """Check that training goes on from the last checkpoint, in one process."""
     step = torch.load(folder / "last.ckpt", weights_only=False)["global_step"]
     assert step >= 10
     trainer = train(folder, devices=1, max_epochs=step // 3 + 2, ckpt_path="last")

@@ -1,4 +1,4 @@
-"""What Lightning's users know works as they know it."""
+"""These tests check that what users know of Lightning works in the same way under the strategy."""
 
 import copy
 import threading
@@ -42,7 +42,7 @@ def assert_equal(ours, theirs, **tolerance):
 
 
 class Recorder(DummyLogger):
-    """Keeps what is logged."""
+    """A logger that keeps what is logged."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def test_logged_values_equal_those_of_whole_minibatches(schedule):
 
 
 def test_async_logs_every_microbatch_once():
-    """Epoch means of quantities that do not depend on the weights are those of all samples."""
+    """Check the epoch means of values that do not depend on the weights: they must be the means over all samples."""
     module = seeded(Logs)
     trainer = fit(module, AnalogPipelineStrategy(4, "async", 4), max_epochs=1)
     x = torch.stack([x for x, _ in loader(module, shuffle=False).dataset])
@@ -108,7 +108,7 @@ def test_training_step_runs_once_per_microbatch():
 
     fit(seeded(Counts), AnalogPipelineStrategy(3, "async", 3), max_epochs=1)
     expected = [(0, 3), (0, 3), (0, 2), (1, 3), (1, 3), (1, 2), (2, 1), (2, 1), (2, 1)]
-    # The runs before the first update have left nothing, here either.
+    # The step's runs before the first update must not be counted here.
     assert [(i, n) for i, n, _ in calls] == expected
 
 
@@ -161,7 +161,7 @@ def test_async_clips_and_calls_the_hook_for_each_stage():
             assert torch.linalg.vector_norm(torch.cat([g.flatten() for g in mine])) <= 0.011
 
     trainer = fit(seeded(Hooked), AnalogPipelineStrategy(5, "async", 4), gradient_clip_val=0.01, max_epochs=1)
-    # 11 micro-batches at 5 stages, of a weight and a bias each
+    # Each of 11 micro-batches updates 5 stages, and a stage has one weight and one bias.
     assert norms == [2] * 55
     assert trainer.global_step == 3
 
@@ -170,7 +170,7 @@ def test_async_clips_and_calls_the_hook_for_each_stage():
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize(("schedule", "num_microbatches"), [("sync", 4), ("async", 4), ("async", 1)])
 def test_learning_rate_schedulers(schedule, num_microbatches, interval, recwarn):
-    """Also where no stage has updated after the first mini-batch."""
+    """Check learning rates, also with async and one micro-batch, where the first mini-batch ends without an update."""
 
     class Scheduled(Attributes):
         def __init__(self):
@@ -246,7 +246,7 @@ class Normalised(MLP):
 
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b"])
 def test_batch_norm_and_dropout_equal_an_unsplit_microbatched_run(schedule):
-    """With one stage the order of random numbers is that of plain Lightning, and the results are equal bit for bit."""
+    """Check equality bit for bit. With one stage random numbers are drawn in the order of plain Lightning."""
     plain, ours = seeded(Normalised), seeded(Normalised)
     data = TensorDataset(*(torch.stack(x) for x in zip(*loader(plain, length=16).dataset, strict=True)))
     fit(plain, train=DataLoader(data, batch_size=2), accumulate_grad_batches=4)
@@ -255,8 +255,8 @@ def test_batch_norm_and_dropout_equal_an_unsplit_microbatched_run(schedule):
     assert_equal(ours.state_dict(), plain.state_dict(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # the network has BatchNorm
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # because of BatchNorm
 def test_batch_norm_across_stages_equals_an_unsplit_microbatched_run():
     plain, ours = seeded(Normalised), seeded(Normalised)
     for module in (plain, ours):
@@ -384,7 +384,7 @@ def test_resume_keeps_the_measured_split(tmp_path):
     "device", ["ideal", soft_bounds(device_to_device=0.2, write_noise=3.0), soft_bounds(backend="bits")]
 )
 def test_analog_resume_goes_on_updating_the_tiles(schedule, device, tmp_path):
-    """On tiles without random numbers, or with their own, the resumed run is the uninterrupted one."""
+    """Check that a resumed run equals the uninterrupted one, on tiles whose random states can be restored."""
     whole, first, second = (seeded(MLP).float() for _ in range(3))
     data = DataLoader([(x.float(), y) for x, y in loader(whole).dataset], batch_size=8)
     options = {"train": data, "precision": "32-true"}
@@ -498,7 +498,7 @@ def test_measuring_the_split_leaves_data_order_and_random_states_alone():
         generator = torch.Generator().manual_seed(3)
         train = DataLoader(loader(module).dataset, batch_size=8, shuffle=True, generator=generator)
         fit(module, strategy, train=train, max_epochs=1)
-    # in the end each of 19 samples and 11 micro-batches, after trials of the first
+    # The last 19 samples and 11 micro-batches are the training; the earlier ones are trials of the first mini-batch.
     assert orders[0][-19:] == orders[1][-19:]
     assert states[0][-11:] == states[1][-11:]
 

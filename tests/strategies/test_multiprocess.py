@@ -1,4 +1,4 @@
-"""One stage per process gives the numbers of one process."""
+"""These tests check that training in one process per stage gives the numbers of training in one process."""
 
 import os
 import subprocess
@@ -16,13 +16,13 @@ TESTS = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the processes write."""
+    """Return the folder to which the processes write."""
     return tmp_path_factory.mktemp("multiprocess")
 
 
 @pytest.fixture(scope="module")
 def of_processes(folder):
-    """Results by case, of all numbers of processes."""
+    """Train all cases in processes and return the results by case."""
     train_plainly(folder, max_epochs=1)
     command = [sys.executable, str(TESTS / "multiprocess_cases.py"), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -61,7 +61,7 @@ def test_they_go_on_from_plain_lightning(of_processes, tmp_path):
         torch.testing.assert_close(of_processes["resumed, sync"]["weights"][name], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # torch.load is told which call of ours to use
+@pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # the test reads it with torch.load
 @pytest.mark.usefixtures("of_processes", "one_thread")
 @pytest.mark.parametrize("name", ["sync, 3 stages", "async, 4 stages", "adamw", "mean field"])
 def test_their_checkpoints_are_those_of_one_process(name, folder, tmp_path):

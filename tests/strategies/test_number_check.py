@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite end the run, before they reach the weights."""
+"""These tests check that losses and gradients that are not finite end the run before they reach the weights."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class SpoilsGradient(torch.autograd.Function):
-    """Gives back its input; the gradient becomes a number that is not finite."""
+    """The identity, whose gradient is a number that is not finite."""
 
     @staticmethod
     def forward(ctx, x, value):
@@ -36,7 +36,7 @@ class SpoilsGradient(torch.autograd.Function):
 
 
 class Spoils(nn.Module):
-    """Adds a number that is not finite to its output, or makes it the gradient of its input, when it is told to."""
+    """A layer that can put a number that is not finite into its output or into the gradient of its input."""
 
     what, value = None, NAN
 
@@ -47,12 +47,12 @@ class Spoils(nn.Module):
 
 
 class Diverges(L.LightningModule):
-    """One micro-batch has something that is not finite.
+    """A module in which one micro-batch leads to a number that is not finite.
 
     Args:
         what: ``"batch"``, the ``"output"`` of the layer ``net.3``, the ``"loss"``, the ``"gradient"`` of ``net.3``.
-        at: the micro-batch, which is its samples' number.
-        value: the number.
+        at: number of the micro-batch.
+        value: the number that is not finite.
     """
 
     def __init__(self, what, at, value=NAN):
@@ -78,7 +78,7 @@ class Diverges(L.LightningModule):
 
 
 class Mends(Diverges):
-    """Its hook makes gradients finite."""
+    """A module whose hook makes all gradients finite."""
 
     def on_before_optimizer_step(self, optimizer):
         for parameter in self.parameters():
@@ -87,7 +87,7 @@ class Mends(Diverges):
 
 
 def batches(num=4):
-    """Mini-batches of eight samples, so that a quarter of one has two; each sample has its micro-batch's number."""
+    """Return mini-batches of four micro-batches of two samples, each with the number of its micro-batch."""
     torch.manual_seed(1)
     numbers = torch.arange(4 * num).repeat_interleave(2).split(8)
     return DataLoader([(torch.randn(8, 3), number) for number in numbers], batch_size=None)
@@ -122,7 +122,7 @@ def test_a_loss_ends_the_run(what, value, cause, schedule):
         fit(module, schedule)
     text = str(error.value)
     assert text.startswith(f"the loss is not finite{cause} (micro-batch 6, clock ")
-    assert text.endswith("Lower the learning rate or clip gradients; on_nonfinite='warn' goes on")
+    assert text.endswith("Lower the learning rate or clip gradients; with on_nonfinite='warn' the run goes on")
     assert len(text) <= 200
     assert weights(module).isfinite().all()
     if schedule != "async":
@@ -130,7 +130,7 @@ def test_a_loss_ends_the_run(what, value, cause, schedule):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # the whole batch skips tanh
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "async"])
 @pytest.mark.parametrize("at", [0, 6, 15])
 def test_a_gradient_ends_the_run_before_the_update(schedule, at):
@@ -145,7 +145,7 @@ def test_a_gradient_ends_the_run_before_the_update(schedule, at):
 
 
 def test_a_process_reads_the_weights_of_its_own_stages_only():
-    """Those of others it does not have."""
+    """Check that weights of other stages are not read, because the process does not have them."""
     module, step = Diverges(None, at=0), TrainingStep(lambda: None, torch.ones(2), 2, 1.0, 1.0, nullcontext)
     step.output, step.number = torch.tensor(NAN), 3
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_process_reads_the_weights_of_its_own_stages_only():
 
 
 class TrainsAPlainTensor(Diverges):
-    """The optimizer has it, and no module."""
+    """A module whose optimizer has a tensor that no module has."""
 
     def __init__(self, rate, what=None):
         super().__init__(what, at=6)
@@ -184,7 +184,7 @@ def test_tensors_outside_of_the_module_are_told_so():
 
 
 def test_the_clock_is_that_of_the_backward():
-    """Under ``async`` the last stage of two takes the backward of micro-batch k in the clock 2k + 2."""
+    """Check the clock in the message: under ``async`` the last of two stages has the backward of k in clock 2k + 2."""
     with pytest.raises(UsageError, match=r"stage 1, micro-batch 6, clock 14\)"):
         fit(Diverges("gradient", at=6), "async")
 
@@ -206,21 +206,21 @@ def test_a_warning_goes_on_and_comes_once(what, schedule):
 
 @pytest.mark.parametrize("value", [0.0, 1e30])
 def test_large_gradients_are_finite(value):
-    """Also where their norm is not: squares of 1e30 are infinite in single precision."""
+    """Check gradients of 1e30, whose squares, and so their norm, are infinite in single precision."""
     module = Diverges("gradient", at=6, value=value)
     fit(module, "sync", num=2)
     assert weights(module).isfinite().all()
 
 
 def test_errors_that_wait_for_tiles_are_looked_at():
-    """Before they become pulses, which are bounded: the weights would be finite, and wrong."""
+    """Check that an error is found before it becomes pulses, which are bounded and would hide it in finite weights."""
     module = Diverges("gradient", at=6)
     with pytest.raises(UsageError, match=r"the gradient of 'net\.2\S*' is not finite \(stage 1, micro-batch 6"):
         fit(module, "async", device="soft_bounds")
 
 
 class Normalized(L.LightningModule):
-    """Many layers before normalizations, with a learning rate that is too large at the start."""
+    """A network of many layers with BatchNorm."""
 
     def __init__(self, lr, last=False):
         super().__init__()
@@ -257,7 +257,7 @@ def fit_normalized(lr, schedule, last=None):
 
 
 def test_weights_that_grow_at_the_start_are_warned_of_before_gradients_explode():
-    """Stale normalizations: the asynchronous pipeline diverges where the synchronous one does not."""
+    """Check a large learning rate, with which the asynchronous pipeline diverges and the synchronous one does not."""
     error, warned = fit_normalized(10.0, "async")
     assert error is not None
     assert len([text for text in warned if re.match(GROWS, text)]) == 1
@@ -269,14 +269,14 @@ def test_weights_that_grow_at_the_start_are_warned_of_before_gradients_explode()
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [None, 0.0, 1e-6])
 def test_usual_learning_rates_are_not_warned_of(last):
-    """Nor are layers that begin at zero, or near it."""
+    """Check that a usual learning rate gives no warning, also for layers that start at or near zero."""
     error, warned = fit_normalized(0.1, "async", last)
     assert error is None
     assert not any("times as large" in text for text in warned)
 
 
 class Drifts(L.LightningModule):
-    """Its loss drives all weights of its first layer in one direction."""
+    """A module whose loss drives all weights of its first layer in one direction."""
 
     def __init__(self):
         super().__init__()
@@ -294,7 +294,7 @@ class Drifts(L.LightningModule):
 @pytest.mark.parametrize("device", [soft_bounds(tau=0.6), constant_step(w_max=0.6)], ids=["soft", "hard"])
 @pytest.mark.parametrize("num", [1, 400])
 def test_weights_at_their_bounds_are_warned_of_once(device, num):
-    """All of the first layer's weights come to the lower bound, and those of the last one stay."""
+    """Check the warning when the first layer's weights are at the lower bound and the last layer's are not."""
     data = DataLoader([(torch.randn(8, 8), None) for _ in range(num)], batch_size=None)
     module = Drifts()
     strategy = AnalogPipelineStrategy(2, "sync", 1, device, split_at=["net.2"])

@@ -1,4 +1,4 @@
-"""What we use of Lightning without a public name still does what we rely on."""
+"""These tests check that private names of Lightning, which this project uses, still behave as it needs."""
 
 import random
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ from aimc_pl.strategies import private_lightning as private
 
 
 class Module(MLP):
-    """Calls ``look(trainer, batch_idx)`` in every training step."""
+    """A module that calls ``look(trainer, batch_idx)`` in every training step."""
 
     look = staticmethod(lambda trainer, batch_idx: None)
 
@@ -32,7 +32,7 @@ class Module(MLP):
 
 
 def fit(module=None, val=None, **kwargs):
-    """Plain Lightning, three mini-batches an epoch."""
+    """Train in plain Lightning, with three mini-batches in an epoch, and return the trainer."""
     module = (module or Module()).double()
     trainer = make_trainer(max_epochs=1, **kwargs) if "max_epochs" not in kwargs else make_trainer(**kwargs)
     trainer.fit(module, loader(module), val)
@@ -61,7 +61,7 @@ def test_prepare_step_calls_hooks_and_clips():
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_prepare_step_takes_parameters_without_gradients(algorithm):
-    """As of a stage that is frozen, or all analog; torch's own clip_grad_value_ takes no empty list."""
+    """Check a stage that is frozen or all analog. torch's own clip_grad_value_ does not take an empty list."""
     calls = []
 
     class Hooked(Module):
@@ -77,7 +77,7 @@ def test_prepare_step_takes_parameters_without_gradients(algorithm):
 
 @pytest.mark.parametrize("hook", private._PREPARING)
 def test_hooks_before_a_step_are_noticed(hook):
-    """Of the module's class, of the module itself, and of a callback where callbacks have that hook."""
+    """Check hooks of the module's class, of the module itself, and of a callback, where callbacks have that hook."""
     plain = fit(Module())
     assert not private.is_step_hooked(plain)
     with patched((plain.lightning_module, hook, lambda *args, **kwargs: None)):
@@ -100,7 +100,7 @@ def test_clipping_and_precisions_that_have_their_say_are_noticed():
 
 
 def test_lightning_sets_the_name_of_the_running_hook_on_the_module():
-    """It is an attribute that no step has set."""
+    """Check the attributes that Lightning itself sets on the module around a step."""
     names = []
 
     class Hooked(Module):
@@ -133,7 +133,7 @@ def test_logging_in_a_hook():
 
     class Late(L.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            # Only steps may log a value per step.
+            # Lightning lets only steps log a value per step.
             with pytest.raises(MisconfigurationException, match="on_step"):
                 pl_module.log("late", 3.0, on_step=True, batch_size=1)
             with private.logging_in(pl_module, "training_step"):
@@ -162,7 +162,7 @@ def test_without_loggers():
     assert trainer.loggers == [logger]
 
 
-@pytest.mark.filterwarnings("ignore:predict returned None")  # as it is to
+@pytest.mark.filterwarnings("ignore:predict returned None")  # the steps return nothing
 def test_evaluation_without_inference_mode():
     seen, module = {}, Module().double()
     for name in ("validation", "test", "predict"):
@@ -177,7 +177,7 @@ def test_evaluation_without_inference_mode():
         trainer.test(module, loader(module), verbose=False)
         trainer.predict(module, loader(module))
         assert seen == dict.fromkeys(("validation", "test", "predict"), not changed)
-        assert not in_fit  # whatever has been asked for
+        assert not in_fit  # validation in a fit is never in inference mode
 
 
 def test_should_log():
@@ -282,6 +282,6 @@ def test_checkpoints_are_read_in_a_context(monkeypatch):
 
 
 def test_the_strategy_overrides_what_lightning_calls():
-    """Names with an underscore that every strategy of Lightning defines or sets."""
+    """Check the private names that every strategy of Lightning defines or sets."""
     assert callable(Strategy._configure_launcher)
     assert SingleDeviceStrategy("cpu")._launcher is None

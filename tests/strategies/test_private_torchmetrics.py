@@ -1,4 +1,4 @@
-"""What we use of torchmetrics without a public name still does what we rely on."""
+"""These tests check that private names of torchmetrics, which this project uses, still behave as it needs."""
 
 import torch
 from torchmetrics import MeanMetric

@@ -1,4 +1,4 @@
-"""Public models train in a pipeline as they are: hooks, caches, skips, tied weights, batches of graphs."""
+"""These tests train public models in a pipeline as they are: hooks, caches, skips, tied weights, batches of graphs."""
 
 import os
 import subprocess
@@ -21,12 +21,12 @@ from aimc_pl.microbatch import split_batch
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
-    # Some have BatchNorm or losses over pairs.
+    # Some of the models have BatchNorm or a loss over pairs.
     pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics", "ignore:splitting the mini-batch changes"),
 ]
 
 APART = [name for name, case in CASES.items() if case.shared is None]
-"""Models whose stages can update apart."""
+"""The models of which each stage can be updated by itself."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -41,7 +41,7 @@ def test_sync_equals_plain_lightning(name):
 @pytest.mark.parametrize("stashing", [False, True], ids=["current weights", "stashing"])
 @pytest.mark.parametrize("name", APART)
 def test_async_equals_undivided_steps_with_delayed_weights(name, stashing):
-    """Autograd has saved the weights by reference, so that a backward after ``copy_`` is one with current weights."""
+    """Compare with undivided steps. A backward after ``copy_`` uses new weights, as autograd saves references."""
     ours = fit_public(name, 4, "async", 2, {"weight_stashing": stashing}, sgd={"lr": 0.02}, max_epochs=1)
     names = {p: key for key, p in ours.named_parameters()}
     delays = {names[p]: 3 - stage.index for stage in ours.trainer.strategy.pipeline.stages for p in stage.parameters}
@@ -65,7 +65,7 @@ def test_async_equals_undivided_steps_with_delayed_weights(name, stashing):
 
 @pytest.mark.parametrize("name", APART)
 def test_small_steps_of_async_add_up_to_those_of_plain_lightning(name):
-    """Stale weights then differ from the current ones too little to matter: no gradient is lost, none counts twice."""
+    """Check that no gradient is lost or counted twice, with steps so small that staleness hardly matters."""
     options = {"sgd": {"lr": 1e-9}, "max_epochs": 1}
     start = dict(seeded(name).double().named_parameters())
     plain = fit(name, **options)
@@ -88,7 +88,7 @@ def test_async_refuses_a_parameter_of_several_stages(name, num_stages):
 
 
 class Start(L.Callback):
-    """Keeps what the tiles hold before the first update."""
+    """A callback that keeps the tiles' weights before the first update."""
 
     def on_train_start(self, trainer, pl_module):
         self.tiles = tiles(pl_module)
@@ -96,7 +96,7 @@ class Start(L.Callback):
 
 @pytest.mark.parametrize("name", CASES)
 def test_soft_bounds(name):
-    """Two mini-batches move every tile, and every linear layer and convolution that can be one is one."""
+    """Check that two mini-batches move every tile, and that every layer that can be analog is analog."""
     start = Start()
     schedule = "async" if name in APART else "sync"
     options = {"precision": "32-true", "max_steps": 2, "callbacks": [start], "sgd": {"lr": 0.5}}
@@ -132,14 +132,14 @@ def batches(name):
 
 
 def microbatches(module, name):
-    """Two of every mini-batch, with their shares of its loss."""
+    """Return the two micro-batches of every mini-batch, with their shares of its loss."""
     count = CASES[name].options.get("microbatch_weight", lambda microbatch: 1)
     parts = [getattr(module, "split_batch", split_batch)(batch, 2) for batch in batches(name)]
     return [(part, count(part) / sum(map(count, both))) for both in parts for part in both]
 
 
 def mean_loss(module, name):
-    """Over the training data, in float64."""
+    """Return the mean loss over the training data, in float64."""
     data = batches(name)
     with torch.no_grad(), DoublePrecision().forward_context():
         return torch.stack([module.training_step(batch, 0) for batch in data]).mean()
@@ -147,7 +147,7 @@ def mean_loss(module, name):
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
-    """States by name and schedule, of one launch."""
+    """Train in two processes and return the weights by name and schedule."""
     folder = tmp_path_factory.mktemp("public")
     command = [sys.executable, str(Path(__file__).parents[1] / "public_models.py"), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -157,7 +157,7 @@ def of_two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
-@pytest.mark.parametrize("name", [name for name in APART if name != "VAE"])  # which draws, and other numbers there
+@pytest.mark.parametrize("name", [name for name in APART if name != "VAE"])  # the VAE draws other random numbers there
 def test_two_processes_train_as_one_does(name, schedule, of_two_processes):
     ours = fit_public(name, 2, schedule, CASES[name].exact[-1]).state_dict()
     assert_same(of_two_processes[name, schedule], ours, rtol=1e-12, atol=1e-12)

@@ -1,11 +1,12 @@
-"""Random networks, pipelines and fits against a recomputation in plain torch, which knows no clock and no stage code.
+"""These tests compare random networks, pipelines and fits with a recomputation in plain torch.
 
-Under the schedules with one update per mini-batch the reference is autograd on whole mini-batches. Under ``"async"``
-it is written by hand from the closed forms of the versions: micro-batch k, counted from the last fill, goes through
-stage m of M with the weights that this stage had after max(0, k − delay) updates, where the delay is M−1−m (twice
-that in full duplex), and back with those after k updates.
+The recomputation uses neither clocks nor the code of stages. Under the schedules with one update per mini-batch it is
+autograd on whole mini-batches. Under ``"async"`` it is written by hand from the closed forms of the versions.
+Micro-batch k, counted from the last fill, has its forward at stage m of M with the weights after max(0, k − delay)
+updates of this stage, where the delay is M−1−m (twice that in full duplex). Its backward uses the weights after k
+updates.
 
-``AIMC_PL_EXAMPLES=20000`` draws that many examples in the place of 560.
+``AIMC_PL_EXAMPLES=20000`` draws that many examples instead of 560.
 """
 
 import copy
@@ -34,11 +35,11 @@ from aimc_pl.strategies.stage_optimizer import StageOptimizer
 
 NUM_EXAMPLES = int(os.environ.get("AIMC_PL_EXAMPLES", "560"))
 SECOND_WIDTH = 2
-"""Of the second input."""
+"""Width of the second input."""
 
 
 def examples(part: float) -> settings:
-    """A part of all examples, always the same ones."""
+    """Return settings that draw this part of all examples, always the same ones."""
     return settings(
         max_examples=round(part * NUM_EXAMPLES),
         derandomize=True,
@@ -47,7 +48,7 @@ def examples(part: float) -> settings:
         suppress_health_check=[
             HealthCheck.too_slow,
             HealthCheck.data_too_large,
-            HealthCheck.function_scoped_fixture,  # the folder of conftest.py, in which nothing is left
+            HealthCheck.function_scoped_fixture,  # conftest.py's folder, which all examples may share
         ],
     )
 
@@ -57,9 +58,10 @@ def examples(part: float) -> settings:
 
 @dataclass(frozen=True)
 class Skip:
-    """A connection from an earlier value, 0 for the input and i + 1 for the output of block i.
+    """A connection from an earlier value: 0 for the input and i + 1 for the output of block i.
 
-    ``how``: ``"project"`` adds a linear map of it before tanh; ``"add"`` and ``"times"`` work on the block's output.
+    ``how`` is ``"project"`` to add a linear map of the value before tanh, or ``"add"`` or ``"times"`` to combine the
+    value with the block's output.
     """
 
     source: int
@@ -79,7 +81,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a network; ``starts`` are the blocks with which stages 1 … M−1 begin."""
+    """The shape of a network. ``starts`` are the blocks with which stages 1 … M−1 begin."""
 
     width: int
     blocks: tuple[Block, ...]
@@ -91,7 +93,7 @@ class Shape:
 
     @property
     def widths(self) -> list[int]:
-        """Of the input and of all blocks' outputs."""
+        """The widths of the input and of all blocks' outputs."""
         return [self.width, *(block.width for block in self.blocks)]
 
     def stage_of(self, block: int) -> int:
@@ -120,7 +122,7 @@ class Learning:
 
 @dataclass(frozen=True)
 class Run:
-    """Mini-batches through the core: their sizes, and those after which the pipeline drains and gradients are used."""
+    """A run through the pipeline: sizes of its mini-batches, and those that a drain or an optimizer step follows."""
 
     shape: Shape
     learning: Learning
@@ -209,7 +211,7 @@ def runs(draw: Any, schedules: Sequence[str]) -> Run:
 def fits(draw: Any) -> Fit:
     learning = draw(learnings(["none", "sync", "1f1b", "async", "async", "async"]))
     batch_size = draw(st.integers(max(2, learning.num_microbatches), 8))
-    num_samples = batch_size + draw(st.integers(0, 3 * batch_size))  # the first mini-batch is a whole one
+    num_samples = batch_size + draw(st.integers(0, 3 * batch_size))  # The first mini-batch must be a whole one.
     num_batches = -(-num_samples // batch_size)
     limit = draw(st.none() | st.integers(1, num_batches))
     interval = draw(st.none() | st.integers(1, limit or num_batches))
@@ -308,7 +310,7 @@ def learning_rate(learning: Learning) -> float:
 def make_optimizer(parameters: Any, learning: Learning) -> Optimizer:
     rate = learning_rate(learning)
     if learning.optimizer == "adam":
-        # The usual eps would blow rounding errors up, where a gradient is zero but for them.
+        # With the usual eps, Adam would magnify rounding errors where a gradient is zero.
         return torch.optim.Adam(parameters, lr=rate, eps=1e-3)
     extra = {"momentum": 0.9, "weight_decay": 0.01} if learning.optimizer == "momentum" else {}
     return torch.optim.SGD(parameters, lr=rate, **extra)
@@ -316,7 +318,7 @@ def make_optimizer(parameters: Any, learning: Learning) -> Optimizer:
 
 def clip(parameters: Sequence[nn.Parameter], learning: Learning) -> None:
     learnt = [parameter for parameter in parameters if parameter.grad is not None]
-    if learning.clip is not None and learnt:  # torch takes no empty list
+    if learning.clip is not None and learnt:  # torch does not take an empty list
         algorithm, value = learning.clip
         function = nn.utils.clip_grad_norm_ if algorithm == "norm" else nn.utils.clip_grad_value_
         function(learnt, value)
@@ -329,7 +331,7 @@ def draw_weights(network: nn.Module, generator: torch.Generator) -> None:
 
 
 def draw_samples(shape: Shape, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, second inputs and targets."""
+    """Return inputs, second inputs and targets."""
     widths = shape.width, SECOND_WIDTH, shape.widths[-1]
     x, second, target = (torch.randn(number, width, generator=generator, dtype=torch.float64) for width in widths)
     return x, second, target
@@ -340,7 +342,7 @@ def draw_samples(shape: Shape, number: int, generator: torch.Generator) -> tuple
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does with its mini-batches, in order: learning rates, drains after, optimizer steps after."""
+    """What a run does with its mini-batches in order: learning rates, drains after and optimizer steps after."""
 
     batches: Sequence[Sequence[Tensor]]
     rates: Sequence[float]
@@ -350,11 +352,11 @@ class Plan:
 
 
 Weights = dict[str, Tensor]
-"""Of one block, by name."""
+"""The weights of one block, by name."""
 
 
 def train_whole(network: Network, learning: Learning, plan: Plan) -> None:
-    """Plain training on whole mini-batches."""
+    """Train on whole mini-batches with autograd."""
     optimizer = make_optimizer(network.parameters(), learning)
     for batch, rate, has_step in zip(plan.batches, plan.rates, plan.steps, strict=True):
         (loss_of(network, batch, learning.loss) / plan.accumulated).backward()
@@ -367,7 +369,7 @@ def train_whole(network: Network, learning: Learning, plan: Plan) -> None:
 
 @torch.no_grad()
 def train_delayed(network: Network, shape: Shape, learning: Learning, plan: Plan) -> None:
-    """Asynchronous training, from the closed forms of the versions; no autograd, no clock."""
+    """Train asynchronously from the closed forms of the versions, without autograd and without a clock."""
     last = shape.num_stages - 1
     stages = [
         [module for index, module in enumerate(network.blocks) if shape.stage_of(index) == stage]
@@ -377,7 +379,7 @@ def train_delayed(network: Network, shape: Shape, learning: Learning, plan: Plan
     optimizers = [make_optimizer(of_stage, learning) for of_stage in parameters]
     for fill in fills(plan, learning):
         num_entered = [sum(at <= batch for at, *_ in fill) for batch in range(len(plan.batches))]
-        # By version, counted from the fill: the weights of all blocks.
+        # This holds the weights of all blocks by version, counted from the fill.
         history: list[list[Weights]] = [weights_of(network)]
         for k, (_, microbatch, loss_weight) in enumerate(fill):
             delays = [(last - stage) * (2 if learning.duplex == "full" else 1) for stage in range(last + 1)]
@@ -396,7 +398,7 @@ def train_delayed(network: Network, shape: Shape, learning: Learning, plan: Plan
 
 
 def fills(plan: Plan, learning: Learning) -> Iterator[list[tuple[int, list[Tensor], float]]]:
-    """From drain to drain the micro-batches, with the number of their mini-batch and what their loss counts."""
+    """Yield the micro-batches of each fill, with the number of their mini-batch and the weight of their loss."""
     fill = []
     for index, (batch, drains) in enumerate(zip(plan.batches, plan.drains, strict=True)):
         size = len(batch[0])
@@ -411,10 +413,10 @@ def fills(plan: Plan, learning: Learning) -> Iterator[list[tuple[int, list[Tenso
 
 
 def batch_of_update(duplex: str, last: int, stage: int, k: int, num_entered: Sequence[int]) -> int:
-    """The mini-batch with which the update of micro-batch k happens, which its learning rate is of.
+    """Return the mini-batch during which micro-batch k is updated, and whose learning rate the update has.
 
-    The backward of k is in clock 2·last − stage + 2k + 1 (half duplex) or 2·last − stage + k (full), and a mini-batch
-    ends when the next micro-batch could enter, two clocks (one) after its last one has.
+    The backward of k is in clock 2·last − stage + 2k + 1 (half duplex) or 2·last − stage + k (full). A mini-batch ends
+    when the next micro-batch could enter, two clocks (one in full duplex) after its own last micro-batch has entered.
     """
     stride = 1 if duplex == "full" else 2
     clock = 2 * last - stage + stride * k + (duplex == "half")
@@ -432,7 +434,10 @@ def gradients_by_hand(
     seen: Sequence[Weights],
     current: Sequence[Weights],
 ) -> list[Weights]:
-    """By block, the gradients of the loss: activations by the weights ``seen``, errors passed on by the ``current``."""
+    """Return the gradients of the loss by block.
+
+    Activations are computed with the weights ``seen``, and errors are passed on by the ``current`` weights.
+    """
     x, second, target = microbatch
     values, activations, factors = [x], [], []
     for index, (block, weights) in enumerate(zip(shape.blocks, seen, strict=True)):
@@ -503,7 +508,7 @@ def assert_same_weights(ours: nn.Module, reference: nn.Module) -> None:
 
 
 def train_core(network: Network, run: Run, plan: Plan) -> None:
-    """Through the pipeline of one process, without Lightning."""
+    """Train with the pipeline of one process, without Lightning."""
     shape, learning = run.shape, run.learning
     schedule = Schedule(learning.schedule, shape.num_stages, learning.num_microbatches, learning.duplex)
     step = make_step(
@@ -578,7 +583,7 @@ def test_random_pipelines_with_one_update_per_mini_batch_equal_plain_training(ru
 
 
 def plan_of(fit: Fit, samples: Sequence[Tensor]) -> Plan:
-    """What Lightning is to do, written out."""
+    """Return what Lightning should do in this fit."""
     batches, rates, drains, steps, num_steps = [], [], [], [], 0
     per_epoch = fit.limit or -(-fit.num_samples // fit.batch_size)
     for epoch in range(fit.epochs):

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one that drains where checkpoints are made."""
+"""These tests check that a resumed run equals an uninterrupted one that drains where checkpoints are made."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def launch(folder, world, parts):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where all runs have left their results."""
+    """Launch all runs and return the folder with their results."""
     folder = tmp_path_factory.mktemp("resuming")
     launch(folder, 2, "own")
     launch(folder, 1, "own+from the other")
@@ -54,7 +54,7 @@ def assert_same(found, expected, tolerance=0.0):
     for name, value in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], value, rtol=tolerance, atol=tolerance, msg=name)
     assert torch.equal(found["random"], expected["random"])
-    # The mean over an epoch that has been interrupted is Lightning's, over what came after.
+    # Lightning takes the mean of an interrupted epoch over the batches after the checkpoint only.
     for name in expected["logged"].keys() - {"loss_epoch"}:
         assert found["logged"][name] == pytest.approx(expected["logged"][name], rel=tolerance), name
 

@@ -1,4 +1,4 @@
-"""One optimizer that steps stage by stage is as good as an optimizer per stage."""
+"""These tests check that one optimizer that steps stage by stage does the same as an optimizer per stage."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def make_parameters():
 
 
 def make_schedule(optimizer):
-    """Changes the momentum as well, where there is one."""
+    """Return a scheduler, which also changes the momentum if there is one."""
     if "momentum" in optimizer.param_groups[0]:
         return OneCycleLR(optimizer, 0.5, total_steps=20)
     return LambdaLR(optimizer, lambda step: 0.9**step)
@@ -32,7 +32,7 @@ OPTIMIZERS = {
 
 
 class CountingInATensor(CountingSGD):
-    """In place."""
+    """An optimizer that counts steps in a tensor in its groups, and changes the tensor in place."""
 
     def step(self, closure=None):
         for group in self.param_groups:
@@ -46,7 +46,7 @@ class CountingInATensor(CountingSGD):
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("num_groups", [1, 2])
 def test_stages_step_as_with_optimizers_of_their_own(make, num_groups):
-    """Also when stages step in turns of different lengths, and other stages have gradients meanwhile."""
+    """Check stages that step unequally often, and step while other stages have gradients."""
     ours, theirs = make_parameters(), make_parameters()
     stages = [Stage(0, ours[:1]), Stage(1, ours[1:])]
     grouped = [{"params": ours[start::num_groups]} for start in range(num_groups)]
@@ -74,7 +74,7 @@ def test_stages_step_as_with_optimizers_of_their_own(make, num_groups):
 
 
 def test_groups_may_be_added():
-    """As callbacks do that unfreeze layers."""
+    """Check parameter groups that are added later, as by callbacks that unfreeze layers."""
     first, second = make_parameters()[:2]
     stages = [Stage(0, [first]), Stage(1, [second])]
     optimizer = torch.optim.SGD([first], 0.5)

@@ -1,4 +1,4 @@
-"""What micro-batches return, as one mini-batch."""
+"""These tests check how the outputs of micro-batches become the output of a mini-batch."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Two processes on two nodes: nothing is shared but the network."""
+"""These tests run two processes on two nodes, which share nothing but the network."""
 
 import os
 import secrets
@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent.parent
 
 
 def run(name, folder, node, address, port, within=()):
-    """One node, with one process, under torchrun."""
+    """Start one process under torchrun as one node."""
     torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"]
     address = [f"--master-addr={address}", f"--master-port={port}"]
     with (folder / f"output{node}").open("w") as output:
@@ -37,7 +37,7 @@ def outputs(folder):
 
 @pytest.fixture
 def hosts():
-    """Two network namespaces, connected by a virtual cable."""
+    """Make two network namespaces that are connected by a virtual cable, and give their names."""
     names = [f"a{secrets.token_hex(3)}", f"b{secrets.token_hex(3)}"]
     try:
         for name in names:

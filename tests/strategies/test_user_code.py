@@ -1,4 +1,4 @@
-"""What users write either means what it means in plain Lightning, or is refused in one line before the first update."""
+"""These tests check that users' code trains as in plain Lightning, or is refused before the first update."""
 
 import functools
 import itertools
@@ -20,10 +20,10 @@ from torch.nn.parameter import is_lazy
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
-EQUAL = "equal"  # to plain Lightning on whole mini-batches; under async to first order, in a vanishing learning rate
-MICRO = "micro"  # the same, to plain Lightning on micro-batches: where splitting in itself changes the numbers
+EQUAL = "equal"  # as plain Lightning on mini-batches; under async to first order, with a vanishing learning rate
+MICRO = "micro"  # as plain Lightning on micro-batches, where splitting itself changes the numbers
 RUNS = "runs"  # finite weights that have moved
-STILL = "still"  # weights that have not
+STILL = "still"  # weights that have not moved
 
 INSIDE = "inside a checkpointed region"
 OUTSIDE = "computed outside of this micro-batch"
@@ -33,15 +33,15 @@ WITHHELD = "optimizer_step calls the closure itself"
 
 @dataclass(frozen=True)
 class Case:
-    """A module and what becomes of it. What is none of the words above is refused, with this in the message."""
+    """A module and its expected outcomes. An outcome that is no word from above is a part of the refusal's message."""
 
     make: Callable[[], L.LightningModule]
     one: str = EQUAL
-    """Under sync, mini-batches whole."""
+    """The outcome under sync with whole mini-batches."""
     two: str = EQUAL
-    """Under sync, two micro-batches."""
+    """The outcome under sync with two micro-batches."""
     stale: str = EQUAL
-    """Under async, as many micro-batches as work under sync."""
+    """The outcome under async with two micro-batches."""
     split_at: tuple[str, ...] | None = ("net.2", "net.4")
     options: dict = field(default_factory=dict)
 
@@ -308,10 +308,14 @@ WORDS = (EQUAL, MICRO, RUNS, STILL)
 
 
 def fit(case, strategy, *, micro=False, motion=False):
-    """The state before and after, the metrics, and what has refused.
+    """Train and return the states before and after, the metrics, and the error of a refusal.
 
-    ``micro``: on micro-batches, their gradients accumulated. ``motion``: with a vanishing learning rate, at which stale
-    weights are those of plain Lightning and every gradient shows in the motion.
+    Args:
+        case: the module and the options of the Trainer.
+        strategy: of the Trainer.
+        micro: whether to train on micro-batches and accumulate their gradients.
+        motion: whether to train with a vanishing learning rate. Then stale weights equal those of plain Lightning, and
+            every gradient shows in the motion of the weights.
     """
     L.seed_everything(7, verbose=False)
     options = dict(case.options)
@@ -337,10 +341,10 @@ def state(module):
 
 
 def process_state():
-    """What blocks of code switch on for a while."""
+    """Return the settings of the process that a step may change for a while."""
     switches = torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")
     backends = torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(), torch.get_num_threads()
-    with saved_tensors_hooks(lambda x: x, lambda x: x):  # raises if forbidden
+    with saved_tensors_hooks(lambda x: x, lambda x: x):  # this raises if hooks are forbidden
         return switches, backends, torch.get_default_dtype(), [*warnings.filters], sys.stdout, F.cross_entropy
 
 
@@ -361,7 +365,7 @@ def agrees(start, end, reference, motion):
 
 @pytest.mark.parametrize("make", [u.Dropout, u.LayerDrop, u.Noise])
 def test_one_micro_batch_draws_the_random_numbers_of_plain_lightning(make):
-    """Bit for bit, also where the boundaries have been found by running the step."""
+    """Check equality bit for bit, also where the boundaries were found by running the step."""
     splits = [("net.4",)] if make is u.LayerDrop else [("net.2", "net.4"), None]
     reference = fit(Case(make), "auto")[1]
     for split_at in splits:
@@ -383,13 +387,13 @@ class CountsLines(DummyLogger):
         self.lines += 1
 
 
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # the network has BatchNorm
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # because of BatchNorm
 @pytest.mark.parametrize(
     ("num_microbatches", "split_at"), [(1, ("net.2", "net.4")), (1, None), (2, ("net.2", "net.4"))]
 )
 def test_verifying_and_measuring_leave_no_trace(num_microbatches, split_at):
-    """After the first mini-batch everything is as without: buffers, attributes, metrics, logs, random states."""
+    """Check that buffers, attributes, metrics, logs and random states are the same without verifying and measuring."""
 
     def traces(strategy):
         L.seed_everything(7, verbose=False)
@@ -411,7 +415,7 @@ def test_verifying_and_measuring_leave_no_trace(num_microbatches, split_at):
 @pytest.mark.parametrize("make", [u.AnnealsInAnObject, u.GeneratorsInContainers, u.HiddenTeacher, u.AveragesInObjects])
 @pytest.mark.parametrize(("split_at", "verify"), [(("net.2", "net.4"), False), ((), True)])
 def test_runs_before_the_first_update_are_as_none(make, split_at, verify):
-    """Also where nothing is verified, and in a single stage."""
+    """Check that they leave no trace, also without verifying and in a single stage."""
     strategy = AnalogPipelineStrategy(1 + len(split_at), "sync", 1, split_at=split_at, verify=verify)
     reference, ours = (fit(Case(make), strategy)[1:] for strategy in ("auto", strategy))
     assert same(ours[0], reference[0])
@@ -420,7 +424,7 @@ def test_runs_before_the_first_update_are_as_none(make, split_at, verify):
 
 @pytest.mark.parametrize("make", [u.Plain, u.GradModeByHand, u.SlowWeights, u.CopiesTheNetworkInTheStep])
 def test_calls_without_gradients_open_no_stage(make):
-    """Every stage trains its layers, also where the network is called under no_grad first."""
+    """Check that every stage trains its own layers, also if the network is first called under no_grad."""
     module = make().double()
     strategy = AnalogPipelineStrategy(3, "sync", 1, split_at=("net.2", "net.4"))
     make_trainer(strategy, max_epochs=1, limit_train_batches=1).fit(module)
@@ -431,13 +435,13 @@ def test_calls_without_gradients_open_no_stage(make):
 
 
 def test_a_compiled_lightning_module_is_refused():
-    """By Lightning itself, which knows the strategies that take one."""
+    """Check that Lightning refuses the module, because Lightning knows which strategies take compiled modules."""
     module = torch.compile(u.Plain().double(), backend="eager")
     with pytest.raises(RuntimeError, match="incompatible with the current strategy"):
         make_trainer(AnalogPipelineStrategy(3, split_at=("net.2", "net.4"))).fit(module)
 
 
-@pytest.mark.filterwarnings("ignore")  # what the code of a case is warned of is not asked here
+@pytest.mark.filterwarnings("ignore")  # warnings about the cases' code do not matter here
 @pytest.mark.parametrize(
     ("make", "schedule", "message"),
     [
@@ -475,7 +479,7 @@ def test_a_mean_over_other_things_than_samples_equals_plain_with_its_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [u.Plain, u.KeepsLabels, u.AuxiliaryList, u.TargetNetwork, u.Dropout])
 def test_async_learns(make):
-    """Stale weights and all, the mean loss of an epoch falls."""
+    """Check that the mean loss of an epoch falls although weights are stale."""
     losses = []
 
     class Learns(make):
@@ -493,7 +497,7 @@ def test_async_learns(make):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.filterwarnings("ignore")  # what the code of a case is warned of is not asked here
+@pytest.mark.filterwarnings("ignore")  # warnings about the cases' code do not matter here
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sync, B=1", "sync, B=2", "async"])
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""Arguments are checked before work starts."""
+"""These tests check that arguments are verified before work starts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rows come back from their file as they went in, as text."""
+"""These tests check that rows come back from their file as text."""
 
 import numpy as np
 

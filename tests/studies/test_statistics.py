@@ -1,4 +1,4 @@
-"""Intervals cover what they say, and errors that cannot be known are no numbers."""
+"""These tests check that confidence intervals cover the truth as often as claimed, and that unknown errors are NaN."""
 
 from math import inf, isnan
 
@@ -10,7 +10,10 @@ from aimc_pl.studies.statistics import estimate, standard_error
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth_as_often_as_they_say():
-    """2,000 intervals of 95 %: between 93.0 and 97.0 % cover, four standard errors (false alarm 6e-5)."""
+    """Check that between 93.0 and 97.0 % of 2,000 intervals of 95 % cover the truth.
+
+    The bounds are four standard errors. A random seed would raise a false alarm with a probability of 6e-5.
+    """
     rng = np.random.default_rng(0)
     intervals = [estimate(rng.normal(3.0, 2.0, 5)) for _ in range(2000)]
     covered = np.mean([low < 3.0 < high for _, low, high in intervals])

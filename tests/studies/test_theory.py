@@ -1,4 +1,4 @@
-"""The bounds hold in simulations whose constants are known, and fits recover what made the data."""
+"""These tests check bounds in simulations with known constants, and that fits recover the form of their data."""
 
 from math import inf
 
@@ -11,9 +11,10 @@ from aimc_pl.studies import theory
 
 
 def simulate(tau, rate, staleness=0, updates=4000, copies=200, sigma=1.0, size=5, seed=0):
-    """Analog SGD on ½Σλ(w − b)², with gradients of ``staleness`` updates ago and noise of ±σ.
+    """Simulate analog SGD on ½Σλ(w − b)² with gradients of ``staleness`` updates ago and noise of ±σ.
 
-    Returns the mean squared gradient norm, that of the last half, and what the bounds need.
+    Return the mean squared gradient norm, its mean over the last half, the constants of the bounds, and the largest
+    second moment of a gradient.
     """
     rng = np.random.default_rng(seed)
     curvature, target = np.linspace(0.2, 1.0, size), np.linspace(-0.6, 0.8, size)
@@ -42,7 +43,7 @@ def test_the_bound_holds_without_delay(tau, updates):
     error, _, constants, _ = simulate(tau, 0.01, updates=updates)
     bound = theory.error_bound(updates, 0.01, **constants)
     assert error < bound
-    # a bound a hundred times as large would say nothing of these quadratics
+    # A bound a hundred times as large would say nothing about these quadratics.
     assert bound < 100 * error
 
 
@@ -58,20 +59,20 @@ def test_the_bound_holds_with_delay(staleness):
 @pytest.mark.slow
 @pytest.mark.parametrize("tau", [1.5, 4.0])
 def test_the_error_that_stays_is_the_stationary_one(tau):
-    """With noise of ±σ above the gradient E|g| = σ, so that w* = λb/(λ + σ/τ) in closed form."""
+    """Compare with w* = λb/(λ + σ/τ), the closed form where noise of ±σ exceeds the gradient, so that E|g| = σ."""
     _, late, constants, _ = simulate(tau, 0.002, updates=12_000)
     curvature, target = np.linspace(0.2, 1.0, 5), np.linspace(-0.6, 0.8, 5)
     w = torch.from_numpy(curvature * target / (curvature + 1 / tau))
     closed = np.square(curvature * (w.numpy() - target)).sum()
     stationary = float(theory.stationary_error(w[None], torch.ones(1, 5), tau))
     assert stationary == pytest.approx(closed, rel=1e-6)
-    # the noise of small steps, αLσ²/2 at most, comes on top
+    # The noise of small steps adds at most αLσ²/2.
     assert closed < late < closed + 0.002 * constants["variance"]
     assert stationary < theory.asymptotic_error(constants["variance"], constants["saturation"])
 
 
 def test_the_bound_in_numbers():
-    """4·3/(0.01·100·0.75) + 2·0.7·0.01·2·1.5/0.5 + 2·0.7·0.25/0.75, and 2 of it + 6·0.2/0.75 with delay."""
+    """Check 4·3/(0.01·100·0.75) + 2·0.7·0.01·2·1.5/0.5 + 2·0.7·0.25/0.75 and, with delay, 2 of it + 6·0.2/0.75."""
     constants = {"gap": 3.0, "smoothness": 2.0, "variance": 0.7, "saturation": 0.5}
     assert theory.error_bound(100, 0.01, **constants) == pytest.approx(16 + 0.084 + 0.4666667)
     assert theory.error_bound(100, 0.01, **constants, delay_error=0.2) == pytest.approx(2 * 16.5506667 + 1.6)
@@ -94,7 +95,7 @@ def test_best_learning_rate_minimises_the_bound(saturation):
         )
         rate = theory.best_learning_rate(num_updates, **constants)
         assert theory.error_bound(num_updates, rate, **constants) <= best.fun * (1 + 1e-6)
-    # then the part above the floor falls with the square root of the updates
+    # With these rates the part above the floor falls with the square root of the number of updates.
     floor = theory.asymptotic_error(0.7, saturation)
     excess = [
         theory.error_bound(k, theory.best_learning_rate(k, **constants), **constants) - floor for k in (10**6, 10**8)

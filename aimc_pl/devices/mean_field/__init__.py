@@ -1,4 +1,4 @@
-"""A mean-field simulation of analog tiles: updates from the numbers of pulses, on any device that torch runs on."""
+"""This package simulates analog tiles on any torch device: updates are computed from numbers of pulses (mean field)."""
 
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldTile, MeanFieldTileArray, to_mean_field
 from aimc_pl.devices.mean_field.vectors import Convolution

@@ -1,6 +1,7 @@
-"""Products of a crossbar through its converters: every vector is scaled, rounded, multiplied, disturbed and rounded.
+"""This module computes a crossbar's products with its converters.
 
-The model and its parameters are those of aihwkit's ``IOParameters``, applied vector by vector as its C++ tiles do.
+Every vector is scaled, rounded, multiplied by the weights, disturbed by noise, and rounded again. The model and its
+parameters are those of aihwkit's ``IOParameters``, applied vector by vector as in aihwkit's C++ tiles.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from aimc_pl.devices.mean_field.vectors import Convolution, Patches, Vectors
 
 
 def is_perfect(io: IOParameters) -> bool:
-    """Whether products are exact."""
+    """Return whether products are exact."""
     return io.is_perfect or io.mv_type == AnalogMVType.IDEAL
 
 
 def input_scale(x: Tensor, vectors: Vectors | Patches, io: IOParameters) -> Tensor | float:
-    """What every vector is divided by before the converter (noise management), its dimension kept."""
+    """Return the divisor of every vector before the converter (noise management), with the vectors' dimension kept."""
     match io.noise_management:
         case NoiseManagementType.NONE:
             return 1.0
@@ -42,17 +43,19 @@ def product(
     bound_management: bool,
     reduction: float = 1.0,
 ) -> Tensor:
-    """The product of a crossbar with every vector.
+    """Return the product of a crossbar with every vector.
 
     Args:
         weight: ``(out, in)``.
-        scaled: a new tensor of the vectors, ``in`` features along the dimension of ``vectors``, each times a gain.
-        vectors: where they lie.
-        scale: of every vector, see :func:`input_scale`.
-        io: of the converters.
-        generator: of the noise.
-        bound_management: repeat what exceeded the output's bound with half the input, as often as ``io`` allows.
-        reduction: of the input so far.
+        scaled: a function that takes gains and returns a new tensor of the vectors, each times its gain. The ``in``
+            features lie along the dimension of ``vectors``.
+        vectors: how the vectors are arranged in the tensor.
+        scale: the divisor of every vector, see :func:`input_scale`.
+        io: the parameters of the converters.
+        generator: draws the noise.
+        bound_management: whether a product that exceeds the output's bound is repeated with half the input, as often as
+            ``io`` allows.
+        reduction: by how much the input has been divided so far.
     """
     step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
     codes = _to_codes(scaled, scale * reduction, step, io, generator)
@@ -82,20 +85,20 @@ def product(
 
 
 def has_bound_management(io: IOParameters) -> bool:
-    """Whether overflowing products are repeated; aihwkit does so forward only."""
+    """Return whether products that exceed the output's bound are repeated. aihwkit repeats forward products only."""
     return io.bound_management == BoundManagementType.ITERATIVE
 
 
 def acts_as_noise(weight: Tensor, io: IOParameters) -> bool:
-    """Whether converting the product of a crossbar is, for all that counts, adding independent noise to it.
+    """Return whether the converters of a crossbar act, in effect, as independent noise on the product.
 
-    Rounding after Gaussian noise adds an independent uniform error once σ is at least half a step: what is left of the
-    dependence falls as exp(−2π²σ²/step²) (Widrow, Kollár and Liu, IEEE Trans. Instrum. Meas. 45, 1996). Rounding the
-    inputs is part of the noise where it makes up a few percent of its variance at most.
+    Rounding after Gaussian noise adds an independent uniform error once σ is at least half a step: the remaining
+    dependence falls as exp(−2π²σ²/step²) (Widrow, Kollár and Liu, IEEE Trans. Instrum. Meas. 45, 1996). Rounding of the
+    inputs counts as noise if it makes up a few percent of the noise's variance at most.
 
     Args:
         weight: ``(out, in)``.
-        io: of the converters.
+        io: the parameters of the converters.
     """
     step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
     return (
@@ -111,14 +114,14 @@ def acts_as_noise(weight: Tensor, io: IOParameters) -> bool:
 def noisy_convolution(
     weight: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: Generator
 ) -> Tensor | None:
-    """The convolution on a crossbar where :func:`acts_as_noise`, or ``None`` where an output exceeds its bound.
+    """Return the convolution on a crossbar with :func:`acts_as_noise`, or ``None`` if an output exceeds its bound.
 
     Args:
         weight: ``(out, features)``.
         images: ``(batch, channels, *size)``.
-        convolution: of the layer.
-        io: of the converters.
-        generator: of the noise.
+        convolution: the convolution of the layer.
+        io: the parameters of the converters.
+        generator: draws the noise.
     """
     step = _step(io.inp_res, io.inp_bound)
     scale = convolution.largest(images.abs())
@@ -133,17 +136,17 @@ def noisy_convolution(
 def noisy_transposed_convolution(
     weight: Tensor, error: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: Generator
 ) -> Tensor:
-    """The transposed convolution on a crossbar where :func:`acts_as_noise` and :func:`never_exceeds`.
+    """Return the transposed convolution on a crossbar with :func:`acts_as_noise` and :func:`never_exceeds`.
 
-    A pixel's error is the sum of what its patches return, and so the variances of their noise add up.
+    A pixel's error is a sum over the patches that contain the pixel. The variances of the patches' noise add up too.
 
     Args:
         weight: ``(out, features)``.
         error: ``(batch, out, *out_size)``.
         images: the layer's input ``(batch, channels, *size)``.
-        convolution: of the layer.
-        io: of the converters.
-        generator: of the noise.
+        convolution: the convolution of the layer.
+        io: the parameters of the converters.
+        generator: draws the noise.
     """
     step = _step(io.inp_res, io.inp_bound)
     scale = Vectors(1).largest(error.abs())
@@ -155,11 +158,11 @@ def noisy_transposed_convolution(
 
 
 def never_exceeds(weight: Tensor, io: IOParameters) -> bool:
-    """Whether no input in its bound makes an output exceed its own, 6σ of noise included.
+    """Return whether no input within its bound can make an output exceed the output's bound, with 6σ of noise.
 
     Args:
         weight: ``(out, in)``.
-        io: of the converters.
+        io: the parameters of the converters.
     """
     bound = _bound(io.out_bound)
     return bound == inf or float(weight.abs().sum(1).max()) * _bound(io.inp_bound) + 6 * io.out_noise < bound
@@ -170,7 +173,7 @@ def _output_variance(io: IOParameters) -> float:
 
 
 def _step(resolution: float, bound: float) -> float:
-    """The step of a converter, 0 for none; a resolution above 1 is a number of steps."""
+    """Return the step of a converter, or 0 without rounding. A resolution above 1 is a number of steps."""
     resolution = max(resolution, 0.0)
     return (1 / resolution if resolution > 1 else resolution) * 2 * bound
 
@@ -186,7 +189,7 @@ def _to_codes(
     io: IOParameters,
     generator: Generator,
 ) -> Tensor:
-    """The inputs that the crossbar sees, in units of the converter's step; zero vectors stay zero."""
+    """Return the inputs that the crossbar receives, in units of the converter's step. Zero vectors stay zero."""
     gain = scale.reciprocal().nan_to_num_(posinf=0.0) if isinstance(scale, Tensor) else 1 / scale
     codes = scaled(gain)
     if step:
@@ -200,7 +203,7 @@ def _to_codes(
 
 
 def _fits(io: IOParameters) -> bool:
-    """Whether scaling alone brings the inputs into their bound."""
+    """Return whether scaling alone brings the inputs into their bound."""
     return io.noise_management == NoiseManagementType.ABS_MAX and io.nm_thres <= 0 and io.inp_bound >= 1
 
 
@@ -222,7 +225,7 @@ def _noise_std(weight: Tensor, codes: Tensor, step: float, vectors: Vectors, io:
 
 
 def _outside(y: Tensor, low: float, high: float, dim: int) -> Tensor | None:
-    """Which vectors have an element outside of the bounds; ``None`` if none has."""
+    """Return which vectors have an element outside the bounds, or ``None`` if no vector has one."""
     smallest, largest = torch.aminmax(y)
     if not (float(smallest) < low or float(largest) > high):
         return None

@@ -1,7 +1,8 @@
-"""How many pulses a batch of inputs and errors sends to every cross-point.
+"""This module computes how many pulses a batch of inputs and errors sends to every cross-point.
 
-As in aihwkit, an input element x fires in every slot of a train of BL slots with probability B·|x|, an error element δ
-with A·|δ|, and a cross-point gets a pulse where both do; its direction is the sign of −xδ.
+As in aihwkit, a pulse train has BL slots. In every slot, an input element x fires with probability B·|x|, and an error
+element δ with probability A·|δ|. A cross-point gets a pulse if both fire in the same slot (a coincidence). The pulse's
+direction is the sign of −xδ.
 """
 
 from math import ceil, isfinite
@@ -15,23 +16,23 @@ from aimc_pl.devices.mean_field.random_table import uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 _RARELY = 0.2
-"""Below this mean probability of a firing input a convolution takes it for the same at all its inputs."""
+"""Below this mean firing probability of a convolution's inputs, the mean is used for every input."""
 
 _DRAWN = 64
-"""Trains of more slots are not drawn one by one, but their number of pulses."""
+"""The longest train whose slots are drawn one by one. For a longer train, only the number of pulses is drawn."""
 
 _SLOTS = 2**24
-"""Slots of pulse trains that are drawn at a time."""
+"""How many slots of pulse trains are drawn at a time."""
 
 
 class Counts(NamedTuple):
-    """Pulses of a batch per cross-point, ``(out, in)``.
+    """The pulses that a batch sends to every cross-point, as tensors ``(out, in)``.
 
     Args:
-        net: pulses up minus pulses down.
-        total: pulses up plus pulses down.
-        noise: the variance of what the pulses add, in units of a step squared: that of those up minus that of those
-            down, and both together.
+        net: number of pulses up minus number of pulses down.
+        total: number of pulses up plus number of pulses down.
+        noise: two variances of the weight change, in units of a squared step: the variance due to pulses up minus that
+            due to pulses down, and the sum of both.
     """
 
     net: Tensor
@@ -49,20 +50,21 @@ def expected_counts(
     spread: float,
     generator: Generator,
 ) -> Counts:
-    """The mean counts, given how often the error's lines fire.
+    """Return the expected counts, given how often the lines of the errors fire.
 
-    All cross-points on such a line share its pulses, a noise that adds up over inputs of one sign: it is drawn. What
-    the inputs' lines add is left to the variance of the counts, as if cross-points were independent.
+    The firing of the error lines is drawn: all cross-points on such a line share its pulses, and this noise adds up
+    over inputs of one sign. The firing of the input lines is not drawn. It enters the variance of the counts, as if
+    cross-points were independent.
 
     Args:
         x: inputs, arranged as ``vectors`` says.
         error: errors of the same vectors.
-        vectors: the arrangement.
+        vectors: how the vectors are arranged in the tensors.
         learning_rate: a batch moves weights by −learning_rate·δᵀx on average.
         granularity: the device's mean step.
-        update: the pulse trains' parameters.
+        update: the parameters of the pulse trains.
         spread: standard deviation of a step from cycle to cycle, in units of the step.
-        generator: of the errors' pulses.
+        generator: draws the pulses of the error lines.
     """
     magnitude = _magnitude(x)
     error_largest = torch.maximum(error.amax(vectors.dim, keepdim=True), -error.amin(vectors.dim, keepdim=True))
@@ -72,7 +74,8 @@ def expected_counts(
         magnitude = _magnitude(x)
     fired = _fired(error, trains, generator).mul_(trains.x_gain)
     net, total = _outer(fired, x, magnitude, vectors)
-    # An input that fires with probability p in n slots meets np pulses, with variance np − np².
+    # If an error line fires n times, an input that fires with probability p meets np of its pulses on average, with
+    # variance np − np².
     if isinstance(vectors, Patches):
         probability = _weighted_mean(trains.x_gain, fired) * _weighted_mean(magnitude, magnitude)
         if probability < _RARELY:
@@ -94,22 +97,22 @@ def sampled_counts(
     spread: float,
     generator: Generator,
 ) -> Counts:
-    """Counts of pulse trains drawn slot by slot.
+    """Return the counts of pulse trains that are drawn slot by slot.
 
     Args:
         x: inputs ``(batch, in)``.
         error: errors ``(batch, out)``.
         learning_rate: see :func:`expected_counts`.
         granularity: the device's mean step.
-        update: the pulse trains' parameters.
+        update: the parameters of the pulse trains.
         spread: see :func:`expected_counts`.
-        generator: of the slots.
+        generator: draws the slots.
     """
     trains = _trains(
         x.abs().amax(1, keepdim=True), error.abs().amax(1, keepdim=True), learning_rate / granularity, update
     )
     lengths = torch.as_tensor(trains.lengths, device=x.device).expand(len(x), 1)
-    # In portions, since trains of a convolution's patches would fill the memory.
+    # The batch is split, because the trains of all patches of a convolution would fill the memory.
     portion = max(1, _SLOTS // (trains.longest * max(x.shape[1], error.shape[1])))
     net, total = x.new_zeros(error.shape[1], x.shape[1]), x.new_zeros(error.shape[1], x.shape[1])
     values = x * trains.x_gain, error * trains.error_gain, lengths.flatten().long()
@@ -123,13 +126,14 @@ def sampled_counts(
 
 
 class _Trains(NamedTuple):
-    """How every vector fires.
+    """The pulse trains of every vector.
 
     Args:
-        lengths: the number of slots.
-        longest: the largest one.
-        x_gain: what its inputs are multiplied by to give probabilities of firing.
-        error_gain: the same of its errors, negative: weights go down where input and error have the same sign.
+        lengths: the number of slots of every vector.
+        longest: the largest of ``lengths``.
+        x_gain: the factor that turns inputs into firing probabilities.
+        error_gain: the factor that turns errors into firing probabilities. It is negative, because weights go down
+            where input and error have the same sign.
     """
 
     lengths: Tensor | float
@@ -139,9 +143,10 @@ class _Trains(NamedTuple):
 
 
 def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: UpdateParameters) -> _Trains:
-    """aihwkit's management: both sides fire alike, in trains as long as the strongest cross-point needs.
+    """Return the pulse trains that aihwkit's update management chooses.
 
-    Where they would be too long, the error is cut.
+    The largest input and the largest error of a vector fire with equal probability, in a train that is as long as the
+    strongest cross-point needs. If the train would be too long, the error is cut.
     """
     length = update.desired_bl
     if not (update.update_management or update.update_bl_management):
@@ -152,7 +157,7 @@ def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: Updat
     strongest = (x_largest * error_largest).mul_(rate).clamp_min_(1e-30)
     most = float(strongest.max())
     lengths = float(length)
-    # What is no number must not stop the run here, as it does not in a digital layer.
+    # A NaN or an infinity must not stop the run here, because it does not stop a digital layer either.
     if update.update_bl_management and isfinite(most):
         length = min(ceil(most), length)
         lengths = strongest.ceil().clamp_(max=length) if length > 1 else 1.0
@@ -164,14 +169,14 @@ def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: Updat
 
 
 def _fired(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
-    """In how many of its vector's slots every element fires, with the sign of the pulses."""
+    """Return in how many slots of its vector's train every error element fires, with the sign of its pulses."""
     probabilities = error.mul(trains.error_gain).clamp_(-1, 1)
     shape, device = error.shape, error.device
     if trains.longest > _DRAWN:
         lengths = torch.as_tensor(trains.lengths, dtype=error.dtype, device="cpu").expand(shape)
         count = torch.binomial(lengths, probabilities.abs().cpu(), generator).to(device)
         return count.copysign_(probabilities)
-    # floor(p + u) with u even in [0, 1) is the sign of p with probability |p|, else 0.
+    # With u uniform in [0, 1), floor(p + u) is the sign of p with probability |p|, and 0 otherwise.
     fired = (uniform(shape, generator, device) + probabilities).floor_()
     for slot in range(1, trains.longest):
         more = (uniform(shape, generator, device) + probabilities).floor_()
@@ -184,7 +189,7 @@ def _magnitude(x: Tensor) -> Tensor:
 
 
 def _outer(fired: Tensor, x: Tensor, magnitude: Tensor, vectors: Vectors | Patches) -> tuple[Tensor, Tensor]:
-    """The sums of outer products with and without signs, in one product where inputs have none."""
+    """Return the sums of outer products with and without signs, by a single product if no input is negative."""
     if x is magnitude:
         shape = list(fired.shape)
         shape[vectors.dim] *= 2
@@ -197,13 +202,13 @@ def _outer(fired: Tensor, x: Tensor, magnitude: Tensor, vectors: Vectors | Patch
 
 
 def _sample(probabilities: Tensor, repeats: Tensor, generator: Generator) -> Tensor:
-    """Signed slots ``(sum(repeats), features)``: the sign where one fires, 0 elsewhere."""
+    """Return signed slots ``(sum(repeats), features)``: the sign where an element fires, 0 elsewhere."""
     slots = probabilities.repeat_interleave(repeats, 0)
     return slots.sign() * (uniform(slots.shape, generator, slots.device) < slots.abs())
 
 
 def _weighted_mean(values: Tensor | float, weights: Tensor) -> float:
-    """The mean Σ|w|v/Σ|w|, as every eighth image has it."""
+    """Return the weighted mean Σ|w|v/Σ|w|, estimated from every eighth image."""
     if not isinstance(values, Tensor):
         return values
     some = weights[::8].abs()

@@ -1,6 +1,6 @@
-"""Random numbers faster than they can be drawn: slices of a long table, each from an offset drawn anew.
+"""This module returns random numbers as slices of a long table, each of which starts at a random offset.
 
-Drawing Gaussian numbers would cost more than the products they disturb. aihwkit's CPU tiles use a table too.
+Drawing Gaussian noise would cost more than the products to which it is added. aihwkit's CPU tiles use a table too.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ _LENGTH = 2**22
 
 
 def gaussian(size: Sequence[int], generator: Generator, device: torch.device) -> Tensor:
-    """Numbers of mean 0 and variance 1, not to be written to.
+    """Return Gaussian numbers of mean 0 and variance 1. Do not write to the result: it may be a part of the table.
 
     Args:
-        size: of the result.
-        generator: on the CPU, for the offset.
-        device: of the result.
+        size: shape of the result.
+        generator: draws the offset; on the CPU.
+        device: device of the result.
     """
     return _slices(_gaussians(device), torch.Size(size), generator)
 
 
 def uniform(size: Sequence[int], generator: Generator, device: torch.device) -> Tensor:
-    """Numbers between 0 and 1, not to be written to; for the arguments see :func:`gaussian`."""
+    """Return uniform numbers between 0 and 1. For the arguments see :func:`gaussian`; do not write to the result."""
     return _slices(_uniforms(device), torch.Size(size), generator)
 
 

@@ -1,6 +1,6 @@
-"""How a cross-point's weight answers to pulses: the mean motion and what a pulse train may deviate from it.
+"""This module computes how pulses move the weight of a cross-point: the mean motion, and the variance around it.
 
-With U and D the numbers of pulses up and down, a device whose steps are up(w) and down(w) moves by
+Let U and D be the numbers of pulses up and down, and up(w) and down(w) the steps of the device. The weight moves by
 dw/dt = U·up(w) − D·down(w) over one unit of time, and every pulse adds a variance.
 """
 
@@ -37,23 +37,23 @@ SUPPORTED_DEVICES = (
     ExpStepDevice,
     PowStepDevice,
 )
-"""The devices of aihwkit that have a mean-field response."""
+"""The device classes of aihwkit for which :func:`response_of` has a response."""
 
 _SECOND_ORDER_REACH = 0.02
-"""Below this reach a motion is taken to second order, off by 1e-4, and its variance where it starts, off by 2 %."""
+"""Below this reach, motions are computed to second order (error 1e-4), and variances at the start (error 2 %)."""
 
 _SUBSTEP = 0.05
-"""The part of the range that a curved response may cross in one step of the integration."""
+"""The fraction of the range that a curved response may cross in one step of the integration."""
 
 
 class Response(ABC):
-    """The answer of a tile's cross-points.
+    """The response of a tile's cross-points to pulses.
 
     Args:
         lower: the lowest weight.
         upper: the highest weight.
-        steepness: how much a pulse changes the steps of a typical cross-point; a batch with steepness·pulses ≪ 1 hardly
-            depends on the order of its samples.
+        steepness: how much a pulse changes the steps of a typical cross-point. If steepness·pulses ≪ 1 for a batch, the
+            order of its samples hardly matters.
         spread: standard deviation of a step from cycle to cycle, in units of the step.
     """
 
@@ -66,7 +66,7 @@ class Response(ABC):
         self.spread = spread
 
     def clip(self, weight: Tensor) -> Tensor:
-        """Bring weights, in place, into the bounds."""
+        """Clip weights, in place, to the bounds."""
         return weight.clamp_(*self.bounds)
 
     @abstractmethod
@@ -76,17 +76,17 @@ class Response(ABC):
         Args:
             weight: ``(out, in)``.
             counts: the pulses.
-            reach: the largest total count times the steepness, which chooses how finely to compute.
+            reach: the largest total count times the steepness. It determines how finely the motion is computed.
 
         Returns:
-            The variance of the deviation from the mean.
+            The variance of the weights around the mean motion.
         """
 
 
 class LinearResponse(Response):
-    """Steps linear in the weight: up(w) = s₊ + k₊·w, down(w) = s₋ + k₋·w.
+    """A response whose steps are linear in the weight: up(w) = s₊ + k₊·w, down(w) = s₋ + k₋·w.
 
-    The motion is exact: with a = U·k₊ − D·k₋ and b = U·s₊ − D·s₋ it is w' = w + (b + a·w)·expm1(a)/a.
+    The mean motion is exact: with a = U·k₊ − D·k₋ and b = U·s₊ − D·s₋, the new weight is w' = w + (b + a·w)·expm1(a)/a.
 
     Args:
         up: s₊ and k₊.
@@ -94,7 +94,8 @@ class LinearResponse(Response):
         lower: see :class:`Response`.
         upper: see :class:`Response`.
         spread: see :class:`Response`.
-        fixed_spread: that part of it which does not depend on the weight, up and down, in weight units.
+        fixed_spread: standard deviation of a step up and of a step down that does not depend on the weight, in weight
+            units.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class LinearResponse(Response):
         self.alike = not any(isinstance(slope, Tensor) for slope in (k_up, k_down))
         self.rate = _OfCounts(s_up, -s_down)
         self.relaxation = _OfCounts(k_up, -k_down)
-        # A pulse adds its size squared, a polynomial in w whose highest coefficient comes first, and its fixed spread
-        # squared.
+        # The variance of a pulse has two terms: its squared size, which is a polynomial in w (here with the highest
+        # coefficient first), times the noise of the counts, and its squared fixed spread.
         self.squares = [_OfCounts(s_up * s_up, s_down * s_down)]
         if not (_vanishes(k_up) and _vanishes(k_down)):
             linear, quadratic = (2 * s_up * k_up, 2 * s_down * k_down), (k_up * k_up, k_down * k_down)
@@ -127,11 +128,11 @@ class LinearResponse(Response):
             variance = self._variance(weight, counts)
             weight += motion.addcmul_(motion, a, value=0.5)
             return variance
-        a -= 1e-30  # makes expm1(a)/a 1 at 0
+        a -= 1e-30  # expm1(a)/a becomes 1, not NaN, at a = 0
         change = torch.expm1(a)
         mean = torch.div(change, a, out=a)
         motion *= mean
-        # On the way the steps change, here taken at the middle, and what came early relaxes: expm1(2a)/(2a).
+        # The steps change on the way: take those in the middle. Early deviations relax: a factor of expm1(2a)/(2a).
         variance = self._variance(torch.add(weight, motion, alpha=0.5), counts)
         weight += motion
         return variance.mul_(mean).mul_(change.mul_(0.5).add_(1))
@@ -145,11 +146,11 @@ class LinearResponse(Response):
 
 
 class CurvedResponse(Response):
-    """Steps of any shape, integrated by the midpoint rule in substeps of a few percent of the range.
+    """A response with steps of any shape, integrated by the midpoint rule in substeps of a few percent of the range.
 
     Args:
         up: the step up as a function of the weight.
-        down: the step down.
+        down: the step down as a function of the weight.
         lower: see :class:`Response`.
         upper: see :class:`Response`.
         steepness: see :class:`Response`; a step in units of the range.
@@ -191,15 +192,15 @@ class CurvedResponse(Response):
 
 
 def response_of(device: PulsedDevice, hidden: Mapping[str, Number], whole_pulses: bool) -> Response:
-    """The response of a device of aihwkit.
+    """Return the response of a device of aihwkit.
 
     Args:
-        device: one of :data:`SUPPORTED_DEVICES`.
-        hidden: its cross-points' parameters by aihwkit's names.
-        whole_pulses: whether counts will be whole numbers, where n steps make a factor (1 + k)ⁿ. The mean over Poisson
-            counts n of mean μ is exp(μk).
+        device: an instance of one of :data:`SUPPORTED_DEVICES`.
+        hidden: the parameters of the device's cross-points, by aihwkit's names.
+        whole_pulses: whether counts will be whole numbers. Then n steps of slope k make a factor (1 + k)ⁿ. Otherwise
+            the factor is exp(μk), its mean over Poisson counts n of mean μ.
     """
-    values: Any = device  # fields that not all devices have
+    values: Any = device  # some fields exist on some devices only
     up, down = hidden["dwmin_up"], hidden["dwmin_down"]
     lower, upper = hidden["min_bound"], hidden["max_bound"]
     spread = values.dw_min_std
@@ -254,15 +255,15 @@ def _power(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:
 
 
 def _range(hidden: Mapping[str, Number]) -> Number:
-    """The cross-points' ranges; 1 for those that are stuck."""
+    """Return the width of every cross-point's range; 1 for a cross-point that is stuck."""
     length = hidden["max_bound"] - hidden["min_bound"]
     return torch.where(length > 0, length, 1.0) if isinstance(length, Tensor) else length or 1.0
 
 
 def _compounded(step: Number, slope: Number, sign: int) -> tuple[Number, Number]:
-    """The step and slope whose motion over unit time is exactly one pulse."""
+    """Return the step and slope whose motion over one unit of time equals exactly one pulse."""
     slope = torch.as_tensor(slope, dtype=torch.float64)
-    # A step that would pass the point where steps vanish ends there.
+    # A step that would go beyond the point where steps vanish ends at that point.
     rate = sign * torch.log1p((sign * slope).clamp(min=-1 + 1e-6))
     ratio = torch.where(slope == 0, 1.0, rate / slope)
     step = step * ratio
@@ -271,7 +272,7 @@ def _compounded(step: Number, slope: Number, sign: int) -> tuple[Number, Number]
 
 
 def _quotient(step: Number, bound: Number, positive: bool) -> Number:
-    """Step/bound, 0 where the bound is on the wrong side of zero."""
+    """Return step/bound, or 0 where the bound is on the wrong side of zero."""
     bound = torch.as_tensor(bound)
     quotient = torch.where((bound > 0) if positive else (bound < 0), step / bound, 0.0)
     return quotient if quotient.dim() else float(quotient)
@@ -282,7 +283,7 @@ def _typical(value: Number) -> float:
 
 
 class _OfCounts:
-    """U·up + D·down, by the total and the net count, without the terms that vanish."""
+    """The sum U·up + D·down as a function of the net and the total count. Terms that vanish are skipped."""
 
     def __init__(self, up: Number, down: Number) -> None:
         self.of_total = (up + down) * 0.5
@@ -295,7 +296,7 @@ class _OfCounts:
         return _add(total * self.of_total, net, self.of_net)
 
     def add_to(self, value: Tensor, counts: _Pair) -> Tensor:
-        """The same, added in place."""
+        """Add the sum to ``value``, in place."""
         net, total = counts
         return _add(_add(value, total, self.of_total), net, self.of_net)
 
@@ -305,7 +306,7 @@ def _vanishes(value: Number) -> bool:
 
 
 def _add(value: Tensor, x: Tensor, coefficient: Number) -> Tensor:
-    """``value`` plus coefficient·x, in place."""
+    """Add coefficient·x to ``value``, in place."""
     if isinstance(coefficient, Tensor):
         return value.addcmul_(coefficient, x)
     return value if coefficient == 0 else value.add_(x, alpha=coefficient)

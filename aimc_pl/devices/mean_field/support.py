@@ -1,4 +1,4 @@
-"""What the tile simulates of what aihwkit can configure."""
+"""This module checks whether the mean-field tile can simulate an aihwkit configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,10 +40,10 @@ _OFF: dict[str, dict[str, Any]] = {
 
 
 def check_support(config: SingleRPUConfig) -> None:
-    """See that the tile simulates what is configured.
+    """Check that the mean-field tile can simulate an aihwkit configuration.
 
     Raises:
-        UsageError: naming what only aihwkit's own tiles simulate.
+        UsageError: if only aihwkit's own tiles can. The message names the first such setting.
     """
     if not isinstance(config.device, SUPPORTED_DEVICES):
         raise _unsupported(type(config.device).__name__)

@@ -1,6 +1,6 @@
-"""aihwkit's tile with a torch-native crossbar inside, at a cost that does not grow with the number of pulses.
+"""This module defines an aihwkit tile with a crossbar in torch, whose cost does not grow with the number of pulses.
 
-The crossbar, the tile around it, the array of tiles and, at the end, the configuration that names these three.
+The module holds the crossbar, the tile around it, the array of tiles, and the configuration that selects these three.
 """
 
 from collections.abc import Sequence
@@ -40,21 +40,21 @@ from aimc_pl.devices.private_aihwkit import RecreatedQuietly
 
 _ROWS = Vectors(-1)
 _LARGEST_REACH = 0.5
-"""How far, in units of a device's relaxation, a batch may move a weight before it is split."""
+"""A batch is split if it moves weights by more than this, in units of their device's relaxation."""
 _SHARED = ("device", "forward", "backward", "update", "mapping", "pre_post", "runtime")
-"""The sections that the configuration of a mean-field tile has in common with aihwkit's."""
+"""The sections that the configuration of a mean-field tile shares with aihwkit's."""
 
 
 class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     """A crossbar of pulsed devices: its weights, the parameters of its cross-points and the source of its noise.
 
-    The cross-points are drawn by aihwkit, so that devices vary as they do there and parameters go by the same names.
-    All random numbers come from a generator of the tile's own, seeded from torch's.
+    aihwkit draws the parameters of the cross-points. They therefore vary, and are named, as in aihwkit's own tiles. All
+    random numbers come from the tile's own generator, which is seeded from torch's.
 
     Args:
-        x_size: inputs.
-        d_size: outputs.
-        rpu_config: converters, devices and pulse trains.
+        x_size: number of inputs.
+        d_size: number of outputs.
+        rpu_config: the configuration of converters, devices and pulse trains.
     """
 
     _weight: Tensor
@@ -85,7 +85,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         self._response_to: Tensor | None = None
 
     def set_config(self, rpu_config: "MeanFieldRPUConfig") -> None:
-        """Take the converters and pulse trains of another configuration of the same device."""
+        """Use the converters and pulse trains of another configuration of the same device."""
         self._config = rpu_config
 
     def forward(
@@ -97,7 +97,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         is_test: bool = False,
         non_blocking: bool = False,
     ) -> Tensor:
-        """The products ``(..., out)`` of vectors ``(..., in)``."""
+        """Return the crossbar's products ``(..., out)`` with input vectors ``(..., in)``."""
         io = self._config.forward
         x_input = _with_ones(x_input) if bias else x_input
         return self._product(self._weight, x_input, _ROWS, io, has_bound_management(io))
@@ -110,7 +110,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         out_trans: bool = False,
         non_blocking: bool = False,
     ) -> Tensor:
-        """The transposed products ``(..., in)`` of errors ``(..., out)``."""
+        """Return the transposed products ``(..., in)`` with errors ``(..., out)``, the gradients of the outputs."""
         weight = self._weight[:, :-1] if bias else self._weight
         return self._product(weight.T, d_input, _ROWS, self._config.backward, False)
 
@@ -123,12 +123,12 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         out_trans: bool = False,
         non_blocking: bool = False,
     ) -> None:
-        """Pulse the cross-points with inputs ``(..., in)`` and errors ``(..., out)``."""
+        """Send update pulses to the cross-points, for inputs ``(..., in)`` and errors ``(..., out)``."""
         x_input = _with_ones(x_input) if bias else x_input
         self._pulse(x_input.reshape(-1, self.x_size), d_input.reshape(-1, self.d_size), _ROWS)
 
     def forward_patches(self, images: Tensor, patches: Patches) -> Tensor:
-        """The convolution ``(batch, out, *out_size)`` of images."""
+        """Return the convolution ``(batch, out, *out_size)`` of images."""
         io = self._config.forward
         if is_perfect(io):
             return _times(patches.multiply(self._weight, images), io.out_scale)
@@ -150,7 +150,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         return y.unflatten(2, size)
 
     def backward_patches(self, error: Tensor, images: Tensor, patches: Patches) -> Tensor:
-        """The errors of the images, from those of the convolution."""
+        """Return the errors of the images, given the errors of the convolution's outputs."""
         io = self._config.backward
         if is_perfect(io):
             return _times(patches.multiply_transposed(self._weight, error, images), io.out_scale)
@@ -160,15 +160,15 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         return patches.fold(columns, images)
 
     def update_patches(self, images: Tensor, error: Tensor, patches: Patches) -> None:
-        """Pulse the cross-points with the patches of images and the errors of the convolution."""
+        """Send update pulses to the cross-points, for the patches of images and the errors of the outputs."""
         self._pulse(images, error, patches)
 
     def get_weights(self, as_ref: bool = False) -> Tensor:
-        """The weights ``(out, in)``: themselves, or a copy on the CPU."""
+        """Return the weights ``(out, in)``: a copy on the CPU, or with ``as_ref`` the tensor itself."""
         return self._weight if as_ref else self._weight.detach().cpu().clone()
 
     def set_weights(self, weight: Tensor) -> None:
-        """Program the weights, clipped to the cross-points' bounds."""
+        """Program the weights, clipped to the bounds of the cross-points."""
         self.response.clip(self._weight.copy_(weight))
         if self._write_noise > 0:
             self._persistent.copy_(self._weight)
@@ -176,27 +176,27 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
                 self._weight.add_(self._gaussian(), alpha=self._write_noise)
 
     def get_x_size(self) -> int:
-        """The number of inputs."""
+        """Return the number of inputs."""
         return self.x_size
 
     def get_d_size(self) -> int:
-        """The number of outputs."""
+        """Return the number of outputs."""
         return self.d_size
 
     def get_brief_info(self) -> str:
-        """What the tile is, in a line."""
+        """Return a description of the tile in one line."""
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
-        """Size, device and where it lives."""
+        """Return the tile's size, the class of its analog device, and its torch device."""
         return f"{self.d_size}, {self.x_size}, {type(self._config.device).__name__}, {self._weight.device}"
 
     def get_hidden_parameter_names(self) -> list[str]:
-        """aihwkit's names of the cross-points' parameters."""
+        """Return aihwkit's names of the cross-points' parameters."""
         return self._names
 
     def get_hidden_parameters(self) -> Tensor:
-        """The cross-points' parameters ``(names, out, in)``, or ``(names, 1, 1)`` where all cross-points are alike."""
+        """Return the cross-points' parameters ``(names, out, in)``, or ``(names, 1, 1)`` if all are equal."""
         return self._hidden.clone()
 
     def set_hidden_parameters(self, params: Tensor) -> None:
@@ -204,7 +204,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         self._hidden = params.to(self._hidden, copy=True)
 
     def get_learning_rate(self) -> float:
-        """The learning rate of :meth:`update`."""
+        """Return the learning rate of :meth:`update`."""
         return self.learning_rate
 
     def set_learning_rate(self, learning_rate: float | None) -> None:
@@ -213,14 +213,14 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
             self.learning_rate = learning_rate
 
     def dump_extra(self) -> dict[str, Tensor]:
-        """What else a run needs to go on bit for bit."""
+        """Return the state beyond weights and parameters that a resumed run needs to be equal bit for bit."""
         extra = {"generator": self._generator.get_state()}
         if self._write_noise > 0:
             extra |= {"visible_weights": self._weight.clone(), "persistent_weights": self._persistent.clone()}
         return extra
 
     def load_extra(self, extra: dict[str, Tensor], strict: bool = False) -> None:
-        """Restore what :meth:`dump_extra` gave."""
+        """Restore the state that :meth:`dump_extra` returned."""
         self._generator.set_state(extra["generator"].cpu())
         if "visible_weights" in extra:
             self._weight.copy_(extra["visible_weights"])
@@ -228,7 +228,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
 
     @property
     def response(self) -> Response:
-        """How the cross-points answer to pulses."""
+        """The response of the cross-points to pulses."""
         if self._response is None or self._response_to is not self._hidden:
             self._response_to = self._hidden
             hidden: dict[str, Number] = {
@@ -256,7 +256,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         if reach <= _LARGEST_REACH or len(x) == 1:
             self._move(counts, reach)
             return
-        # The order of the samples matters: apply them one after another as far as needed.
+        # The order of the samples matters: split the batch, and apply its parts one after another.
         parts = min(len(x), ceil(reach / _LARGEST_REACH))
         for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
             counts = self._count(some_x, some_error, vectors)
@@ -280,7 +280,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         std = self.response.move(weight, counts, reach).clamp_(min=0).sqrt_()
         self.response.clip(weight.addcmul_(std, self._gaussian()))
         if self._write_noise > 0:
-            # A cross-point is written anew where at least one pulse came.
+            # Write noise is drawn again where at least one pulse came.
             written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
             noisy = torch.add(weight, self._gaussian(), alpha=self._write_noise)
             self._weight.copy_(torch.where(written, noisy, self._weight))
@@ -290,15 +290,16 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
 
 
 class MeanFieldTile(RecreatedQuietly, CustomTile):
-    """The tile of aihwkit's layers around a :class:`MeanFieldSimulatorTile`.
+    """A tile for aihwkit's layers, around a :class:`MeanFieldSimulatorTile`.
 
-    ``convolution`` tells it what the patches of a layer's images are; without it unfolds them by the layer's indices.
+    The attribute ``convolution`` describes the convolution of the layer. Without it, the tile unfolds images by the
+    layer's table of indices.
 
     Args:
-        out_size: outputs.
-        in_size: inputs.
+        out_size: number of outputs.
+        in_size: number of inputs.
         rpu_config: see :class:`MeanFieldRPUConfig`.
-        bias: whether there is one; on the crossbar or digital, as the configuration's mapping says.
+        bias: whether there is a bias. The configuration's mapping says whether it is on the crossbar or digital.
         in_trans: not supported.
         out_trans: not supported.
     """
@@ -323,42 +324,42 @@ class MeanFieldTile(RecreatedQuietly, CustomTile):
         SimulatorTileWrapper.__init__(self, out_size, in_size, rpu_config, bias)  # pyright: ignore[reportArgumentType]
         TileWithPeriphery.__init__(self)
 
-    # Dynamo cannot trace aihwkit's context parameter: what surrounds the tile is compiled.
+    # Dynamo cannot trace aihwkit's context parameter. The code around the tile can still be compiled.
     @torch.compiler.disable
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x_input: Tensor, tensor_view: tuple[int, ...] | None = None
     ) -> Tensor:
-        """The outputs of vectors ``(..., in)`` or images, in float32 under autocast too."""
+        """Return the outputs for vectors ``(..., in)`` or images, in float32 under autocast too."""
         with torch.autocast(x_input.device.type, enabled=False):
             return super().forward(x_input.float(), tensor_view)
 
     def set_indexed(self, indices: Tensor, image_sizes: Sequence[int]) -> None:
-        """Compute on images from now on (called by convolutions)."""
-        # With analog bias aihwkit's table has one row of ones per channel.
+        """Compute on images from now on (called by aihwkit's convolutions)."""
+        # With an analog bias, aihwkit's table has one row of ones per channel, of which one is used.
         gathered = Gathered(indices, tuple(image_sizes)).part(0, self.tile.x_size)
         self.compute_on(self.convolution or gathered)
 
     def compute_on(self, patches: Patches) -> None:
-        """Take images, of which these patches are the input vectors, instead of vectors."""
+        """Take images instead of vectors from now on, with their ``patches`` as input vectors."""
         self.patches = patches
         self.analog_ctx.set_indexed()
 
     def is_indexed(self) -> bool:
-        """Whether the tile computes on images."""
+        """Return whether the tile computes on images."""
         return self.analog_ctx.use_indexed
 
     @torch.no_grad()
     def joint_forward_indexed(self, x_input: Tensor, is_test: bool = False, ctx: Any = None) -> Tensor:
-        """The convolution ``(batch, out, *out_size)`` of images ``(batch, channels, *size)``."""
+        """Return the convolution ``(batch, out, *out_size)`` of images ``(batch, channels, *size)``."""
         x_input = self.pre_forward(x_input, 1, is_test, ctx)
         return self.post_forward(self.tile.forward_patches(x_input, self.patches), 1, is_test, ctx)
 
     def backward(self, d_input: Tensor, ctx: Any = None) -> Any:
-        """The errors of the inputs from those of the outputs, if anyone needs them."""
+        """Return the errors of the inputs, given those of the outputs, or ``None`` if nothing needs them."""
         return super().backward(d_input, ctx) if self._needs_errors(ctx) else None
 
     def backward_indexed(self, d_input: Tensor, ctx: Any = None) -> Any:
-        """The errors of the images from those of the convolution, if anyone needs them."""
+        """Return the errors of the images, given those of the convolution, or ``None`` if nothing needs them."""
         if not self._needs_errors(ctx):
             return None
         d_input = self.pre_backward(d_input, 1, ctx)
@@ -370,31 +371,31 @@ class MeanFieldTile(RecreatedQuietly, CustomTile):
 
     @torch.no_grad()
     def update_indexed(self, x_input: Tensor, d_input: Tensor) -> None:
-        """Update with images and the errors of their convolution."""
+        """Update the weights with images and the errors of their convolution."""
         x_input, d_input = self.pre_update(x_input, 1, d_input, 1)
         self.tile.update_patches(x_input, d_input, self.patches)
 
     @torch.no_grad()
     def update(self, x_input: Tensor, d_input: Tensor) -> None:
-        """Update with inputs ``(..., in)`` and errors ``(..., out)``."""
+        """Update the weights with inputs ``(..., in)`` and errors ``(..., out)``."""
         super().update(x_input, d_input)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The crossbar is made anew from the configuration and what it has told of itself.
+        # aihwkit creates the crossbar again, from the configuration and the rest of the state.
         state = super().__getstate__()
         return state | {"_modules": {name: m for name, m in state["_modules"].items() if name != "tile"}}
 
 
 class MeanFieldTileArray(TileModuleArray):
-    """aihwkit's array of tiles, for a layer too large for one crossbar, which can take images too.
+    """aihwkit's array of tiles, for a layer that is too large for one crossbar. This array can take images too.
 
-    For ``convolution`` see :class:`MeanFieldTile`.
+    For the attribute ``convolution`` see :class:`MeanFieldTile`.
 
     Args:
-        out_size: outputs of all.
-        in_size: inputs of all.
-        rpu_config: of each tile.
-        bias: whether there is one; it is digital.
+        out_size: number of outputs of the whole array.
+        in_size: number of inputs of the whole array.
+        rpu_config: the configuration of each tile.
+        bias: whether there is a bias, which is digital.
     """
 
     supports_indexed = True
@@ -402,11 +403,11 @@ class MeanFieldTileArray(TileModuleArray):
     convolution: Convolution | None = None
 
     def set_indexed(self, indices: Tensor, image_sizes: Sequence[int]) -> None:
-        """Compute on images from now on (called by convolutions)."""
+        """Compute on images from now on (called by aihwkit's convolutions)."""
         self.compute_on(self.convolution or Gathered(indices, tuple(image_sizes)))
 
     def compute_on(self, patches: Patches) -> None:
-        """Take images, of which these patches are the input vectors, instead of vectors."""
+        """Take images instead of vectors from now on, with their ``patches`` as input vectors."""
         start = 0
         for size, tiles in zip(self.in_sizes, self._tiles, strict=True):
             for tile in tiles:
@@ -415,15 +416,15 @@ class MeanFieldTileArray(TileModuleArray):
 
     @property
     def is_cuda(self) -> bool:
-        """Whether the tiles are on a GPU (asked by convolutions)."""
+        """Whether the tiles are on a GPU (read by aihwkit's convolutions)."""
         return self._tiles[0][0].is_cuda
 
     def is_indexed(self) -> bool:
-        """Whether the tiles compute on images."""
+        """Return whether the tiles compute on images."""
         return all(tile.is_indexed() for tiles in self._tiles for tile in tiles)
 
     def forward(self, x_input: Tensor, tensor_view: tuple[int, ...] | None = None) -> Tensor:
-        """The outputs of all tiles together, of vectors ``(..., in)`` or images ``(batch, channels, *size)``."""
+        """Return the outputs of the whole array for vectors ``(..., in)`` or images ``(batch, channels, *size)``."""
         if not self.is_indexed():
             return super().forward(x_input, tensor_view)
         y = sum(torch.cat([tile(x_input, tensor_view=tensor_view) for tile in tiles], 1) for tiles in self._tiles)
@@ -448,23 +449,23 @@ class MeanFieldRPUConfig(CustomRPUConfig):
     device: PulsedDevice = field(default_factory=SoftBoundsReferenceDevice)
     """One of aihwkit's step devices, with all its parameters."""
 
-    # CustomRPUConfig has parameters for updates without pulses.
+    # In CustomRPUConfig, this field holds the parameters of updates without pulses.
     update: UpdateParameters = field(default_factory=UpdateParameters)  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Pulse trains and their management."""
+    """The parameters of pulse trains and of their management."""
 
     sample_pulses: bool = False
-    """Draw the pulse trains and count their coincidences, instead of taking the counts' mean and variance."""
+    """Whether pulse trains are drawn and their coincidences counted, instead of using the counts' mean and variance."""
 
 
 def to_mean_field(config: SingleRPUConfig, sample_pulses: bool = False) -> MeanFieldRPUConfig:
-    """The configuration of a mean-field tile for the same crossbar.
+    """Return the configuration of a mean-field tile for the same crossbar.
 
     Args:
-        config: a single pulsed device.
+        config: aihwkit's configuration of a single pulsed device.
         sample_pulses: see :class:`MeanFieldRPUConfig`.
 
     Raises:
-        UsageError: if the tile does not simulate what is configured.
+        UsageError: if the mean-field tile cannot simulate the configuration.
     """
     check_support(config)
     shared = {name: deepcopy(getattr(config, name)) for name in _SHARED}

@@ -1,4 +1,4 @@
-"""How a layer's tensors are the input and error vectors of its crossbar."""
+"""This module describes how a layer's tensors hold the input and error vectors of its crossbar."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,15 +28,15 @@ class Vectors:
     dim: int
 
     def multiply(self, weight: Tensor, x: Tensor) -> Tensor:
-        """The product of ``weight`` ``(out, in)`` with every vector."""
+        """Return the product of ``weight`` ``(out, in)`` with every vector."""
         return x @ weight.T if self.dim == -1 else weight @ x
 
     def largest(self, magnitudes: Tensor) -> Tensor:
-        """The largest element of every input vector, its dimension kept."""
+        """Return the largest element of every input vector, with ``dim`` kept."""
         return magnitudes.amax(self.dim, keepdim=True)
 
     def outer(self, error: Tensor, x: Tensor) -> Tensor:
-        """The sum of all outer products of errors and inputs, ``(out, in)``."""
+        """Return the sum of all outer products of errors and inputs, ``(out, in)``."""
         if self.dim == 1:
             return torch.einsum("nop,nip->oi", error, x)
         if x.dim() == 2:
@@ -45,56 +45,58 @@ class Vectors:
 
 
 class Patches(ABC):
-    """Images whose patches are the input vectors of a convolution's crossbar: one vector per output position."""
+    """Images whose patches are the input vectors of a convolution's crossbar, one patch per output position."""
 
     dim = 1
 
     @abstractmethod
     def columns(self, images: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        """The patches ``(batch, features, positions)`` of images ``(batch, channels, *size)``, each times its gain.
+        """Return the patches ``(batch, features, positions)`` of images ``(batch, channels, *size)``, times a gain.
 
         Args:
-            images: to be unfolded.
-            gain: one number, or ``(batch, 1, *out_size)``.
+            images: the images to unfold.
+            gain: one number, or one per patch ``(batch, 1, *out_size)``.
         """
 
     @abstractmethod
     def out_size(self, images: Tensor) -> Sequence[int]:
-        """The size of the output images."""
+        """Return the size of the output images."""
 
     @abstractmethod
     def part(self, start: int, stop: int) -> "Patches":
-        """The elements ``start`` … ``stop`` − 1 of the patches, for a crossbar that holds these columns only."""
+        """Return patches with elements ``start`` … ``stop`` − 1 only, for a crossbar that holds only these columns."""
 
     def fold(self, columns: Tensor, images: Tensor) -> Tensor:
-        """The adjoint of :meth:`columns`: add up what belongs to the same pixel of ``images``."""
+        """Add up the elements that belong to the same pixel of ``images`` (the adjoint of :meth:`columns`)."""
         with torch.enable_grad():
             zeros = torch.zeros_like(images, requires_grad=True)
             return torch.autograd.grad(self.columns(zeros), zeros, columns)[0]
 
     def multiply(self, weight: Tensor, images: Tensor) -> Tensor:
-        """The convolution of the images with ``weight`` ``(out, features)``."""
+        """Return the convolution of the images with ``weight`` ``(out, features)``."""
         return (weight @ self.columns(images)).unflatten(2, self.out_size(images))
 
     def multiply_transposed(self, weight: Tensor, error: Tensor, images: Tensor) -> Tensor:
-        """The adjoint of :meth:`multiply`: errors ``(batch, out, *out_size)`` to images."""
+        """Return the images' errors for output errors ``(batch, out, *out_size)``: the adjoint of :meth:`multiply`."""
         return self.fold(weight.T @ error.flatten(2), images)
 
     def largest(self, magnitudes: Tensor) -> Tensor:
-        """The largest element of every patch of images without negative elements, ``(batch, 1, *out_size)``."""
+        """Return the largest element of every patch, ``(batch, 1, *out_size)``. No element may be negative."""
         return self.columns(magnitudes).amax(1, keepdim=True).unflatten(2, self.out_size(magnitudes))
 
     def outer(self, error: Tensor, images: Tensor) -> Tensor:
-        """The sum of all outer products of errors and patches, ``(out, features)``."""
+        """Return the sum of all outer products of errors and patches, ``(out, features)``."""
         return Vectors(1).outer(error.flatten(2), self.columns(images))
 
 
 @dataclass(frozen=True)
 class Gathered(Patches):
-    """Patches by aihwkit's table of indices: 0 is padding, 1 a constant one (analog bias), 2 … the pixels.
+    """Patches that are gathered by aihwkit's table of indices.
+
+    Index 0 is padding, 1 a constant one (analog bias), and the pixels begin at 2.
 
     Args:
-        indices: of the patches' elements, ``features`` rows of ``positions``, flattened.
+        indices: the indices of the patches' elements, ``features`` rows of ``positions``, flattened.
         image_sizes: channels, size of the images, size of the output images.
     """
 
@@ -122,13 +124,15 @@ class Gathered(Patches):
 
 @dataclass(frozen=True)
 class Convolution(Patches):
-    """Patches of a convolution without bias on the crossbar, computed without unfolding the images.
+    """Patches of a convolution without a bias on the crossbar. Products do not unfold the images.
+
+    All arguments have one number per dimension of the images.
 
     Args:
-        kernel_size: one number per dimension of the images, as the others.
-        stride: see torch.
-        padding: zeros on both sides.
-        dilation: see torch.
+        kernel_size: see :class:`torch.nn.Conv2d`.
+        stride: see :class:`torch.nn.Conv2d`.
+        padding: number of zeros on both sides.
+        dilation: see :class:`torch.nn.Conv2d`.
     """
 
     kernel_size: tuple[int, ...]
@@ -159,7 +163,7 @@ class Convolution(Patches):
         windows = windows.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
         if isinstance(gain, Tensor):
             gain = gain.view(len(gain), *([1] * (1 + dims)), *gain.shape[2:])
-            # The result's memory is laid out as the patches, not as the windows.
+            # Lay out the result's memory as the patches, not as the windows.
             windows = torch.mul(windows, gain, out=images.new_empty(windows.shape))
         elif gain != 1:
             windows = windows * gain
@@ -181,8 +185,9 @@ class Convolution(Patches):
         return Convolution.columns(self, channels).amax(1, keepdim=True).unflatten(2, self.out_size(magnitudes))
 
     def spread(self, values: Tensor, images: Tensor) -> Tensor:
-        """:meth:`fold` of patches whose elements are all alike: ``(batch, 1, *out_size)`` to ``(batch, 1, *size)``."""
-        # The adjoint of a convolution with ones is one with stride 1 over the values, set apart by the stride.
+        """Return the :meth:`fold` of constant patches: values ``(batch, 1, *out_size)`` to ``(batch, 1, *size)``."""
+        # The adjoint of a convolution with ones is a convolution with ones and stride 1, over values that are spaced by
+        # the stride.
         apart = values.new_zeros(
             *values.shape[:2], *((n - 1) * s + 1 for n, s in zip(values.shape[2:], self.stride, strict=True))
         )
@@ -212,15 +217,15 @@ class Convolution(Patches):
 
 @dataclass(frozen=True)
 class PartialConvolution(Convolution):
-    """A convolution's share that lies on one of several crossbars: some elements of every patch.
+    """The part of a convolution that lies on one of several crossbars: some elements of every patch.
 
     Args:
-        kernel_size: see :class:`Convolution`, as the others.
-        stride: see torch.
-        padding: see torch.
-        dilation: see torch.
-        start: the first element.
-        stop: the first element that is not part of it.
+        kernel_size: see :class:`Convolution`.
+        stride: see :class:`Convolution`.
+        padding: see :class:`Convolution`.
+        dilation: see :class:`Convolution`.
+        start: the first element of this part.
+        stop: the first element after this part.
     """
 
     start: int

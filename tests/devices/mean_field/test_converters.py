@@ -1,4 +1,4 @@
-"""Products through converters against aihwkit's C++ tiles: equal without noise, equal in distribution with it."""
+"""These tests compare products through converters with aihwkit's C++ tiles: values or, with noise, distributions."""
 
 from copy import deepcopy
 
@@ -80,7 +80,10 @@ NOISY = {
 
 @pytest.mark.parametrize("name", NOISY)
 def test_with_noise_products_have_aihwkits_mean_and_spread(name):
-    """4,000 products of 18 outputs each: 5 standard errors, crossed by chance in 1 of 25,000 runs (72 comparisons)."""
+    """Check mean and spread of 4,000 products of 18 outputs each.
+
+    The bounds are 5 standard errors. One in 25,000 random seeds would exceed them (72 comparisons).
+    """
     torch.manual_seed(1)
     io, weight, draws = NOISY[name], torch.randn(6, 9) * 0.5, 4000
     x, tile = torch.randn(3, 9), aihwkits(NOISY[name], weight)
@@ -89,12 +92,12 @@ def test_with_noise_products_have_aihwkits_mean_and_spread(name):
     of_ours, of_aihwkit = (sample.view(draws, 3, 6).double() for sample in samples)
     spread = of_aihwkit.std(0)
     assert ((of_ours.mean(0) - of_aihwkit.mean(0)).abs() <= 5 * spread * (2 / draws) ** 0.5 + 1e-3).all()
-    # The relative standard error of a standard deviation is 1/√(2n) at a Gaussian's kurtosis.
+    # The relative standard error of a standard deviation is 1/√(2n) if the kurtosis is that of a Gaussian.
     assert ((of_ours.std(0) / spread - 1).abs() <= 5 * draws**-0.5).all()
 
 
 def test_bounds_are_managed_vector_by_vector():
-    """A vector that exceeds its bound is repeated at half the input and gets twice the noise; the others do not."""
+    """Check that only a vector that exceeds its bound is repeated at half the input, with twice the noise."""
     io = IOParameters(out_bound=1.0, out_noise=0.01, inp_res=-1, out_res=-1)
     x = torch.tensor([[1.0, 1.0], [1.0, 0.0]]).repeat(3000, 1)
     y = ours(io, torch.tensor([[0.9, 0.9]]), x, True).view(3000, 2)
@@ -104,9 +107,10 @@ def test_bounds_are_managed_vector_by_vector():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_convolutions_converters_act_as_noise(stride):
-    """Against the product with its patches, 1,500 times: 5 standard errors; 1 of 2,000 runs crosses them by chance.
+    """Compare noisy convolutions with the product of weights and patches, in 1,500 draws.
 
-    Means of the forward product differ by the rounding of inputs, which is fixed there and noise here.
+    The bounds are 5 standard errors. One in 2,000 random seeds would exceed them. The means of the forward product
+    differ by the rounding of inputs, which is fixed in the product with patches and is noise in the convolution.
     """
     torch.manual_seed(0)
     io, draws = IOParameters(), 1500

@@ -1,4 +1,4 @@
-"""Numbers of pulses against a count vector by vector, after aihwkit's description of its pulse trains."""
+"""These tests compare numbers of pulses with counts vector by vector, after aihwkit's description of pulse trains."""
 
 from math import ceil, sqrt
 
@@ -24,11 +24,11 @@ UPDATES = {
 
 
 SPREAD = 0.5
-"""From cycle to cycle; of n pulses, it adds n·SPREAD² to the variance of the sum of their steps."""
+"""The variation of a step from cycle to cycle. n pulses add n·SPREAD² to the variance of the sum of their steps."""
 
 
 def by_vector(x, error, learning_rate, granularity, update):
-    """Mean and variance of pulses up and down: probabilities B·|x| and A·|δ| in BL slots, cut at 1."""
+    """Return mean and variance of pulses up and down. In each of BL slots lines fire with B·|x| and A·|δ|, cut at 1."""
     net, total, variance = (torch.zeros(error.shape[1], x.shape[1], dtype=torch.float64) for _ in range(3))
     for vector, mistake in zip(x.double(), error.double(), strict=True):
         x_max, d_max = float(vector.abs().max()), float(mistake.abs().max())
@@ -58,7 +58,10 @@ def by_vector(x, error, learning_rate, granularity, update):
 @pytest.mark.parametrize("learning_rate", [0.002, 0.05, 0.7])
 @pytest.mark.parametrize("signed", [True, False])
 def test_expected_counts_have_the_mean_and_the_variance(name, learning_rate, signed):
-    """800 draws, 28 cross-points: 5 standard errors, crossed by chance in 1 of 600 runs of all 36 cases."""
+    """Check 800 draws of 28 cross-points within 5 standard errors.
+
+    One in 600 random seeds would exceed these bounds in one of the 36 cases.
+    """
     torch.manual_seed(1)
     x, error = torch.randn(6, 7) if signed else torch.rand(6, 7), torch.randn(6, 4) * 0.4
     error *= torch.tensor([1, 0.5, 0.2, 0.05])
@@ -80,7 +83,7 @@ def test_expected_counts_have_the_mean_and_the_variance(name, learning_rate, sig
 @pytest.mark.parametrize("rate", [1.0, 3.0, 20.0])
 @pytest.mark.parametrize("signed", [True, False])
 def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
-    """Every patch has an input 1 and all errors are ±1, so that they fire in every slot."""
+    """Check the counts where every patch has an input 1 and all errors are ±1. Their lines fire in every slot."""
     torch.manual_seed(0)
     convolution = Convolution((3, 3), (2, 2), (1, 1), (1, 1))
     images = torch.rand(3, 4, 8, 8) * 2 - 1 if signed else torch.rand(3, 4, 8, 8)
@@ -100,7 +103,11 @@ def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
 @pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [1e-6, 1e-5, 1e-3])
 def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_rate):
-    """A tenth of the variance, and 5 standard errors of 400 draws, 180 cross-points: by chance in 1 of 10,000 runs."""
+    """Check that inputs of rarely firing lines may be treated alike: the variance is right within a tenth.
+
+    To this tolerance 5 standard errors of 400 draws of 180 cross-points are added. One in 10,000 random seeds would
+    exceed it.
+    """
     torch.manual_seed(0)
     convolution = Convolution((3, 3), (1, 1), (1, 1), (1, 1))
     images, error = torch.randn(2, 4, 6, 6).relu(), torch.randn(2, 5, 6, 6)
@@ -122,7 +129,10 @@ def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_ra
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 def test_sampled_counts_have_the_expected_mean_and_variance(name):
-    """1,000 draws of 28 cross-points: 5 standard errors, crossed by chance in 1 of 30,000 runs (56 comparisons)."""
+    """Check 1,000 draws of 28 cross-points within 5 standard errors.
+
+    One in 30,000 random seeds would exceed these bounds (56 comparisons).
+    """
     torch.manual_seed(2)
     x, error = torch.randn(5, 7), torch.randn(5, 4) * 0.4
     update, generator, draws = UPDATES[name], Generator().manual_seed(3), 1000
@@ -133,7 +143,7 @@ def test_sampled_counts_have_the_expected_mean_and_variance(name):
     net, total, variance = by_vector(x, error, 0.05, 0.01, update)
     for of_samples, mean in zip(samples.mean(0), (net, total), strict=True):
         assert ((of_samples - mean).abs() <= 5 * (variance / draws).sqrt() + 1e-9).all()
-    # The relative standard error of a variance is at most √(2/n + 1/(n·mean)) for counts.
+    # The relative standard error of the variance of counts is at most √(2/n + 1/(n·mean)).
     error_of_variance = variance * (2 / draws + 1 / (draws * variance.clamp_min(1e-3))).sqrt()
     assert ((samples[:, 1].var(0) - variance).abs() <= 5 * error_of_variance + 1e-9).all()
 
@@ -141,7 +151,7 @@ def test_sampled_counts_have_the_expected_mean_and_variance(name):
 def test_sampling_in_portions_counts_every_vector(monkeypatch):
     monkeypatch.setattr("aimc_pl.devices.mean_field.pulses._SLOTS", 100)
     x, error = torch.ones(50, 6), -torch.ones(50, 3)
-    # x·δ = 1 pulse exactly in every vector.
+    # Every vector gives exactly one pulse.
     counts = sampled_counts(x, error, 0.01, 0.01, UpdateParameters(), SPREAD, Generator())
     assert torch.equal(counts.net, torch.full((3, 6), 50.0))
     assert torch.equal(counts.total, torch.full((3, 6), 50.0))

@@ -1,4 +1,4 @@
-"""Slices of the tables of random numbers."""
+"""These tests check slices of the tables of random numbers."""
 
 import torch
 from torch import Generator
@@ -9,7 +9,10 @@ CPU = torch.device("cpu")
 
 
 def test_moments():
-    """A million numbers: 5 standard errors, crossed by chance in 1 of 300,000 runs (6 comparisons)."""
+    """Check the moments of a million numbers within 5 standard errors.
+
+    One in 300,000 random seeds would exceed these bounds (6 comparisons).
+    """
     n = 10**6
     values = random_table.gaussian((1000, 1000), Generator().manual_seed(0), CPU).double()
     assert values.shape == (1000, 1000)

@@ -1,4 +1,4 @@
-"""Motions of weights against pulses applied one by one, and against fine integration, in float64."""
+"""These tests compare the motion of weights with pulses applied one by one, and with fine integration in float64."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ SIZE = (5, 6)
 
 
 def drawn(name):
-    """The parameters of 30 cross-points, as aihwkit draws them, and the device's response."""
+    """Return the device and the parameters of 30 cross-points, as aihwkit draws them."""
     device = DEVICES[name]
     device.construction_seed = 11
     config = SingleRPUConfig(device=device)
@@ -45,7 +45,7 @@ def drawn(name):
 
 
 def steps(device, hidden):
-    """Step up and down as aihwkit documents them, in float64."""
+    """Return the functions of a step up and of a step down, as aihwkit documents them, in float64."""
     p = {key: torch.as_tensor(value).double().expand(SIZE).numpy() for key, value in hidden.items()}
     up, down, low, high = p["dwmin_up"], p["dwmin_down"], p["min_bound"], p["max_bound"]
     reference = p.get("reference", 0.0)
@@ -97,7 +97,7 @@ def test_mean_motion_solves_the_differential_equation(name, pulses):
     counts = poisson(ups - downs, ups + downs)
     response.move(weight, counts, response.steepness * float(counts.total.max()))
     response.clip(weight)
-    # Curved steps are integrated in substeps.
+    # The code integrates curved steps in a few substeps.
     tolerance = 2e-5 if name not in ("exponential", "power") else 2e-3 * np.abs(expected - before).max() + 1e-6
     np.testing.assert_allclose(weight.numpy(), np.clip(expected, low, high), atol=tolerance)
 
@@ -106,7 +106,7 @@ def test_mean_motion_solves_the_differential_equation(name, pulses):
 @pytest.mark.parametrize("pulses", [1, 7, 40])
 @pytest.mark.parametrize("direction", [1, -1])
 def test_whole_pulses_are_single_steps(name, pulses, direction):
-    """However coarse the steps: pulses of one direction, one after the other."""
+    """Check that pulses in one direction are applied one after the other, however coarse the steps are."""
     device, hidden = drawn(name)
     for key in ("dwmin_up", "dwmin_down", "slope_up", "slope_down"):
         if key in hidden:
@@ -127,7 +127,10 @@ def test_whole_pulses_are_single_steps(name, pulses, direction):
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_deviation_of_few_pulses(name):
-    """Poisson counts at a fixed weight: U·up²(1 + σ²) + D·down²(1 + σ²), or with σ of the step at weight 0."""
+    """Compare the variance at a fixed weight with U·up²(1 + σ²) + D·down²(1 + σ²).
+
+    U and D are the mean numbers of pulses, which are Poisson. Some devices take σ relative to the step at weight 0.
+    """
     device, hidden = drawn(name)
     response = response_of(device, hidden, whole_pulses=False)
     weight = response.clip(start())

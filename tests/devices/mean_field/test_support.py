@@ -1,4 +1,4 @@
-"""What the mean-field tile simulates and what it leaves to aihwkit."""
+"""These tests check what the mean-field tile simulates, and that it refuses what only aihwkit simulates."""
 
 import pytest
 from aihwkit.simulator.configs import ConstantStepDevice, SingleRPUConfig

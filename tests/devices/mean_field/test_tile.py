@@ -1,4 +1,4 @@
-"""The mean-field tile in aihwkit's layers: the same weight changes as aihwkit's own tiles, and all else they do."""
+"""These tests run the mean-field tile in aihwkit's layers and compare its updates with those of aihwkit's tiles."""
 
 import pickle
 from copy import deepcopy
@@ -37,7 +37,7 @@ CASES = {
     "far from zero": {"w0": -0.6, "batch": 4},
     "high rate": {"rate": 0.1},
     "cut trains": {"rate": 0.05, "length": 5},
-    # aihwkit's table of random numbers has a mean of ±0.5 %, in units of the spread.
+    # aihwkit's table of random numbers has a mean of up to ±0.5 % of the spread.
     "noisy steps": {"spread": 1.0},
     "one sample": {"batch": 1, "w0": 0.5},
 }
@@ -53,7 +53,7 @@ def crossbar(kind, states=1200, spread=0.3, length=31):
 
 
 def changes(config, w0, rate, x, error):
-    """Weight changes ``(trials, SIZE²)`` of a tile whose cross-points all see the same inputs and errors."""
+    """Return the weight changes ``(trials, SIZE²)`` of a tile whose cross-points all see the same inputs and errors."""
     tile = config.tile_class(SIZE, SIZE, config, False)
     tile.set_learning_rate(rate)
     weights = []
@@ -65,9 +65,10 @@ def changes(config, w0, rate, x, error):
 
 
 def compare(config, sample_pulses, w0, rate, x, error, of_mean, of_std):
-    """Both within the tolerances, plus 4.5 standard errors, which each comparison crosses by chance in 1 of 150,000.
+    """Compare the mean and the standard deviation of weight changes on both tiles.
 
-    Cross-points of a line share its pulses; only trials are independent.
+    They must agree within the tolerances plus 4.5 standard errors. One in 150,000 random seeds would exceed these in a
+    comparison. The cross-points of a row or column share its pulses, so only trials are independent.
     """
     torch.manual_seed(0)
     theirs = changes(config, w0, rate, x, error)
@@ -75,7 +76,7 @@ def compare(config, sample_pulses, w0, rate, x, error, of_mean, of_std):
     for tolerance, statistic in ((of_mean, lambda c: c.mean(1)), (of_std, lambda c: (c - c.mean()).square().mean(1))):
         a, b = statistic(theirs), statistic(ours)
         slack = 4.5 * float((a.var() / TRIALS + b.var() / TRIALS).sqrt())
-        # A variance is off by twice as much as the standard deviation.
+        # The relative error of a variance is twice that of the standard deviation.
         allowed = tolerance * (1 if statistic(theirs).equal(theirs.mean(1)) else 2) * float(a.mean().abs())
         assert abs(float(b.mean() - a.mean())) <= allowed + slack
 
@@ -84,7 +85,7 @@ def compare(config, sample_pulses, w0, rate, x, error, of_mean, of_std):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
 def test_updates_are_aihwkits_in_mean_and_spread(kind, name):
-    """36 cases: the mean within 2 %, the standard deviation within 5 %."""
+    """Check 36 cases: the mean within 2 %, the standard deviation within 5 %."""
     case = {"w0": 0.2, "rate": 0.02, "batch": 8, "states": 1200, "spread": 0.3, "length": 31} | CASES[name]
     generator = torch.Generator().manual_seed(7)
     x = torch.rand(case["batch"], generator=generator) * 0.9 + 0.1
@@ -95,7 +96,10 @@ def test_updates_are_aihwkits_in_mean_and_spread(kind, name):
 
 @pytest.mark.parametrize("sample_pulses", [False, True])
 def test_cross_points_on_a_line_of_the_error_share_its_pulses(sample_pulses):
-    """The variance of a row's mean, of 2,880 rows each: 5 standard errors, crossed by chance in 1 of 1,000,000 runs."""
+    """Check the variance of the mean of a row, of 2,880 rows on each tile, within 5 standard errors.
+
+    One in 1,000,000 random seeds would exceed this bound.
+    """
     config, x, error = crossbar("constant"), torch.tensor([0.9, 0.4]), torch.tensor([0.05, 0.08])
     torch.manual_seed(0)
     rows = [
@@ -109,7 +113,7 @@ def test_cross_points_on_a_line_of_the_error_share_its_pulses(sample_pulses):
 @pytest.mark.parametrize("kind", ["constant", "soft bounds", "reference"])
 @pytest.mark.parametrize("states", [20, 100])
 def test_sampled_pulses_are_aihwkits_for_coarse_steps(kind, states):
-    """Steps of 1 % and 5 % of the range; besides, the part of the cross-points that no pulse reaches is the same."""
+    """Check steps of 1 % and of 5 % of the range, and the share of cross-points that no pulse reaches."""
     config = crossbar(kind, states, spread=0.1)
     x, error = torch.tensor([0.8, 0.3, 0.5]), torch.tensor([0.6, -0.5, 0.4])
     compare(config, True, 0.3, 0.04, x, error, 0.02, 0.05)
@@ -123,7 +127,7 @@ def test_sampled_pulses_are_aihwkits_for_coarse_steps(kind, states):
 
 
 def test_a_batch_that_moves_weights_far_is_applied_in_order():
-    """Many pulses up, then as many down, end near the lower bound of the range; in the other order near the upper."""
+    """Check that many pulses up and then as many down end near the lower bound, and the reverse near the upper."""
     config = to_mean_field(crossbar("soft bounds", states=200))
     ends = []
     for error in ([-1.0, 1.0], [1.0, -1.0]):
@@ -147,7 +151,7 @@ def trained(config, layer_of, x, steps=3, seed=0):
 
 
 def nearly_digital():
-    """Perfect products, and steps so small that their noise is about 1e-6."""
+    """Return a config with perfect products and steps so small that their noise is about 1e-6."""
     device = ConstantStepDevice(w_max=100, w_min=-100, dw_min=1e-11, dw_min_std=0.0, **ALIKE)
     config = to_mean_field(SingleRPUConfig(device=device))
     config.forward.is_perfect = config.backward.is_perfect = True
@@ -168,7 +172,7 @@ LAYERS = {
 @pytest.mark.parametrize("digital_bias", [True, False])
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_layers_of_aihwkit_compute_and_train_as_digital_ones(name, digital_bias, tiles):
-    """Outputs, input gradients and the update of SGD."""
+    """Check outputs, input gradients and the update of SGD."""
     layer_of, shape = LAYERS[name]
     config = nearly_digital()
     config.mapping = MappingParameter(
@@ -195,7 +199,7 @@ def test_layers_of_aihwkit_compute_and_train_as_digital_ones(name, digital_bias,
 @pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv3d"])
 @pytest.mark.parametrize("max_size", [512, 7])
 def test_converted_convolutions_train_as_aihwkits_unfolding_ones(name, max_size):
-    """Our conversion computes on images, aihwkit's layer on unfolded ones, by the same tiles: equal up to rounding."""
+    """Check that converted layers, which compute on images, equal aihwkit's, which unfold images, up to rounding."""
     layer_of, shape = LAYERS[name]
     config = nearly_digital()
     config.mapping = MappingParameter(max_input_size=max_size, max_output_size=max_size)
@@ -252,7 +256,7 @@ def test_devices_are_those_that_aihwkit_draws():
     assert list(mine.get_hidden_parameters()) == list(theirs.get_hidden_parameters())
     for name, values in theirs.get_hidden_parameters().items():
         torch.testing.assert_close(mine.get_hidden_parameters()[name], values)
-    # A tile of ours takes the cross-points of one of aihwkit's, and clips as they do.
+    # A mean-field tile accepts the cross-points of an aihwkit tile, and clips weights in the same way.
     mine = to_mean_field(crossbar("soft bounds")).tile_class(4, 5, to_mean_field(crossbar("soft bounds")), False)
     mine.set_hidden_parameters(theirs.get_hidden_parameters())
     for tile in (mine, theirs):
@@ -261,7 +265,10 @@ def test_devices_are_those_that_aihwkit_draws():
 
 
 def test_write_noise_shows_where_pulses_came():
-    """The persistent weights stay without noise; a standard deviation of 2,500 values is known to 1.4 %."""
+    """Check where write noise appears, and that the persistent weights stay without it.
+
+    The standard deviation of 2,500 values has a standard error of 1.4 %.
+    """
     config = soft_bounds(num_states=1000, cycle_to_cycle=0.0, write_noise=10.0).rpu_config
     torch.manual_seed(0)
     tile = config.tile_class(50, 50, config, False)
@@ -306,8 +313,8 @@ def test_autocast_computes_in_float32():
     torch.testing.assert_close(half, layer(x.bfloat16().float()))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
-# Dynamo warns of aihwkit's context manager, which it does not look into.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile reads .grad
+# Dynamo warns that it does not trace aihwkit's context manager.
 @pytest.mark.slow
 def test_compiled_networks_train():
     torch.manual_seed(0)
@@ -373,7 +380,10 @@ def test_a_learning_rate_of_zero_moves_nothing():
 @pytest.mark.parametrize("backend", ["mean_field", "bits"])
 @pytest.mark.parametrize("make", [soft_bounds, reram_es])
 def test_errors_that_are_no_numbers_raise_nothing(make, backend):
-    """As in a digital layer; where counts are expected they show in the weights, and no line fires in a drawn train."""
+    """Check that NaN as an error raises nothing, as in a digital layer.
+
+    Expected counts make the weights NaN. In drawn pulse trains no line fires, so the weights stay.
+    """
     layer = AnalogLinear(6, 4, False, make(backend=backend).rpu_config)
     layer.analog_module.update(torch.randn(3, 6), torch.full((3, 4), float("nan")))
     if make is soft_bounds:

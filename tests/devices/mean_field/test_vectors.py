@@ -1,4 +1,4 @@
-"""Convolutions on crossbars against torch's own convolutions and unfolding."""
+"""These tests compare convolutions on crossbars with torch's own convolutions and unfolding."""
 
 from itertools import pairwise
 
