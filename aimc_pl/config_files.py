@@ -1,4 +1,4 @@
-"""The config files that the command is given: where they lie, and whether they can be read as they are meant."""
+"""Functions that find the config files of the command, and check that these can be read as they are meant."""
 
 from collections.abc import Iterator
 from importlib.resources import as_file, files
@@ -12,24 +12,25 @@ from aimc_pl.errors import UsageError
 
 
 def with_shipped_configs(args: list[str]) -> list[str]:
-    """The arguments, with paths in the place of the names of configs that the package brings.
+    """Return the arguments of the command, with paths in place of the names of configs that the package ships.
 
     Raises:
-        UsageError: as :func:`check_config`.
+        UsageError: if :func:`check_config` refuses a config.
     """
     found = []
     for before, arg in pairwise(["", *args]):
         if before in ("--config", "-c"):
             found.append(_config_path(arg))
-        elif arg.startswith("--config="):
-            found.append(f"--config={_config_path(arg.removeprefix('--config='))}")
+        elif arg.startswith(("--config=", "-c=")):
+            option, _, name = arg.partition("=")
+            found.append(f"{option}={_config_path(name)}")
         else:
             found.append(arg)
     return found
 
 
 def _config_path(name: str) -> str:
-    """Where a config lies: a file as it is named, else the one of that name that the package brings."""
+    """Return the path of a config: a file of that name, or else the config of that name that the package ships."""
     shipped = files("aimc_pl.configs") / name
     check_config(Path(name))
     if Path(name).exists() or Path(name).name != name or not shipped.is_file():
@@ -39,10 +40,10 @@ def _config_path(name: str) -> str:
 
 
 def check_config(path: Path) -> None:
-    """Refuse a config file that is not YAML, or that says something twice, of which YAML takes the last in silence.
+    """Check that a config file, if it exists, is YAML and sets nothing twice. YAML would silently take the last value.
 
     Raises:
-        UsageError: naming the file, and the line.
+        UsageError: if the file cannot be read or is wrong. The message names the file and, if known, the line.
     """
     if not path.is_file():
         return
@@ -67,7 +68,7 @@ def check_config(path: Path) -> None:
 
 
 def _mappings(node: yaml.Node, seen: set[int]) -> Iterator[yaml.MappingNode]:
-    """All mappings of a document, each once, however many aliases it has."""
+    """Yield all mappings of a YAML document, each once, even if aliases repeat it."""
     if id(node) in seen:
         return
     seen.add(id(node))

@@ -1,4 +1,4 @@
-"""The random states that a step may draw from."""
+"""The random states from which a step may draw: read, written and observed."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,28 +13,33 @@ from aimc_pl.private_torch import tree_leaves
 
 _SETTERS = (
     *((torch, "manual_seed"), (torch, "set_rng_state"), (torch.random, "manual_seed")),
-    *((torch.random, "set_rng_state"), (random, "seed"), (random, "setstate")),
+    *((torch.random, "set_rng_state"), (torch.cuda, "manual_seed"), (torch.cuda, "manual_seed_all")),
+    *((torch.cuda, "set_rng_state"), (random, "seed"), (random, "setstate")),
     *((np.random, "seed"), (np.random, "set_state")),
 )
 
 
 class RandomStates:
-    """Torch's, numpy's and Python's random states, and those of further generators."""
+    """The random states of torch, NumPy and Python, and of further generators.
+
+    Args:
+        generators: the further generators, of torch, NumPy or Python.
+    """
 
     def __init__(self, generators: Sequence[Any] = ()) -> None:
         self._generators = generators
 
     def read(self) -> list[Any]:
-        """The states of this moment."""
+        """Return the current states."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         generators = [_state_of(generator) for generator in self._generators]
         return [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), generators]
 
     def write(self, states: list[Any]) -> bool:
-        """Go back to what :meth:`read` has returned, here or in another process.
+        """Set the states that :meth:`read` has returned, in this process or in another one.
 
         Returns:
-            Whether there are as many generators as then; otherwise they stay as they are.
+            Whether there are as many further generators as there were then. If not, their states stay as they are.
         """
         cpu, cuda, numpys, pythons, generators = states
         torch.set_rng_state(cpu)
@@ -49,13 +54,13 @@ class RandomStates:
         return True
 
     def have_moved(self, states: list[Any]) -> bool:
-        """Whether anything has been drawn since ``states`` were read."""
+        """Return whether any random number has been drawn since ``states`` were read."""
         return not all(map(np.array_equal, tree_leaves(self.read()), tree_leaves(states)))
 
 
 @contextmanager
 def seeding_noticed(notice: Callable[[], None]) -> Iterator[None]:
-    """Call ``notice`` whenever code inside sets a global random state, to seed it or to put it back."""
+    """Context manager that calls ``notice`` whenever code inside seeds a global random state or puts one back."""
 
     def noticed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

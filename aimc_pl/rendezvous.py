@@ -1,7 +1,7 @@
-"""How the processes of a run find each other: each joins in a store that rank 0, or torchrun, serves.
+"""How the processes of a run find each other: each process joins a store, which rank 0 or torchrun serves.
 
-The store and torch.distributed ask nobody who he is. So the store is served at the master's address only, and the
-processes prove to each other, before anything else, that they know the secret of the run.
+Neither the store nor torch.distributed checks who connects. For this reason the store listens at the master's address
+only. Before anything else, the processes prove to each other that they know the secret of the run.
 """
 
 import hmac
@@ -21,7 +21,7 @@ from torch.distributed import DistError, Store, TCPStore  # pyright: ignore[repo
 from aimc_pl.errors import PeerError, UsageError
 
 SECRET = "AIMC_PL_SECRET"
-"""The environment variable with the secret of the run. Without it nobody has to prove anything."""
+"""The environment variable that holds the secret of the run. Without it, no process has to prove anything."""
 
 
 def meet(
@@ -33,19 +33,19 @@ def meet(
     timeout: float,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Connect the processes of a run by torch.distributed, once.
+    """Connect the processes of a run by torch.distributed. Do nothing if they are connected already.
 
     Args:
-        address: of the master, which is rank 0.
-        port: of the store there.
-        rank: of this process.
+        address: the address of the master, which is rank 0.
+        port: the port of the store at that address.
+        rank: the rank of this process.
         world_size: the number of processes.
-        backend: of torch.distributed.
-        timeout: seconds until all of them are there.
-        check: called again and again until then, to raise what makes waiting useless.
+        backend: the backend of torch.distributed.
+        timeout: seconds within which all processes must have joined.
+        check: called repeatedly until then. It raises an error if it is useless to wait any longer.
 
     Raises:
-        UsageError: if rank 0 cannot listen there.
+        UsageError: if rank 0 cannot listen at the address and port.
         PeerError: if a process is missing, or does not know the secret.
     """
     if dist.is_initialized():
@@ -82,10 +82,15 @@ def meet(
 
 
 def within(seconds: float, function: Callable[[], Any], check: Callable[[], None] = lambda: None) -> Any:
-    """The result of a function that may not return, as calls to a store whose server hangs.
+    """Return the result of a function that may never return, such as a call to a store whose server hangs.
+
+    Args:
+        seconds: how long to wait for the result.
+        function: runs in a thread of its own. What it raises is raised here.
+        check: called repeatedly until then. It raises an error if it is useless to wait any longer.
 
     Raises:
-        TimeoutError: if it has not returned within so many seconds. A thread of this process stays inside it.
+        TimeoutError: if the function has not returned in time. A thread of this process then stays inside it.
     """
     results: list[tuple[Any, BaseException | None]] = []
 
@@ -110,7 +115,7 @@ def within(seconds: float, function: Callable[[], Any], check: Callable[[], None
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """Listen at one address of this machine, not at all of them, as torch would."""
+    """Return a socket that listens at one address of this machine. torch would listen at all of them."""
     try:
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((address, port), family=family, backlog=1024)
@@ -122,7 +127,7 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 def _find(address: str, port: int, timeout: float, check: Callable[[], None]) -> None:
-    """Wait until somebody listens there: torch's own waiting cannot be interrupted."""
+    """Wait until a process listens at the address. torch could wait too, but its wait cannot be interrupted."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -135,6 +140,7 @@ def _find(address: str, port: int, timeout: float, check: Callable[[], None]) ->
 
 
 def _join(store: Store, rank: int, world_size: int, timeout: float) -> None:
+    """Write to the store that this process has joined, and wait until all others have."""
     keys = [f"joined {other}" for other in range(world_size)]
     store.set(keys[rank], "")
     deadline = time.monotonic() + timeout
@@ -142,11 +148,11 @@ def _join(store: Store, rank: int, world_size: int, timeout: float) -> None:
         if time.monotonic() > deadline:
             missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
             raise PeerError(f"rank {missing} of {world_size} has not started within {timeout:g} s: see its own output")
-        time.sleep(0.05)  # a wait inside the store could not say who is missing
+        time.sleep(0.05)  # a wait inside the store could not say which rank is missing
 
 
 def _prove(rank: int, world_size: int, secret: bytes, limit: timedelta) -> None:
-    """Make sure, on every connection, that the process at its other end knows the secret."""
+    """Check, on every connection, that the process at the other end knows the secret."""
     others = [other for other in range(world_size) if other != rank]
     asked = secrets.token_bytes(32)
     questions = _exchange(dict.fromkeys(others, asked), limit)
@@ -160,16 +166,20 @@ def _prove(rank: int, world_size: int, secret: bytes, limit: timedelta) -> None:
 
 
 def _proof(secret: bytes, prover: int, asker: int, question: bytes) -> bytes:
+    """Return the answer of one rank to the question of another one. Only a process with the secret can compute it."""
     return hmac.digest(secret, f"{prover} {asker} ".encode() + question, "sha256")
 
 
 def _exchange(messages: dict[int, bytes], limit: timedelta) -> dict[int, bytes]:
-    """Send 32 bytes to every other process, and receive as many."""
+    """Send 32 bytes to every other process, and return the 32 bytes that each of them has sent."""
     sent = {other: torch.frombuffer(bytearray(message), dtype=torch.uint8) for other, message in messages.items()}
     received = {other: torch.empty(32, dtype=torch.uint8) for other in messages}
     works = [dist.isend(tensor, other) for other, tensor in sent.items()]
     works += [dist.irecv(tensor, other) for other, tensor in received.items()]
     for work in works:
         assert work is not None
-        work.wait(limit)
+        try:
+            work.wait(limit)
+        except RuntimeError as error:
+            raise PeerError("a process has ended while the processes connected: see the outputs of all") from error
     return {other: tensor.numpy().tobytes() for other, tensor in received.items()}

@@ -1,4 +1,4 @@
-"""What runs of a step change, and how to put it back."""
+"""A record of everything that runs of a training step may change, with which the changes are found and undone."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,21 +17,21 @@ from aimc_pl.private_torch import hooks_of, set_hooks
 from aimc_pl.reachable import GENERATORS, GlobalVariable, Named, joined, reachable, variables_of
 
 Change = tuple[int, str]
-"""The number of something that has changed, and which of its variables."""
+"""The number of an object in the record, and the name of its variable that has changed."""
 
 _MISSING = object()
 
 
 class Traces:
-    """What runs of a step may change: all that can be reached from its modules, gradients, the batch, iterators.
+    """Everything that runs of a step may change: all objects that its modules refer to, gradients, and the batch.
 
-    Iterators that modules hold become copies that give the same.
+    Iterators of Python that modules hold are replaced by copies that yield the same values and can be rewound.
 
     Args:
-        network: all modules that the step calls.
-        inputs: what it is given.
-        beside: what else the step can reach: optimizers and their schedulers, for example.
-        outside: what it can reach and what is not looked into.
+        network: the module that contains all modules that the step calls.
+        inputs: the inputs of the step.
+        beside: other objects that the step can reach, by name: optimizers and their schedulers, for example.
+        outside: objects that the step can reach, and that are neither searched for changes nor put back.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class Traces:
         self._network = network
         held = [(vars(module), name) for module in network.modules() for name in vars(module)]
         self._holders = [(values, name, id(values[name])) for values, name in held if _is_iterator(values[name])]
-        # One for all modules that hold the same.
+        # Modules that hold the same iterator share one copy.
         self._iterators = {key: tee(values[name], 1)[0] for values, name, key in self._holders}
         self._rewind()
         found = [*reachable([("", network), *beside], outside)]
         self.generators = [value for _, value in found if isinstance(value, GENERATORS)]
-        """Random generators that the step can reach."""
+        """The random generators that the step can reach."""
         self._kept = _saved(found)
         self._inputs = _saved(reachable([("batch", inputs)], [*outside, *(value for _, value in found)]))
         self._watched = range(len(self._kept))
@@ -54,17 +54,17 @@ class Traces:
         self._pending = [(context, context.analog_input, context.analog_grad_output) for context in contexts]
 
     def clear_gradients(self) -> None:
-        """Forget what the runs' backwards have left."""
+        """Clear the gradients, and the pending updates of analog tiles, that backwards have left."""
         for parameter, _ in self._gradients:
             parameter.grad = None
         reset_pending_updates(self._network)
 
     def undo(self) -> None:
-        """Put everything back."""
+        """Put everything back as it was when this record was made."""
         changes = self.changed()
         for change in changes:
             self.undo_one(change)
-        # To compare all weights takes as long as a small step: those that the first run leaves alone are trusted.
+        # Comparing all weights takes as long as a small step. Parameters that the first run leaves alone are trusted.
         changed = {number for number, _ in changes}
         self._watched = [k for k in self._watched if k in changed or not self._kept[k].is_parameter]
         self.undo_inputs()
@@ -76,22 +76,22 @@ class Traces:
             context.analog_input, context.analog_grad_output = inputs, errors
 
     def undo_inputs(self) -> None:
-        """Put the batch back."""
+        """Put the batch back as it was when this record was made."""
         for saved in self._inputs:
             for variable in saved.changes():
                 saved.put_back(variable)
 
     def changed(self) -> list[Change]:
-        """What has changed."""
+        """Return what has changed since this record was made, other than the batch and gradients."""
         return [(number, variable) for number in self._watched for variable in self._kept[number].changes()]
 
     def undo_one(self, change: Change) -> None:
-        """Put one of :meth:`changed` back."""
+        """Put back one of the changes that :meth:`changed` has returned."""
         number, variable = change
         self._kept[number].put_back(variable)
 
     def describe(self, change: Change) -> str:
-        """One of :meth:`changed` in words."""
+        """Return the quoted name of a change that :meth:`changed` has returned, for messages."""
         number, variable = change
         return repr(joined(self._kept[number].name, variable))
 
@@ -102,7 +102,7 @@ class Traces:
 
 
 class _Saved:
-    """Something that can change, and how it was."""
+    """An object that can change, and a record of its state."""
 
     is_parameter = False
 
@@ -111,11 +111,11 @@ class _Saved:
         self._value = value
 
     def changes(self) -> list[str]:
-        """The variables that have changed; ``""`` for the whole."""
+        """Return the names of the variables that have changed; the name ``""`` stands for the whole object."""
         return [] if self._is_as_before() else [""]
 
     def put_back(self, variable: str) -> None:
-        """Make one of them what it was."""
+        """Put back one of the variables that :meth:`changes` has named."""
         raise NotImplementedError
 
     def _is_as_before(self) -> bool:
@@ -123,7 +123,7 @@ class _Saved:
 
 
 class _Variables(_Saved):
-    """The attributes of an object or a class, global variables, or a variable in a closure."""
+    """The attributes of an object or a class, a global variable, or a variable of a closure."""
 
     def __init__(self, name: str, value: Any) -> None:
         super().__init__(name, value)
@@ -159,7 +159,7 @@ class _Variables(_Saved):
 
 
 class _Contents(_Saved):
-    """What a list, dict, set or deque holds."""
+    """The contents of a list, dict, set or deque."""
 
     def __init__(self, name: str, value: Any) -> None:
         super().__init__(name, value)
@@ -174,7 +174,7 @@ class _Contents(_Saved):
 
 
 class _Tensor(_Saved):
-    """Value, shape, flag and hooks of a tensor; it may have no value yet (be lazy)."""
+    """The values, shape, ``requires_grad`` and hooks of a tensor. A lazy tensor has no values yet."""
 
     def __init__(self, name: str, value: Tensor) -> None:
         super().__init__(name, value)
@@ -191,7 +191,7 @@ class _Tensor(_Saved):
             tensor.__class__ = self._kind
         elif self._is_another_shape():
             tensor.data = self._before.clone()
-        elif not torch.equal(tensor, self._before):
+        elif not _are_equal(tensor, self._before):
             with torch.no_grad():
                 tensor.copy_(self._before)
         if tensor.requires_grad != self._flag:
@@ -203,7 +203,7 @@ class _Tensor(_Saved):
             return False
         if self._before is None:
             return type(tensor) is self._kind
-        return not self._is_another_shape() and torch.equal(tensor, self._before)
+        return not self._is_another_shape() and _are_equal(tensor, self._before)
 
     def _is_another_shape(self) -> bool:
         assert self._before is not None
@@ -221,7 +221,12 @@ class _Array(_Saved):
         np.copyto(self._value, self._before)
 
     def _is_as_before(self) -> bool:
-        return np.array_equal(self._value, self._before)
+        return np.array_equal(self._value, self._before, equal_nan=self._before.dtype.kind in "fc")
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors of the same shape hold the same values, where NaN equals NaN."""
+    return torch.equal(a, b) or (not a.isfinite().all() and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def _saved(found: Iterable[Named]) -> list[_Saved]:
@@ -230,7 +235,7 @@ def _saved(found: Iterable[Named]) -> list[_Saved]:
         if isinstance(value, GENERATORS):
             continue
         if isinstance(value, Tensor):
-            if value.is_leaf and value.layout == torch.strided:  # not what a run has left with its graph
+            if value.is_leaf and value.layout == torch.strided:  # Others are left over from a run.
                 saved.append(_Tensor(name, value))
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and not value.dtype.hasobject:
@@ -243,5 +248,5 @@ def _saved(found: Iterable[Named]) -> list[_Saved]:
 
 
 def _is_iterator(value: Any) -> bool:
-    """Of Python itself: a generator, a zip, a count."""
+    """Return whether a value is an iterator of Python itself, such as a generator, a zip or a count."""
     return isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools")

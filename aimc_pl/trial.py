@@ -1,4 +1,4 @@
-"""Runs of a training step that leave no trace: to look at it, to measure it, to verify that stages change nothing."""
+"""Runs of a training step that leave no trace. They inspect it, measure it, and verify that stages change nothing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -22,7 +22,7 @@ from aimc_pl.traces import Traces
 from aimc_pl.weights import gradients_of, read_gradients
 
 Function = Callable[[], Tensor | None]
-"""Runs the step on a micro-batch and returns its loss, or ``None`` to learn nothing."""
+"""A function that runs the step on a micro-batch and returns the loss, or ``None`` to learn nothing."""
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 0.02
@@ -31,11 +31,11 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 @dataclass(frozen=True)
 class Outcome:
-    """What runs of a step on some micro-batches have computed.
+    """The results of a step on some micro-batches.
 
     Attributes:
-        losses: of each; ``None`` where it skips learning.
-        gradients: of all parameters that require grad, summed over the micro-batches.
+        losses: the loss of each micro-batch; ``None`` where the step skips learning.
+        gradients: the gradients of all parameters that require grad, summed over the micro-batches.
     """
 
     losses: list[Tensor | None]
@@ -43,14 +43,14 @@ class Outcome:
 
 
 class Trials:
-    """Runs a step on micro-batches, each time from the same weights, attributes and random states.
+    """Runs of a step on micro-batches, each from the same weights, attributes and random states.
 
     Args:
-        network: all modules that the step calls.
-        functions: the step on the first micro-batches.
-        inputs: what these are given.
-        beside: what else they can reach: optimizers and their schedulers, for example.
-        outside: what they can reach and what is not looked into.
+        network: the module that contains all modules that the step calls.
+        functions: the step on each of the first micro-batches.
+        inputs: the inputs of these functions.
+        beside: other objects that the functions can reach, by name: optimizers and their schedulers, for example.
+        outside: objects that the functions can reach, and that are neither searched for changes nor put back.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Trials:
         self.functions = functions
         learning = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
         self.names = [*learning]
-        """Of the parameters that require grad."""
+        """The names of the parameters that require grad."""
         self._parameters = [*learning.values()]
         self._traces = Traces(network, inputs, beside, outside)
         self._random = RandomStates(self._traces.generators)
@@ -75,13 +75,13 @@ class Trials:
         self.casts = False
         """Whether a step has been seen to convert parameters to another type, as autocast does."""
         self._differentiates = True
-        """Whether a forward may need gradients to be enabled, as its loss holds gradients, say."""
+        """Whether a forward may need gradients to be enabled, for example because its loss contains gradients."""
         self._remembers = True
-        """Whether a run may depend on what the one before it has left."""
+        """Whether a run may depend on what the run before it has left."""
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
-        """Around each run: it starts anew, and leaves nothing."""
+        """Context manager for one run, which starts from the same state as all other runs and leaves no trace."""
         self._traces.clear_gradients()
         try:
             yield
@@ -91,13 +91,16 @@ class Trials:
             self._random.write(self._states)
 
     def undivided(self, watched: AbstractContextManager[Any] | None = None) -> Outcome | None:
-        """The first two micro-batches as they are, each anew, forward and backward.
+        """Run the first two micro-batches without stages, forward and backward, each from the initial state.
 
         Args:
-            watched: entered around the forward of the first.
+            watched: a context manager that is entered for the forward of the first micro-batch.
 
         Returns:
-            ``None`` if the first one skips learning.
+            The losses and gradients, or ``None`` if the first micro-batch skips learning.
+
+        Raises:
+            UsageError: if a loss requires no grad, or if the step runs a backward or creates parameters itself.
         """
         losses: list[Tensor | None] = []
         gradients: list[Tensor] = []
@@ -118,7 +121,7 @@ class Trials:
         return Outcome(losses, gradients)
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The gradients of some parameters for the first micro-batch, undivided, in one vector."""
+        """Return the gradients of some parameters for the first micro-batch, without stages, in one vector."""
         with self.fresh(), torch.enable_grad():
             loss = self.functions[0]()
             if loss is not None:
@@ -128,11 +131,13 @@ class Trials:
     def record(self, step: StagedStep, reference: Outcome | None = None) -> None:
         """Run the second micro-batch forward in stages, then the first, to see what each stage uses, calls and sets.
 
-        Two: only where something has been left does a step change what it starts anew.
+        One run would not show all of it. A step that begins by clearing a list, for example, changes the list only if
+        an earlier run has filled it.
 
         Args:
-            step: to record.
-            reference: what :meth:`undivided` gave; then it also shows whether the first depends on the second.
+            step: the step to record.
+            reference: the result of :meth:`undivided`. If it is given, the method also finds out whether the first
+                micro-batch depends on the second.
         """
         with self.fresh():
             self._forward(step, self.functions[:2][-1])
@@ -142,9 +147,9 @@ class Trials:
         step.settle()
 
     def staged(self, step: StagedStep) -> Outcome:
-        """The first micro-batch in stages, the second one overlapping with it as in a pipeline.
+        """Run the first micro-batch in stages, overlapping with the second one as in a pipeline.
 
-        Each draws its own random numbers, those of :meth:`undivided`.
+        Each micro-batch draws the random numbers that it draws in :meth:`undivided`.
         """
         num_stages = len(step.stages)
         with self.fresh(), step.running():
@@ -156,10 +161,10 @@ class Trials:
                 operation(stage)
                 states[k] = self._random.read()
                 if step.delayed:
-                    # As an update would; what compares versions is to find out now.
+                    # An update would raise the versions too. Code that compares versions must fail now, not later.
                     set_versions(step.parameters, [version + 1 for version in versions_of(step.parameters)])
 
-            # Clock by clock: the second follows the first one stage behind.
+            # In every clock the second micro-batch is one stage behind the first.
             for clock in range(num_stages + len(flights) - 1):
                 for k, flight in reversed([*enumerate(flights)]):
                     if 0 <= clock - k < num_stages:
@@ -170,13 +175,13 @@ class Trials:
             return Outcome([flight.loss for flight in flights], self._gradients())
 
     def check_repeats(self, reference: Outcome) -> None:
-        """Refuse a step that does not give the same from the same state.
+        """Check that the step gives the same loss when it runs again from the same state.
 
         Raises:
-            UsageError: if its loss is another one.
+            UsageError: if it gives another loss.
         """
         expected = reference.losses[0]
-        # Without gradients it takes less memory. Whatever fails then is tried again with them, and raised.
+        # A run without gradients takes less memory. If it fails or gives another loss, a run with gradients decides.
         with suppress(Exception), self.fresh(), torch.no_grad():
             self._differentiates = not is_close(self._loss_again(), expected)
         if not self._differentiates:
@@ -187,10 +192,10 @@ class Trials:
             raise does_not_repeat(f"a loss of {_shown(again)} in the place of {_shown(expected)}")
 
     def check_memory(self, step: StagedStep, reference: Outcome) -> None:
-        """Refuse a step whose result depends on what the step before it has left.
+        """Check that the step's result does not depend on what the step before it has left.
 
         Raises:
-            UsageError: naming what the step reads.
+            UsageError: if the result depends on it; the message names what the step reads.
         """
         if not self._remembers and not step.private:
             return
@@ -199,8 +204,8 @@ class Trials:
             self._start_again(reference)
             if not is_close(self._loss_again(), expected):
                 raise UsageError(
-                    "training_step reads gradients of parameters, and those of earlier steps are not there: with the "
-                    "pipeline, the backward belongs to the step. Use a hook (on_before_optimizer_step) instead"
+                    "training_step reads gradients of parameters, but the pipeline does not keep those of earlier "
+                    "steps: read them in a hook instead (on_before_optimizer_step)"
                 )
         if step.attributes is None:
             return
@@ -225,18 +230,21 @@ class Trials:
                     names.append(self._traces.describe(change))
         raise UsageError(
             f"training_step reads what the step before it has left in {', '.join(names) or 'its module'}, "
-            "and micro-batches overlap in a pipeline: set it anew in every step, or use num_microbatches=1 with "
+            "and micro-batches overlap in a pipeline: reset it in every step, or use num_microbatches=1 with "
             "schedule='sync'"
         )
 
     def losses(self, functions: Sequence[Function], reference: Outcome | None = None) -> list[Tensor] | None:
-        """The losses of several batches, each from the same state; ``None`` if one has none, or is random.
+        """Return the losses of several batches, each from the same state.
 
-        If the step draws random numbers, without the layers for dropout: perhaps no others do.
+        If the step draws random numbers, dropout layers are switched off, since perhaps nothing else draws any.
 
         Args:
-            functions: the step on the batches.
-            reference: what :meth:`undivided` gave, not to run the first two micro-batches again.
+            functions: the step on each batch.
+            reference: the result of :meth:`undivided`. If it is given, the first two micro-batches need not run again.
+
+        Returns:
+            The losses, or ``None`` if a batch has no loss or still draws random numbers.
         """
         found: list[Tensor] = []
         known = dict(zip(self.functions, reference.losses, strict=False)) if reference and not self.draws else {}
@@ -264,7 +272,7 @@ class Trials:
             return flight.loss
 
     def _start_again(self, before: Outcome | None = None) -> None:
-        """Put back the random states and the batch, and leave the gradients of the run before."""
+        """Put back the random states and the batch, and give digital parameters the gradients of ``before``."""
         self._random.write(self._states)
         self._traces.undo_inputs()
         for parameter, gradient in zip(self._parameters, before.gradients if before else (), strict=before is not None):
@@ -278,17 +286,23 @@ class Trials:
         return None if loss is None else loss.detach()
 
     def _check_growth(self, step: StagedStep, values: dict[Any, Any]) -> None:
-        """Refuse what several stages add to in every step: micro-batches would add to each other's."""
+        """Check that no attribute that several stages set grows with every step.
+
+        Micro-batches that overlap would add to each other's values.
+
+        Raises:
+            UsageError: if an attribute grows.
+        """
         assert step.attributes is not None
         for place, value in step.attributes.current(values).items():
             if not is_alike(values[place], value):
                 raise UsageError(
                     f"training_step adds to {step.attributes.name(place)!r} in several stages without "
-                    "starting it anew: set it anew in every step, or use num_microbatches=1 with schedule='sync'"
+                    "resetting it: reset it in every step, or use num_microbatches=1 with schedule='sync'"
                 )
 
     def _check_backward(self) -> None:
-        """Refuse gradients that the step itself has computed: Lightning clears them before its backward."""
+        """Check that the step has left no gradients on parameters: Lightning would clear them before its backward."""
         for name, parameter in zip(self.names, self._parameters, strict=True):
             if parameter.grad is not None:
                 raise UsageError(
@@ -297,7 +311,7 @@ class Trials:
                 )
 
     def _check_parameters(self) -> None:
-        """Refuse parameters that the step creates to learn them: the stages could not know them."""
+        """Check that the step creates no parameters to train: the stages could not know them."""
         known = set(map(id, self._parameters))
         for name, parameter in self.network.named_parameters():
             if parameter.grad is not None and id(parameter) not in known:
@@ -307,7 +321,7 @@ class Trials:
                 )
 
     def _accumulate(self, loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-        """The gradients after a further backward."""
+        """Run the backward of a loss, and return its gradients added to ``gradients``."""
         digital = [not is_analog(parameter) for parameter in self._parameters]
         for parameter, is_digital, gradient in zip(self._parameters, digital, gradients or digital, strict=True):
             if is_digital and isinstance(gradient, Tensor):
@@ -319,12 +333,12 @@ class Trials:
         return [a if is_digital else a + b for a, b, is_digital in zip(own, gradients, digital, strict=True)]
 
     def _gradients(self) -> list[Tensor]:
-        # The backward's own: the next run begins without them.
+        # These need not be copied: the next run starts without gradients.
         return [gradient.detach() for gradient in gradients_of(self.network, self._parameters)]
 
 
 def verify(trials: Trials, step: StagedStep, reference: Outcome) -> None:
-    """Compare the runs of two micro-batches in stages, side by side, with undivided ones.
+    """Check that two overlapping micro-batches in stages give the losses and gradients of runs without stages.
 
     Raises:
         UsageError: if losses or gradients differ.
@@ -344,7 +358,7 @@ def verify(trials: Trials, step: StagedStep, reference: Outcome) -> None:
 
 
 def does_not_repeat(difference: str) -> UsageError:
-    """What to raise where a step has left something behind that cannot be put back."""
+    """Return the error to raise when a step gives another result because of something that cannot be put back."""
     return UsageError(
         f"training_step gives {difference} when it runs again from the same state: it keeps something where it cannot "
         "be put back, or draws random numbers from a generator that no module holds, so that the runs before the first "
@@ -357,17 +371,17 @@ def _difference(names: Sequence[str], ours: Outcome, theirs: Outcome) -> str | N
         if not is_close(a, b):
             return f"a loss of {_shown(a)} in the place of {_shown(b)}"
     scale = max((float(gradient.norm()) for gradient in theirs.gradients), default=0.0)
-    if not isfinite(scale):  # there is nothing to compare, and no update will come of it
+    if not isfinite(scale):  # Such gradients cannot be compared, and no update follows from them.
         return None
     for name, a, b in zip(names, ours.gradients, theirs.gradients, strict=True):
-        tolerance = _TOLERANCE.get(a.dtype, _COARSE) if not torch.is_autocast_enabled("cpu") else _COARSE
+        tolerance = _TOLERANCE.get(a.dtype, _COARSE) if not torch.is_autocast_enabled(a.device.type) else _COARSE
         if not float((a - b).norm()) <= tolerance * (float(b.norm()) + 1e-3 * scale):
             return f"another gradient of {name!r}"
     return None
 
 
 def is_close(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two losses agree but for rounding."""
+    """Return whether two losses agree up to rounding errors."""
     if a is None or b is None:
         return a is b
     tolerance = _TOLERANCE.get(a.dtype, _COARSE)

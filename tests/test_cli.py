@@ -1,4 +1,4 @@
-"""The command: every config is instantiated, those without download run, overrides reach interpolations."""
+"""These tests run the command: every config, on random images where data would be downloaded, and overrides."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def command(monkeypatch):
 
 
 class Fake:
-    """Noise in the place of a downloaded data set."""
+    """Random images in place of a data set that would be downloaded."""
 
     def __init__(self, root, train, download):
         generator = torch.Generator().manual_seed(int(train))
@@ -37,7 +37,7 @@ class Fake:
 
 
 def has_colours(path):
-    """Whether a picture shows more than black on white."""
+    """Return whether an image has more than black on white."""
     red, green, _, _ = imread(path).reshape(-1, 4).T
     return (abs(red - green) > 0.1).mean() > 0.01
 
@@ -48,18 +48,18 @@ def test_there_are_configs():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:one update has made")  # random images in batches of a few
-@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # as BatchNorm or the loss has it
-@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # it has BatchNorm
+@pytest.mark.filterwarnings("ignore:one update has made")  # the images are random and the batches small
+@pytest.mark.filterwarnings("ignore:splitting the mini-batch changes its loss")  # because of BatchNorm
+@pytest.mark.filterwarnings("ignore:BatchNorm computes its statistics per micro-batch")  # some networks have BatchNorm
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_runs(config, command, monkeypatch, capsys):
-    """Two steps on the real digits, or on noise where the data would have to be downloaded."""
+    """Check two steps on the real digits, or on random images in place of data that would be downloaded."""
     for name in ("MNIST", "CIFAR10", "CIFAR100"):
         monkeypatch.setattr(torchvision.datasets, name, type(name, (Fake,), {}))
     options = ["--trainer.fast_dev_run=2", "--trainer.enable_progress_bar=false"]
     if "resnet" in config:
         options.append("--data.init_args.batch_size=16")
-    if "resnet34" in config:  # of a size for a GPU
+    if "resnet34" in config:  # its usual batch is meant for a GPU
         options += ["--trainer.fast_dev_run=1", "--trainer.strategy.init_args.num_microbatches=2"]
     command("fit", "--config", config, *options)
     printed = capsys.readouterr().out
@@ -69,11 +69,11 @@ def test_config_runs(config, command, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_digits_fit_report_and_test_the_checkpoint(command, capsys):
-    # floating-point tiles: the same products every time
+    # Floating-point tiles compute the same products every time.
     options = ("--config=digits_async.yaml", "--trainer.strategy.init_args.device=ideal")
     command("fit", *options, "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false")
     printed = capsys.readouterr().out
-    # 41 mini-batches of 4 micro-batches, the last of 13 samples; 2 epochs of 2·164 + 6 cycles
+    # There are 41 mini-batches of 4 micro-batches, the last with 13 samples: 2 epochs of 2·164 + 6 cycles.
     assert "668 clock cycles on 4 accelerators" in printed
     assert "tensorboard --logdir logs/digits_async" in printed.replace("\n", "")
     (checkpoint,) = Path("logs/digits_async").glob("version_0/checkpoints/last.ckpt")
@@ -99,12 +99,14 @@ def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch
     (shipped,) = (Path(folder) / "digits_async.yaml" for folder in aimc_pl.configs.__path__)
     command("fit", "--config", "digits_async.yaml")
     command("fit", "-c", "digits_async.yaml")
+    command("fit", "-c=digits_async.yaml")
     command("fit", "--config=digits_async.yaml", "--trainer.logger.save_dir=out/digits_async.yaml")
     command("fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml")
     command("fit", "--config=none.yaml")
     assert seen == [
         ["fit", "--config", str(shipped)],
         ["fit", "-c", str(shipped)],
+        ["fit", f"-c={shipped}"],
         ["fit", f"--config={shipped}", "--trainer.logger.save_dir=out/digits_async.yaml"],
         ["fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml"],
         ["fit", "--config=none.yaml"],

@@ -1,10 +1,11 @@
-"""Batches that differ have other fingerprints, in other processes too, and equal ones the same."""
+"""These tests check that different batches have different fingerprints, and equal ones the same in every process."""
 
 import dataclasses
 import subprocess
 import sys
 from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
@@ -19,7 +20,7 @@ class Pair:
 
 
 def batches(seed, size):
-    """One of every kind, of the same shapes whatever the seed."""
+    """Return batches of all kinds, whose shapes do not depend on the seed."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, generator=generator)
     y = torch.randint(1000, size[:1], generator=generator)
@@ -59,7 +60,7 @@ def test_no_row_is_left_out(size):
 
 
 def test_it_is_not_blind_to_the_middle_of_images():
-    """Digits have a frame of zeros, into which steps of the length of a row would fall."""
+    """Check images with a frame of zeros, into which samples at a distance of a row's length would fall."""
     x = torch.zeros(64, 1, 28, 28)
     ours, theirs = x.clone(), x.clone()
     ours[:, :, 10:18, 10:18], theirs[:, :, 10:18, 10:18] = torch.randn(2, 64, 1, 8, 8)
@@ -93,3 +94,29 @@ def test_what_is_no_data_does_not_count():
         pass
 
     assert fingerprint((Anything(), 1)) == fingerprint((Anything(), 1))
+
+
+def awkward():
+    x = torch.arange(4000.0)
+    numbers = np.arange(4000.0)
+    read_only = numbers.copy()
+    read_only.flags.writeable = False
+    return {
+        "backwards": numbers[::-1],
+        "long double": numbers.astype(np.longdouble),
+        "other byte order": numbers.astype(">f8"),
+        "read-only": read_only,
+        "conjugate": torch.complex(x, x).conj(),
+        "negative": torch.complex(x, x).conj().imag,
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 3),
+        "meta": torch.zeros(3, device="meta"),
+        "sparse": x.to_sparse(),
+    }
+
+
+def test_arrays_and_tensors_of_all_kinds():
+    found = {kind: fingerprint(batch) for kind, batch in awkward().items()}
+    assert found == {kind: fingerprint(batch) for kind, batch in awkward().items()}
+    assert len(set(found.values())) == len(found)
+    assert found["read-only"] == fingerprint(np.arange(4000.0))

@@ -1,4 +1,4 @@
-"""Random states go back to where they were, and code that sets them is noticed."""
+"""These tests check that random states are restored, and that code that sets them is noticed."""
 
 import random
 
@@ -12,7 +12,7 @@ from aimc_pl.random_states import RandomStates, seeding_noticed
 
 
 class Network(nn.Module):
-    """Holds generators of all kinds."""
+    """A module that holds generators of all kinds."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ DRAWS = {
     "a numpy generator": lambda net: net.rng.random(),
     "an old numpy generator": lambda net: net.old_rng.rand(),
     "a Python generator": lambda net: net.pythons.random(),
-    # These keep what they have drawn in excess for the next time.
+    # These generators keep surplus numbers for the next draw.
     "normal numbers of torch": lambda net: torch.randn(1).item(),
     "normal numbers of numpy": lambda net: np.random.randn(),
     "normal numbers of Python": lambda net: random.gauss(0, 1),
@@ -65,7 +65,7 @@ def test_what_is_drawn_is_noticed_and_drawn_again(source):
 
 
 def test_sources_do_not_depend_on_each_other():
-    """What has been read once may be written in another order, as micro-batches take turns."""
+    """Check states that are written in another order than they were read, as micro-batches take turns."""
     net = Network()
     random_states = RandomStates(net.generators)
     first = random_states.read()
@@ -99,6 +99,8 @@ SETTERS = {
     "a state of torch": lambda: torch.set_rng_state(torch.get_rng_state()),
     "a state of torch.random": lambda: torch.random.set_rng_state(torch.get_rng_state()),
     "a fork": fork,
+    "CUDA": lambda: torch.cuda.manual_seed(3),
+    "all of CUDA": lambda: torch.cuda.manual_seed_all(3),
     "numpy": lambda: np.random.seed(3),
     "a state of numpy": lambda: np.random.set_state(np.random.get_state()),
     "Python": lambda: random.seed(3),
@@ -109,7 +111,7 @@ SETTERS = {
 
 @pytest.mark.parametrize("setter", SETTERS)
 def test_seeding_is_noticed_and_does_what_it_does(setter):
-    """From the same states it leaves the states that it leaves when nobody looks."""
+    """Check that seeding leaves the same states whether it is observed or not."""
     random_states = RandomStates()
     states = random_states.read()
     SETTERS[setter]()

@@ -1,4 +1,4 @@
-"""All that a step may change is found, named and put back."""
+"""These tests check that everything that a step may change is found, named and restored."""
 
 import random
 import threading
@@ -60,7 +60,7 @@ class Network(nn.Module):
         GLOBAL += 1
 
     def state(self):
-        """What the tests below change, as plain values."""
+        """Return everything that the tests below change, as plain values."""
         return {
             "weights": {name: value.tolist() for name, value in self.state_dict().items()},
             "kept": (id(self.kept), self.kept.tolist()),
@@ -139,6 +139,18 @@ def test_changes_are_named_and_undone(change):
         traces.undo()
         assert net.state() == before
         assert traces.changed() == []
+
+
+def test_nan_is_as_before_where_it_was_before():
+    net = Network()
+    net.kept[0] = torch.nan
+    net.owner.inner.array = net.owner.inner.array * np.nan
+    traces = Traces(net)
+    assert traces.changed() == []
+    net.kept[1] += 1
+    assert [traces.describe(change) for change in traces.changed()] == ["'kept'"]
+    traces.undo()
+    assert traces.changed() == []
 
 
 def test_one_change_is_undone_alone():
@@ -258,7 +270,7 @@ def test_the_batch_is_put_back(method):
 
 
 def test_without_changes_the_batch_keeps_its_version():
-    """What has not been changed is not written: a graph may hold it."""
+    """Check that values that have not changed are not written, because an autograd graph may hold them."""
     net, x = Network(), torch.ones(2)
     traces = Traces(net, x)
     version = x._version
@@ -294,7 +306,7 @@ def test_iterators_give_again_what_runs_have_taken(kind):
     for taken in (2, 0, 3):
         assert [next(net.layer.source) for _ in range(taken)] == expected[1 : 1 + taken]
         traces.undo()
-    # Traces of traces, as the strategy makes them for several batches.
+    # The strategy takes traces while earlier ones are in use, for several batches.
     assert next(net.layer.source) == expected[1]
     again = Traces(net)
     assert next(net.layer.source) == expected[2]

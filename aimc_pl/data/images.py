@@ -1,4 +1,4 @@
-"""Image data sets held in memory as uint8, and turned into batches at once."""
+"""This module keeps image data sets in memory as uint8, and prepares each mini-batch as a whole."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,22 +17,23 @@ Images = tuple[Tensor, Tensor]
 
 
 class InMemoryImages(pl.LightningDataModule, ABC):
-    """Training, validation and test images from memory; a batch is picked, augmented and normalised in one go.
+    """A data module that keeps training, validation and test images in memory.
 
-    Batches are pairs of normalised float images ``(batch, channels, height, width)`` and int64 labels ``(batch,)``.
-    The channels' mean and standard deviation are the training images'.
+    A mini-batch is selected, augmented and normalised as a whole. It is a pair of normalised float images
+    ``(batch, channels, height, width)`` and int64 labels ``(batch,)``. The mean and the standard deviation of each
+    channel are those of the training images.
 
     Args:
-        batch_size: samples of a mini-batch.
-        val_fraction: of the training images, kept for validation.
-        augment: shift training images by up to an eighth of their size and flip half of them left to right.
-        drop_last: leave out an uneven last training mini-batch.
-        split_seed: chooses the validation images.
-        num_workers: loader processes, at most 256, which start anew with every epoch, so that a resumed run draws what
-            the whole one did; 0 loads in the main one.
+        batch_size: number of samples in a mini-batch.
+        val_fraction: the fraction of the training images that is kept for validation.
+        augment: whether to shift training images by up to an eighth of their size and flip half of them left to right.
+        drop_last: whether to leave out the last training mini-batch if it is smaller.
+        split_seed: the seed that chooses the validation images.
+        num_workers: number of loader processes, at most 256; 0 loads in the main process. Every epoch starts new
+            processes, because a resumed run must draw the same numbers as an uninterrupted one.
 
     Raises:
-        UsageError: for a number out of range, or, from ``setup``, if no image is left to train on.
+        UsageError: if a number is out of range, or, from ``setup``, if no image is left to train on.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class InMemoryImages(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def load(self) -> tuple[Images, Images]:
-        """Training and test images, uint8 ``(samples, channels, height, width)``, and int64 labels."""
+        """Return the training and the test images, uint8 ``(samples, channels, height, width)``, with int64 labels."""
 
     def setup(self, stage: str) -> None:
         """Load the images and split off the validation set."""
@@ -82,19 +83,19 @@ class InMemoryImages(pl.LightningDataModule, ABC):
         }
 
     def train_dataloader(self) -> DataLoader[Images]:
-        """Shuffled mini-batches."""
+        """Return a loader of shuffled training mini-batches."""
         return self._loader("train", shuffle=True, drop_last=self.drop_last)
 
     def val_dataloader(self) -> DataLoader[Images]:
-        """Mini-batches in order."""
+        """Return a loader of validation mini-batches in order."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Images]:
-        """Mini-batches in order."""
+        """Return a loader of test mini-batches in order."""
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Images]:
-        """The test images."""
+        """Return the loader of the test images, which predictions use too."""
         return self._loader("test")
 
     def _loader(self, name: str, shuffle: bool = False, drop_last: bool = False) -> DataLoader[Images]:
@@ -114,9 +115,9 @@ class ImageSet(Dataset[Images]):
     Args:
         images: uint8 ``(samples, channels, height, width)``.
         labels: int64 ``(samples,)``.
-        mean: per channel, of values between 0 and 1.
-        std: per channel.
-        augment: random shifts and flips.
+        mean: the mean of each channel, for values between 0 and 1.
+        std: the standard deviation of each channel, for values between 0 and 1.
+        augment: whether to shift and flip images at random.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, augment: bool = False) -> None:
@@ -130,7 +131,7 @@ class ImageSet(Dataset[Images]):
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int]) -> Images:
-        """A mini-batch."""
+        """Return the mini-batch of these samples, augmented and normalised."""
         chosen = torch.as_tensor(indices)
         images = self.images[chosen]
         if self.augment:
@@ -139,15 +140,15 @@ class ImageSet(Dataset[Images]):
 
 
 def shift_and_flip(images: Tensor) -> Tensor:
-    """Shift each image by up to an eighth of its size (zeros come in) and flip half of them left to right.
+    """Shift each image by up to an eighth of its size (zeros fill the gap) and flip half of them left to right.
 
     Args:
         images: ``(batch, channels, height, width)``.
     """
     batch, channels, height, width = images.shape
-    padding = height // 8
-    padded = F.pad(images, (padding,) * 4)
-    top, left = torch.randint(2 * padding + 1, (2, batch, 1))
+    across, down = width // 8, height // 8
+    padded = F.pad(images, (across, across, down, down))
+    top, left = torch.randint(2 * down + 1, (batch, 1)), torch.randint(2 * across + 1, (batch, 1))
     rows = top + torch.arange(height)
     columns = left + torch.arange(width)
     columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)

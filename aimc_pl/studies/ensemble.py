@@ -1,7 +1,8 @@
-"""Many copies of a small network at once, for studies: each copy with a device and a learning rate of its own.
+"""This module trains many copies of a small network at once, each with its own device and learning rate.
 
-The copies go through one pipeline side by side and never meet, so that a sweep over devices, learning rates and seeds
-takes one run. Every number may be one for all copies, or one per copy as a tensor ``(copies, 1, 1)``.
+The copies pass through one pipeline side by side, independently of each other. A sweep over devices, learning rates
+and seeds therefore takes one run. A ``Number`` is one value for all copies, or a tensor ``(copies, 1, 1)`` with
+one value per copy.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from aimc_pl.schedule import Duplex, Schedule
 from aimc_pl.stage import Stage
 
 _OUT_NOISE = 0.06
-"""Of a product, relative to an input of 1; the same number, and the next ones, as in aihwkit's defaults."""
+"""The noise of a product, relative to an input of 1. This number and the next two are aihwkit's defaults."""
 
 _OUT_BOUND = 12.0
 _MORE_OUT_BITS = 2
@@ -29,16 +30,16 @@ class Crossbars(nn.Module):
     """One soft-bounds crossbar per copy: ``(copies, batch, in)`` to ``(copies, batch, out)``, without bias.
 
     Args:
-        weight: the first weights ``(copies, out, in)``, in float32.
-        generator: of all its noise.
+        weight: the initial weights ``(copies, out, in)``, in float32.
+        generator: draws all noise.
         tau: τ, the dynamic range: weights stay in [−τ, τ].
-        step: Δw_min, the step at weight 0. The numbers of pulses up and down are then drawn, Poisson of means
-            α(S∓G)/(2Δw_min), where G = Σδᵀx and S = Σ|δ|ᵀ|x| over a batch of inputs x and errors δ. ``None``: the
-            expected motion dw = −αG − (α/τ)S⊙w, the paper's, without granularity.
-        cycle_to_cycle: standard deviation of a step, relative to it.
-        write_noise: standard deviation of what an update adds to the visible weight, in units of Δw_min.
-        io_bits: of the converters before the crossbar; those behind it have two more, a bound of 12 and noise of 0.06,
-            relative to inputs scaled to 1. ``None``: exact products.
+        step: Δw_min, the step at weight 0. The numbers of pulses up and down are drawn from Poisson distributions with
+            means α(S∓G)/(2Δw_min), where G = Σδᵀx and S = Σ|δ|ᵀ|x| over a batch of inputs x and errors δ. If ``None``,
+            weights follow the paper's expected motion dw = −αG − (α/τ)S⊙w, without granularity.
+        cycle_to_cycle: standard deviation of a step, relative to the step.
+        write_noise: standard deviation of the noise that an update adds to the visible weight, in units of Δw_min.
+        io_bits: bits of the converters before the crossbar. The converters behind it have two more bits, a bound of 12
+            and noise of 0.06, relative to inputs scaled to 1. If ``None``, products are exact.
 
     Raises:
         ValueError: if τ is not positive, or a step would cross the range.
@@ -69,14 +70,14 @@ class Crossbars(nn.Module):
         self._generator = generator
         self._programmed = weight.clone()
         self.pending: list[tuple[Tensor, Tensor]] = []
-        """Inputs and errors since the last update."""
+        """The inputs and errors since the last update."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The products."""
+        """Return the products ``(copies, batch, out)`` with inputs ``(copies, batch, in)``."""
         return _Product.apply(x, self.weight, self)
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x @ weight`` as the converters let it through."""
+        """Return ``x @ weight`` after the converters."""
         if self.io_bits is None:
             return x @ weight
         scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
@@ -85,7 +86,7 @@ class Crossbars(nn.Module):
         return _rounded(y.clamp_(-_OUT_BOUND, _OUT_BOUND), 2 * _OUT_BOUND, self.io_bits + _MORE_OUT_BITS) * scale
 
     def update(self, learning_rate: Number) -> None:
-        """Pulse the crossbars with the inputs and errors since the last update."""
+        """Update the weights with the inputs and errors since the last update."""
         x, error = (torch.cat(values, 1) for values in zip(*self.pending, strict=True))
         self.pending.clear()
         net = error.mT @ x * -learning_rate
@@ -98,7 +99,7 @@ class Crossbars(nn.Module):
             torch.poisson(((total + sign * net) / (2 * self.step)).clamp_min_(0), self._generator) for sign in (1, -1)
         )
         hidden, pulses = self._programmed, up + down
-        # n steps up take a share 1 − (1 − Δw_min/τ)ⁿ of the way to τ, and steps down of that to −τ.
+        # n steps up move a weight by a share 1 − (1 − Δw_min/τ)ⁿ of the way to τ, and n steps down of the way to −τ.
         share = 1 - (1 - self.step / self.tau) ** pulses
         sizes = up * (1 - hidden / self.tau) ** 2 + down * (1 + hidden / self.tau) ** 2
         spread = self.cycle_to_cycle * self.step * sizes.sqrt_()
@@ -107,7 +108,7 @@ class Crossbars(nn.Module):
         weight.copy_(hidden + self.write_noise * self.step * self._gaussian(hidden))
 
     def note(self, x: Tensor, error: Tensor) -> None:
-        """Keep inputs and errors for the next update."""
+        """Store inputs and errors for the next update."""
         self.pending.append((x.detach(), error))
 
     def _gaussian(self, like: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class Crossbars(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """Forward and backward with the weights of their own time."""
+    """A product whose forward and backward each use the weights at the time when they run."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, crossbars: Crossbars) -> Tensor:
@@ -135,36 +136,40 @@ class EnsemblePipeline:
     """An asynchronous pipeline that all copies pass through side by side.
 
     Args:
-        modules: the network in order, with :class:`Crossbars` inside; their number is a multiple of ``num_stages``.
-        num_stages: M.
-        learning_rate: of the crossbars.
+        modules: the network's modules in order, which contain :class:`Crossbars`. Their number must be a multiple of
+            ``num_stages``.
+        num_stages: number of stages M.
+        learning_rate: learning rate of the crossbars.
         duplex: see :class:`aimc_pl.schedule.Schedule`.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], num_stages: int, learning_rate: Number, duplex: Duplex = "half"
     ) -> None:
+        if len(modules) % num_stages:
+            raise ValueError(f"{len(modules)} modules cannot be divided evenly into {num_stages} stages")
         self._network = nn.Sequential(*modules)
         self._learning_rate = learning_rate
         each = len(modules) // num_stages
         stages = [Stage(m, modules=modules[m * each : (m + 1) * each]) for m in range(num_stages)]
         boundaries = [str(m * each) for m in range(1, num_stages)]
-        # Crossbars set nothing while they run.
+        # Crossbars set no attributes while they run, which overlapping micro-batches would have to keep apart.
         self._step = StagedStep(self._network, boundaries, stages, delayed=True, overlaps=False)
         self._pipeline = Pipeline(stages, Schedule("async", num_stages, 1, duplex), self._update)
 
     def run(self, batches: Iterable[tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
-        """Micro-batches for all copies.
+        """Send micro-batches through the pipeline, for all copies.
 
         Args:
-            batches: of each, the inputs ``(copies, batch, features)`` (one copy serves for all if ``copies`` is 1) and
-                the loss: it takes the outputs ``(copies, batch, out)`` and returns the copies' losses ``(copies,)``.
+            batches: the inputs and the loss function of each micro-batch. Inputs are ``(copies, batch, features)``, or
+                ``(1, batch, features)`` for all copies alike. A loss function takes the outputs
+                ``(copies, batch, out)`` and returns the copies' losses ``(copies,)``.
         """
         with self._step.running():
             self._pipeline.run([Flight(self._step, partial(self._loss, *batch)) for batch in batches])
 
     def drain(self) -> None:
-        """Finish the micro-batches in flight, with their updates."""
+        """Finish the micro-batches in flight, including their updates."""
         with self._step.running():
             self._pipeline.drain()
 

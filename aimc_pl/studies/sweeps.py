@@ -1,4 +1,7 @@
-"""Runs the cases of a study side by side and keeps what each leaves in a CSV file, so that a stopped study goes on."""
+"""This module runs the cases of a study in parallel and appends their results to a CSV file.
+
+A study that was stopped continues with the cases that the file lacks.
+"""
 
 import logging
 import os
@@ -18,39 +21,43 @@ from aimc_pl.studies.rows import Row, append_rows, read_rows
 Case = Mapping[str, Any]
 
 STEADY_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
-"""For the environment of a new process: a heap that glibc never gives back.
+"""Environment variables for a new process, with which glibc never returns heap memory to the system.
 
-Otherwise it returns and takes back pages by chance, which costs up to a third of a step.
+By default glibc returns pages and requests them again at unpredictable times, which costs up to a third of a step.
 """
 
 
 def sweep(
     run: Callable[..., Sequence[Row]], cases: Iterable[Case], path: Path, jobs: int | None = None
 ) -> list[dict[str, str]]:
-    """Run the cases that a CSV file lacks, each on one thread, and append their rows as they end.
+    """Run the cases that a CSV file lacks, each on one thread, and append their rows as the cases finish.
 
     Args:
-        run: called with a case's items as keyword arguments; returns rows of equal keys.
-        cases: the study. All have the same keys, which become the first columns.
-        path: the CSV file. It goes on if it is there.
-        jobs: cases at a time, each in a process of its own; one for every core by default. With 1 they run in this
+        run: a function that is called with a case's items as keyword arguments and returns rows with equal keys.
+        cases: the cases of the study. All have the same keys, which become the first columns.
+        path: the CSV file. If it exists, new rows are appended to it.
+        jobs: number of cases at a time, each in its own process; by default one per core. With 1, cases run in this
             process, where a debugger reaches them.
 
     Returns:
-        The rows of all these cases, as text.
+        The rows of all given cases, as text.
 
     Raises:
-        UsageError: if the file holds another study.
+        UsageError: if the file belongs to another study.
     """
     cases = list(cases)
+    if not cases:
+        return []
     keys = list(cases[0])
     rows = read_rows(path)
     if rows and not set(keys) <= set(rows[0]):
-        raise UsageError(f"{path} is of another study: it has no column {', '.join(sorted(set(keys) - set(rows[0])))}")
+        raise UsageError(
+            f"{path} belongs to another study: it has no column {', '.join(sorted(set(keys) - set(rows[0])))}"
+        )
     done = {_texts(row[key] for key in keys) for row in rows}
     missing = [case for case in cases if _texts(case.values()) not in done]
     os.environ |= STEADY_MEMORY
-    # One by one, because a batch of short cases would be lost as a whole when one of them fails.
+    # With larger batches of short cases, one failing case would lose the rows of its whole batch.
     parallel = Parallel(jobs or -1, return_as="generator_unordered", batch_size=1)  # pyright: ignore[reportArgumentType] (joblib is not annotated)
     finished: Any = parallel(delayed(_rows)(run, case) for case in missing)
     for new in track(finished, "runs", len(missing), disable=not missing):
@@ -62,18 +69,27 @@ def sweep(
 
 
 def _rows(run: Callable[..., Sequence[Row]], case: Case) -> list[dict[str, Any]] | Exception:
-    """The rows of a case, or why there are none: raised here, joblib would drop the cases that have just ended."""
+    """Return the rows of a case, or the exception that it raised.
+
+    If the exception were raised here, joblib would drop the cases that have just finished.
+    """
     try:
         with _one_quiet_thread():
-            return [{**case, **row} for row in run(**case)]
+            if rows := [{**case, **row} for row in run(**case)]:
+                return rows
+        raise ValueError("the study's function has returned no rows")
     except Exception as error:
-        error.add_note(f"in the case {case}:\n{traceback.format_exc()}")  # a traceback does not leave its process
+        error.add_note(f"in the case {case}:\n{traceback.format_exc()}")  # a traceback is not sent to another process
         return error
 
 
 @contextmanager
 def _one_quiet_thread() -> Iterator[None]:
-    """Sums are the same with any number of jobs, and what Lightning tells of every trainer spares the progress bar."""
+    """Context manager that runs torch on one thread and silences Lightning's messages below warnings.
+
+    With one thread, sums do not depend on the number of jobs. Lightning's messages about every trainer would break up
+    the progress bar.
+    """
     threads, logger = torch.get_num_threads(), logging.getLogger("lightning.pytorch")
     level = logger.level
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Data modules."""
+"""These tests check the data modules."""
 
 from collections import Counter
 from itertools import product
@@ -51,9 +51,18 @@ def test_shift_and_flip_moves_whole_images():
                 matches.append((top, left, flip))
         assert len(matches) == 1
         found.update(matches)
-    # 200 draws of 50 equally likely moves: each is missed with probability 0.98**200
+    # There are 200 draws of 50 equally likely shifts. A given shift is missed with probability 0.98**200.
     assert len(found) > 40
     assert 60 < sum(n for (_, _, flip), n in found.items() if flip) < 140
+
+
+def test_shifts_are_up_to_an_eighth_of_height_and_width():
+    torch.manual_seed(0)
+    images = torch.full((200, 1, 8, 32), 255, dtype=torch.uint8)
+    gaps = (shift_and_flip(images) == 0)[:, 0]
+    # The number of rows and columns of zeros. A given one of 3 or 9 shifts is missed with probability (8/9)**200.
+    assert set(gaps.all(2).sum(1).tolist()) == {0, 1}
+    assert set(gaps.all(1).sum(1).tolist()) == {0, 1, 2, 3, 4}
 
 
 def test_torchvision_data_sets_are_read_from_their_files(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A stopped sweep goes on where it was, in one process or in many."""
+"""These tests check that a stopped sweep continues where it stopped, in one process or in several."""
 
 import numpy as np
 import pytest
@@ -21,14 +21,14 @@ def test_a_stopped_sweep_keeps_what_ended_and_goes_on(jobs, tmp_path):
     assert "in the case {'x': 3, 'seed': 0}" in caught.value.__notes__[0]
     assert "in square" in caught.value.__notes__[0]
     kept = read_rows(path)
-    # Of two processes, one may still be at an earlier case when the other fails, or ahead of it.
+    # When one of two processes fails, the other one may still be at an earlier case or already at a later one.
     assert len(kept) in ([8] if jobs == 1 else [6, 8, 10])
     rows = sweep(square, CASES, path, jobs)
     assert len(rows) == 12
     assert rows[: len(kept)] == kept
     assert sweep(square, CASES, path, jobs) == rows
     np.testing.assert_array_equal(curves(select(rows, x=3), "y"), [[9, 10], [10, 11]])
-    # another study in the same file does not mix in
+    # Rows of cases that this call does not have are left out.
     assert len(sweep(square, CASES[:2], path, jobs)) == 4
 
 
@@ -44,6 +44,14 @@ def test_every_case_has_one_thread(jobs, tmp_path):
 def test_another_studys_file_is_refused(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,seed\n1,2\n")
-    with pytest.raises(UsageError, match=r"other\.csv is of another study: it has no column x"):
+    with pytest.raises(UsageError, match=r"other\.csv belongs to another study: it has no column x"):
         sweep(print, [{"x": 1, "seed": 0}], path)
     assert path.read_text() == "a,seed\n1,2\n"
+
+
+def test_no_cases_have_no_rows_and_a_case_must_have_some(tmp_path):
+    path = tmp_path / "out.csv"
+    assert sweep(square, [], path) == []
+    with pytest.raises(ValueError, match="returned no rows"):
+        sweep(lambda seed: [], [{"seed": 0}], path, jobs=1)
+    assert not path.exists()
