@@ -1,4 +1,4 @@
-"""How a callback comes to observe the pipeline."""
+"""Functions that connect a callback with the pipeline of its trainer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,25 +11,25 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 
 
 def get_strategy(callback: object, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
-    """The trainer's strategy.
+    """Return the strategy of the trainer.
 
     Raises:
-        UsageError: if it runs no pipeline.
+        UsageError: if the strategy does not run a pipeline.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, AnalogPipelineStrategy):
         raise UsageError(
-            f"{type(callback).__name__} is about a pipeline, and the strategy is {type(strategy).__name__}: "
+            f"{type(callback).__name__} needs a pipeline, but the strategy is {type(strategy).__name__}: "
             "set Trainer(strategy=AnalogPipelineStrategy(...))"
         )
     return strategy
 
 
 def attach(observer: Observer, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
-    """Let the observer hear of every operation of the trainer's pipeline, and return the strategy.
+    """Register the observer with the trainer's pipeline, whose operations it then observes, and return the strategy.
 
     Raises:
-        UsageError: if the strategy runs no pipeline.
+        UsageError: if the strategy does not run a pipeline.
     """
     strategy = get_strategy(observer, trainer)
     if observer not in strategy.observers:
@@ -38,11 +38,11 @@ def attach(observer: Observer, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
 
 
 def merged(parts: Sequence[Mapping[Any, Any]]) -> dict[Any, Any]:
-    """What processes know of their own stages, as one."""
+    """Merge the dictionaries of all processes, each of which holds the values of its own stages."""
     return {key: value for part in parts for key, value in part.items()}
 
 
 def gathered(callback: object, value: Any) -> list[Any]:
-    """The values of all processes, of a callback that may not have been attached yet."""
+    """Return the values of all processes, or only this one's if the callback is not attached to a strategy yet."""
     strategy: AnalogPipelineStrategy | None = getattr(callback, "_strategy", None)
     return [value] if strategy is None else strategy.gather(value)

@@ -1,4 +1,4 @@
-"""How stale the weights are that the pipeline trains with."""
+"""The callback in this module measures the staleness of the weights that the pipeline trains with."""
 
 import warnings
 from collections import Counter, defaultdict
@@ -22,24 +22,29 @@ from aimc_pl.weights import read_gradients, read_weights
 
 
 class StalenessMonitor(Callback, Observer):
-    """Measures staleness at every update and, at logged steps, what it does to weights and gradients.
+    """Measure the staleness of every update and, at logged steps, its effect on weights and gradients.
 
-    Logs per stage m: ``staleness/stage_m`` (mean over the updates since the last log), ``staleness/max_stage_m``,
-    ``staleness/predicted_stage_m`` (the schedule's closed form for a full pipeline), ``staleness/drift_stage_m``
-    (norm of the weights' change between a micro-batch's forward and its update, relative to their norm) and, on
-    request, ``staleness/cosine_stage_m``. TensorBoard gets a histogram of the staleness, ``staleness/counts_stage_m``,
-    with every epoch.
+    The staleness of an update is the number of updates of the same stage between the forward of a micro-batch and the
+    update from it. The callback logs for each stage m:
+
+    - ``staleness/stage_m``: the mean over the updates since the last log, and ``staleness/max_stage_m``, the maximum.
+    - ``staleness/predicted_stage_m``: the schedule's closed form for a full pipeline.
+    - ``staleness/drift_stage_m``: the norm of the weights' change between the forward of a micro-batch and its update,
+      relative to the norm of the weights.
+    - ``staleness/cosine_stage_m``, with ``cosine=True``.
+
+    TensorBoard also shows a histogram of the staleness, ``staleness/counts_stage_m``, for every epoch.
 
     Args:
-        cosine: compare the gradient that a stage holds after a backward (under the schedules that update once per
-            mini-batch, the sum over its micro-batches so far) with the gradient of the same micro-batch if all stages
-            had their current weights. That costs a forward and a backward of the whole network, which leave no trace,
-            per stage and micro-batch of a logged step. Dropout and noise draw anew in it. Not for one stage per
-            process.
+        cosine: whether to log the cosine between two gradients of a stage: the one that it holds after a backward, and
+            the one of the same micro-batch if all stages use their current weights. Under schedules that update once
+            per mini-batch, the first is the sum over the micro-batches so far. The second takes a forward and a
+            backward of the whole network for every stage and micro-batch of a logged step. These leave no trace, and
+            draw other random numbers for dropout and noise. This needs all stages in one process.
 
     Attributes:
-        counts: per stage, how often each staleness was measured.
-        mismatches: updates whose staleness was not the closed form; the first one is warned about.
+        counts: for each stage, how often each staleness was measured.
+        mismatches: the number of updates whose staleness was not the closed form. The first one is warned about.
     """
 
     def __init__(self, cosine: bool = False) -> None:
@@ -72,7 +77,7 @@ class StalenessMonitor(Callback, Observer):
     @override
     def on_start(self, stages: Sequence[StageInfo]) -> None:
         self._here = {stage.index for stage in stages}
-        # A checkpoint knows of all stages; each process goes on with its own.
+        # A checkpoint holds the values of all stages. Each process keeps those of its own stages.
         for name in [name for name in self._recent if int(name.rpartition("_")[2]) not in self._here]:
             del self._recent[name]
 
@@ -153,7 +158,7 @@ class StalenessMonitor(Callback, Observer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not hasattr(self, "_strategy"):
-            # An evaluation, which has no staleness.
+            # This is an evaluation, which has no staleness.
             return
         self.counts.update({stage: Counter(times) for stage, times in state_dict["counts"].items()})
         self.mismatches = state_dict["mismatches"] if self._strategy.is_global_zero else 0
@@ -170,7 +175,7 @@ class StalenessMonitor(Callback, Observer):
 
 
 def _add_histogram(logger: TensorBoardLogger, name: str, counts: Counter[int], step: int) -> None:
-    """A histogram with a bin for every staleness from 0 on."""
+    """Add a histogram with a bin for every staleness from 0 on."""
     bins = range(max(counts, default=0) + 1)
     logger.experiment.add_histogram_raw(
         name,

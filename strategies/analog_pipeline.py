@@ -1,33 +1,30 @@
-"""The Lightning Strategy: its arguments, and Lightning's hooks in the order in which they are called."""
+"""This module holds the strategy: its arguments, and Lightning's hooks in the order in which they are called."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from importlib.util import find_spec
-from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.serialization import safe_globals
 
-from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.private_torch import count_as_stepped
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
+from aimc_pl.strategies import analog_parts
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 from aimc_pl.strategies.checks import (
-    check_analog_support,
+    check_closure,
     check_module,
     check_split,
     check_updates,
-    evaluates_the_loss,
+    one_optimizer,
     warn_about_other_package,
 )
 from aimc_pl.strategies.draining import DrainFirst
@@ -39,7 +36,7 @@ from aimc_pl.strategies.resuming import Resuming
 from aimc_pl.strategies.settings import GradientScale, LossReduction, OnNonfinite, Settings, make_schedule
 from aimc_pl.strategies.training import Training
 
-# aihwkit is imported where devices are made: a digital run does without it.
+# Digital training works without aihwkit, which this import needs.
 if TYPE_CHECKING:
     from aimc_pl.devices import DeviceSpec
 
@@ -47,45 +44,51 @@ _CHECKPOINT_KEY = "aimc_pl"
 
 
 class AnalogPipelineStrategy(ProcessStrategy):
-    """Trains an unmodified LightningModule on a pipeline of analog in-memory computing accelerators.
+    """Train an unmodified LightningModule on a pipeline of analog in-memory computing accelerators.
 
-    ``training_step`` is divided into stages where it calls certain modules; every mini-batch is split into
-    micro-batches, which pass through the stages as the schedule says. The step runs as it is written, once per
-    micro-batch. Validation, test and predict run whole batches. With ``Trainer(devices=1)`` one process simulates all
-    stages, clock by clock; with ``devices=num_stages`` (over all nodes) every stage runs in a process of its own, where
-    rank 0 holds the last stage.
+    The strategy divides ``training_step`` into stages, one for each accelerator. A stage begins where the step calls a
+    certain module. Every mini-batch is split into micro-batches, and the unmodified step runs once for each of them.
+    The schedule decides when each micro-batch passes through each stage. Validation, test and predict run whole
+    batches.
+
+    With ``Trainer(devices=1)`` one process simulates all stages, clock cycle by clock cycle. With
+    ``devices=num_stages`` (over all nodes) every stage runs in a process of its own, and rank 0 holds the last stage.
 
     Args:
-        num_stages: M, the number of accelerators the network is spread over.
-        schedule: ``"none"`` (no pipeline), ``"sync"`` (fill-drain), ``"1f1b"`` (the same updates and clock cycles,
-            fewer activations in flight) or ``"async"`` (every stage updates after each micro-batch, with stale
-            weights and without weight stashing). Or a class of your own, or a function, that makes a
-            :class:`~aimc_pl.schedule.Schedule` for M stages and B micro-batches.
-        num_microbatches: B, the micro-batches of one mini-batch.
-        device: what the module's Linear and Conv layers become: the name of an analog device (``aimc-pl devices``
-            lists them) or an aihwkit RPUConfig. A mapping chooses per layer: its keys are patterns of layer names, or
-            stage numbers (with ``split_at``), the last match wins, ``None`` stays digital. ``None``: all as it is.
-        split_at: names of the modules with which stages 1 … M−1 begin, relative to the LightningModule, as
-            ``"net.layers.2"``. ``None`` balances the stages by the measured time of forward, backward and update, and
-            says which names it took.
-        duplex: of ``"async"``: ``"half"``, one operation per stage and clock, or ``"full"``, a forward and a backward.
-        gradient_scale: ``"minibatch"`` weights a micro-batch's loss by its share of the mini-batch's samples, under
-            every schedule; ``"microbatch"`` (``"async"`` only) makes every micro-batch's update a full step.
-        weight_stashing: of ``"async"`` and digital networks: backward with the weights of the forward (PipeDream).
-        loss_reduction: how the loss in training_step reduces over samples, ``"mean"`` or ``"sum"``.
-        microbatch_weight: takes a micro-batch and returns what its loss is a mean over, if not samples: the number of
-            unmasked tokens, for example.
-        split_batch: takes a mini-batch and B, and returns at most B micro-batches; a method of that name on the
-            LightningModule does the same. By default the first dimension of all tensors is split.
-        verify: compare the stages with an undivided run of training_step, once, before the first update.
-        on_nonfinite: whether a loss or gradient that is not finite ends the run before it reaches the weights,
-            ``"stop"``, or the first one is warned about, ``"warn"``. Hooks before a step may mend gradients.
-        timeout: seconds after which a process that does not answer is taken for lost, which ends the run;
-            above 0, at most 10⁹.
-        start_timeout: the same while the processes start, up to the first mini-batch.
+        num_stages: M, the number of accelerators.
+        schedule: ``"none"`` (no pipeline), ``"sync"`` (fill-drain), ``"1f1b"`` (the updates and clock cycles of
+            ``"sync"`` with fewer activations in flight) or ``"async"`` (every stage updates after each micro-batch,
+            with stale weights and without weight stashing). A class or a function also works, if it takes M and B and
+            returns a :class:`~aimc_pl.schedule.Schedule`.
+        num_microbatches: B, the number of micro-batches of a mini-batch.
+        device: the analog device of the module's Linear and Conv layers: a name that ``aimc-pl devices`` lists, or an
+            aihwkit RPUConfig. A mapping chooses a device per layer. Its keys are patterns of layer names, or stage
+            numbers (with ``split_at``); the last match wins; the value ``None`` keeps a layer digital. By default no
+            layer is changed.
+        split_at: names of the modules that open stages 1 … M−1, relative to the LightningModule, such as
+            ``"net.layers.2"``. By default the strategy measures the time of forward, backward and update of the layers,
+            divides it evenly, and prints the names that it has chosen.
+        duplex: what a stage can do in one clock of ``"async"``: one operation (``"half"``), or a forward and a backward
+            (``"full"``).
+        gradient_scale: ``"minibatch"`` weights the loss of a micro-batch by its share of the mini-batch's samples.
+            ``"microbatch"`` (``"async"`` only) makes the update of every micro-batch a full step.
+        weight_stashing: whether the backward uses the weights of the forward, as PipeDream does (``"async"`` and
+            digital networks only).
+        loss_reduction: how the loss of training_step reduces over samples: ``"mean"`` or ``"sum"``.
+        microbatch_weight: a function that takes a micro-batch and returns the number of items over which its loss is a
+            mean, if these are not its samples. An example is the number of unmasked tokens.
+        split_batch: a function that takes a mini-batch and B, and returns at most B micro-batches. A method of this
+            name on the LightningModule does the same. By default all tensors are split along their first dimension.
+        verify: whether to compare, once before the first update, the result of the stages with an undivided run of
+            training_step.
+        on_nonfinite: what happens before a loss or gradient that is not finite reaches the weights: the run ends
+            (``"stop"``), or the first one is warned about (``"warn"``).
+        timeout: seconds after which a process that does not answer is considered lost, which ends the run; above 0 and
+            at most 10⁹.
+        start_timeout: the same limit until the first mini-batch, while the processes start.
 
     Raises:
-        UsageError: if an argument is out of range, or some exclude each other.
+        UsageError: if an argument is out of range, or if some arguments exclude each other.
     """
 
     strategy_name = "aimc_pipeline"
@@ -125,7 +128,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         )
         self.device = device
         self.observers: list[Observer] = []
-        """Told of every operation of the pipeline; callbacks append themselves, and may do so in the midst of a fit."""
+        """The observers of the pipeline. Callbacks may append themselves at any time, even during a fit."""
         self._training: Training | None = None
         self._placement: Placement = OneProcess()
         self._is_stepping = False
@@ -142,12 +145,12 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """The running pipeline, from the first mini-batch of a fit on."""
+        """The running pipeline; ``None`` before the first mini-batch of a fit."""
         return self._training.pipeline if self._training else None
 
     @property
     def num_entered(self) -> int:
-        """Micro-batches that have entered the pipeline, those before a resumed checkpoint included."""
+        """The number of micro-batches that have entered the pipeline. A resumed fit goes on counting."""
         return self._training.counters()["num_entered"] if self._training else 0
 
     # ------------------------------------------------------------------ setup
@@ -182,39 +185,30 @@ class AnalogPipelineStrategy(ProcessStrategy):
             self._training = Training(self._module, self.settings, self._placement, self.observers, split_at, counters)
 
     def _convert(self) -> None:
-        """Make the layers analog: before a checkpoint is loaded, and before the optimizer is built."""
-        if self.device is not None:
-            from aimc_pl.devices import convert_to_analog, describe_layers
-
-            if convert_to_analog(self._module, self.device, self.settings.split_at):
-                rank_zero_info(describe_layers(self._module))
-        if self.settings.weight_stashing and analog_layers(self._module):
-            raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
-        check_analog_support(self._module, self.root_device, self.precision_plugin)
+        """Make layers analog, before a checkpoint is loaded and before the optimizer is created."""
+        analog_parts.convert(self._module, self.device, self.settings, self.root_device, self.precision_plugin)
 
     @override
     def setup_optimizers(self, trainer: "pl.Trainer") -> None:
-        try:
+        with one_optimizer():
             super().setup_optimizers(trainer)
-        except RuntimeError as error:
-            # Lightning's advice, manual optimization, is none here.
-            if "multiple optimizers" not in str(error):
-                raise
-            raise UsageError(
-                "the pipeline trains with one optimizer, and configure_optimizers returns several: "
-                "return one with several parameter groups"
-            ) from error
-        check_updates(self._module, self.optimizers[0])
-        step = signature(type(self.optimizers[0]).step).parameters
-        stands_apart = self.schedule.is_async or self.is_multiprocess
-        if stands_apart and "closure" in step and step["closure"].default is Parameter.empty:
-            raise evaluates_the_loss(self.optimizers[0])
-        if any(map(is_analog, self._module.parameters())):
-            from aimc_pl.devices import make_analog_aware
-
-            make_analog_aware(self.optimizers[0])
+        (optimizer,) = self.optimizers
+        check_updates(self._module, optimizer)
+        check_closure(optimizer, stages_update_apart=self.schedule.is_async or self.is_multiprocess)
+        analog_parts.convert_optimizer(self._module, optimizer)
 
     # --------------------------------------------------------------- training
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if self._module.trainer.training:
+            self._resuming.note_loader(dataloader, self._module)
+        return dataloader
+
+    @override
+    def on_train_start(self) -> None:
+        if random_states := self._resumed.pop("random_states", None):
+            self._resuming.go_on(self._module.trainer, random_states, self.global_rank)
 
     @override
     def training_step(self, batch: Any, *args: Any) -> Any:
@@ -240,48 +234,55 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         if self.schedule.is_async:
-            with warnings.catch_warnings():
-                # No micro-batch leaves the pipeline while it fills, so that the first batches may have no loss.
-                warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
-                self._is_stepping = True
-                try:
-                    return closure()
-                finally:
-                    self._is_stepping = False
-                    # Also where the pipeline still fills, and no stage has updated yet.
-                    count_as_stepped(optimizer)
+            return self._update_within(closure, optimizer)
         with hooks_before_step_inside(self.precision_plugin, self._before_step):
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.pipeline is not None:
             self.pipeline.updated()
         return result
 
+    def _update_within(self, closure: Callable[[], Any], optimizer: Optimizer) -> Any:
+        """Run training_step, in which the stages update one by one."""
+        with warnings.catch_warnings():
+            # No micro-batch leaves the pipeline while it fills, so the first mini-batches may have no loss.
+            warnings.filterwarnings("ignore", message=".*training_step.* returned `None`")
+            self._is_stepping = True
+            try:
+                return closure()
+            finally:
+                self._is_stepping = False
+                # Learning-rate schedulers expect a step, even if no stage has updated yet.
+                count_as_stepped(optimizer)
+
     @contextmanager
     def _before_step(self) -> Iterator[None]:
-        """Around the hooks and the clipping before a step of the optimizer for all stages."""
+        """Context manager for the hooks and the clipping before all stages update together."""
         with self._placement.gradients_known():
             yield
         if self._training is not None:
             self._training.check_gradients()
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """The micro-batches of a mini-batch."""
+        """Return the micro-batches of a mini-batch."""
         assert self._training is not None
         return self._training.batches.split(batch)
 
     def batch_size(self, batch: Any) -> int:
-        """The samples of a mini-batch."""
+        """Return the number of samples of a mini-batch."""
         assert self._training is not None
         return self._training.batches.size(batch)
 
     def gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The gradients of some parameters for a micro-batch, if all stages had their present weights, as a vector."""
+        """Return the gradients that parameters have for a micro-batch if all stages use their current weights.
+
+        The gradients are flattened and concatenated into one vector.
+        """
         assert self._training is not None
         return self._training.current_gradients(microbatch, batch_idx, parameters)
 
     @override
     def drain(self) -> None:
-        """Finish the micro-batches in flight, with their updates."""
+        """Finish the micro-batches in flight, including their updates."""
         if self._training is not None:
             self._training.drain()
             self._training.watch_saturation()
@@ -303,7 +304,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
     def _evaluate(
         self, function: Callable[..., Any], context: Callable[[], AbstractContextManager[Any]], args: Any
     ) -> Any:
-        """Run the step on a whole batch."""
+        """Run an evaluation step on a whole batch."""
         with context():
             return self._placement.evaluate(partial(function, *args), args[0])
 
@@ -311,7 +312,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
 
     @ProcessStrategy.checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
-        """A user's own; one that saves in the background gets ours to save with."""
+        """The user's plugin. One that saves in the background saves with :class:`SealedCheckpointIO`."""
         if isinstance(io, AsyncCheckpointIO):
             io.checkpoint_io = SealedCheckpointIO()
         self._checkpoint_io = io
@@ -319,9 +320,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self.drain()
-        state = self._placement.module_state(super().lightning_module_state_dict())
-        checkpoints = _analog_checkpoints()
-        return state if checkpoints is None else checkpoints.leave_out_contexts(state)
+        return analog_parts.saved(self._placement.module_state(super().lightning_module_state_dict()))
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -329,38 +328,20 @@ class AnalogPipelineStrategy(ProcessStrategy):
         return super().optimizer_state(optimizer) if state is None else state
 
     @override
-    def on_train_end(self) -> None:
-        """Every process ends with the whole trained module, as after any other strategy."""
-        self._placement.end()
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        if self._module.trainer.training:
-            self._resuming.note_loader(dataloader, self._module)
-        return dataloader
-
-    @override
-    def on_train_start(self) -> None:
-        if random_states := self._resumed.pop("random_states", None):
-            self._resuming.go_on(self._module.trainer, random_states, self.global_rank)
-
-    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self._training is not None and self._training.is_cut_off:
             rank_zero_warn(
-                "the run has ended within a mini-batch, from which some stages have learnt and others have not: this "
-                f"state is not saved as {filepath}, and the checkpoints of before stay as they are"
+                "the run has ended within a mini-batch, and only some stages have updated: this state is not saved as "
+                f"{filepath}, and earlier checkpoints stay as they are"
             )
             return
         check_finite(self._module, checkpoint["state_dict"], checkpoint["global_step"])
-        # First in the file, so that a reader without aimc_pl is told of this package.
+        # This entry comes first, so that a program without aimc_pl fails with the name of this package.
         super().save_checkpoint({_CHECKPOINT_KEY: self._state()} | checkpoint, filepath, storage_options)
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds besides Lightning's."""
-        state: dict[str, Any] = {}
-        if analog_layers(self._module) and (checkpoints := _analog_checkpoints()):
-            state["analog"] = checkpoints.AnalogCheckpoint()
+        """Return what a checkpoint contains in addition to what Lightning saves."""
+        state = analog_parts.seal(self._module)
         if self._training is not None:
             state |= {
                 "split_at": None if self._training.split_at is None else [*self._training.split_at],
@@ -373,25 +354,24 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         self._convert()
-        with self._admitted_classes():
+        with analog_parts.admitted_classes(self._module):
             checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         self._resumed = dict(checkpoint.get(_CHECKPOINT_KEY, {}))
         if len(self._resumed.get("split_at") or ()) != self.schedule.num_stages - 1:
             self._resumed.pop("split_at", None)
         return checkpoint
 
-    def _admitted_classes(self) -> AbstractContextManager[Any]:
-        """While it is open, a file may name what the program itself has configured as well."""
-        checkpoints = _analog_checkpoints()
-        return nullcontext() if checkpoints is None else safe_globals([*checkpoints.classes_of_tiles(self._module)])
-
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if checkpoints := _analog_checkpoints():
-            checkpoints.check_devices(self._module, checkpoint["state_dict"])
+        analog_parts.check_devices(self._module, checkpoint["state_dict"])
         super().load_model_state_dict(checkpoint, strict)
 
     # -------------------------------------------------------------------- end
+
+    @override
+    def on_train_end(self) -> None:
+        """Give every process the whole trained module, as it has after any other strategy."""
+        self._placement.end()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -403,19 +383,10 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def teardown(self) -> None:
         self._placement.end()
-        # What follows has the same stages, and nothing else of a checkpoint.
+        # A later fit or evaluation keeps the boundaries of the stages, but nothing else of this fit.
         split_at = self._resumed.get("split_at")
         if self._training is not None:
             self._training.abandon()
             split_at = self._training.split_at
         self._resumed = {"split_at": split_at}
         super().teardown()
-
-
-def _analog_checkpoints() -> Any:
-    """What knows how analog layers are kept in checkpoints; ``None`` where aihwkit is not installed."""
-    if find_spec("aihwkit") is None:
-        return None
-    from aimc_pl.devices import checkpoint
-
-    return checkpoint

@@ -145,8 +145,7 @@ def _replace(path: Path, content: memoryview) -> None:
     _remove_leftovers(path.parent)
     beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with beside.open("wb") as file:
-            flock(file, LOCK_EX)
+        with _locked(beside) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -162,12 +161,31 @@ def _replace(path: Path, content: memoryview) -> None:
         os.close(folder)
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[bytes]]:
+    """Context manager that creates a file and locks it, so that no other process takes the file for a leftover."""
+    while True:
+        with path.open("wb") as file:
+            flock(file, LOCK_EX)
+            # Another process may have removed the file before it was locked.
+            if _is_at(path, file):
+                yield file
+                return
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files of processes that were killed. A process that still writes holds a lock."""
     for leftover in folder.glob(".*.unfinished"):
         with suppress(BlockingIOError, FileNotFoundError), leftover.open("rb") as file:
             flock(file, LOCK_EX | LOCK_NB)
-            leftover.unlink()
+            # Another process may have finished this file, and begun the next one under the same name.
+            if _is_at(leftover, file):
+                leftover.unlink()
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Return whether an open file is still the one at a path."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 @contextmanager

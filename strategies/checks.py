@@ -2,7 +2,9 @@
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import Parameter, signature
 from itertools import count
 from typing import Any
 
@@ -151,7 +153,7 @@ def check_optimizer(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tenso
                 twin.step(lambda: float(next(calls)))
         results.append([copied for copied, is_own in zip(copies, own, strict=True) if is_own])
     if next(calls) > 4:
-        raise evaluates_the_loss(optimizer)
+        raise _evaluates_the_loss(optimizer)
     if not all(map(torch.equal, *results)):
         raise UsageError(
             f"{type(optimizer).__name__} updates a stage by the gradients of other stages, which are in other "
@@ -159,7 +161,36 @@ def check_optimizer(optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tenso
         )
 
 
-def evaluates_the_loss(optimizer: Optimizer) -> UsageError:
+@contextmanager
+def one_optimizer() -> Iterator[None]:
+    """Context manager that replaces Lightning's error about several optimizers, which advises manual optimization.
+
+    Raises:
+        UsageError: if configure_optimizers returns several optimizers.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "multiple optimizers" not in str(error):
+            raise
+        raise UsageError(
+            "the pipeline trains with one optimizer, and configure_optimizers returns several: return one with several "
+            "parameter groups"
+        ) from error
+
+
+def check_closure(optimizer: Optimizer, *, stages_update_apart: bool) -> None:
+    """Check that the optimizer's step does not need a closure, unless all stages update together.
+
+    Raises:
+        UsageError: if it does, as the step of LBFGS.
+    """
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    if stages_update_apart and closure is not None and closure.default is Parameter.empty:
+        raise _evaluates_the_loss(optimizer)
+
+
+def _evaluates_the_loss(optimizer: Optimizer) -> UsageError:
     """Return the error to raise when an optimizer's step runs forward and backward as often as it likes."""
     return UsageError(
         f"{type(optimizer).__name__} evaluates the loss itself, which stages under schedule='async', or in processes "

@@ -171,7 +171,7 @@ COMMANDS = {
     "an interpolation of nothing": (["--config=reference.yaml"], "nowhere.size' not found"),
     "a pipeline's callback without pipeline": (
         ["--trainer.strategy=auto"],
-        "ClockMonitor is about a pipeline, and the strategy is SingleDeviceStrategy",
+        "ClockMonitor needs a pipeline, but the strategy is SingleDeviceStrategy",
     ),
 }
 

@@ -10,6 +10,7 @@ from aimc_pl.diagram import draw_text
 from aimc_pl.schedule import Schedule, check_order
 
 SCHEDULES = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+SIZES = pytest.mark.parametrize("up_to", [4, pytest.param(16, marks=pytest.mark.slow)])
 UP_TO_16 = st.integers(1, 16)
 schedules = st.builds(
     lambda kind, stages, microbatches: Schedule(kind[0], stages, microbatches, kind[1]),
@@ -71,11 +72,33 @@ def test_closed_forms_for_all_sizes(name, duplex, total):
         assert schedule.speedup(total) == pytest.approx(2 * stages * total / cycles, rel=1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
-def test_in_flight_counted(name, duplex):
-    for stages in range(1, 17):
-        for total in range(1, 17):
+def test_by_default_the_pipeline_drains_after_a_mini_batch(name, duplex):
+    """Check that the numbers depend on K alone, and that K is B unless it is given."""
+
+    def numbers(schedule, *total):
+        stages = range(schedule.num_stages)
+        return (
+            [*schedule.clocks(*total)],
+            [schedule.forward_clock(stage, 1, *total) for stage in stages],
+            [schedule.backward_clock(stage, 1, *total) for stage in stages],
+            [schedule.in_flight(stage, *total) for stage in stages],
+            schedule.num_clocks(*total),
+            schedule.num_cycles(*total),
+            schedule.density(*total),
+            schedule.speedup(*total),
+        )
+
+    expected = numbers(Schedule(name, 3, 5, duplex))
+    assert numbers(Schedule(name, 3, 2, duplex), 5) == numbers(Schedule(name, 3, 9, duplex), 5) == expected
+    assert Counter(operation.kind for row in expected[0] for operation in row) == {"F": 15, "B": 15}
+
+
+@SIZES
+@pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
+def test_in_flight_counted(name, duplex, up_to):
+    for stages in range(1, up_to + 1):
+        for total in range(1, up_to + 1):
             schedule = Schedule(name, stages, total, duplex)
             held, most = Counter(), Counter()
             for row in schedule.clocks(total):
@@ -111,31 +134,47 @@ def test_one_update_per_minibatch_has_no_staleness(name):
 
 
 class Shifted(Schedule):
-    """A schedule in which the backwards of one stage come ``early`` clocks too soon."""
+    """A schedule in which the forwards or the backwards of one stage come ``early`` clocks too soon."""
 
     early = 0
+    kind = "B"
     stage = 1
 
+    def forward_clock(self, stage, microbatch, num_microbatches=None):
+        early = self.early * (("F", stage) == (self.kind, self.stage))
+        return super().forward_clock(stage, microbatch, num_microbatches) - early
+
     def backward_clock(self, stage, microbatch, num_microbatches=None):
-        return super().backward_clock(stage, microbatch, num_microbatches) - self.early * (stage == self.stage)
+        early = self.early * (("B", stage) == (self.kind, self.stage))
+        return super().backward_clock(stage, microbatch, num_microbatches) - early
 
 
-@pytest.mark.slow
-@given(schedules)
-def test_named_schedules_are_in_order(schedule):
-    check_order(schedule)
+@SIZES
+@pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
+def test_named_schedules_are_in_order(name, duplex, up_to):
+    for stages in range(1, up_to + 1):
+        for microbatches in range(1, up_to + 1):
+            check_order(Schedule(name, stages, microbatches, duplex))
 
 
 @pytest.mark.parametrize(
-    ("stage", "early", "message"),
+    ("kind", "stage", "early", "message"),
     [
         (
+            "F",
+            2,
+            1,
+            r"Shifted has F\(stage 2, micro-batch 0\) in clock 1, and F\(stage 1, micro-batch 0\), which it needs, in",
+        ),
+        (
+            "B",
             1,
             1,
             r"Shifted has B\(stage 1, micro-batch 0\) in clock 3, and B\(stage 2, micro-batch 0\), which it needs, in",
         ),
-        (1, 9, r"Shifted has no clock for B\(stage 1, micro-batch 0\)"),
+        ("B", 1, 9, r"Shifted has no clock for B\(stage 1, micro-batch 0\)"),
         (
+            "B",
             0,
             -1,
             r"Shifted has F\(stage 0, micro-batch 3\) and B\(stage 0, micro-batch 0\) in clock 6, and in half duplex "
@@ -143,13 +182,29 @@ def test_named_schedules_are_in_order(schedule):
         ),
     ],
 )
-def test_clocks_out_of_order_are_refused(stage, early, message):
+def test_clocks_out_of_order_are_refused(kind, stage, early, message):
     schedule = Shifted("async", 3, 4)
     check_order(schedule)
+    object.__setattr__(schedule, "kind", kind)
     object.__setattr__(schedule, "stage", stage)
     object.__setattr__(schedule, "early", early)
     with pytest.raises(ValueError, match=message):
         check_order(schedule)
+
+
+@pytest.mark.parametrize(("name", "length"), [("none", 3), ("sync", 3), ("1f1b", 3), ("async", 3 + 2 * 4)])
+def test_the_table_is_checked_up_to_its_length(name, length):
+    class Forgetful(Schedule):
+        """A schedule without one of its micro-batches."""
+
+        def operations(self, clock, num_microbatches=None):
+            return [each for each in super().operations(clock, num_microbatches) if each.microbatch != forgotten]
+
+    forgotten = length
+    check_order(Forgetful(name, 4, 3))
+    forgotten = length - 1
+    with pytest.raises(ValueError, match=rf"no clock for F\(stage 0, micro-batch {forgotten}\)"):
+        check_order(Forgetful(name, 4, 3))
 
 
 @given(schedules, st.integers(1, 48))
@@ -193,15 +248,21 @@ def test_open_ended_table_is_the_same_until_the_drain(schedule, total):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fast", 2), "unknown schedule 'fast'"),
+        (("fast", 2), "unknown schedule 'fast': choose one of none, sync, 1f1b, async$"),
         (("sync", 0), "num_stages must be"),
+        (("sync", 1001), "num_stages must be"),
+        (("sync", 2, 100_001), "num_microbatches must be"),
         (("sync", 2, 0), "num_microbatches must be"),
         (("sync", 2, 2.5), "num_microbatches must be"),
         (("sync", True), "num_stages must be"),
         (("sync", 2, 2, "full"), "duplex='full' is for"),
-        (("async", 2, 2, "both"), "unknown duplex"),
+        (("async", 2, 2, "both"), "unknown duplex 'both': choose one of half, full$"),
     ],
 )
 def test_bad_schedules(arguments, message):
     with pytest.raises(ValueError, match=message):
         Schedule(*arguments)
+
+
+def test_the_largest_schedule_is_accepted():
+    assert Schedule("async", 1000, 100_000).max_staleness(0) == 999

@@ -189,7 +189,7 @@ def test_gradients_and_weights_of_tiles_are_those_of_digital_layers(make, shape,
 
 
 def test_needs_a_pipeline():
-    with pytest.raises(UsageError, match="StalenessMonitor is about a pipeline"):
+    with pytest.raises(UsageError, match="StalenessMonitor needs a pipeline"):
         fit(StalenessMonitor(), "auto")
 
 

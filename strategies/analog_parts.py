@@ -1,0 +1,89 @@
+"""The functions in this module do what the strategy must do for analog layers.
+
+They import aihwkit only where the user asks for analog layers, or where aihwkit is installed: digital training works
+without it.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.plugins import Precision
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+from torch.optim import Optimizer
+from torch.serialization import safe_globals
+
+from aimc_pl.analog import analog_layers, is_analog
+from aimc_pl.errors import UsageError
+from aimc_pl.strategies.checks import check_analog_support
+from aimc_pl.strategies.settings import Settings
+
+if TYPE_CHECKING:
+    from aimc_pl.devices import DeviceSpec
+
+
+def convert(
+    module: nn.Module, device: "DeviceSpec", settings: Settings, root_device: torch.device, precision: Precision
+) -> None:
+    """Make the layers analog that ``device`` selects, say which these are, and check that the run can train them.
+
+    Raises:
+        UsageError: if a layer cannot be analog, or if a setting does not go with analog layers.
+    """
+    if device is not None:
+        from aimc_pl.devices import convert_to_analog, describe_layers
+
+        if convert_to_analog(module, device, settings.split_at):
+            rank_zero_info(describe_layers(module))
+    if settings.weight_stashing and analog_layers(module):
+        raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
+    check_analog_support(module, root_device, precision)
+
+
+def convert_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
+    """Make the optimizer update analog layers by pulses, if the module has any."""
+    if any(map(is_analog, module.parameters())):
+        from aimc_pl.devices import make_analog_aware
+
+        make_analog_aware(optimizer)
+
+
+def saved(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a module's state dict without the values that are not part of a checkpoint."""
+    checkpoints = _checkpoints()
+    return state if checkpoints is None else checkpoints.leave_out_contexts(state)
+
+
+def seal(module: nn.Module) -> dict[str, Any]:
+    """Return the entry of a checkpoint that names aimc_pl to programs without it; empty without analog layers."""
+    if not analog_layers(module) or not (checkpoints := _checkpoints()):
+        return {}
+    return {"analog": checkpoints.AnalogCheckpoint()}
+
+
+def admitted_classes(module: nn.Module) -> AbstractContextManager[Any]:
+    """Context manager in which a checkpoint may also contain the classes that the module's own tiles are made of."""
+    checkpoints = _checkpoints()
+    return nullcontext() if checkpoints is None else safe_globals([*checkpoints.classes_of_tiles(module)])
+
+
+def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's analog layers have the devices of the module's.
+
+    Raises:
+        UsageError: if a device differs. The message names both devices.
+    """
+    if checkpoints := _checkpoints():
+        checkpoints.check_devices(module, state)
+
+
+def _checkpoints() -> Any:
+    """Return the module that knows how checkpoints keep analog layers, or ``None`` if aihwkit is not installed."""
+    if find_spec("aihwkit") is None:
+        return None
+    from aimc_pl.devices import checkpoint
+
+    return checkpoint
