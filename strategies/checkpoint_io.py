@@ -185,7 +185,9 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
     """Return whether an open file is still the one at a path."""
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
 
 
 @contextmanager
