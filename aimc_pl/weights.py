@@ -21,6 +21,13 @@ def weight_layers(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def has_hidden_weights(layer: Any) -> bool:
+    """Return whether a layer's tiles have several crossbars. To write the weights erases all but one of these."""
+    return is_analog(layer) and any(
+        hasattr(tile.rpu_config.device, "unit_cell_devices") for tile in layer.analog_tiles()
+    )
+
+
 def read_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return all weights in one vector.
 

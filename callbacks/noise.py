@@ -19,7 +19,7 @@ from aimc_pl.imperfections import Noise, ReadNoise, WeightNoise
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import StageInfo
 from aimc_pl.strategies.private_lightning import should_log
-from aimc_pl.weights import layer_weight, product, weight_layers, write_weight
+from aimc_pl.weights import has_hidden_weights, layer_weight, product, weight_layers, write_weight
 
 
 class DeviceNoise(Callback, Observer):
@@ -94,6 +94,12 @@ class DeviceNoise(Callback, Observer):
         if not self._named:
             known = ", ".join(weight_layers(pl_module))
             raise UsageError(f"DeviceNoise(layers={list(self.layers)}) matches no layer; the layers are {known}")
+        hidden = [name for name, layer in self._named.items() if has_hidden_weights(layer)]
+        if hidden and not all(isinstance(noise, ReadNoise) for noise in self.noise):
+            raise UsageError(
+                f"DeviceNoise writes weights, which erases the other crossbars of layer {hidden[0]!r}: use ReadNoise "
+                "only, or choose other layers with layers=[...]"
+            )
 
     @override
     def on_start(self, stages: Sequence[StageInfo]) -> None:

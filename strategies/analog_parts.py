@@ -44,11 +44,13 @@ def convert(
 
 
 def convert_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
-    """Make the optimizer update analog layers by pulses, if the module has any."""
+    """Make the optimizer update analog layers by pulses, if there are any, and say what it does not do for them."""
     if any(map(is_analog, module.parameters())):
-        from aimc_pl.devices import make_analog_aware
+        from aimc_pl.devices import describe_updates, make_analog_aware
 
         make_analog_aware(optimizer)
+        if line := describe_updates(module, optimizer):
+            rank_zero_info(line)
 
 
 def saved(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,34 +1,37 @@
 """This package holds a catalogue of analog devices, converts networks to them, and draws their responses to pulses."""
 
 from aimc_pl.analog import analog_layers, reset_pending_updates
+from aimc_pl.devices.algorithms import (
+    agad,
+    chopped_tiki_taka,
+    mixed_precision,
+    residual_learning,
+    tiki_taka,
+    tiki_taka_v2,
+)
 from aimc_pl.devices.catalogue import (
-    DEVICES,
     AnalogDevice,
     Backend,
     ConfiguredDevice,
-    agad,
-    chopped_tiki_taka,
     constant_step,
     ecram,
     gokmen_vlasov,
     ideal,
     linear_step,
-    mixed_precision,
     reram_es,
     reram_sb,
     soft_bounds,
     soft_bounds_reference,
-    tiki_taka,
-    tiki_taka_v2,
 )
 from aimc_pl.devices.conversion import (
     DeviceSpec,
     convert_to_analog,
     describe_layers,
-    get_device,
+    describe_updates,
     make_analog_aware,
 )
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
+from aimc_pl.devices.names import DEVICES, get_device
 from aimc_pl.devices.pulse_response import plot_response, pulse_response
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "constant_step",
     "convert_to_analog",
     "describe_layers",
+    "describe_updates",
     "ecram",
     "get_device",
     "gokmen_vlasov",
@@ -56,6 +60,7 @@ __all__ = [
     "reram_es",
     "reram_sb",
     "reset_pending_updates",
+    "residual_learning",
     "soft_bounds",
     "soft_bounds_reference",
     "tiki_taka",

@@ -1,10 +1,9 @@
-"""This module is the catalogue of analog devices. Each device is a function of its parameters.
+"""This module is the catalogue of pulsed devices. Each device is a function of its parameters.
 
 A config file names a function, too: ``class_path: aimc_pl.devices.soft_bounds`` with ``init_args``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, Literal
 
 from aihwkit.simulator import presets
@@ -16,13 +15,13 @@ from aihwkit.simulator.configs import (
     SingleRPUConfig,
     SoftBoundsDevice,
     SoftBoundsReferenceDevice,
+    UnitCellRPUConfig,
 )
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.base import RPUConfigBase
 
 from aimc_pl.arguments import check_choice, check_flag, check_number
 from aimc_pl.devices.mean_field import to_mean_field
-from aimc_pl.errors import UsageError
 
 
 class AnalogDevice(ABC):
@@ -61,8 +60,6 @@ Backend = Literal["mean_field", "bits", "aihwkit"]
 - ``bits``: by the same tile, which draws pulse trains and counts their coincidences. Weights then move in whole steps.
 - ``aihwkit``: pulse by pulse, by aihwkit's own tiles (on the CPU, or on a GPU if aihwkit has been built for it).
 """
-
-Material = Literal["ReRamES", "ReRamSB", "Capacitor", "EcRam", "EcRamMO", "Idealized"]
 
 
 def ideal() -> AnalogDevice:
@@ -183,7 +180,7 @@ def ecram(backend: Backend = "mean_field") -> AnalogDevice:
     Args:
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
-    return _simulated(presets.EcRamPreset(), backend)
+    return simulated(presets.EcRamPreset(), backend)
 
 
 def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
@@ -192,7 +189,7 @@ def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
     Args:
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
-    return _simulated(presets.ReRamESPreset(), backend)
+    return simulated(presets.ReRamESPreset(), backend)
 
 
 def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
@@ -201,7 +198,7 @@ def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
     Args:
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
-    return _simulated(presets.ReRamSBPreset(), backend)
+    return simulated(presets.ReRamSBPreset(), backend)
 
 
 def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
@@ -210,74 +207,7 @@ def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
     Args:
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
-    return _simulated(presets.GokmenVlasovPreset(), backend)
-
-
-def tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka: gradients accumulate on a fast array and are transferred to the weight array (runs on aihwkit).
-
-    Args:
-        material: the material of both arrays.
-    """
-    return _preset("TikiTaka", material)
-
-
-def tiki_taka_v2(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2: a digital buffer filters the transfer from the fast to the weight array (runs on aihwkit).
-
-    Args:
-        material: the material of both arrays.
-    """
-    return _preset("TTv2", material)
-
-
-def chopped_tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2 with choppers, which flip the gradient array's sign to cancel its offset (runs on aihwkit).
-
-    Args:
-        material: the material of both arrays.
-    """
-    return _preset("ChoppedTTv2", material)
-
-
-def agad(material: Material = "ReRamSB") -> AnalogDevice:
-    """Analog gradient accumulation with dynamic reference (Rasch et al., arXiv 2303.04721) (runs on aihwkit).
-
-    Args:
-        material: the material of both arrays.
-    """
-    return _preset("AGAD", material)
-
-
-def mixed_precision(material: Material = "ReRamSB") -> AnalogDevice:
-    """Gradients accumulate digitally, and whole steps are written to the analog weights (runs on aihwkit).
-
-    Args:
-        material: the material of the array.
-    """
-    return _preset("MixedPrecision", material)
-
-
-DEVICES: dict[str, Callable[..., AnalogDevice]] = {
-    function.__name__: function
-    for function in (
-        ideal,
-        soft_bounds,
-        soft_bounds_reference,
-        constant_step,
-        linear_step,
-        ecram,
-        reram_es,
-        reram_sb,
-        gokmen_vlasov,
-        tiki_taka,
-        tiki_taka_v2,
-        chopped_tiki_taka,
-        agad,
-        mixed_precision,
-    )
-}
-"""The devices by the names that ``device="name"`` accepts."""
+    return simulated(presets.GokmenVlasovPreset(), backend)
 
 
 def _pulsed(
@@ -306,18 +236,12 @@ def _config(device: PulsedDevice, perfect_io: bool, backend: Backend) -> AnalogD
     if perfect_io:
         config.forward = IOParameters(is_perfect=True)
         config.backward = IOParameters(is_perfect=True)
-    return _simulated(config, backend)
+    return simulated(config, backend)
 
 
-def _simulated(config: SingleRPUConfig, backend: Backend) -> AnalogDevice:
+def simulated(config: SingleRPUConfig | UnitCellRPUConfig, backend: Backend) -> AnalogDevice:
+    """Return the device of an aihwkit configuration, simulated by a backend."""
     check_choice("backend", backend, Backend)
     if backend == "aihwkit":
         return ConfiguredDevice(config)
     return ConfiguredDevice(to_mean_field(config, sample_pulses=backend == "bits"))
-
-
-def _preset(algorithm: str, material: str) -> AnalogDevice:
-    preset = getattr(presets, f"{algorithm}{material}Preset", None)
-    if preset is None:
-        raise UsageError(f"there is no {algorithm} of material {material!r}: see aihwkit.simulator.presets")
-    return ConfiguredDevice(preset())

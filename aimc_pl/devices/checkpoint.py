@@ -23,7 +23,8 @@ _MATERIALS = ("Capacitor", "EcRam", "EcRamMO", "Idealized", "ReRamES", "ReRamSB"
 _ALGORITHMS = ("AGAD", "ChoppedTTv2", "MixedPrecision", "TTv2", "TikiTaka")
 _NAMES = {
     "aihwkit.simulator.configs.compounds": (
-        *("ChoppedTransferCompound", "DynamicTransferCompound", "MixedPrecisionCompound", "TransferCompound"),
+        *("BufferedTransferCompound", "ChoppedTransferCompound", "DynamicTransferCompound", "MixedPrecisionCompound"),
+        "TransferCompound",
     ),
     "aihwkit.simulator.configs.configs": ("FloatingPointRPUConfig", "SingleRPUConfig"),
     "aihwkit.simulator.configs.devices": (
@@ -57,6 +58,7 @@ _NAMES = {
         "MeanFieldTile",
         "MeanFieldTileArray",
     ),
+    "aimc_pl.devices.mean_field.transfer": ("BufferedTransferSimulatorTile", "TransferSimulatorTile"),
 }
 
 

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from fnmatch import fnmatchcase
 from types import new_class
 from typing import Any
@@ -15,13 +14,13 @@ from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.arguments import listed, shown
-from aimc_pl.devices.catalogue import DEVICES, AnalogDevice
+from aimc_pl.devices.catalogue import AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
+from aimc_pl.devices.names import Device, get_device
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import show_steps_to_schedulers
 
-Device = str | AnalogDevice | RPUConfigBase
 DeviceSpec = str | AnalogDevice | Mapping[str | int, Device | None] | RPUConfigBase | None
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,26 +30,6 @@ _MATRICES = (
 )
 _FEW = 3
 """How many names a message lists one by one. A longer list is replaced by a pattern."""
-
-
-def get_device(device: Device) -> RPUConfigBase:
-    """Return a copy of the aihwkit configuration of a device.
-
-    Args:
-        device: a device's name (all its parameters are then the defaults), an :class:`AnalogDevice`, or an aihwkit
-            configuration.
-
-    Raises:
-        UsageError: if no device has that name, or if ``device`` has another type.
-    """
-    if isinstance(device, str) and device in DEVICES:
-        device = DEVICES[device]()
-    rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
-    if not isinstance(rpu_config, RPUConfigBase):
-        raise UsageError(
-            f"unknown device {shown(device)}: 'aimc-pl devices' lists the names; an aihwkit RPUConfig will do too"
-        )
-    return deepcopy(rpu_config)
 
 
 def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> list[str]:
@@ -118,6 +97,24 @@ def make_analog_aware(optimizer: Optimizer) -> None:
     if "step" in vars(optimizer):
         # A scheduler has already wrapped the step of the digital class.
         show_steps_to_schedulers(optimizer)
+
+
+def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
+    """Return a line that says what analog layers do not take from the optimizer; ``None`` if they take all.
+
+    Tiles learn by pulses from the gradient and the learning rate alone.
+    """
+    groups = [group for group in optimizer.param_groups if any(map(is_analog, group["params"]))]
+    name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, AnalogOptimizerMixin))
+    ignored = {key for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
+    if name == "SGD" and not ignored:
+        return None
+    rule = f"the {' and '.join(sorted(ignored))} of SGD" if name == "SGD" else f"the update rule of {name}"
+    rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) for group in groups}))
+    return (
+        f"{len(analog_layers(network))} analog layers learn by pulses, at the learning rate {rates}: {rule} applies to "
+        "digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
+    )
 
 
 def _choose(

@@ -19,9 +19,10 @@ def saturated_fraction(layer: Any) -> float:
     near, total = 0, 0
     for tile in layer.analog_tiles():
         if isinstance(tile, MeanFieldTile):
-            weight = tile.tile.get_weights(as_ref=True)
-            lower, upper = (torch.as_tensor(bound, device=weight.device) for bound in tile.tile.response.bounds)
-            margin = _MARGIN * (upper - lower)
-            near += int(((weight <= lower + margin) | (weight >= upper - margin)).sum())
-            total += weight.numel()
+            for crossbar in tile.tile.crossbars:
+                weight = crossbar.weight
+                lower, upper = (torch.as_tensor(bound, device=weight.device) for bound in crossbar.response.bounds)
+                margin = _MARGIN * (upper - lower)
+                near += int(((weight <= lower + margin) | (weight >= upper - margin)).sum())
+                total += weight.numel()
     return near / max(total, 1)

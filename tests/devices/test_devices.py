@@ -14,6 +14,7 @@ from aimc_pl.devices import (
     ConfiguredDevice,
     analog_layers,
     convert_to_analog,
+    describe_updates,
     get_device,
     make_analog_aware,
     plot_response,
@@ -148,3 +149,33 @@ def test_response_is_drawn(tmp_path):
     assert mean[49] > mean[0] < mean[149]
     assert mean[99] < mean[49]
     figure.savefig(tmp_path / "response.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), None),
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            "at the learning rate 0.1: the momentum of SGD applies to",
+        ),
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4),
+            "the momentum and weight_decay of SGD applies to digital parameters only",
+        ),
+        (lambda p: torch.optim.AdamW(p, lr=1e-3), "at the learning rate 0.001: the update rule of AdamW applies to"),
+        (
+            lambda p: torch.optim.Adam(
+                [{"params": p[:1]}, {"params": p[1:2], "lr": 0.2}, {"params": p[2:], "lr": 5.0}]
+            ),
+            "at the learning rate 0.001 and 0.2: the update rule of Adam applies to",
+        ),
+    ],
+)
+def test_what_analog_layers_do_not_take_from_the_optimizer_is_said(make, line):
+    network = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False), nn.LayerNorm(2))
+    convert_to_analog(network, {"0": "soft_bounds", "1": "soft_bounds"})
+    optimizer = make([*network.parameters()])
+    make_analog_aware(optimizer)
+    said = describe_updates(network, optimizer)
+    assert said is None if line is None else said.startswith("2 analog layers learn by pulses, ") and line in said

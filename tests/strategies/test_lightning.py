@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from aimc_pl.devices import analog_layers, soft_bounds
+from aimc_pl.devices import analog_layers, residual_learning, soft_bounds
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 
@@ -381,7 +381,14 @@ def test_resume_keeps_the_measured_split(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["sync", "async"])
 @pytest.mark.parametrize(
-    "device", ["ideal", soft_bounds(device_to_device=0.2, write_noise=3.0), soft_bounds(backend="bits")]
+    "device",
+    [
+        "ideal",
+        soft_bounds(device_to_device=0.2, write_noise=3.0),
+        soft_bounds(backend="bits"),
+        residual_learning(soft_bounds(device_to_device=0.2, write_noise=3.0), n_reads_per_transfer=3),
+        residual_learning(gamma=0.0, digital_buffer=True),
+    ],
 )
 def test_analog_resume_goes_on_updating_the_tiles(schedule, device, tmp_path):
     """Check that a resumed run equals the uninterrupted one, on tiles whose random states can be restored."""

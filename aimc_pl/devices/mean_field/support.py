@@ -1,12 +1,16 @@
-"""This module checks whether the mean-field tile can simulate an aihwkit configuration."""
+"""This module selects the mean-field tile that simulates an aihwkit configuration, or says why none can."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
-from aihwkit.simulator.configs import SingleRPUConfig
+from aihwkit.simulator.configs import SingleRPUConfig, UnitCellRPUConfig
+from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, PulseType
 
 from aimc_pl.devices.mean_field.response import SUPPORTED_DEVICES
+from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
+from aimc_pl.devices.mean_field.transfer import BufferedTransferSimulatorTile, TransferSimulatorTile
 from aimc_pl.errors import UsageError
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -23,6 +27,7 @@ _OFF: dict[str, dict[str, Any]] = {
         "dw_min_std_slope": 0.0,
         "count_pulses": False,
     },
+    "compound": {"transfer_columns": True, "with_reset_prob": 0.0},
     "update": {"res": 0, "x_res_implicit": 0, "d_res_implicit": 0, "um_grad_scale": 1.0},
     "io": {
         "inp_asymmetry": 0.0,
@@ -37,20 +42,60 @@ _OFF: dict[str, dict[str, Any]] = {
         "w_read_asymmetry_dtod": 0.0,
     },
 }
+_COMPOUNDS: dict[type, type[MeanFieldSimulatorTile]] = {
+    TransferCompound: TransferSimulatorTile,
+    BufferedTransferCompound: BufferedTransferSimulatorTile,
+}
+"""The tiles that simulate devices of several crossbars."""
+
+_SHARED = ("device", "forward", "backward", "update", "mapping", "pre_post", "runtime")
+"""The sections that the configuration of a mean-field tile shares with aihwkit's."""
 
 
-def check_support(config: SingleRPUConfig) -> None:
+def to_mean_field(config: SingleRPUConfig | UnitCellRPUConfig, sample_pulses: bool = False) -> MeanFieldRPUConfig:
+    """Return the configuration of a mean-field tile for the same crossbar, or the same compound of crossbars.
+
+    Args:
+        config: aihwkit's configuration of a pulsed device, or of a compound for Tiki-Taka version 1 or 2.
+        sample_pulses: see :class:`MeanFieldRPUConfig`.
+
+    Raises:
+        UsageError: if the mean-field tile cannot simulate the configuration.
+    """
+    check_support(config)
+    shared = {name: deepcopy(getattr(config, name)) for name in _SHARED}
+    device = shared["device"]
+    if isinstance(device, TransferCompound):
+        # aihwkit's transfers read without these two, whatever the configuration says.
+        device.transfer_forward.noise_management = NoiseManagementType.NONE
+        device.transfer_forward.bound_management = BoundManagementType.NONE
+    tile_class = _COMPOUNDS.get(type(device), MeanFieldSimulatorTile)
+    return MeanFieldRPUConfig(**shared, sample_pulses=sample_pulses, simulator_tile_class=tile_class)
+
+
+def check_support(config: SingleRPUConfig | UnitCellRPUConfig) -> None:
     """Check that the mean-field tile can simulate an aihwkit configuration.
 
     Raises:
         UsageError: if only aihwkit's own tiles can. The message names the first such setting.
     """
-    if not isinstance(config.device, SUPPORTED_DEVICES):
-        raise _unsupported(type(config.device).__name__)
-    _check(config.device, _OFF["device"], {})
-    _check(config.device.drift, {"nu": 0.0}, {})
-    _check(config.update, _OFF["update"], _CHOICES)
-    for io in (config.forward, config.backward):
+    device: Any = config.device
+    devices, updates, ios = [device], [config.update], [config.forward, config.backward]
+    if type(device) in _COMPOUNDS:
+        devices, updates, ios = (
+            device.unit_cell_devices,
+            [*updates, device.transfer_update],
+            [*ios, device.transfer_forward],
+        )
+        _check(device, _OFF["compound"], {})
+    for one in devices:
+        if not isinstance(one, SUPPORTED_DEVICES):
+            raise _unsupported(type(one).__name__)
+        _check(one, _OFF["device"], {})
+        _check(one.drift, {"nu": 0.0}, {})
+    for update in updates:
+        _check(update, _OFF["update"], _CHOICES)
+    for io in ios:
         if not io.is_perfect:
             _check(io, _OFF["io"], _CHOICES)
 

@@ -4,16 +4,14 @@ The module holds the crossbar, the tile around it, the array of tiles, and the c
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
-from math import ceil, isfinite
 from typing import Any
 
 import torch
 from aihwkit.exceptions import TileError
-from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsReferenceDevice, UpdateParameters
+from aihwkit.simulator.configs import SoftBoundsReferenceDevice, UpdateParameters
+from aihwkit.simulator.configs.compounds import TransferCompound
 from aihwkit.simulator.configs.devices import PulsedDevice
-from aihwkit.simulator.parameters.enums import RPUDataType
 from aihwkit.simulator.tiles.array import TileModuleArray
 from aihwkit.simulator.tiles.base import SimulatorTile, SimulatorTileWrapper
 from aihwkit.simulator.tiles.custom import CustomRPUConfig, CustomTile
@@ -31,34 +29,21 @@ from aimc_pl.devices.mean_field.converters import (
     noisy_transposed_convolution,
     product,
 )
-from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, sampled_counts
-from aimc_pl.devices.mean_field.random_table import gaussian, uniform
-from aimc_pl.devices.mean_field.response import Number, Response, response_of
-from aimc_pl.devices.mean_field.support import check_support
+from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
 from aimc_pl.devices.mean_field.vectors import Convolution, Gathered, Patches, Vectors
 from aimc_pl.devices.private_aihwkit import RecreatedQuietly
 
-_ROWS = Vectors(-1)
-_LARGEST_REACH = 0.5
-"""A batch is split if it moves weights by more than this, in units of their device's relaxation."""
-_SHARED = ("device", "forward", "backward", "update", "mapping", "pre_post", "runtime")
-"""The sections that the configuration of a mean-field tile shares with aihwkit's."""
-
 
 class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
-    """A crossbar of pulsed devices: its weights, the parameters of its cross-points and the source of its noise.
+    """A tile with one crossbar of pulsed devices, which moves its weights by pulses.
 
-    aihwkit draws the parameters of the cross-points. They therefore vary, and are named, as in aihwkit's own tiles. All
-    random numbers come from the tile's own generator, which is seeded from torch's.
+    All random numbers come from the tile's own generator, which is seeded from torch's.
 
     Args:
         x_size: number of inputs.
         d_size: number of outputs.
         rpu_config: the configuration of converters, devices and pulse trains.
     """
-
-    _weight: Tensor
-    _hidden: Tensor
 
     def __init__(self, x_size: int, d_size: int, rpu_config: "MeanFieldRPUConfig") -> None:
         nn.Module.__init__(self)
@@ -67,22 +52,20 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         self.learning_rate = 0.1
         self.set_config(rpu_config)
         self._generator = Generator().manual_seed(int(torch.randint(2**62, ())))
-        device = deepcopy(rpu_config.device)
-        device.construction_seed = device.construction_seed or 1 + int(torch.randint(2**31 - 2, ()))
-        drawn = SingleRPUConfig(device=device).tile_class(d_size, x_size, SingleRPUConfig(device=device), False).tile
-        parameters: Any = device.as_bindings(RPUDataType.FLOAT)
-        self._granularity: float = parameters.calc_weight_granularity()
-        self._write_noise: float = getattr(device, "write_noise_std", 0.0) * parameters.dw_min
-        self._names: list[str] = drawn.get_hidden_parameter_names()
-        hidden: Tensor = drawn.get_hidden_parameters()
-        if torch.equal(hidden, hidden[:, :1, :1].expand_as(hidden)):
-            hidden = hidden[:, :1, :1]
-        if self._write_noise > 0:
-            hidden = hidden.expand(-1, d_size, x_size)
-        self.register_buffer("_weight", torch.zeros(d_size, x_size), persistent=False)
-        self.register_buffer("_hidden", hidden.clone(), persistent=False)
-        self._response: Response | None = None
-        self._response_to: Tensor | None = None
+        self.crossbar = self._make_crossbar(rpu_config.device)
+
+    def _make_crossbar(self, device: Any) -> Crossbar:
+        return Crossbar(self.x_size, self.d_size, device, self._config.sample_pulses, self._generator)
+
+    @property
+    def crossbars(self) -> Sequence[Crossbar]:
+        """All crossbars of the tile. Gradients move the first."""
+        return [self.crossbar]
+
+    @property
+    def _weight(self) -> Tensor:
+        """The weights of the products, ``(out, in)``. They keep their memory."""
+        return self.crossbar.weight
 
     def set_config(self, rpu_config: "MeanFieldRPUConfig") -> None:
         """Use the converters and pulse trains of another configuration of the same device."""
@@ -100,7 +83,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         """Return the crossbar's products ``(..., out)`` with input vectors ``(..., in)``."""
         io = self._config.forward
         x_input = _with_ones(x_input) if bias else x_input
-        return self._product(self._weight, x_input, _ROWS, io, has_bound_management(io))
+        return self._product(self._weight, x_input, ROWS, io, has_bound_management(io))
 
     def backward(
         self,
@@ -112,7 +95,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     ) -> Tensor:
         """Return the transposed products ``(..., in)`` with errors ``(..., out)``, the gradients of the outputs."""
         weight = self._weight[:, :-1] if bias else self._weight
-        return self._product(weight.T, d_input, _ROWS, self._config.backward, False)
+        return self._product(weight.T, d_input, ROWS, self._config.backward, False)
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -125,7 +108,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     ) -> None:
         """Send update pulses to the cross-points, for inputs ``(..., in)`` and errors ``(..., out)``."""
         x_input = _with_ones(x_input) if bias else x_input
-        self._pulse(x_input.reshape(-1, self.x_size), d_input.reshape(-1, self.d_size), _ROWS)
+        self._update(x_input.reshape(-1, self.x_size), d_input.reshape(-1, self.d_size), ROWS)
 
     def forward_patches(self, images: Tensor, patches: Patches) -> Tensor:
         """Return the convolution ``(batch, out, *out_size)`` of images."""
@@ -161,7 +144,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
 
     def update_patches(self, images: Tensor, error: Tensor, patches: Patches) -> None:
         """Send update pulses to the cross-points, for the patches of images and the errors of the outputs."""
-        self._pulse(images, error, patches)
+        self._update(images, error, patches)
 
     def get_weights(self, as_ref: bool = False) -> Tensor:
         """Return the weights ``(out, in)``: a copy on the CPU, or with ``as_ref`` the tensor itself."""
@@ -169,11 +152,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
 
     def set_weights(self, weight: Tensor) -> None:
         """Program the weights, clipped to the bounds of the cross-points."""
-        self.response.clip(self._weight.copy_(weight))
-        if self._write_noise > 0:
-            self._persistent.copy_(self._weight)
-            if getattr(self._config.device, "apply_write_noise_on_set", False):
-                self._weight.add_(self._gaussian(), alpha=self._write_noise)
+        self.crossbar.write(weight)
 
     def get_x_size(self) -> int:
         """Return the number of inputs."""
@@ -193,15 +172,15 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
 
     def get_hidden_parameter_names(self) -> list[str]:
         """Return aihwkit's names of the cross-points' parameters."""
-        return self._names
+        return self.crossbar.names
 
     def get_hidden_parameters(self) -> Tensor:
         """Return the cross-points' parameters ``(names, out, in)``, or ``(names, 1, 1)`` if all are equal."""
-        return self._hidden.clone()
+        return self.crossbar.hidden.clone()
 
     def set_hidden_parameters(self, params: Tensor) -> None:
         """Replace the cross-points' parameters."""
-        self._hidden = params.to(self._hidden, copy=True)
+        self.crossbar.hidden = params.to(self.crossbar.hidden, copy=True)
 
     def get_learning_rate(self) -> float:
         """Return the learning rate of :meth:`update`."""
@@ -212,81 +191,22 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         if learning_rate is not None:
             self.learning_rate = learning_rate
 
-    def dump_extra(self) -> dict[str, Tensor]:
+    def dump_extra(self) -> dict[str, Any]:
         """Return the state beyond weights and parameters that a resumed run needs to be equal bit for bit."""
-        extra = {"generator": self._generator.get_state()}
-        if self._write_noise > 0:
-            extra |= {"visible_weights": self._weight.clone(), "persistent_weights": self._persistent.clone()}
-        return extra
+        return {"generator": self._generator.get_state()} | self.crossbar.extra()
 
-    def load_extra(self, extra: dict[str, Tensor], strict: bool = False) -> None:
+    def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
         """Restore the state that :meth:`dump_extra` returned."""
         self._generator.set_state(extra["generator"].cpu())
-        if "visible_weights" in extra:
-            self._weight.copy_(extra["visible_weights"])
-            self._persistent.copy_(extra["persistent_weights"])
-
-    @property
-    def response(self) -> Response:
-        """The response of the cross-points to pulses."""
-        if self._response is None or self._response_to is not self._hidden:
-            self._response_to = self._hidden
-            hidden: dict[str, Number] = {
-                name: float(values.flatten()[0]) if bool((values == values.flatten()[0]).all()) else values
-                for name, values in zip(self._names, self._hidden, strict=True)
-            }
-            self._response = response_of(self._config.device, hidden, self._config.sample_pulses)
-        return self._response
-
-    @property
-    def _persistent(self) -> Tensor:
-        """The weights without write noise."""
-        return self._hidden[self._names.index("persistent_weights")]
+        self.crossbar.load_extra(extra)
 
     def _product(self, weight: Tensor, x: Tensor, vectors: Vectors, io: Any, bound_management: bool) -> Tensor:
         if is_perfect(io):
             return _times(vectors.multiply(weight, x), io.out_scale)
         return product(weight, x.mul, vectors, input_scale(x, vectors, io), io, self._generator, bound_management)
 
-    def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
-        if self.learning_rate == 0:
-            return
-        counts = self._count(x, error, vectors)
-        reach = self._reach(counts)
-        if reach <= _LARGEST_REACH or len(x) == 1:
-            self._move(counts, reach)
-            return
-        # The order of the samples matters: split the batch, and apply its parts one after another.
-        parts = min(len(x), ceil(reach / _LARGEST_REACH))
-        for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
-            counts = self._count(some_x, some_error, vectors)
-            self._move(counts, self._reach(counts))
-
-    def _reach(self, counts: Counts) -> float:
-        reach = self.response.steepness * float(counts.total.max())
-        return reach if isfinite(reach) else 0.0
-
-    def _count(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> Counts:
-        settings = self.learning_rate, self._granularity, self._config.update, self.response.spread, self._generator
-        if not self._config.sample_pulses:
-            return expected_counts(x, error, vectors, *settings)
-        if isinstance(vectors, Patches):
-            x = vectors.columns(x).movedim(1, -1).flatten(0, 1)
-            error = error.flatten(2).movedim(1, -1).flatten(0, 1)
-        return sampled_counts(x, error, *settings)
-
-    def _move(self, counts: Counts, reach: float) -> None:
-        weight = self._persistent if self._write_noise > 0 else self._weight
-        std = self.response.move(weight, counts, reach).clamp_(min=0).sqrt_()
-        self.response.clip(weight.addcmul_(std, self._gaussian()))
-        if self._write_noise > 0:
-            # Write noise is drawn again where at least one pulse came.
-            written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
-            noisy = torch.add(weight, self._gaussian(), alpha=self._write_noise)
-            self._weight.copy_(torch.where(written, noisy, self._weight))
-
-    def _gaussian(self) -> Tensor:
-        return gaussian(self._weight.shape, self._generator, self._weight.device)
+    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+        self.crossbar.pulse(x, error, vectors, self.learning_rate, self._config.update)
 
 
 class MeanFieldTile(RecreatedQuietly, CustomTile):
@@ -446,8 +366,8 @@ class MeanFieldRPUConfig(CustomRPUConfig):
     simulator_tile_class: type = MeanFieldSimulatorTile
     tile_array_class: type = MeanFieldTileArray
 
-    device: PulsedDevice = field(default_factory=SoftBoundsReferenceDevice)
-    """One of aihwkit's step devices, with all its parameters."""
+    device: PulsedDevice | TransferCompound = field(default_factory=SoftBoundsReferenceDevice)
+    """One of aihwkit's step devices, or a compound of such devices, with all parameters."""
 
     # In CustomRPUConfig, this field holds the parameters of updates without pulses.
     update: UpdateParameters = field(default_factory=UpdateParameters)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -455,21 +375,6 @@ class MeanFieldRPUConfig(CustomRPUConfig):
 
     sample_pulses: bool = False
     """Whether pulse trains are drawn and their coincidences counted, instead of using the counts' mean and variance."""
-
-
-def to_mean_field(config: SingleRPUConfig, sample_pulses: bool = False) -> MeanFieldRPUConfig:
-    """Return the configuration of a mean-field tile for the same crossbar.
-
-    Args:
-        config: aihwkit's configuration of a single pulsed device.
-        sample_pulses: see :class:`MeanFieldRPUConfig`.
-
-    Raises:
-        UsageError: if the mean-field tile cannot simulate the configuration.
-    """
-    check_support(config)
-    shared = {name: deepcopy(getattr(config, name)) for name in _SHARED}
-    return MeanFieldRPUConfig(**shared, sample_pulses=sample_pulses)
 
 
 def _times(y: Tensor, scale: float) -> Tensor:

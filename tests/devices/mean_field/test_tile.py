@@ -20,7 +20,15 @@ from aihwkit.simulator.configs.devices import (
 )
 from torch import nn
 
-from aimc_pl.devices import convert_to_analog, linear_step, reram_es, soft_bounds, soft_bounds_reference, to_mean_field
+from aimc_pl.devices import (
+    convert_to_analog,
+    linear_step,
+    reram_es,
+    residual_learning,
+    soft_bounds,
+    soft_bounds_reference,
+    to_mean_field,
+)
 from aimc_pl.devices.mean_field import MeanFieldTile, MeanFieldTileArray
 
 ALIKE = {"w_max_dtod": 0.0, "w_min_dtod": 0.0, "dw_min_dtod": 0.0, "up_down_dtod": 0.0}
@@ -221,9 +229,11 @@ def test_converted_convolutions_train_as_aihwkits_unfolding_ones(name, max_size)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_seeds_copies_pickles_and_state_dicts(name):
+@pytest.mark.parametrize("crossbars", [1, 2])
+def test_seeds_copies_pickles_and_state_dicts(name, crossbars):
     layer_of, shape = LAYERS[name]
-    config = soft_bounds_reference(device_to_device=0.3, write_noise=5.0).rpu_config
+    device = soft_bounds_reference(device_to_device=0.3, write_noise=5.0)
+    config = (device if crossbars == 1 else residual_learning(device, digital_buffer=name == "conv2d")).rpu_config
     x = torch.randn(shape)
     layer, again, other = (trained(config, layer_of, x, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(layer.get_weights()[0], again.get_weights()[0])

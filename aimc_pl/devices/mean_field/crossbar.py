@@ -1,0 +1,173 @@
+"""This module holds the cross-points of a crossbar, and moves their weights by update pulses."""
+
+from copy import deepcopy
+from math import ceil, isfinite
+from typing import Any
+
+import torch
+from aihwkit.simulator.configs import SingleRPUConfig, UpdateParameters
+from aihwkit.simulator.configs.devices import PulsedDevice
+from aihwkit.simulator.parameters.enums import RPUDataType
+from torch import Generator, Tensor, nn
+
+from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, sampled_counts
+from aimc_pl.devices.mean_field.random_table import gaussian, uniform
+from aimc_pl.devices.mean_field.response import Number, Response, response_of
+from aimc_pl.devices.mean_field.vectors import Patches, Vectors
+
+ROWS = Vectors(-1)
+"""Vectors that are the rows of a matrix."""
+
+_LARGEST_REACH = 0.5
+"""A batch is split if it moves weights by more than this, in units of their device's relaxation."""
+
+_ALL = slice(None)
+
+
+class Crossbar(nn.Module):
+    """The cross-points of a crossbar: their weights, and the parameters of their devices.
+
+    aihwkit draws the parameters of the cross-points. They therefore vary, and are named, as in aihwkit's own tiles.
+
+    Args:
+        x_size: number of inputs.
+        d_size: number of outputs.
+        device: one of aihwkit's step devices.
+        sample_pulses: whether pulse trains are drawn, instead of using the mean and variance of their coincidences.
+        generator: the source of all random numbers.
+
+    Attributes:
+        weight: the weights ``(out, in)``, which keep their memory.
+        hidden: the parameters of the devices ``(names, out, in)``, or ``(names, 1, 1)`` if all devices are equal.
+        names: aihwkit's names of these parameters.
+        granularity: the mean step of the devices.
+    """
+
+    weight: Tensor
+    hidden: Tensor
+
+    def __init__(
+        self, x_size: int, d_size: int, device: PulsedDevice, sample_pulses: bool, generator: Generator
+    ) -> None:
+        super().__init__()
+        self._device = device
+        self._sample_pulses = sample_pulses
+        self._generator = generator
+        device = deepcopy(device)
+        device.construction_seed = device.construction_seed or 1 + int(torch.randint(2**31 - 2, ()))
+        drawn = SingleRPUConfig(device=device).tile_class(d_size, x_size, SingleRPUConfig(device=device), False).tile
+        parameters: Any = device.as_bindings(RPUDataType.FLOAT)
+        self.granularity: float = parameters.calc_weight_granularity()
+        self._write_noise: float = getattr(device, "write_noise_std", 0.0) * parameters.dw_min
+        self.names: list[str] = drawn.get_hidden_parameter_names()
+        hidden: Tensor = drawn.get_hidden_parameters()
+        if torch.equal(hidden, hidden[:, :1, :1].expand_as(hidden)):
+            hidden = hidden[:, :1, :1]
+        if self._write_noise > 0:
+            hidden = hidden.expand(-1, d_size, x_size)
+        self.register_buffer("weight", torch.zeros(d_size, x_size), persistent=False)
+        self.register_buffer("hidden", hidden.clone(), persistent=False)
+        self._response: Response | None = None
+        self._response_to: Tensor | None = None
+
+    @property
+    def response(self) -> Response:
+        """The response of all cross-points to pulses."""
+        if self._response is None or self._response_to is not self.hidden:
+            self._response_to = self.hidden
+            self._response = self._response_of(self.hidden)
+        return self._response
+
+    def write(self, weight: Tensor) -> None:
+        """Program the weights, clipped to the bounds of the cross-points."""
+        self.response.clip(self.weight.copy_(weight))
+        if self._write_noise > 0:
+            self._persistent.copy_(self.weight)
+            if getattr(self._device, "apply_write_noise_on_set", False):
+                self.weight.add_(self._gaussian(self.weight), alpha=self._write_noise)
+
+    def pulse(
+        self, x: Tensor, error: Tensor, vectors: Vectors | Patches, learning_rate: float, update: UpdateParameters
+    ) -> None:
+        """Move the weights by −learning_rate·δᵀx on average, by pulses.
+
+        Args:
+            x: the inputs, arranged as ``vectors`` says, with the batch along the first dimension.
+            error: the errors δ of the same vectors.
+            vectors: how the vectors are arranged in the tensors.
+            learning_rate: the learning rate.
+            update: the parameters of the pulse trains.
+        """
+        if learning_rate == 0:
+            return
+        counts = self._count(x, error, vectors, learning_rate, update)
+        reach = self._reach(counts)
+        if reach <= _LARGEST_REACH or len(x) == 1:
+            self._move(counts, reach)
+            return
+        # The order of the samples matters: split the batch, and apply its parts one after another.
+        parts = min(len(x), ceil(reach / _LARGEST_REACH))
+        for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
+            counts = self._count(some_x, some_error, vectors, learning_rate, update)
+            self._move(counts, self._reach(counts))
+
+    def pulse_column(self, column: int, error: Tensor, learning_rate: float, update: UpdateParameters) -> None:
+        """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
+        if learning_rate != 0:
+            counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
+            self._move(counts, self._reach(counts), slice(column, column + 1))
+
+    def extra(self) -> dict[str, Tensor]:
+        """Return the state that weights and parameters do not show."""
+        if self._write_noise == 0:
+            return {}
+        return {"visible_weights": self.weight.clone(), "persistent_weights": self._persistent.clone()}
+
+    def load_extra(self, extra: dict[str, Tensor]) -> None:
+        """Restore the state that :meth:`extra` returned."""
+        if "visible_weights" in extra:
+            self.weight.copy_(extra["visible_weights"])
+            self._persistent.copy_(extra["persistent_weights"])
+
+    @property
+    def _persistent(self) -> Tensor:
+        """The weights without write noise."""
+        return self.hidden[self.names.index("persistent_weights")]
+
+    def _response_of(self, hidden: Tensor) -> Response:
+        values: dict[str, Number] = {
+            name: float(value.flatten()[0]) if bool((value == value.flatten()[0]).all()) else value
+            for name, value in zip(self.names, hidden, strict=True)
+        }
+        return response_of(self._device, values, self._sample_pulses)
+
+    def _reach(self, counts: Counts) -> float:
+        reach = self.response.steepness * float(counts.total.max())
+        return reach if isfinite(reach) else 0.0
+
+    def _count(
+        self, x: Tensor, error: Tensor, vectors: Vectors | Patches, learning_rate: float, update: UpdateParameters
+    ) -> Counts:
+        settings = learning_rate, self.granularity, update, self.response.spread, self._generator
+        if not self._sample_pulses:
+            return expected_counts(x, error, vectors, *settings)
+        if isinstance(vectors, Patches):
+            x = vectors.columns(x).movedim(1, -1).flatten(0, 1)
+            error = error.flatten(2).movedim(1, -1).flatten(0, 1)
+        return sampled_counts(x, error, *settings)
+
+    def _move(self, counts: Counts, reach: float, columns: slice = _ALL) -> None:
+        is_uniform = columns is _ALL or self.hidden.shape[-1] == 1
+        response = self.response if is_uniform else self._response_of(self.hidden[:, :, columns])
+        visible = self.weight[:, columns]
+        weight = self._persistent[:, columns] if self._write_noise > 0 else visible
+        std = response.move(weight, counts, reach).clamp_(min=0).sqrt_()
+        response.clip(weight.addcmul_(std, self._gaussian(weight)))
+        if self._write_noise > 0:
+            # Write noise is drawn again where at least one pulse came.
+            written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
+            noisy = torch.add(weight, self._gaussian(weight), alpha=self._write_noise)
+            visible.copy_(torch.where(written, noisy, visible))
+
+    def _gaussian(self, like: Tensor) -> Tensor:
+        return gaussian(like.shape, self._generator, like.device)

@@ -1,0 +1,213 @@
+"""The tiles in this module have several crossbars: gradients move the first, and transfers move the others.
+
+A transfer reads columns of one crossbar, and writes them to the next crossbar by pulses. Such algorithms are Tiki-Taka
+version 1, residual learning, and Tiki-Taka version 2, which has a digital buffer between the crossbars.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import ceil, prod
+from typing import Any
+
+import torch
+from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
+from torch import Tensor, nn
+
+from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
+from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
+from aimc_pl.devices.mean_field.vectors import Patches, Vectors
+
+
+class TransferSimulatorTile(MeanFieldSimulatorTile):
+    """A tile with a chain of crossbars, as aihwkit's ``TransferCompound`` describes it.
+
+    The products see Σ γₙ·Wₙ, the weighted sum of the crossbars' weights. Gradients send pulses to the first crossbar,
+    W₀. With every ``transfer_every`` mini-batches, columns of crossbar n are read and added to crossbar n + 1 by
+    pulses, at the rate β: Wₙ₊₁ ← Wₙ₊₁ + β·Wₙ. This is Tiki-Taka version 1 (Gokmen and Haensch, Front. Neurosci. 2020)
+    if only the last crossbar is seen by the products, and residual learning (arXiv 2502.06309) otherwise.
+
+    Args:
+        x_size: number of inputs.
+        d_size: number of outputs.
+        rpu_config: the configuration, whose device is a ``TransferCompound``.
+    """
+
+    _sum: Tensor
+
+    def __init__(self, x_size: int, d_size: int, rpu_config: MeanFieldRPUConfig) -> None:
+        super().__init__(x_size, d_size, rpu_config)
+        self._compound: TransferCompound = rpu_config.device
+        devices: Any = self._compound.unit_cell_devices
+        self._chain = nn.ModuleList([self.crossbar, *(self._make_crossbar(devices[1]) for _ in devices[1:])])
+        self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(len(devices)))]
+        self._num_vectors = 0
+        self._columns = [0] * len(devices)
+        """The column of each crossbar that is read next."""
+        if any(self._gammas[:-1]):
+            self.register_buffer("_sum", torch.zeros(d_size, x_size), persistent=False)
+
+    def _make_crossbar(self, device: Any) -> Crossbar:
+        is_compound = isinstance(device, TransferCompound)
+        return super()._make_crossbar(device.unit_cell_devices[0] if is_compound else device)
+
+    @property
+    def crossbars(self) -> Sequence[Crossbar]:
+        """See :meth:`MeanFieldSimulatorTile.crossbars`."""
+        crossbars: Any = self._chain
+        return [*crossbars]
+
+    @property
+    def _weight(self) -> Tensor:
+        return self._sum if any(self._gammas[:-1]) else self.crossbars[-1].weight
+
+    def set_weights(self, weight: Tensor) -> None:
+        """Program the last crossbar, and set the weights of the others to zero."""
+        *others, last = self.crossbars
+        for crossbar in others:
+            crossbar.write(torch.zeros_like(crossbar.weight))
+        last.write(weight / self._gammas[-1])
+        self._num_vectors = 0
+        self._columns = [0] * len(self._columns)
+        self._add_up()
+
+    def get_hidden_parameter_names(self) -> list[str]:
+        """Return the names of the cross-points' parameters, each followed by the number of its crossbar."""
+        return [f"{name}_{n}" for n, crossbar in enumerate(self.crossbars) for name in crossbar.names]
+
+    def get_hidden_parameters(self) -> Tensor:
+        """Return the parameters of the cross-points of all crossbars, ``(names, out, in)``."""
+        return torch.cat([crossbar.hidden.expand(-1, self.d_size, self.x_size) for crossbar in self.crossbars])
+
+    def set_hidden_parameters(self, params: Tensor) -> None:
+        """Replace the parameters of the cross-points of all crossbars."""
+        sizes = [len(crossbar.names) for crossbar in self.crossbars]
+        for crossbar, hidden in zip(self.crossbars, params.split(sizes), strict=True):
+            is_uniform = crossbar.hidden.shape[-1] == 1
+            crossbar.hidden = (hidden[:, :1, :1] if is_uniform else hidden).to(crossbar.hidden, copy=True)
+
+    def dump_extra(self) -> dict[str, Any]:
+        """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
+        return {
+            "generator": self._generator.get_state(),
+            "num_vectors": self._num_vectors,
+            "columns": [*self._columns],
+            "crossbars": [{"weight": one.weight.clone()} | one.extra() for one in self.crossbars],
+        }
+
+    def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
+        """See :meth:`MeanFieldSimulatorTile.load_extra`."""
+        self._generator.set_state(extra["generator"].cpu())
+        self._num_vectors = extra["num_vectors"]
+        self._columns = [*extra["columns"]]
+        for crossbar, state in zip(self.crossbars, extra["crossbars"], strict=True):
+            crossbar.weight.copy_(state["weight"])
+            crossbar.load_extra(state)
+        self._add_up()
+
+    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+        if self.learning_rate == 0:
+            return
+        compound = self._compound
+        each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
+        periods = [*self._periods(len(x) * each)]
+        rate = self._fast_rate()
+        # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
+        parts = min(len(x), max(ceil(len(x) * each / period) for period in periods if period) if any(periods) else 1)
+        for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
+            self.crossbar.pulse(some_x, some_error, vectors, rate, self._config.update)
+            before, self._num_vectors = self._num_vectors, self._num_vectors + len(some_x) * each
+            for n, period in enumerate(periods):
+                for _ in range(self._num_vectors // period - before // period if period else 0):
+                    self._transfer(n, compound.transfer_lr_vec[n] if compound.transfer_lr_vec else compound.transfer_lr)
+        self._add_up()
+
+    def _periods(self, batch: int) -> Iterator[int]:
+        """Yield the number of vectors between two transfers from each crossbar to the next; 0 for none."""
+        compound = self._compound
+        for n in range(len(self.crossbars) - 1):
+            # Each crossbar but the first is read once while the one before is read as often as it has outputs.
+            growth = (self.d_size / compound.n_reads_per_transfer) ** n
+            every = compound.transfer_every_vec[n] if compound.transfer_every_vec else compound.transfer_every * growth
+            yield max(0, ceil(every * batch) if compound.units_in_mbatch else round(every))
+
+    def _fast_rate(self) -> float:
+        compound = self._compound
+        if compound.fast_lr <= 0:
+            return self.learning_rate
+        return compound.fast_lr * (self.learning_rate if compound.scale_fast_lr else 1.0)
+
+    def _transfer(self, source: int, rate: float) -> None:
+        """Add the next columns of a crossbar to the next crossbar."""
+        compound = self._compound
+        rate *= self.learning_rate if compound.scale_transfer_lr else 1.0
+        if rate == 0:
+            return
+        column = self._columns[source]
+        if compound.random_selection:
+            column = int(torch.randint(self.x_size, (), generator=self._generator))
+        for _ in range(min(compound.n_reads_per_transfer, self.x_size)):
+            self._write(source, column, self._read(source, column), rate)
+            column = (column + 1) % self.x_size
+        self._columns[source] = column
+
+    def _read(self, source: int, column: int) -> Tensor:
+        """Return a column ``(out,)`` of a crossbar, as its converters show it."""
+        weight = self.crossbars[source].weight
+        line = weight.new_zeros(1, self.x_size)
+        line[0, column] = 1.0
+        return self._product(weight, line, ROWS, self._compound.transfer_forward, False)[0]
+
+    def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
+        """Add rate·values to a column of the crossbar after ``source``."""
+        self.crossbars[source + 1].pulse_column(column, -values, rate, self._compound.transfer_update)
+
+    def _add_up(self) -> None:
+        if any(self._gammas[:-1]):
+            first, *others = zip(self._gammas, self.crossbars, strict=True)
+            torch.mul(first[1].weight, first[0], out=self._sum)
+            for gamma, crossbar in others:
+                self._sum.add_(crossbar.weight, alpha=gamma)
+
+
+class BufferedTransferSimulatorTile(TransferSimulatorTile):
+    """A tile as aihwkit's ``BufferedTransferCompound`` describes it: Tiki-Taka version 2 (Gokmen, Front. AI 2021).
+
+    A digital buffer H lies between two crossbars. A transfer adds β·Wₙ to a column of H, times γₙ/γₙ₊₁ if the products
+    see crossbar n. Where |H| has reached a threshold, the transfer sends as many pulses to crossbar n + 1 as H contains
+    whole steps.
+    """
+
+    _digital: Tensor
+
+    def __init__(self, x_size: int, d_size: int, rpu_config: MeanFieldRPUConfig) -> None:
+        super().__init__(x_size, d_size, rpu_config)
+        self._buffered: BufferedTransferCompound = rpu_config.device
+        self.register_buffer("_digital", torch.zeros(len(self._chain) - 1, x_size, d_size), persistent=False)
+
+    def set_weights(self, weight: Tensor) -> None:
+        """Program the last crossbar, and set the weights of the others and the buffers to zero."""
+        super().set_weights(weight)
+        self._digital.zero_()
+
+    def dump_extra(self) -> dict[str, Any]:
+        """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
+        return super().dump_extra() | {"digital": self._digital.clone()}
+
+    def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
+        """See :meth:`MeanFieldSimulatorTile.load_extra`."""
+        super().load_extra(extra, strict)
+        self._digital.copy_(extra["digital"])
+
+    def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
+        compound, target = self._buffered, self.crossbars[source + 1]
+        threshold = compound.thres_scale * target.granularity
+        most = compound.transfer_update.desired_bl
+        ours, theirs = self._gammas[source : source + 2]
+        rate *= ours / theirs if ours > 0 and theirs > 0 else 1.0
+        held = self._digital[source, column].add_(values, alpha=rate)
+        steps = (held / threshold).trunc_().clamp_(-most, most)
+        if compound.forget_buffer:
+            held.copy_(torch.where(steps == 0, held, held * compound.momentum))
+        else:
+            held.sub_(steps, alpha=(1 - min(max(compound.momentum, 0.0), 1.0)) * threshold)
+        if steps.any():
+            target.pulse_column(column, -steps, compound.step * target.granularity, compound.transfer_update)

@@ -1,0 +1,74 @@
+"""This module finds devices by name."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+from aihwkit.simulator.parameters.base import RPUConfigBase
+
+from aimc_pl.arguments import shown
+from aimc_pl.devices.algorithms import (
+    agad,
+    chopped_tiki_taka,
+    mixed_precision,
+    residual_learning,
+    tiki_taka,
+    tiki_taka_v2,
+)
+from aimc_pl.devices.catalogue import (
+    AnalogDevice,
+    constant_step,
+    ecram,
+    gokmen_vlasov,
+    ideal,
+    linear_step,
+    reram_es,
+    reram_sb,
+    soft_bounds,
+    soft_bounds_reference,
+)
+from aimc_pl.errors import UsageError
+
+DEVICES: dict[str, Callable[..., AnalogDevice]] = {
+    function.__name__: function
+    for function in (
+        ideal,
+        soft_bounds,
+        soft_bounds_reference,
+        constant_step,
+        linear_step,
+        ecram,
+        reram_es,
+        reram_sb,
+        gokmen_vlasov,
+        residual_learning,
+        tiki_taka,
+        tiki_taka_v2,
+        chopped_tiki_taka,
+        agad,
+        mixed_precision,
+    )
+}
+"""The devices by the names that ``device="name"`` accepts."""
+
+Device = str | AnalogDevice | RPUConfigBase
+"""A device's name, a device of the catalogue, or an aihwkit configuration."""
+
+
+def get_device(device: Device) -> RPUConfigBase:
+    """Return a copy of the aihwkit configuration of a device.
+
+    Args:
+        device: a device's name (all its parameters are then the defaults), an :class:`AnalogDevice`, or an aihwkit
+            configuration.
+
+    Raises:
+        UsageError: if no device has that name, or if ``device`` has another type.
+    """
+    if isinstance(device, str) and device in DEVICES:
+        device = DEVICES[device]()
+    rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
+    if not isinstance(rpu_config, RPUConfigBase):
+        raise UsageError(
+            f"unknown device {shown(device)}: 'aimc-pl devices' lists the names; an aihwkit RPUConfig will do too"
+        )
+    return deepcopy(rpu_config)
