@@ -35,8 +35,9 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
 
     def __init__(self, x_size: int, d_size: int, rpu_config: MeanFieldRPUConfig) -> None:
         super().__init__(x_size, d_size, rpu_config)
-        self._compound: TransferCompound = rpu_config.device
-        devices: Any = self._compound.unit_cell_devices
+        compound: Any = rpu_config.device
+        self._compound: TransferCompound = compound
+        devices: Any = compound.unit_cell_devices
         self._chain = nn.ModuleList([self.crossbar, *(self._make_crossbar(devices[1]) for _ in devices[1:])])
         self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(len(devices)))]
         self._num_vectors = 0
@@ -180,7 +181,8 @@ class BufferedTransferSimulatorTile(TransferSimulatorTile):
 
     def __init__(self, x_size: int, d_size: int, rpu_config: MeanFieldRPUConfig) -> None:
         super().__init__(x_size, d_size, rpu_config)
-        self._buffered: BufferedTransferCompound = rpu_config.device
+        compound: Any = rpu_config.device
+        self._buffered: BufferedTransferCompound = compound
         self.register_buffer("_digital", torch.zeros(len(self._chain) - 1, x_size, d_size), persistent=False)
 
     def set_weights(self, weight: Tensor) -> None:
