@@ -174,9 +174,12 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of processes that were killed. A process that still writes holds a lock."""
+    """Remove the unfinished files of processes that were killed. A process that still writes holds a lock.
+
+    Files of other users stay.
+    """
     for leftover in folder.glob(".*.unfinished"):
-        with suppress(BlockingIOError, FileNotFoundError), leftover.open("rb") as file:
+        with suppress(BlockingIOError, FileNotFoundError, PermissionError), leftover.open("rb") as file:
             flock(file, LOCK_EX | LOCK_NB)
             # Another process may have finished this file, and begun the next one under the same name.
             if _is_at(leftover, file):

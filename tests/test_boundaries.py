@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -34,6 +35,14 @@ def found(network, num_stages, x=None, function=None, may_share=True, **kwargs):
     with calls.recorded(network):
         trials.undivided()
     return find(trials, calls, num_stages, may_share=may_share, **kwargs)
+
+
+@pytest.fixture
+def exact_clock(monkeypatch):
+    """Measure the time that the step sleeps, and nothing else. Sleeping ends at once."""
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(slept))
 
 
 @pytest.mark.slow
@@ -75,18 +84,61 @@ def test_backwards_count():
     assert found(network, 2, repeats=2)[0] == ["1"]
 
 
-def test_the_fastest_of_several_runs_counts():
-    """Check that a delay in one of the runs does not move a boundary."""
-    network = nn.Sequential(*(Slow(1) for _ in range(4)))
-    runs = []
+@pytest.mark.usefixtures("exact_clock")
+def test_shares_are_those_of_all_that_a_stage_does(monkeypatch):
+    """Check forwards, backwards, updates, and what the step does before, between and after its layers."""
+    network = nn.Sequential(Slow(2), nn.Tanh(), Slow(1), Slow(4))
+    x = torch.randn(3, 2, dtype=torch.float64)
 
-    def delay(module, args):
-        runs.append(1)
-        if len(runs) == 2:  # this is the first measured run
-            time.sleep(0.1)
+    def step():
+        time.sleep(0.008)
+        y = network(x)
+        y.register_hook(lambda gradient: time.sleep(0.016))
+        time.sleep(0.024)
+        return y.sum()
 
-    network[3].register_forward_pre_hook(delay)
-    assert found(network, 2, repeats=2)[0] == ["2"]
+    network[1].register_forward_hook(lambda module, args, out: time.sleep(0.032))
+    monkeypatch.setattr(boundaries, "time_update", lambda module: 0.04 if module is network[2] else 0.0)
+    names, shares = found(network, 3, function=step)
+    assert names == ["2", "3"]
+    assert shares == pytest.approx([7 / 22, 6 / 22, 9 / 22])
+
+
+@pytest.mark.usefixtures("exact_clock")
+@pytest.mark.parametrize(("before", "expected"), [(0, "2"), (3, "1")])
+def test_what_a_step_does_before_its_first_layer_belongs_to_the_first_stage(before, expected):
+    network, x = nn.Sequential(*(Slow(1) for _ in range(4))), torch.randn(3, 2, dtype=torch.float64)
+
+    def step():
+        time.sleep(0.008 * before)
+        return network(x).sum()
+
+    assert found(network, 2, function=step)[0] == [expected]
+
+
+@pytest.mark.usefixtures("exact_clock")
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ([0.952, 1, 1], "1"),  # this is noise: the layers are taken as equal
+        ([0.94, 1, 1], "2"),
+        ([10, *[0.1] * 10, 6], "1"),
+        ([6, *[0.1] * 10, 10], "11"),
+    ],
+)
+def test_costs_are_rounded_to_tenths_of_the_largest(units, expected):
+    assert found(nn.Sequential(*map(Slow, units)), 2)[0] == [expected]
+
+
+@pytest.mark.usefixtures("exact_clock")
+@pytest.mark.parametrize(
+    ("delays", "repeats", "expected"), [([1, 0], {"repeats": 2}, "2"), ([0, 1], {"repeats": 2}, "2"), ([1], {}, "3")]
+)
+def test_the_fastest_of_several_runs_counts(monkeypatch, delays, repeats, expected):
+    """Check that a delay in one of the runs does not move a boundary, unless there is only one run."""
+    network, each = nn.Sequential(*(Slow(1) for _ in range(4))), iter(delays)
+    monkeypatch.setattr(boundaries, "time_update", lambda module: next(each) if module is network[3] else 0)
+    assert found(network, 2, **repeats)[0] == [expected]
 
 
 def test_layers_a_hundred_times_as_large_do_not_share_a_stage():
@@ -133,6 +185,7 @@ class Tied(nn.Module):
         return self.d(self.c(self.b(self.a(x))))
 
 
+@pytest.mark.usefixtures("exact_clock")
 def test_shared_parameters_are_kept_together():
     assert found(Tied(), 2, may_share=False)[0] == ["d"]
     assert found(Tied(), 2, may_share=True)[0] == ["c"]
@@ -141,6 +194,16 @@ def test_shared_parameters_are_kept_together():
     ):
         found(Tied(), 3, may_share=False)
     assert len(found(Tied(), 4, may_share=True)[0]) == 3
+    with pytest.raises(BoundaryError, match=r"at least 5 layers .* calls 4\. Lower"):
+        found(Tied(), 5, may_share=True)
+
+
+def test_long_names_of_shared_parameters_are_left_out():
+    first, second = Slow(0), Slow(0)
+    layers = {"first_of_the_layers": first, "second_of_the_layers": second, "third": Slow(0), "fourth": Slow(0)}
+    layers["third"].weight, layers["fourth"].weight = first.weight, second.weight
+    with pytest.raises(BoundaryError, match=r"one, here first_of_the_layers\.weight and 1 more\)\. Lower"):
+        found(nn.Sequential(OrderedDict(layers)), 2, may_share=False)
 
 
 def test_a_parameter_that_is_used_without_its_module_is_seen():
@@ -173,8 +236,13 @@ def test_a_parameter_of_the_module_around_the_layers_belongs_where_it_is_used():
 def test_frozen_layers_count_as_layers():
     network = nn.Sequential(Slow(1), Slow(1).requires_grad_(False), Slow(1))
     assert found(network, 3)[0] == ["1", "2"]
+    body = nn.Sequential(Slow(0).requires_grad_(False), Slow(0).requires_grad_(False), Slow(0))
+    network, x = nn.ModuleDict({"body": body}), torch.randn(3, 2, dtype=torch.float64)
+    names, _ = found(network, 3, function=lambda: network["body"](x).sum(), may_share=False)
+    assert names == ["body.1", "body.2"]
 
 
+@pytest.mark.parametrize("may_share", [False, True])
 @pytest.mark.parametrize(
     ("network", "num_stages", "layers"),
     [
@@ -182,9 +250,20 @@ def test_frozen_layers_count_as_layers():
         (nn.Sequential(Slow(0)), 2, 1),
     ],
 )
-def test_too_few_layers(network, num_stages, layers):
-    with pytest.raises(BoundaryError, match=f"{num_stages} stages need at least {num_stages} .* calls {layers}. Lower"):
-        found(network, num_stages)
+def test_too_few_layers(network, num_stages, layers, may_share):
+    message = rf"{num_stages} stages need at least {num_stages} .* calls {layers}\. Lower"
+    with pytest.raises(BoundaryError, match=message):
+        found(network, num_stages, may_share=may_share)
+
+
+def test_a_step_that_uses_no_parameter_calls_no_layer():
+    network = nn.Sequential(nn.Tanh(), nn.Tanh())
+
+    def skipped():
+        network(torch.ones(2))
+
+    with pytest.raises(BoundaryError, match=r"2 stages need at least 2 layers .* calls 0\. Lower"):
+        found(network, 2, function=skipped)
 
 
 def test_measuring_leaves_no_trace():
@@ -268,6 +347,9 @@ def test_good_names_and_long_lists():
     check(make_calls(), [])
     with pytest.raises(BoundaryError, match=r"it calls layer0, .*, layer5 and 19 more"):
         check(make_calls(*(f"layer{i}" for i in range(25))), ["x"])
+    for length, end in ((24, "a{24}, b{24}"), (25, "a{25} and 1 more")):  # 50 and 51 characters with both names
+        with pytest.raises(BoundaryError, match=rf"it calls {end}$"):
+            check(make_calls("a" * length, "b" * 24), ["x"])
     with pytest.raises(BoundaryError, match=r"it calls a{60} and 1 more$"):
         check(make_calls("a" * 60, "b"), ["x"])
 

@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
@@ -449,6 +449,66 @@ def test_events_count_micro_batches_over_the_whole_run(name):
         each = [(k, k if name == "async" else k % 2) for k in range(6)]
         assert forwards == backwards == each
         assert updates == (each if name == "async" else each[1::2])
+
+
+class Idle:
+    """A micro-batch that does nothing."""
+
+    def forward(self, stage): ...
+
+    def backward(self, stage): ...
+
+    def abort(self): ...
+
+
+@pytest.mark.parametrize("resumed", [{}, {"clock": 7, "num_entered": 2}])
+@pytest.mark.parametrize(("name", "duplex"), [("none", "half"), ("sync", "half"), ("async", "half"), ("async", "full")])
+def test_observers_hear_every_clock_of_the_table(name, duplex, resumed):
+    """Check the middle stage in two fills. The observer hears the clocks of all stages and the events of this one."""
+    started, clocks, events = [], [], []
+
+    class Listening(Recorder):
+        def on_start(self, stages):
+            started.append(stages)
+
+        def on_clock(self, clock, operations):
+            clocks.append((clock, operations))
+
+        def on_forward(self, event):
+            events.append(("F", event.clock, event.microbatch, event.in_flight))
+
+        def on_backward(self, event):
+            events.append(("B", event.clock, event.microbatch, event.in_flight))
+
+    schedule, stage = Schedule(name, 3, 4, duplex), Stage(1, make_network()[0].parameters())
+    pipeline = Pipeline([stage], schedule, lambda stage: None, [Listening()], **resumed)
+    for _ in range(2):
+        pipeline.run([Idle() for _ in range(4)])
+        pipeline.drain()
+    expected = [*enumerate([*schedule.clocks(4)] * 2, resumed.get("clock", 0))]
+    assert clocks == expected
+    assert started == [[stage.info()]]
+    of_stage = [(each.kind, clock) for clock, operations in expected for each in operations if each.stage == 1]
+    assert [event[:2] for event in events] == of_stage
+    entered = resumed.get("num_entered", 0)
+    for kind in "FB":
+        assert [k for each, _, k, _ in events if each == kind] == [*range(entered, entered + 8)]
+    assert [event[3] for event in events] == [*accumulate(1 if kind == "F" else -1 for kind, _ in of_stage)]
+
+
+def test_the_oldest_version_seen_counts_for_an_update_from_several_micro_batches():
+    """Check an update between the forwards and the backwards of a mini-batch, and then one mini-batch more."""
+    recorder = Recorder()
+    pipeline = Pipeline([Stage(0)], Schedule("sync", 1, 2), pytest.fail, [recorder])
+    pipeline.run([Idle(), Idle()])
+    pipeline.run_forwards([Idle(), Idle()])
+    pipeline.updated()
+    pipeline.drain()
+    pipeline.run([Idle(), Idle()])
+    pipeline.updated()
+    assert [event.version for event in recorder.forwards] == [0, 0, 0, 0, 1, 1]
+    assert [event.staleness for event in recorder.backwards] == [0, 0, 1, 1, 0, 0]
+    assert [event.staleness for event in recorder.updates] == [0, 1]
 
 
 @pytest.mark.parametrize("skipped", [{0}, {1, 2}, {5}, set(range(6))])

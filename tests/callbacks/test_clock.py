@@ -1,5 +1,7 @@
 """These tests compare clock cycles, density and speedup of real runs with closed forms, and read TensorBoard's logs."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -7,6 +9,7 @@ from lightning_modules import Attributes, loader, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aimc_pl.callbacks import ClockMonitor, Dashboard, PipelineDiagram, StalenessMonitor
+from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 SPLIT = {1: [], 3: ["l2", "l4"], 4: ["l2", "l3", "l4"]}
@@ -22,11 +25,12 @@ def fit(clock, schedule, num_stages, duplex="half", ckpt_path=None, val=False, *
     return trainer
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
 )
-@pytest.mark.parametrize("num_stages", [1, 3, 4])
+@pytest.mark.parametrize(
+    "num_stages", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_counts_are_the_closed_forms(schedule, duplex, num_stages):
     clock = ClockMonitor()
     trainer = fit(clock, schedule, num_stages, duplex)
@@ -41,6 +45,7 @@ def test_counts_are_the_closed_forms(schedule, duplex, num_stages):
     }[schedule, duplex]
     assert clock.cycles == cycles
     assert clock.operations == 2 * 2 * m * 11
+    assert clock.samples == 38
     assert clock.speedup == pytest.approx(2 * 2 * m * 11 / cycles)
     assert clock.density == pytest.approx(2 * 2 * 11 / cycles)
     assert trainer.callback_metrics["clock/cycles"] == cycles
@@ -53,6 +58,33 @@ def test_counts_go_on_after_a_resume(tmp_path):
     fit(first, "async", 3, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
     fit(second, "async", 3, ckpt_path=tmp_path / "one.ckpt")
     assert second.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "expected"),
+    [("async", {}, 32), ("async", {"num_clocks": 1}, 1), ("sync", {}, 2 * (4 + 3 - 1)), ("sync", {"num_clocks": 5}, 5)],
+)
+def test_the_diagram_shows_the_first_clocks(schedule, arguments, expected):
+    """Check the number of clocks in the picture. A drained pipeline of 3 stages needs 2·(4 + 3 - 1) of them."""
+    pictures = []
+
+    class Logger(TensorBoardLogger):
+        @property
+        def experiment(self):
+            return SimpleNamespace(add_figure=lambda name, figure: pictures.append((name, figure)))
+
+    trainer = SimpleNamespace(strategy=AnalogPipelineStrategy(3, schedule, 4), loggers=[Logger(".")])
+    PipelineDiagram(**arguments).on_fit_start(trainer, None)
+    ((name, figure),) = pictures
+    assert name == "pipeline"
+    assert figure.axes[0].get_xlim() == (0, expected)
+
+
+@pytest.mark.parametrize("num_clocks", [0, 257])
+def test_the_diagram_has_1_to_256_clocks(num_clocks):
+    with pytest.raises(UsageError) as error:
+        PipelineDiagram(num_clocks)
+    assert str(error.value) == f"num_clocks must be a whole number of at least 1 and at most 256, got {num_clocks}"
 
 
 def test_tensorboard(tmp_path):

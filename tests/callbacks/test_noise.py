@@ -1,5 +1,7 @@
 """These tests check what DeviceNoise does to weights and products. Seeds are fixed and statistical bounds 5 sigma."""
 
+from itertools import cycle
+
 import lightning as L
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import DeviceNoise, DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
 from aimc_pl.devices import analog_layers
+from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.weights import layer_weight, product, weight_layers
 
@@ -106,33 +109,37 @@ def test_device_variation_scales_nothing_where_nothing_is_learnt():
         torch.testing.assert_close(weight, start[name], rtol=0, atol=0)
 
 
-@pytest.mark.slow
-def test_only_the_named_layers_and_stages_and_steps():
-    for options, expected in [
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
         ({"layers": ["l1", "l4"]}, {"l1", "l4"}),
         ({"stages": [1]}, {"l2", "l3"}),
         ({"stages": [0, 1], "layers": ["l[13]"]}, {"l1", "l3"}),
-        ({"from_step": 6}, set()),
+        ({"from_step": 3}, set()),
         ({"until_step": 0}, set()),
-        ({"from_step": 5, "until_step": 6}, {"l1", "l2", "l3", "l4"}),
-    ]:
-        L.seed_everything(4)
-        module = Still().double()
-        start = weights(module)
-        module, trainer = fit(DeviceNoise([WriteNoise(0.1)], **options), module=module)
-        changed = {name for name, weight in weights(module).items() if not torch.equal(weight, start[name])}
-        assert changed == expected
-        logged = {name.removeprefix("noise/") for name in trainer.logged_metrics if name.startswith("noise/")}
-        assert logged == expected
+        # The step after which the noise ends has none.
+        ({"from_step": 2, "until_step": 2}, set()),
+        ({"from_step": 2, "until_step": 3}, {"l1", "l2", "l3", "l4"}),
+    ],
+)
+def test_only_the_named_layers_and_stages_and_steps(options, expected):
+    """Check one epoch, which has the global steps 0, 1 and 2."""
+    module = Still().double()
+    start = weights(module)
+    module, trainer = fit(DeviceNoise([WriteNoise(0.1)], **options), module=module, max_epochs=1)
+    changed = {name for name, weight in weights(module).items() if not torch.equal(weight, start[name])}
+    assert changed == expected
+    logged = {name.removeprefix("noise/") for name in trainer.logged_metrics if name.startswith("noise/")}
+    assert logged == expected
 
 
-@pytest.mark.slow
-def test_own_seed_and_no_other_random_numbers():
+@pytest.mark.parametrize("noise", [WriteNoise(0.01), StuckAt(0.5), ReadNoise(0.01)])
+def test_own_seed_and_no_other_random_numbers(noise):
+    """Check the default seed, which is 0, and the seeds 0 and 1. Stuck devices depend on the seed as well."""
     runs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(0)
+    for seed in ({}, {"seed": 0}, {"seed": 1}):
         L.seed_everything(4)
-        module, _ = fit(DeviceNoise([WriteNoise(0.01)], seed=seed), module=Attributes().double())
+        module, _ = fit(DeviceNoise([noise], **seed), module=Attributes().double(), max_epochs=1, limit_train_batches=1)
         runs.append((weights(module)["l1"], torch.rand(()).item()))
     assert torch.equal(runs[0][0], runs[1][0])
     assert not torch.equal(runs[0][0], runs[2][0])
@@ -145,6 +152,27 @@ def test_logs_how_far_weights_were_moved():
     assert torch.equal(module.l1.weight, torch.zeros_like(module.l1.weight))
     # The whole weight was moved to zero.
     assert trainer.logged_metrics["noise/l1"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fast",), "noise is a list of kinds of noise, such as WriteNoise(0.01), got the string 'fast'"),
+        (([],), "noise is empty, and DeviceNoise needs at least one kind of noise"),
+        (([Drift(0.1)], [0.5]), "stages is a list of whole numbers, got [0.5]"),
+        (([Drift(0.1)], [0, -1]), "each of stages must be a whole number of at least 0, got -1"),
+        (([Drift(0.1)], None, ["*"], -1), "from_step must be a whole number of at least 0, got -1"),
+        (([Drift(0.1)], None, ["*"], 3, 2), "until_step must be a whole number of at least 3, got 2"),
+        (
+            ([Drift(0.1)], None, ["*"], 0, 1, -1),
+            "seed must be a whole number of at least 0 and at most 4294967295, got -1",
+        ),
+    ],
+)
+def test_messages_name_the_argument_and_what_is_allowed(arguments, message):
+    with pytest.raises(UsageError) as error:
+        DeviceNoise(*arguments)
+    assert str(error.value) == message
 
 
 @pytest.mark.slow
@@ -206,6 +234,60 @@ def test_read_noise_in_both_products():
         assert abs(added.std() - 1) < 0.204
         assert abs(added.mean()) < 0.289
     assert abs(torch.corrcoef(torch.stack([forward, backward]))[0, 1]) < 0.289
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "options", "factors"),
+    [
+        (nn.Linear(5, 3, bias=False), (4, 5), {}, (1.5, 3.0)),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), (4, 2, 6, 6), {}, (1.5, 3.0)),
+        (nn.Linear(5, 3, bias=False), (4, 5), {"from_step": 1}, (1.0, 1.0)),
+        (nn.Linear(5, 3, bias=False).eval(), (4, 5), {}, (1.0, 1.0)),
+    ],
+)
+def test_read_noise_changes_the_weights_of_products(layer, shape, options, factors):
+    """Check noise that is half the weight in forwards and twice the weight in backwards, and where there is none."""
+    seen, parts = {}, cycle((0.5, 2.0))
+
+    class Known(ReadNoise):
+        def draw(self, weight, generator):
+            return next(parts) * weight
+
+    class Probe(MLP):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(layer)
+
+        def training_step(self, batch):
+            seen["x"] = batch.clone().requires_grad_()
+            seen["out"] = self.net(seen["x"])
+            return seen["out"].square().sum()
+
+        def on_before_optimizer_step(self, optimizer):
+            seen["gradients"] = [seen["x"].grad.clone(), layer.weight.grad.clone()]
+
+    module = Probe().double()
+    data = DataLoader([torch.randn(shape).double()], batch_size=None)
+    clean = layer_weight(layer)
+    strategy = AnalogPipelineStrategy(1, "async", 1)
+    _, trainer = fit(DeviceNoise([Known(0.0)], **options), strategy, module, data, max_epochs=1)
+    x, weight = seen["x"].detach().requires_grad_(), clean.requires_grad_()
+    torch.testing.assert_close(seen["out"], product(layer, x, factors[0] * weight))
+    error = 2 * seen["out"].detach()
+    (in_x,) = torch.autograd.grad(product(layer, x, factors[1] * weight), x, error)
+    (in_weight,) = torch.autograd.grad(product(layer, x, weight), weight, error)
+    torch.testing.assert_close(seen["gradients"], [in_x, in_weight])
+    # The log has the noise of the forward, relative to the weight.
+    assert trainer.logged_metrics == ({} if factors == (1.0, 1.0) else {"noise/net.0": pytest.approx(0.5)})
+
+
+@pytest.mark.parametrize("after_a_fit", [False, True])
+def test_needs_a_pipeline(after_a_fit):
+    noise = DeviceNoise([ReadNoise(0.5)])
+    if after_a_fit:
+        fit(noise, max_epochs=1, limit_train_batches=1)
+    with pytest.raises(UsageError, match=r"DeviceNoise .* the strategy is SingleDeviceStrategy"):
+        fit(noise, "auto")
 
 
 def test_read_noise_ends_with_the_fit():

@@ -1,16 +1,20 @@
 """These tests compare what StalenessMonitor measures with closed forms and with gradients computed by hand."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_modules import MLP, loader, make_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import StalenessMonitor
-from aimc_pl.callbacks.recent import means
+from aimc_pl.callbacks.recent import means, note
 from aimc_pl.devices import constant_step, convert_to_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event
@@ -41,13 +45,59 @@ def test_measured_staleness_is_the_closed_form_at_every_update(num_stages, duple
         assert sorted(monitor.counts[stage].elements()) == sorted(expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b"])
+@pytest.mark.parametrize(
+    "schedule", ["none", pytest.param("sync", marks=pytest.mark.slow), pytest.param("1f1b", marks=pytest.mark.slow)]
+)
 def test_no_staleness_with_one_update_per_minibatch(schedule):
     monitor = StalenessMonitor()
     trainer = fit(monitor, AnalogPipelineStrategy(3, schedule, 4))
     assert {stage: dict(counts) for stage, counts in monitor.counts.items()} == {m: {0: 6} for m in range(3)}
     assert trainer.logged_metrics["staleness/drift_stage_0"] == 0
+    # The cosine costs time, and is measured on request only.
+    kinds = ("stage", "max_stage", "predicted_stage", "drift_stage")
+    assert {*trainer.logged_metrics} == {f"staleness/{kind}_{m}" for kind in kinds for m in range(3)}
+
+
+def test_cosine_is_a_flag():
+    with pytest.raises(UsageError) as error:
+        StalenessMonitor(cosine="no")
+    assert str(error.value) == "cosine must be True or False, got 'no'"
+
+
+def test_recent_values_have_a_mean_per_name():
+    recent = {}
+    for name, value in [("a", 5.0), ("b", -2.0), ("a", 1.0), ("a", 3.0)]:
+        note(recent, name, value)
+    assert means(recent) == {"a": 3.0, "b": -2.0}
+    # Each name also keeps its largest value.
+    assert {name: largest for name, (_, _, largest) in recent.items()} == {"a": 5.0, "b": -2.0}
+
+
+def test_state_holds_the_counts_of_own_stages():
+    """Check the counts before the start, where a process knows of all stages, and after the start with stage 1."""
+    monitor = StalenessMonitor()
+    monitor.counts[0][2] = monitor.counts[1][1] = 4
+    assert monitor.state_dict()["counts"] == {0: {2: 4}, 1: {1: 4}}
+    monitor.on_start([StageInfo(1)])
+    assert monitor.state_dict()["counts"] == {1: {1: 4}}
+
+
+@pytest.mark.parametrize(
+    ("counts", "buckets", "expected"),
+    [({2: 3, 4: 1}, [0, 0, 3, 0, 1], (2, 4, 4, 10, 28)), ({}, [0], (0, 0, 0, 0, 0))],
+)
+def test_histogram_has_a_bin_for_every_staleness(counts, buckets, expected, tmp_path):
+    """Check three updates of staleness 2 and one of staleness 4, and a stage without updates."""
+    logger, monitor = TensorBoardLogger(tmp_path), StalenessMonitor()
+    monitor._strategy = SimpleNamespace(gather=lambda own: [own])
+    monitor.counts[0].update(counts)
+    monitor.on_train_epoch_end(SimpleNamespace(loggers=[logger], global_step=40), None)
+    logger.experiment.flush()
+    (event,) = EventAccumulator(logger.log_dir).Reload().Histograms("staleness/counts_stage_0")
+    value = event.histogram_value
+    assert event.step == 40
+    assert (value.min, value.max, value.num, value.sum, value.sum_squares) == expected
+    assert (value.bucket_limit, value.bucket) == ([k + 0.5 for k in range(len(buckets))], buckets)
 
 
 def test_warns_of_a_mismatch():
@@ -68,8 +118,9 @@ class Linear(L.LightningModule):
         nn.init.constant_(self.net[0].weight, 0.5)
         nn.init.constant_(self.net[1].weight, -2.0)
 
-    def training_step(self, batch):
-        return 0.5 * (self.net(batch) - 1).square().mean()
+    def training_step(self, batch, batch_idx):
+        # The target of the first mini-batch is 1.
+        return 0.5 * (self.net(batch) - 1 - batch_idx).square().mean()
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -189,7 +240,10 @@ def test_gradients_and_weights_of_tiles_are_those_of_digital_layers(make, shape,
 
 
 def test_needs_a_pipeline():
-    with pytest.raises(UsageError, match="StalenessMonitor needs a pipeline"):
+    message = (
+        r"StalenessMonitor .* the strategy is SingleDeviceStrategy: set Trainer\(strategy=AnalogPipelineStrategy\("
+    )
+    with pytest.raises(UsageError, match=message):
         fit(StalenessMonitor(), "auto")
 
 

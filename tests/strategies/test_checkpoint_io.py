@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from fcntl import LOCK_EX, flock
+from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -49,7 +49,7 @@ def refusal(path):
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "folder" / "one.ckpt"
+    path = tmp_path / "new" / "folder" / "one.ckpt"
     IO.save_checkpoint(content(1), path)
     return path
 
@@ -60,6 +60,10 @@ def file(tmp_path):
 def test_others_read_it_too(file):
     assert torch.load(file)["epoch"] == torch.load(file, mmap=True)["epoch"] == epoch(file) == 1
     assert ZipFile(file).testzip() is None
+    # The last field of an archive is the length of the comment, in two bytes.
+    whole = file.read_bytes()
+    assert ZipFile(file).comment == whole[-71:]
+    assert whole[-73:-71] == bytes([71, 0])
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -82,12 +86,19 @@ def test_every_missing_end_is_noticed(file):
         assert re.search("damaged|cut off|only a part of one", refusal(file)), length
 
 
+def test_a_damaged_archive_without_a_checksum_is_noticed(tmp_path):
+    torch.save(content(3), tmp_path / "plain.ckpt")
+    whole = (tmp_path / "plain.ckpt").read_bytes()
+    (tmp_path / "plain.ckpt").write_bytes(whole.replace(b"PK\1\2", b"PK\1\0"))  # where its list of contents begins
+    assert "damaged" in refusal(tmp_path / "plain.ckpt")
+
+
 @pytest.mark.parametrize(
-    "data", [b"", b"PK", b"some text", b"\x89PNG\r\n\x1a\n" + bytes(500), pickle.dumps([1]), bytes(1000)]
+    "data", [b"", b"some text", b"\x89PNG\r\n\x1a\n" + bytes(500), pickle.dumps([1]), bytes(1000), b"PK"]
 )
 def test_other_files_are_no_checkpoints(data, tmp_path):
     (tmp_path / "other").write_bytes(data)
-    assert re.search("is no checkpoint|is cut off", refusal(tmp_path / "other"))
+    assert ("is cut off" if data == b"PK" else "is no checkpoint") in refusal(tmp_path / "other")
 
 
 def test_other_archives_and_objects_are_no_checkpoints(tmp_path):
@@ -271,6 +282,46 @@ def test_another_writer_is_left_alone(file):
         assert theirs.exists()
     IO.save_checkpoint(content(3), file)
     assert not theirs.exists()
+
+
+def test_a_writer_whose_new_file_is_taken_for_a_leftover_tries_again(file, monkeypatch):
+    """Check that another writer may remove the new file before it is locked."""
+    kinds = []
+
+    def removed_before(locked, kind):
+        kinds.append(kind)
+        if len(kinds) == 1:
+            checkpoint_io._remove_leftovers(file.parent)
+        flock(locked, kind)
+
+    monkeypatch.setattr(checkpoint_io, "flock", removed_before)
+    IO.save_checkpoint(content(2), file)
+    assert kinds == [LOCK_EX, LOCK_EX | LOCK_NB, LOCK_EX]
+    assert epoch(file) == 2
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_leftover_that_becomes_another_file_is_left_alone(file, monkeypatch):
+    """Check that another writer may finish its file, and begin the next one, before the file is locked."""
+    theirs = file.with_name(".two.ckpt.123.unfinished")
+    theirs.write_text("finished")
+
+    def replaced_before(locked, kind):
+        if locked.name == str(theirs):
+            theirs.rename(file.with_name("two.ckpt"))
+            theirs.write_text("next")
+        flock(locked, kind)
+
+    monkeypatch.setattr(checkpoint_io, "flock", replaced_before)
+    IO.save_checkpoint(content(2), file)
+    assert theirs.read_text() == "next"
+
+
+def test_a_leftover_that_others_have_removed_already(file):
+    # Such a link is listed, but cannot be opened.
+    file.with_name(".two.ckpt.123.unfinished").symlink_to("nothing")
+    IO.save_checkpoint(content(2), file)
+    assert epoch(file) == 2
 
 
 def test_under_lightnings_asynchronous_writing(tmp_path):

@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from aihwkit.simulator.configs import InferenceRPUConfig
+from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_modules import MLP, Attributes, Samples, loader, make_trainer
@@ -16,6 +18,7 @@ from aimc_pl.data import Digits
 from aimc_pl.devices import convert_to_analog, soft_bounds
 from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies.resuming import Resuming, _checksum
 
 
 class Analog(Attributes):
@@ -256,30 +259,120 @@ class Plain(Attributes):
         return super().training_step(batch, batch_idx)
 
 
-def second_epoch(make_loader, folder, ckpt_path=None):
+def second_epoch(make_loader, folder, ckpt_path=None, callbacks=(), val=None):
     torch.manual_seed(4 if ckpt_path is None else 5)
     plain = Plain().double()
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     ours = AnalogPipelineStrategy(2, "sync", 1, split_at=["l3"])
-    fitted = make_trainer(ours, callbacks=[saver], enable_checkpointing=True, max_epochs=2)
-    fitted.fit(plain, make_loader(), ckpt_path=ckpt_path)
+    fitted = make_trainer(ours, callbacks=[saver, *callbacks], enable_checkpointing=True, max_epochs=2)
+    fitted.fit(plain, make_loader(), val, ckpt_path=ckpt_path)
     assert fitted.global_step == 10
     return plain.state_dict()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", LOADERS)
-def test_loaders_come_to_their_place(kind, tmp_path, recwarn):
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [pytest.param(kind, 7, marks=[] if kind == "keeping" else [pytest.mark.slow]) for kind in LOADERS]
+    + [("stream", 2)],
+)
+def test_loaders_come_to_their_place(kind, step, tmp_path, recwarn):
     whole = second_epoch(LOADERS[kind], tmp_path)
-    resumed = second_epoch(LOADERS[kind], tmp_path / "rest", tmp_path / "step=7.ckpt")
+    resumed = second_epoch(LOADERS[kind], tmp_path / "rest", tmp_path / f"step={step}.ckpt")
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     assert not [w for w in recwarn if "resum" in str(w.message) or "repeat" in str(w.message)]
 
 
+def noisy_loader():
+    return DataLoader(Noisy(length=35), 8, shuffle=True)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Train, save checkpoints everywhere in an epoch, and return their folder and the weights at the end."""
+    folder = tmp_path_factory.mktemp("places")
+
+    class Saves(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(folder / "start.ckpt")
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                trainer.save_checkpoint(folder / "end.ckpt")
+
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking and trainer.current_epoch == 0:
+                trainer.save_checkpoint(folder / "validated.ckpt")
+
+    return folder, second_epoch(noisy_loader, folder, callbacks=[Saves()], val=Repeating())
+
+
+@pytest.mark.parametrize("place", ["start", "step=1", "step=5", "validated", "end"])
+def test_a_fit_goes_on_from_any_place_in_an_epoch(place, places, tmp_path):
+    folder, whole = places
+    resumed = second_epoch(noisy_loader, tmp_path, folder / f"{place}.ckpt", val=Repeating())
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(("rank", "seed"), [(0, 5), (1, 6), (2, 5)])
+def test_the_generators_of_a_rank_are_restored(rank, seed):
+    """Check that a rank which the checkpoint does not have takes those of rank 0, and that tiles keep their own."""
+    generators = [torch.Generator() for _ in range(4)]
+    ended = []
+
+    class Resumes(Callback):
+        def on_train_start(self, trainer, pl_module):
+            resuming, saved = Resuming(), []
+            resuming.note_loader(shuffled, pl_module)
+            for saved_seed in (5, 6):
+                for generator in (torch.default_generator, *generators, of_a_tile):
+                    generator.manual_seed(saved_seed)
+                saved += resuming.state(trainer, lambda state: [state])["now"]
+            of_a_tile.manual_seed(7)
+            before = of_a_tile.get_state()
+            resuming.go_on(trainer, {"now": saved}, rank)
+            assert torch.equal(of_a_tile.get_state(), before)
+            expected = torch.rand(3, generator=torch.Generator().manual_seed(seed))
+            for generator in (torch.default_generator, *generators):
+                assert torch.equal(torch.rand(3, generator=generator), expected)
+            del pl_module.own
+            resuming.note_loader(shuffled, pl_module)
+            with pytest.warns(UserWarning, match="do not hold as many random generators as .* are not restored"):
+                resuming.go_on(trainer, {"now": saved}, rank)
+            ended.append(True)
+
+    class Batches(LightningDataModule):
+        def train_dataloader(self):
+            return shuffled
+
+    plain, batches = module(), Batches()
+    plain.tiles = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    convert_to_analog(plain.tiles, "soft_bounds")
+    values = [value for part in plain.tiles.modules() for value in vars(part).values()]
+    of_a_tile = next(value for value in values if isinstance(value, torch.Generator))
+    plain.own, plain.inner, batches.own = generators[0], SimpleNamespace(own=generators[1]), generators[2]
+    shuffled = DataLoader(data().dataset, 8, shuffle=True, generator=generators[3])
+    trainer(callbacks=[Resumes()]).fit(plain, batches)
+    assert ended == [True]
+
+
+def test_the_checksum_of_a_batch_is_that_of_all_its_tensors():
+    batch = {"x": torch.ones(3), "name": "one", "y": torch.zeros(2), "sparse": torch.eye(2).to_sparse()}
+    assert _checksum(batch) == _checksum(copy.deepcopy(batch))
+    assert _checksum(batch) != _checksum(batch | {"x": torch.zeros(3)})
+    assert _checksum(batch) != _checksum(batch | {"y": torch.ones(2)})
+
+
 def test_a_loader_that_cannot_is_warned_about(tmp_path):
     second_epoch(Once, tmp_path)
-    with pytest.warns(UserWarning, match="gives other batches than when this epoch began, so that some will repeat"):
-        second_epoch(Once, tmp_path / "rest", tmp_path / "step=7.ckpt")
+
+    class Warns(Callback):
+        def on_train_end(self, trainer, pl_module):
+            warnings.warn("other warnings are still given", stacklevel=1)
+
+    message = "gives other batches than when this epoch began, so that some will repeat"
+    with pytest.warns(UserWarning, match="still given"), pytest.warns(UserWarning, match=message):
+        second_epoch(Once, tmp_path / "rest", tmp_path / "step=7.ckpt", [Warns()])
 
 
 @pytest.mark.slow

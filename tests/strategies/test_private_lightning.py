@@ -1,7 +1,7 @@
 """These tests check that private names of Lightning, which this project uses, still behave as it needs."""
 
 import random
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import lightning as L
 import numpy as np
@@ -15,7 +15,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning_modules import MLP, loader, make_trainer
+from lightning_modules import MLP, Samples, loader, make_trainer
+from torch.utils.data import DataLoader, SequentialSampler
 
 from aimc_pl.patches import patched
 from aimc_pl.strategies import private_lightning as private
@@ -73,6 +74,41 @@ def test_prepare_step_takes_parameters_without_gradients(algorithm):
     trainer.optimizers[0].zero_grad()
     private.prepare_step(trainer, trainer.optimizers[0])
     assert calls == ["before step"]
+
+
+def test_prepare_step_gives_a_precision_a_loss_on_the_device_of_the_module():
+    devices = []
+
+    class Own(Precision):
+        def post_backward(self, tensor, module):
+            devices.append(tensor.device.type)
+
+    trainer = fit()
+    trainer.strategy.precision_plugin = Own()
+    trainer.lightning_module.to("meta")
+    private.prepare_step(trainer, trainer.optimizers[0])
+    assert devices == ["meta"]
+
+
+def test_hooks_before_a_step_run_inside_a_context():
+    calls = []
+
+    class Hooked(Module):
+        def on_before_optimizer_step(self, optimizer):
+            calls.append("before step")
+
+    @contextmanager
+    def context():
+        calls.append("enter")
+        yield
+        calls.append("exit")
+
+    trainer = fit(Hooked())
+    calls.clear()
+    with private.hooks_before_step_inside(trainer.precision_plugin, context):
+        private.prepare_step(trainer, trainer.optimizers[0])
+    private.prepare_step(trainer, trainer.optimizers[0])
+    assert calls == ["enter", "before step", "exit", "before step"]
 
 
 @pytest.mark.parametrize("hook", private._PREPARING)
@@ -223,10 +259,47 @@ def test_saves_by_metric():
 
 def test_random_states_come_back():
     states = private.random_states()
+    assert states.keys() == {"torch", "numpy", "python"}
     first = torch.rand(3), np.random.rand(), random.random()
     private.set_random_states(states)
     assert torch.equal(first[0], torch.rand(3))
     assert first[1:] == (np.random.rand(), random.random())
+
+
+def test_set_epoch_tells_the_sampler():
+    epochs = []
+
+    class Sampler(SequentialSampler):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    module, samples = Module().double(), Samples()
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(module, DataLoader(samples, 8, sampler=Sampler(samples)))
+    assert epochs == [0, 1]
+    private.set_epoch(trainer)
+    assert epochs == [0, 1, trainer.current_epoch]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_make_iterator_in_epoch(again, tmp_path):
+    """Check a fit from the end of an epoch. Lightning's data loop makes an iterator before the epoch in any case."""
+    iterators = []
+
+    class Counted(DataLoader):
+        def __iter__(self):
+            iterators.append(True)
+            return super().__iter__()
+
+    class Make(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            if again:
+                private.make_iterator_in_epoch(trainer)
+
+    fit().save_checkpoint(tmp_path / "end.ckpt")
+    resumed = make_trainer(max_epochs=2, callbacks=[Make()])
+    resumed.fit(Module().double(), Counted(Samples(), 8), ckpt_path=tmp_path / "end.ckpt")
+    assert len(iterators) == (2 if again else 1)
 
 
 def test_script_launcher_starts_its_children(monkeypatch):
