@@ -234,7 +234,8 @@ def _learnt_by(parameter: Any) -> Sequence[Tensor]:
         return ()
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
-    return (gradient[:, *[0] * (gradient.dim() - 1)] if gradient.dim() > 1 else gradient.flatten(),)
+    has_columns = gradient.dim() > 1 and gradient.numel() > 0
+    return (gradient[:, *[0] * (gradient.dim() - 1)] if has_columns else gradient.flatten(),)
 
 
 def _is_finite(value: Any) -> bool:

@@ -121,7 +121,7 @@ def merge_outputs(steps: Sequence[TrainingStep], loss_reduction: str) -> Any:
 def _merge_loss(reduction: str, steps: Sequence[TrainingStep], losses: list[Tensor]) -> Tensor:
     if reduction == "sum":
         return torch.stack(losses).sum(0)
-    total = sum(step.share for step in steps)
+    total = sum(step.share for step in steps) or 1.0  # if no micro-batch counts, the loss is 0
     return torch.stack([step.share / total * loss for step, loss in zip(steps, losses, strict=True)]).sum(0)
 
 

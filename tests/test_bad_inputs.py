@@ -428,6 +428,7 @@ RANGES = [
             "loss_reduction": ("max", None),
             "weight_stashing": ("no", 1),
             "verify": ("no", None),
+            "on_nonfinite": ("ignore", 1, None),
             "split_at": ("4", 4, [1, 2, 3], {"a": 1}, ["net.1"]),
             "microbatch_weight": (3, "len"),
             "split_batch": (3, "chunk"),
@@ -437,7 +438,7 @@ RANGES = [
     ),
     (
         partial(AnalogPipelineStrategy, schedule=partial(Schedule, "async")),
-        {"num_stages": (0, 10**9, "4"), "num_microbatches": (0, NAN), "duplex": ("full",)},
+        {"num_stages": (0, 1.5, 10**9, "4"), "num_microbatches": (0, 1.5, 10**9, NAN), "duplex": ("full",)},
     ),
     (
         Digits,
@@ -512,12 +513,41 @@ def test_ranges(make, name, value):
         (lambda: PydocText(val_fraction=0.5, test_fraction=0.5), "val_fraction=0.5 and test_fraction=0.5 leave no"),
         (lambda: AnalogPipelineStrategy(timeout="x" * 999), "timeout must be a finite number above 0"),
         (lambda: AnalogPipelineStrategy(schedule="sync", duplex="full"), "duplex='full' is for schedule='async'"),
+        (lambda: AnalogPipelineStrategy(split_at="net"), "split_at is a list of module names, got the string 'net'"),
+        (lambda: AnalogPipelineStrategy(3, split_at=["net"]), "num_stages=3 needs 2 names in split_at, got 1"),
+        (
+            lambda: AnalogPipelineStrategy(gradient_scale="microbatch", microbatch_weight=len),
+            "gradient_scale='microbatch' makes every micro-batch count fully: drop microbatch_weight",
+        ),
+        (
+            lambda: AnalogPipelineStrategy(loss_reduction="sum", microbatch_weight=len),
+            "microbatch_weight is for losses that are means: loss_reduction='sum' needs no weights",
+        ),
     ],
 )
 def test_constructors(make, message):
     with pytest.raises(UsageError) as error:
         make()
     assert_one_line(str(error.value), message)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "sync"},
+        {"schedule": "sync", "loss_reduction": "sum"},
+        {"schedule": "1f1b", "microbatch_weight": len},
+        {"gradient_scale": "microbatch"},
+        {"gradient_scale": "microbatch", "loss_reduction": "sum", "weight_stashing": True},
+        {"schedule": partial(Schedule, "async"), "num_stages": 1, "num_microbatches": 1, "split_at": []},
+    ],
+)
+def test_options_that_do_not_exclude_each_other(options):
+    strategy = AnalogPipelineStrategy(**options)
+    assert (strategy.schedule.num_stages, strategy.schedule.num_microbatches) == (
+        options.get("num_stages", 4),
+        options.get("num_microbatches", 4),
+    )
 
 
 def test_numbers_of_numpy_are_numbers():

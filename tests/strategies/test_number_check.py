@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from aimc_pl.devices import constant_step, soft_bounds
+from aimc_pl.devices.conversion import convert_to_analog
 from aimc_pl.devices.saturation import saturated_fraction
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy
-from aimc_pl.strategies.number_check import NumberCheck
+from aimc_pl.strategies.analog_parts import saved
+from aimc_pl.strategies.number_check import NumberCheck, check_finite
 from aimc_pl.strategies.training_step import TrainingStep
 
 NAN, INF = float("nan"), float("inf")
@@ -308,6 +310,281 @@ def test_weights_at_their_bounds_are_warned_of_once(device, num):
     assert [text[:52] for text in texts] == (
         ["100 % of the weights of 'net.0' are at the bounds of"] if num > 1 else []
     )
+
+
+def finished(loss, inputs=None, number=3, function=None):
+    """Return a run of training_step that is over."""
+    step = TrainingStep(function or (lambda: None), inputs, 2, 1.0, 1.0, nullcontext)
+    step.output, step.number = loss if loss is None else torch.tensor(loss), number
+    return step
+
+
+def stage_of(*parameters, index=1):
+    return Stage(index, parameters)
+
+
+def with_gradient(shape, gradient):
+    parameter = nn.Parameter(torch.zeros(shape))
+    parameter.grad = gradient
+    return parameter
+
+
+def row(shape, number, value=NAN):
+    """Return a gradient with one row that is not finite."""
+    gradient = torch.zeros(shape)
+    gradient[number] = value
+    return gradient
+
+
+def sparse(value):
+    values = [[1.0, 1.0], [1.0, 1.0], [value, value]]
+    return torch.sparse_coo_tensor([[4, 1, 4]], values, (5, 2), check_invariants=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "gradient", "finite"),
+    [
+        ((3,), row(3, 2), False),
+        ((), torch.tensor(INF), False),
+        ((3, 2), row((3, 2), 2), False),
+        ((3, 1), row((3, 1), 1), False),
+        ((3, 2, 2, 2), row((3, 2, 2, 2), 1, -INF), False),
+        ((5, 2), sparse(NAN), False),
+        ((5, 2), sparse(1.0), True),
+        ((3, 2), torch.zeros(3, 2), True),
+        ((3, 2), None, True),
+        ((3, 0), torch.zeros(3, 0), True),
+        ((3, 2, 0), torch.zeros(3, 2, 0), True),
+        ((0, 2), torch.zeros(0, 2), True),
+    ],
+)
+def test_gradients_of_all_shapes_are_looked_at(shape, gradient, finite):
+    """Check gradients with a row that is not finite, as an error that is not finite gives, and empty gradients."""
+    net = nn.Module()
+    net.good, net.seen = with_gradient((2, 2), torch.ones(2, 2)), with_gradient(shape, gradient)
+    message = r"the gradient of 'seen' is not finite \(stage 1, micro-batch 7, clock 9\)"
+    with nullcontext() if finite else pytest.raises(UsageError, match=message):
+        NumberCheck(net, "stop", None).check_gradients(stage_of(net.good, net.seen), 9, "micro-batch 7", [])
+
+
+@pytest.mark.parametrize("value", [1.0, NAN])
+def test_errors_that_wait_for_a_tile_are_its_gradient(value):
+    net = nn.Sequential(nn.Linear(3, 2, bias=False))
+    convert_to_analog(net, soft_bounds())
+    for factor in (1.0, value):
+        (factor * net(torch.ones(4, 3))).sum().backward()
+    message = r"the gradient of '0' is not finite \(stage 1, micro-batch 7"
+    with nullcontext() if value == 1.0 else pytest.raises(UsageError, match=message):
+        NumberCheck(net, "stop", None).check_gradients(stage_of(*net.parameters()), 9, "micro-batch 7", [])
+
+
+def test_the_gradient_that_comes_first_in_the_backward_is_named():
+    net = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(4)))
+    for number, layer in enumerate(net):
+        layer.weight.grad = torch.full((2, 2), NAN if number in (1, 2) else 1.0)
+    with pytest.raises(UsageError, match=r"the gradient of '2\.weight' is not finite"):
+        NumberCheck(net, "stop", None).check_gradients(stage_of(*net.parameters()), 9, "micro-batch 7", [])
+
+
+def test_a_loss_that_is_not_finite_is_told_before_its_gradient():
+    net = nn.Linear(2, 2)
+    net.weight.grad = torch.full((2, 2), NAN)
+    steps = [finished(None), finished(1.0), finished(INF, number=5), finished(NAN, number=6)]
+    with pytest.raises(UsageError, match=r"the loss is not finite \(micro-batch 5, clock 9\)"):
+        NumberCheck(net, "stop", None).check_gradients(stage_of(net.weight), 9, "micro-batch 7", steps)
+
+
+@pytest.mark.parametrize("first", ["loss", "gradient"])
+def test_only_the_first_number_is_warned_of(first):
+    net = nn.Linear(2, 2)
+    net.weight.grad = torch.full((2, 2), NAN)
+    check = NumberCheck(net, "warn", None)
+    calls = {
+        "loss": lambda: check.check_losses([finished(NAN)], 9),
+        "gradient": lambda: check.check_gradients(stage_of(net.weight), 9, "micro-batch 7", []),
+    }
+    with pytest.warns(UserWarning, match=f"the {first}.* is not finite"):
+        calls[first]()
+    for call in calls.values():
+        call()
+
+
+GOOD, BAD = torch.ones(2, 2), torch.full((2, 2), NAN)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "weight", "told"),
+    [
+        (GOOD, 1.0, ""),
+        (BAD, NAN, ", as the batch holds such numbers"),
+        ({"x": GOOD, "more": ["text", torch.arange(2), (7, BAD)]}, NAN, ", as the batch holds such numbers"),
+        ({"x": GOOD, "more": ["text", torch.arange(2), NAN]}, INF, ", as are the weights of '0.weight'"),
+    ],
+)
+def test_the_cause_of_a_loss_is_searched_in_the_batch_and_the_weights(inputs, weight, told):
+    net = nn.Sequential(nn.Linear(2, 2, bias=False))
+    nn.init.constant_(net[0].weight, weight)
+    check = NumberCheck(net, "stop", None)
+    check.stages = [stage_of(*net.parameters())]
+    with pytest.raises(UsageError, match=rf"the loss is not finite{re.escape(told)} \(micro-batch 3, clock 9\)"):
+        check.check_losses([finished(NAN, inputs)], 9)
+
+
+class Adds(nn.Module):
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return x + self.value
+
+
+@pytest.mark.parametrize(
+    ("values", "outside", "told"),
+    [
+        ((0.0, 0.0, 0.0), 0.0, ""),
+        ((0.0, NAN, NAN), 0.0, ", first in the output of '1.0'"),
+        ((0.0, 0.0, INF), 0.0, ", first in the output of '2'"),
+        ((0.0, 0.0, 0.0), NAN, ", first in the output of '0'"),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_output_that_is_not_finite_is_found_in_another_run(values, outside, told, fails):
+    """Check this also for a run that fails, and for a module outside of the network, which has no name there."""
+    net = nn.Sequential(Adds(values[0]), nn.Sequential(Adds(values[1])), Adds(values[2]))
+    other, entered = Adds(outside), []
+
+    def training_step():
+        net(other(GOOD))
+        if fails:
+            raise ValueError("the step cannot run again")
+        return torch.tensor(0.0)
+
+    def running_again():
+        entered.append(True)
+        return nullcontext()
+
+    hooks = len(torch.nn.modules.module._global_forward_hooks)
+    check = NumberCheck(net, "stop", running_again)
+    with pytest.raises(UsageError, match=rf"the loss is not finite{re.escape(told)} \(micro-batch 3, clock 9\)"):
+        check.check_losses([finished(NAN, GOOD, function=training_step)], 9)
+    assert entered == [True]
+    assert len(torch.nn.modules.module._global_forward_hooks) == hooks
+
+
+def grown(shape, norms, version=0, times=1):
+    """Return the warnings about weights of these norms, one after the other.
+
+    Args:
+        shape: the shape of the weights.
+        norms: the norms of the weights before each update.
+        version: the number of updates of the stage at the last of these.
+        times: the number of weights that are like this.
+    """
+    net = nn.Module()
+    for number in range(times):
+        net.register_parameter(f"w{number}", nn.Parameter(torch.ones(shape)))
+    stage, check = stage_of(*net.parameters()), NumberCheck(net, "stop", None)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for number, norm in enumerate(norms, 1):
+            for weight in stage.parameters:
+                weight.data = torch.full(shape, norm / weight.numel() ** 0.5)
+            stage.version = version if number == len(norms) else 0
+            check.watch_growth(stage)
+    return [str(warning.message) for warning in record]
+
+
+@pytest.mark.parametrize(
+    ("shape", "norms", "warned"),
+    [
+        ((4, 3), [1, 1.6], "1.6"),
+        ((4, 3), [1, 1.2, 1.7, 6.8], "4.0"),
+        ((4, 3), [1, 1.4, 2.0], None),
+        ((4, 3), [2, 1], None),
+        ((4, 3), [1, 2, 4], "2.0"),
+        ((4,), [1, 2], None),
+        ((), [1, 2], None),
+        ((1, 4), [1, 2], "2.0"),
+        ((1, 4, 3), [1, 2], None),
+        ((1, 2, 3, 3), [1, 2], None),
+        ((2, 4, 3), [1, 2], "2.0"),
+        ((3, 2, 2, 2), [1, 2], "2.0"),
+        # A row of a weight that acts has a root-mean-square norm above 0.01.
+        ((16, 4), [0.05, 0.1], "2.0"),
+        ((16, 4), [0.03, 1.0, 2.0], None),
+        ((16, 4), [0, 1.0, 2.0], None),
+    ],
+)
+def test_weights_that_one_update_makes_much_larger_are_warned_of(shape, norms, warned):
+    texts = grown(shape, norms)
+    assert len(texts) == (warned is not None)
+    for text in texts:
+        assert text.startswith(f"one update has made 'w0' of stage 1 {warned} times as large: ")
+
+
+def test_growth_is_watched_beside_biases_and_analog_layers():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    convert_to_analog(net, {"0": soft_bounds()})
+    check, stage = NumberCheck(net, "stop", None), stage_of(*net.parameters())
+    check.watch_growth(stage)
+    net[1].weight.data *= 2
+    with pytest.warns(UserWarning, match=r"one update has made '1\.weight' of stage 1 2\.0 times as large"):
+        check.watch_growth(stage)
+
+
+def test_the_growth_of_weights_is_watched_for_twenty_updates_and_warned_of_once():
+    assert len(grown((4, 3), [1, 2], version=20)) == 1
+    assert not grown((4, 3), [1, 2], version=21)
+    assert len(grown((4, 3), [1, 2, 4], times=2)) == 1
+
+
+@pytest.mark.parametrize(("at_bounds", "warned"), [(0, False), (1, False), (2, True), (12, True)])
+def test_an_analog_layer_with_weights_at_their_bounds_is_warned_of_once(at_bounds, warned):
+    """Check the layer with most weights at the bounds, when a tenth of its 12 weights may be there."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3))
+    convert_to_analog(net, {"1": constant_step(w_max=0.6), "2": constant_step(w_max=0.6)})
+    for layer, count in ((net[1], at_bounds), (net[2], 0)):
+        tile = next(layer.analog_tiles())
+        weight, upper = tile.tile.get_weights(as_ref=True), torch.as_tensor(tile.tile.crossbars[0].response.bounds[1])
+        weight.fill_(0.0)
+        weight.view(-1)[:count] = upper.expand_as(weight).reshape(-1)[:count]
+    check = NumberCheck(net, "stop", None)
+    check.watch_saturation()
+    check.stages = [Stage(0, modules=[net[0], net[1]]), Stage(1, modules=[net[2]])]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        check.watch_saturation()
+        check.watch_saturation()
+    expected = f"{100 * at_bounds / 12:.0f} % of the weights of '1' are at the bounds of their devices"
+    assert [str(warning.message)[: len(expected)] for warning in record] == warned * [expected]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "told"),
+    [
+        (None, None),
+        ("0.weight", "0.weight"),
+        ("1.bias", "1.bias"),
+        ("2", "2"),
+        ("frozen", None),
+        ("buffer", None),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_saved(spoilt, told):
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4), nn.Linear(4, 3))
+    convert_to_analog(net, {"2": soft_bounds()})
+    net.frozen, net.unsaved = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(BAD)
+    net.register_buffer("buffer", torch.ones(2))
+    state = saved(net.state_dict())
+    del state["unsaved"]
+    tiles = state["2.analog_module.analog_tile_state"]
+    if spoilt is not None:
+        bad = tiles["analog_tile_weights"] if spoilt == "2" else state[spoilt]
+        bad.view(-1)[-1] = -INF
+    message = f"after step 12 the weights of {told!r} are not finite: nothing is saved, and earlier checkpoints stay"
+    with nullcontext() if told is None else pytest.raises(UsageError, match=re.escape(message)):
+        check_finite(net, state, 12)
 
 
 def test_an_unknown_choice_is_refused():

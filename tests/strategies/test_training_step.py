@@ -29,6 +29,15 @@ def test_losses_are_averaged_or_added(reduction, expected):
     assert merged == {"loss": expected}
 
 
+def test_the_loss_is_zero_if_no_micro_batch_counts():
+    """Check micro-batches for which microbatch_weight returns 0."""
+    steps = finished(torch.tensor(2.0), {"loss": torch.tensor(6.0), "mean": torch.tensor(6.0)})
+    for step in steps:
+        step.share = 0.0
+    assert merge_outputs(steps, "mean") == {"loss": 0, "mean": 6}
+    assert merge_outputs(steps, "sum")["loss"] == 8
+
+
 def test_other_values_go_by_their_samples():
     merged = merge_outputs(
         finished(
