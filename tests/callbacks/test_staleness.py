@@ -149,7 +149,8 @@ def test_drift_and_cosine_by_hand():
     assert events[0, 0]["drift_stage_0"] == 0
 
 
-def test_cosine_of_a_stale_gradient_by_hand():
+@pytest.mark.parametrize("takes_index", [True, False])
+def test_cosine_of_a_stale_gradient_by_hand(takes_index):
     """Check y = b·a·x with two hidden values: micro-batch 1 goes back with version 1 of b when version 2 is current."""
 
     class Wide(Linear):
@@ -162,6 +163,10 @@ def test_cosine_of_a_stale_gradient_by_hand():
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), rate)
+
+    class NoIndex(Wide):
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
 
     class Keeps(StalenessMonitor):
         def __init__(self):
@@ -180,7 +185,8 @@ def test_cosine_of_a_stale_gradient_by_hand():
     rate = 0.5
     data = DataLoader(torch.tensor([[1.0], [2.0]]).double(), batch_size=2)
     monitor = Keeps()
-    fit(monitor, AnalogPipelineStrategy(2, "async", 2), Wide().double(), data, max_epochs=1)
+    module = (Wide() if takes_index else NoIndex()).double()
+    fit(monitor, AnalogPipelineStrategy(2, "async", 2), module, data, max_epochs=1)
     a, b = np.array([0.5, 0.8]), np.array([0.3, -0.6])
     # Micro-batch 0 has x = 1 and half of the loss. Stage 1 sends its error before it updates.
     error = 0.5 * (b @ a - 1)
