@@ -42,6 +42,7 @@ class Event:
         version: the number of updates that the stage had made before this operation.
         staleness: the number of weight versions between the weights that the micro-batch's forward saw and the current
             ones. For an update from several micro-batches, the oldest of these versions counts.
+        predicted: the schedule's closed form of the staleness of an update from this micro-batch.
         in_flight: the number of micro-batches whose activations the stage holds after this operation.
     """
 
@@ -51,6 +52,7 @@ class Event:
     since_fill: int
     version: int
     staleness: int
+    predicted: int
     in_flight: int
 
 
@@ -101,6 +103,8 @@ class Pipeline:
     ) -> None:
         self.stages = stages
         self.schedule = schedule
+        self.running = schedule
+        """The schedule of the mini-batch that runs. It differs from ``schedule`` where stages wait for each other."""
         self.observers = observers
         self.clock = clock
         self.num_entered = num_entered
@@ -127,14 +131,29 @@ class Pipeline:
         """
         return self._contributions[stage.index][0]
 
-    def run(self, microbatches: Sequence[MicroBatch]) -> None:
+    def staleness(self, stage: Stage) -> int:
+        """Return the schedule's closed form of the staleness of the update that a stage makes.
+
+        Call this only while the stage is updated.
+        """
+        return self.running.staleness(stage.index, self._contributions[stage.index][1])
+
+    def run(self, microbatches: Sequence[MicroBatch], in_sync: bool = False) -> None:
         """Run one mini-batch.
 
         Under a schedule with one update per mini-batch, all of the mini-batch is run, from fill to drain. An
         asynchronous pipeline stays full: it runs until the next micro-batch could enter. The next call or
         :meth:`drain` runs the rest.
+
+        Args:
+            microbatches: the micro-batches of the mini-batch.
+            in_sync: whether an asynchronous pipeline runs this mini-batch as ``"1f1b"`` would: from fill to drain, with
+                one update of every stage.
         """
-        if self.schedule.is_async:
+        if in_sync:
+            self.drain()
+            self.running = self.schedule.accumulating(len(microbatches))
+        if self.schedule.is_async and not in_sync:
             for microbatch in microbatches:
                 self._enter(microbatch)
                 self._run_until(self.schedule.forward_clock(0, self._num_since_fill))
@@ -153,6 +172,9 @@ class Pipeline:
         """Run until no micro-batch is in flight. The next micro-batch starts a new fill."""
         if not self.is_empty:
             self._run_until(self.schedule.num_clocks(self._num_since_fill))
+            if self.schedule.is_async:
+                for stage in [stage for stage in self.stages if stage.index in self._contributions]:
+                    self._update_one(stage)
             self._start_fill()
 
     def updated(self) -> None:
@@ -178,6 +200,7 @@ class Pipeline:
         self._num_since_fill = 0
         self._clock_since_fill = 0
         self._microbatches: dict[int, MicroBatch] = {}
+        self.running = self.schedule
 
     def _enter(self, microbatch: MicroBatch) -> None:
         self._microbatches[self._num_since_fill] = microbatch
@@ -192,9 +215,8 @@ class Pipeline:
                 (self._forward if operation.kind == "F" else self._backward)(operation)
             if self.schedule.is_async:
                 for operation in own:
-                    if operation.kind == "B":
-                        self._update(self._own[operation.stage])
-                        self._count_update(self._own[operation.stage])
+                    if operation.kind == "B" and (operation.microbatch + 1) % self.running.accumulate == 0:
+                        self._update_one(self._own[operation.stage])
             for observer in self.observers:
                 observer.on_clock(self.clock, operations)
             self._clock_since_fill += 1
@@ -220,6 +242,10 @@ class Pipeline:
         for observer in self.observers:
             observer.on_backward(self._event(stage, self._first + k, k, seen))
 
+    def _update_one(self, stage: Stage) -> None:
+        self._update(stage)
+        self._count_update(stage)
+
     def _count_update(self, stage: Stage) -> None:
         event = self._event(stage, *self._contributions.pop(stage.index))
         stage.version += 1
@@ -228,5 +254,6 @@ class Pipeline:
 
     def _event(self, stage: Stage, microbatch: int, since_fill: int, seen: int) -> Event:
         staleness = stage.version - seen
+        predicted = self.running.staleness(stage.index, since_fill)
         info = self._infos[stage.index]
-        return Event(self.clock, info, microbatch, since_fill, stage.version, staleness, stage.num_in_flight)
+        return Event(self.clock, info, microbatch, since_fill, stage.version, staleness, predicted, stage.num_in_flight)

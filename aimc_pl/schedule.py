@@ -16,6 +16,7 @@ stride s. In the tables below, ``F2`` is the forward and ``B2`` the backward of 
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -49,6 +50,8 @@ class Schedule:
         num_microbatches: B, from 1 to 100,000.
         duplex: for ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock. ``"full"``: it
             does one forward and one backward, and such a clock lasts two clock cycles.
+        accumulate: a, for ``"async"`` only. A stage makes an update after every a-th of its backwards, from the sum of
+            their gradients. The last update before a drain may have fewer.
 
     A custom schedule is a subclass that overrides :meth:`forward_clock`, :meth:`backward_clock` and, if necessary,
     :attr:`stride`. The tables are computed from these three.
@@ -65,6 +68,7 @@ class Schedule:
     num_stages: int
     num_microbatches: int = 1
     duplex: Duplex = "half"
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if self.name not in get_args(ScheduleName):
@@ -73,10 +77,19 @@ class Schedule:
             raise ValueError(f"unknown duplex {self.duplex!r}: choose one of {', '.join(get_args(Duplex))}")
         if self.duplex == "full" and self.name != "async":
             raise ValueError(f"duplex='full' is for schedule='async', not for schedule={self.name!r}")
-        for field, most in (("num_stages", MAX_STAGES), ("num_microbatches", MAX_MICROBATCHES)):
+        if self.accumulate != 1 and self.name != "async":
+            raise ValueError(f"accumulate is for schedule='async', not for schedule={self.name!r}")
+        limits = {"num_stages": MAX_STAGES, "num_microbatches": MAX_MICROBATCHES, "accumulate": MAX_MICROBATCHES}
+        for field, most in limits.items():
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"{field} must be a whole number of at least 1 and at most {most}, got {value!r:.50}")
+
+    def accumulating(self, num_microbatches: int) -> "Schedule":
+        """Return the same schedule, in which every stage makes one update from ``num_microbatches`` micro-batches."""
+        changed = copy(self)
+        object.__setattr__(changed, "accumulate", num_microbatches)
+        return changed
 
     @property
     def is_async(self) -> bool:
@@ -174,25 +187,26 @@ class Schedule:
     def max_staleness(self, stage: int) -> int:
         """Return the staleness of the updates of ``stage`` once the pipeline is full (see :meth:`staleness`).
 
-        This is M−1−m with ``"async"``, twice that in full duplex, and 0 with the other schedules.
+        This is d = M−1−m with ``"async"``, twice that in full duplex, and 0 with the other schedules. If a stage
+        accumulates the gradients of a micro-batches, it is ⌈d/a⌉ (PACI, arXiv 2606.07881).
         """
-        since_first_backward = self.forward_clock(stage, 0) - self.backward_clock(stage, 0)
-        return -ceil(since_first_backward / self.stride) if self.is_async else 0
+        return ceil(self._delay(stage) / self.accumulate) if self.is_async else 0
 
     def staleness(self, stage: int, microbatch: int) -> int:
         """Return the staleness of the update that ``stage`` makes from ``microbatch``.
 
         This is the number of weight versions between the weights that F(stage, microbatch) saw and the weights that
-        the update is added to.
+        the update is added to. For an update from several micro-batches, ``microbatch`` is the last of them, and the
+        oldest weights that they saw count.
         """
-        return min(microbatch, self.max_staleness(stage))
+        return min(microbatch // self.accumulate, self.max_staleness(stage))
 
     def version(self, stage: int, microbatch: int) -> int:
         """Return the weight version that F(stage, microbatch) sees: the number of updates since the fill.
 
         This is always 0 under a schedule with one update per mini-batch, because every mini-batch starts a new fill.
         """
-        return microbatch - self.staleness(stage, microbatch) if self.is_async else 0
+        return max(0, microbatch - self._delay(stage)) // self.accumulate if self.is_async else 0
 
     def in_flight(self, stage: int, num_microbatches: int | None = None) -> int:
         """Return the largest number of micro-batches whose activations ``stage`` holds at the same time.
@@ -203,6 +217,11 @@ class Schedule:
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         before_backward = self.backward_clock(stage, 0, batches) - self.forward_clock(stage, 0, batches)
         return min(batches, before_backward // self.stride + 1)
+
+    def _delay(self, stage: int) -> int:
+        """Return how many later micro-batches have their forward at ``stage`` before the backward of a micro-batch."""
+        since_first_backward = self.forward_clock(stage, 0) - self.backward_clock(stage, 0)
+        return -ceil(since_first_backward / self.stride)
 
 
 def check_order(schedule: Schedule) -> None:

@@ -113,12 +113,11 @@ class StalenessMonitor(Callback, Observer):
         stage = event.stage.index
         self.counts[stage][event.staleness] += 1
         note(self._recent, f"stage_{stage}", float(event.staleness))
-        predicted = self._schedule.staleness(stage, event.since_fill)
-        if event.staleness != predicted:
+        if event.staleness != event.predicted:
             if not self.mismatches:
                 warnings.warn(
                     f"Stage {stage} updated with a staleness of {event.staleness} in clock {event.clock}, "
-                    f"and the schedule predicts {predicted}",
+                    f"and the schedule predicts {event.predicted}",
                     stacklevel=2,
                 )
             self.mismatches += 1

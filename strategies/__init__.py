@@ -6,7 +6,8 @@ Importing the package registers the names ``aimc_none``, ``aimc_sync`` and ``aim
 from lightning.pytorch.strategies import StrategyRegistry
 
 from aimc_pl.strategies.analog_pipeline import AnalogPipelineStrategy
+from aimc_pl.strategies.remedies import Accumulation, Remedy, StageLearningRate, SyncStart
 
 AnalogPipelineStrategy.register_strategies(StrategyRegistry)
 
-__all__ = ["AnalogPipelineStrategy"]
+__all__ = ["Accumulation", "AnalogPipelineStrategy", "Remedy", "StageLearningRate", "SyncStart"]

@@ -32,8 +32,16 @@ from aimc_pl.strategies.number_check import check_finite
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode, hooks_before_step_inside
 from aimc_pl.strategies.processes import ProcessStrategy
+from aimc_pl.strategies.remedies import Remedy
 from aimc_pl.strategies.resuming import Resuming
-from aimc_pl.strategies.settings import GradientScale, LossReduction, OnNonfinite, Settings, make_schedule
+from aimc_pl.strategies.settings import (
+    GradientScale,
+    LossReduction,
+    OnNonfinite,
+    Settings,
+    make_schedule,
+    with_remedies,
+)
 from aimc_pl.strategies.training import Training
 
 # Digital training works without aihwkit, which this import needs.
@@ -83,6 +91,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
             training_step.
         on_nonfinite: what happens before a loss or gradient that is not finite reaches the weights: the run ends
             (``"stop"``), or the first one is warned about (``"warn"``).
+        remedies: what is done against the cost of stale weights (``"async"`` only): objects of the classes in
+            :mod:`aimc_pl.strategies.remedies`, at most one of each.
         timeout: seconds after which a process that does not answer is considered lost, which ends the run; above 0 and
             at most 10⁹.
         start_timeout: the same limit until the first mini-batch, while the processes start.
@@ -108,13 +118,14 @@ class AnalogPipelineStrategy(ProcessStrategy):
         split_batch: Callable[[Any, int], Sequence[Any]] | None = None,
         verify: bool = True,
         on_nonfinite: OnNonfinite = "stop",
+        remedies: Sequence[Remedy] = (),
         timeout: float = 60.0,
         start_timeout: float = 600.0,
     ) -> None:
         super().__init__(num_stages, timeout, start_timeout)
         self.checkpoint_io = SealedCheckpointIO()
         warn_about_other_package()
-        self.schedule = make_schedule(schedule, num_stages, num_microbatches, duplex)
+        self.schedule = with_remedies(make_schedule(schedule, num_stages, num_microbatches, duplex), remedies)
         self.settings = Settings(
             self.schedule,
             split_at,
@@ -125,6 +136,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             split_batch,
             verify,
             on_nonfinite,
+            remedies,
         )
         self.device = device
         self.observers: list[Observer] = []

@@ -7,10 +7,28 @@ from typing import Any, Literal
 from aimc_pl.arguments import check_callable, check_choice, check_flag, check_list, check_number
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import MAX_MICROBATCHES, MAX_STAGES, Duplex, Schedule, ScheduleName, check_order
+from aimc_pl.strategies.remedies import Remedy
 
 GradientScale = Literal["minibatch", "microbatch"]
 LossReduction = Literal["mean", "sum"]
 OnNonfinite = Literal["stop", "warn"]
+
+
+def with_remedies(schedule: Schedule, remedies: Sequence[Remedy]) -> Schedule:
+    """Return the schedule as the remedies change it.
+
+    Raises:
+        UsageError: if something is no remedy, if a class of remedies comes twice, or if there is no staleness.
+    """
+    check_list("remedies", remedies, Remedy, "remedies for staleness")
+    kinds = [type(remedy).__name__ for remedy in remedies]
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+        raise UsageError(f"remedies has {twice[0]} {len(twice)} times: give it once")
+    if remedies and not schedule.is_async:
+        raise UsageError(f"remedies need schedule='async': {schedule.name!r} has no stale weights")
+    for remedy in remedies:
+        schedule = remedy.change(schedule)
+    return schedule
 
 
 def make_schedule(
@@ -61,6 +79,7 @@ class Settings:
     split_batch: Callable[[Any, int], Sequence[Any]] | None
     verify: bool
     on_nonfinite: OnNonfinite
+    remedies: Sequence[Remedy]
 
     def __post_init__(self) -> None:
         check_choice("gradient_scale", self.gradient_scale, GradientScale)

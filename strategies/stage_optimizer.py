@@ -71,14 +71,21 @@ class StageOptimizer:
             for parameter, gradient in others:
                 parameter.grad = gradient
 
-    def step(self) -> None:
+    def step(self, rate_factor: float = 1.0) -> None:
         """Update the parameters to which the optimizer is restricted.
 
         The first step also checks that the optimizer can keep the stages apart.
 
+        Args:
+            rate_factor: the factor of the learning rates in this step.
+
         Raises:
             UsageError: if the optimizer counts in an attribute of its own, which all stages would share.
         """
+        with _scaled_rates(self.optimizer, rate_factor):
+            self._step()
+
+    def _step(self) -> None:
         if self._is_checked:
             self.optimizer.step()
             return
@@ -107,6 +114,22 @@ class StageOptimizer:
         for group in groups[len(self._left) :]:
             self._own.append([_copies(group) for _ in self._stages])
             self._left.append(dict(group))
+
+
+@contextmanager
+def _scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
+    """Context manager in which the learning rates of an optimizer are multiplied by a factor."""
+    if factor == 1:
+        yield
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _copies(group: dict[str, Any]) -> dict[str, Any]:

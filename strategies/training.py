@@ -5,6 +5,7 @@ It hands their gradients to Lightning, or to the updates of the stages.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import lightning.pytorch as pl
@@ -67,6 +68,8 @@ class Training:
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._partial: list[tuple[nn.Parameter, Tensor]] = []
+        """Gradients to which more micro-batches will add before the stage updates."""
         self._optimizer: StageOptimizer | None = None
         self._number_check = NumberCheck(
             module, settings.on_nonfinite, None if placement.is_apart else self._running_again
@@ -164,6 +167,7 @@ class Training:
     def abandon(self) -> None:
         """Drop the micro-batches in flight after an error, and what they have left for later updates."""
         self._steps = []
+        self._partial = []
         self._logbook = Logbook()
         if self.pipeline is not None:
             self.pipeline.abandon()
@@ -218,7 +222,7 @@ class Training:
     def _run(self, pipeline: Pipeline, microbatches: Sequence[MicroBatch]) -> None:
         if pipeline.schedule.is_async:
             self._is_hooked = is_step_hooked(self._trainer)
-            pipeline.run(microbatches)
+            pipeline.run(microbatches, any(r.runs_in_sync(self._trainer.global_step) for r in self._settings.remedies))
             if last_batch_before_look(self._trainer):
                 pipeline.drain()
         elif pipeline.schedule.forwards_first:
@@ -241,8 +245,11 @@ class Training:
             finished = [step for step in self._steps if step.is_finished]
             self._number_check.check_gradients(stage, self.pipeline.clock, which, finished)
             self._number_check.watch_growth(stage)
-            self._optimizer.step()
+            self._optimizer.step(self._rate_factor(self.pipeline.staleness(stage)))
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
+
+    def _rate_factor(self, staleness: int) -> float:
+        return prod(each.rate_factor(staleness, self._trainer.global_step) for each in self._settings.remedies)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -255,11 +262,25 @@ class Training:
             self._placement.running(),
         ):
             try:
-                yield
+                with self._partial_gradients():
+                    yield
             except BaseException:
                 self.is_cut_off = self._settings.schedule.is_async
                 self.abandon()
                 raise
+
+    @contextmanager
+    def _partial_gradients(self) -> Iterator[None]:
+        """Context manager that keeps gradients without an update yet, which Lightning clears after each mini-batch."""
+        for parameter, gradient in self._partial:
+            parameter.grad = gradient
+        self._partial = []
+        yield
+        if self.pipeline is not None and self.pipeline.running.accumulate > 1:
+            parameters = [p for stage in self.pipeline.stages for p in stage.parameters if not is_analog(p)]
+            self._partial = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+            for parameter, _ in self._partial:
+                parameter.grad = None
 
     @contextmanager
     def _gradients_kept_apart(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from aimc_pl.callbacks import ClockMonitor, DeviceNoise, DeviceVariation, StalenessMonitor, StuckAt
 from aimc_pl.devices import ideal, soft_bounds
-from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, StageLearningRate, SyncStart
 
 SCHEDULES = {
     "none": {"schedule": "none"},
@@ -33,6 +33,10 @@ SCHEDULES = {
     "async": {"schedule": "async"},
     "async, full duplex": {"schedule": "async", "duplex": "full"},
     "async, stashing": {"schedule": "async", "weight_stashing": True},
+    "async, remedies": {
+        "schedule": "async",
+        "remedies": [Accumulation(2), StageLearningRate(0.5, anneal_steps=4), SyncStart(2)],
+    },
 }
 STAGES = (2, 3, 4)
 
@@ -207,6 +211,7 @@ CASES |= {
     "dict batch, layers around": (3, digital(3, "async", DictBatch)),
     "convolutions": (4, digital(4, "sync", ConvNet)),
     "mean field": (3, analog(3, "async", soft_bounds)),
+    "mean field, remedies": (2, analog(2, "async, remedies", soft_bounds)),
     "mean field, sync": (2, analog(2, "sync", soft_bounds)),
     "floating point": (4, analog(4, "async", ideal)),
 }

@@ -5,7 +5,18 @@ from itertools import pairwise
 import numpy as np
 
 
-def delayed_updates(weights, biases, owners, microbatches, delays, learning_rate, drains=(), stashing=False):
+def delayed_updates(
+    weights,
+    biases,
+    owners,
+    microbatches,
+    delays,
+    learning_rate,
+    drains=(),
+    stashing=False,
+    accumulate=lambda first: 1,
+    factor=lambda stage, k: 1.0,
+):
     """Train a tanh network on squared error with the weight versions of the asynchronous pipeline.
 
     Every layer l belongs to stage owners[l]. Micro-batch k has its forward with the weights of version max(0, k −
@@ -21,10 +32,13 @@ def delayed_updates(weights, biases, owners, microbatches, delays, learning_rate
         learning_rate: of plain SGD.
         drains: micro-batches before which the pipeline has run empty.
         stashing: whether the backward uses the forward's weights.
+        accumulate: the number of micro-batches per update, as a function of the first micro-batch since the last drain.
+        factor: the factor of the learning rate, as a function of the stage and the last micro-batch of an update.
     """
     parameters = list(zip(weights, biases, strict=True))
     for first, end in pairwise([0, *drains, len(microbatches)]):
-        history = [parameters]
+        history = [parameters]  # before the backward of each micro-batch
+        gradients = [(0, 0) for _ in owners]
         for k, (x, target, share) in enumerate(microbatches[first:end]):
             seen = [history[max(0, k - delays[stage])] for stage in owners]
             inputs, outputs = [], []
@@ -35,16 +49,20 @@ def delayed_updates(weights, biases, owners, microbatches, delays, learning_rate
                 x = np.tanh(x) if layer < len(owners) - 1 else x
                 outputs.append(x)
             error = share * 2 * (x - target) / x.size
-            updated = list(history[k])
             for layer in reversed(range(len(owners))):
                 if layer < len(owners) - 1:
                     error = error * (1 - outputs[layer] ** 2)
-                weight, bias = history[k][layer]
-                updated[layer] = (
-                    weight - learning_rate * error.T @ inputs[layer],
-                    bias - learning_rate * error.sum(0),
-                )
-                error = error @ (seen[layer][layer][0] if stashing else weight)
+                of_weight, of_bias = gradients[layer]
+                gradients[layer] = of_weight + error.T @ inputs[layer], of_bias + error.sum(0)
+                error = error @ (seen[layer][layer][0] if stashing else history[k][layer][0])
+            updated = list(history[k])
+            if (k + 1) % accumulate(first) == 0 or first + k + 1 == end:
+                rates = [learning_rate * factor(stage, first + k) for stage in owners]
+                updated = [
+                    (weight - rate * of_weight, bias - rate * of_bias)
+                    for (weight, bias), (of_weight, of_bias), rate in zip(updated, gradients, rates, strict=True)
+                ]
+                gradients = [(0, 0) for _ in owners]
             history.append(updated)
         parameters = history[-1]
     return [weight for weight, _ in parameters], [bias for _, bias in parameters]

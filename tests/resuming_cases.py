@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import ClockMonitor, DeviceNoise, Drift, StalenessMonitor, WriteNoise
 from aimc_pl.devices import soft_bounds
-from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, StageLearningRate, SyncStart
 
 SCHEDULES = {
     "none": {"schedule": "none"},
@@ -38,6 +38,11 @@ PLACES = {"in the epoch": 2, "at the epoch's end": 5}
 """The global steps of the checkpoints that are resumed. An epoch has five steps."""
 
 CASES = [(schedule, network) for schedule in SCHEDULES for network in (*NETWORKS, NOISY)]
+SCHEDULES["async, remedies"] = {
+    "schedule": "async",
+    "remedies": [Accumulation(2), StageLearningRate(0.5, anneal_steps=8), SyncStart(4)],
+}
+CASES.append(("async, remedies", "adamw"))
 CROSSING = [case for case in CASES if case[1] == "mean field" or (case[0] == "async" and case[1] != NOISY)]
 """The cases that are also resumed with another number of processes."""
 

@@ -126,6 +126,27 @@ def test_async_versions_and_staleness_counted(duplex, total):
             updates.update(stage for kind, stage, _ in row if kind == "B")
 
 
+@pytest.mark.parametrize("duplex", ["half", "full"])
+@pytest.mark.parametrize("a", [2, 3, 7])
+def test_staleness_counted_where_stages_accumulate(duplex, a):
+    """Check versions and staleness where a stage makes an update after every a-th backward."""
+    for stages in range(1, 10):
+        schedule = Schedule("async", stages, 1, duplex, accumulate=a)
+        assert schedule == Schedule("async", stages, 1, duplex).accumulating(a)
+        backwards, seen, oldest = Counter(), {}, {}
+        for row in schedule.clocks(40):
+            for kind, stage, k in row:
+                version = backwards[stage] // a
+                if kind == "F":
+                    seen[stage, k] = version
+                    assert schedule.version(stage, k) == version
+                    continue
+                oldest[stage] = min(oldest.get(stage, version), seen[stage, k])
+                if (k + 1) % a == 0:
+                    assert schedule.staleness(stage, k) == version - oldest.pop(stage)
+            backwards.update(stage for kind, stage, _ in row if kind == "B")
+
+
 @pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
 def test_one_update_per_minibatch_has_no_staleness(name):
     schedule = Schedule(name, 4, 3)
@@ -257,6 +278,8 @@ def test_open_ended_table_is_the_same_until_the_drain(schedule, total):
         (("sync", True), "num_stages must be"),
         (("sync", 2, 2, "full"), "duplex='full' is for"),
         (("async", 2, 2, "both"), "unknown duplex 'both': choose one of half, full$"),
+        (("sync", 2, 2, "half", 2), "accumulate is for schedule='async', not for schedule='sync'"),
+        (("async", 2, 2, "half", 0), "accumulate must be"),
     ],
 )
 def test_bad_schedules(arguments, message):

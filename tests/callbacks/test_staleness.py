@@ -105,7 +105,7 @@ def test_warns_of_a_mismatch():
     strategy = AnalogPipelineStrategy(3, "async", 4)
     fit(monitor, strategy)
     with pytest.warns(UserWarning, match="staleness of 7 in clock 50, and the schedule predicts 2"):
-        monitor.on_update(Event(50, StageInfo(0), 30, 30, 30, 7, 1))
+        monitor.on_update(Event(50, StageInfo(0), 30, 30, 30, 7, 2, 1))
     assert monitor.mismatches == 1
 
 
