@@ -139,7 +139,8 @@ class StalenessMonitor(Callback, Observer):
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self.counts |= merged(self._strategy.gather(self._counts_here()))
+        counts = merged(self._strategy.gather(self._counts_here()))
+        self.counts.update({stage: Counter(times) for stage, times in counts.items()})
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for stage, counts in self.counts.items():
