@@ -71,18 +71,19 @@ class StageOptimizer:
             for parameter, gradient in others:
                 parameter.grad = gradient
 
-    def step(self, rate_factor: float = 1.0) -> None:
+    def step(self, rate_factor: float = 1.0, staleness: int = 0) -> None:
         """Update the parameters to which the optimizer is restricted.
 
         The first step also checks that the optimizer can keep the stages apart.
 
         Args:
             rate_factor: the factor of the learning rates in this step.
+            staleness: the staleness of the update, for optimizers with an entry of this name in their groups.
 
         Raises:
             UsageError: if the optimizer counts in an attribute of its own, which all stages would share.
         """
-        with _scaled_rates(self.optimizer, rate_factor):
+        with _for_one_step(self.optimizer, rate_factor, staleness):
             self._step()
 
     def _step(self) -> None:
@@ -117,19 +118,19 @@ class StageOptimizer:
 
 
 @contextmanager
-def _scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Context manager in which the learning rates of an optimizer are multiplied by a factor."""
-    if factor == 1:
-        yield
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * factor
+def _for_one_step(optimizer: Optimizer, rate_factor: float, staleness: int) -> Iterator[None]:
+    """Context manager in which the learning rates of an optimizer are scaled, and its groups know the staleness."""
+    before = [{key: group[key] for key in ("lr", "staleness") if key in group} for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        if rate_factor != 1:
+            group["lr"] = group["lr"] * rate_factor
+        if "staleness" in group:
+            group["staleness"] = staleness
     try:
         yield
     finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, entries in zip(optimizer.param_groups, before, strict=True):
+            group.update(entries)
 
 
 def _copies(group: dict[str, Any]) -> dict[str, Any]:

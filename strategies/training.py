@@ -245,7 +245,8 @@ class Training:
             finished = [step for step in self._steps if step.is_finished]
             self._number_check.check_gradients(stage, self.pipeline.clock, which, finished)
             self._number_check.watch_growth(stage)
-            self._optimizer.step(self._rate_factor(self.pipeline.staleness(stage)))
+            staleness = self.pipeline.staleness(stage)
+            self._optimizer.step(self._rate_factor(staleness), staleness)
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
 
     def _rate_factor(self, staleness: int) -> float:
