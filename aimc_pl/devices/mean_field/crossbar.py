@@ -10,9 +10,9 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import RPUDataType
 from torch import Generator, Tensor, nn
 
-from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, sampled_counts
+from aimc_pl.devices.mean_field.pulses import Counts, column_counts, expected_counts, sampled_counts
 from aimc_pl.devices.mean_field.random_table import gaussian, uniform
-from aimc_pl.devices.mean_field.response import Number, Response, response_of
+from aimc_pl.devices.mean_field.response import LinearResponse, Number, Response, response_of
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 ROWS = Vectors(-1)
@@ -20,8 +20,6 @@ ROWS = Vectors(-1)
 
 _LARGEST_REACH = 0.5
 """A batch is split if it moves weights by more than this, in units of their device's relaxation."""
-
-_ALL = slice(None)
 
 
 class Crossbar(nn.Module):
@@ -67,16 +65,14 @@ class Crossbar(nn.Module):
             hidden = hidden.expand(-1, d_size, x_size)
         self.register_buffer("weight", torch.zeros(d_size, x_size), persistent=False)
         self.register_buffer("hidden", hidden.clone(), persistent=False)
-        self._response: Response | None = None
-        self._response_to: Tensor | None = None
+        self._responses: dict[int | None, Response] = {}
+        """The responses of single columns, and under ``None`` that of all cross-points."""
+        self._responses_to: Tensor | None = None
 
     @property
     def response(self) -> Response:
         """The response of all cross-points to pulses."""
-        if self._response is None or self._response_to is not self.hidden:
-            self._response_to = self.hidden
-            self._response = self._response_of(self.hidden)
-        return self._response
+        return self._response(None)
 
     def write(self, weight: Tensor) -> None:
         """Program the weights, clipped to the bounds of the cross-points."""
@@ -113,9 +109,15 @@ class Crossbar(nn.Module):
 
     def pulse_column(self, column: int, error: Tensor, learning_rate: float, update: UpdateParameters) -> None:
         """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
-        if learning_rate != 0:
+        if learning_rate == 0:
+            return
+        if self._sample_pulses:
             counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
-            self._move(counts, self._reach(counts), slice(column, column + 1))
+        else:
+            counts = column_counts(
+                error, learning_rate, self.granularity, update, self.response.spread, self._generator
+            )
+        self._move(counts, self._reach(counts), column)
 
     def extra(self) -> dict[str, Tensor]:
         """Return the state that weights and parameters do not show."""
@@ -133,6 +135,24 @@ class Crossbar(nn.Module):
     def _persistent(self) -> Tensor:
         """The weights without write noise."""
         return self.hidden[self.names.index("persistent_weights")]
+
+    def _response(self, column: int | None) -> Response:
+        """Return the response of a column, or with ``None`` of all columns."""
+        if self._responses_to is not self.hidden:
+            self._responses_to = self.hidden
+            self._responses = {}
+        if self.hidden.shape[-1] == 1:
+            column = None
+        response = self._responses.get(column)
+        if response is None:
+            if column is None:
+                response = self._response_of(self.hidden)
+            elif isinstance(self.response, LinearResponse):
+                response = self.response.column(column)
+            else:
+                response = self._response_of(self.hidden[:, :, column : column + 1])
+            self._responses[column] = response
+        return response
 
     def _response_of(self, hidden: Tensor) -> Response:
         values: dict[str, Number] = {
@@ -156,9 +176,9 @@ class Crossbar(nn.Module):
             error = error.flatten(2).movedim(1, -1).flatten(0, 1)
         return sampled_counts(x, error, *settings)
 
-    def _move(self, counts: Counts, reach: float, columns: slice = _ALL) -> None:
-        is_uniform = columns is _ALL or self.hidden.shape[-1] == 1
-        response = self.response if is_uniform else self._response_of(self.hidden[:, :, columns])
+    def _move(self, counts: Counts, reach: float, column: int | None = None) -> None:
+        """Move a column of weights, or with ``None`` all weights."""
+        response, columns = self._response(column), slice(column, None if column is None else column + 1)
         visible = self.weight[:, columns]
         weight = self._persistent[:, columns] if self._write_noise > 0 else visible
         std = response.move(weight, counts, reach).clamp_(min=0).sqrt_()

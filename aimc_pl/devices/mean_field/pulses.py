@@ -88,6 +88,35 @@ def expected_counts(
     return Counts(net, total, (net_noise.add_(net, alpha=factor), total_noise.add_(total, alpha=factor)))
 
 
+def column_counts(
+    error: Tensor, learning_rate: float, granularity: float, update: UpdateParameters, spread: float, generator: Generator
+) -> Counts:
+    """Return the same as :func:`expected_counts` for one error ``(out,)`` and one input of 1, as tensors ``(out, 1)``.
+
+    Args:
+        error: the error.
+        learning_rate: see :func:`expected_counts`.
+        granularity: see :func:`expected_counts`.
+        update: see :func:`expected_counts`.
+        spread: see :func:`expected_counts`.
+        generator: see :func:`expected_counts`.
+    """
+    length, gain, error_gain = _train(float(error.abs().max()), learning_rate / granularity, update)
+    probabilities = error.mul(error_gain).clamp_(-1, 1)
+    if length > _DRAWN:
+        fired = _binomial(probabilities, length, generator)
+    else:
+        slots = uniform((length, *error.shape), generator, error.device)
+        fired = (slots + probabilities).floor_().sum(0)
+    probability = min(gain, 1.0)
+    net = fired.mul_(probability)[:, None]
+    total = net.abs()
+    # If an error line fires n times, an input that fires with probability p meets np of its pulses on average, with
+    # variance np(1 − p).
+    factor = 1 + spread**2 - probability
+    return Counts(net, total, (net * factor, total * factor))
+
+
 def sampled_counts(
     x: Tensor,
     error: Tensor,
@@ -168,20 +197,40 @@ def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: Updat
     return _Trains(lengths, length, x_gain, (x_gain * lengths).reciprocal_().mul_(-rate))
 
 
+def _train(error_largest: float, rate: float, update: UpdateParameters) -> tuple[int, float, float]:
+    """Return length and gains of the pulse train of an input of 1, as :func:`_trains` does for many vectors."""
+    length = update.desired_bl
+    if not (update.update_management or update.update_bl_management):
+        if not update.fixed_bl and length < rate:
+            length, rate = ceil(rate), ceil(rate)
+        gain = (rate / length) ** 0.5
+        return length, gain, -gain
+    strongest = max(error_largest * rate, 1e-30)
+    if update.update_bl_management and isfinite(strongest):
+        length = min(ceil(strongest), length)
+    gain = min((strongest / length) ** 0.5, 1.0)
+    return length, gain, -rate / (gain * length)
+
+
 def _fired(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
     """Return in how many slots of its vector's train every error element fires, with the sign of its pulses."""
     probabilities = error.mul(trains.error_gain).clamp_(-1, 1)
     shape, device = error.shape, error.device
     if trains.longest > _DRAWN:
-        lengths = torch.as_tensor(trains.lengths, dtype=error.dtype, device="cpu").expand(shape)
-        count = torch.binomial(lengths, probabilities.abs().cpu(), generator).to(device)
-        return count.copysign_(probabilities)
+        return _binomial(probabilities, trains.lengths, generator)
     # With u uniform in [0, 1), floor(p + u) is the sign of p with probability |p|, and 0 otherwise.
     fired = (uniform(shape, generator, device) + probabilities).floor_()
     for slot in range(1, trains.longest):
         more = (uniform(shape, generator, device) + probabilities).floor_()
         fired += more if isinstance(trains.lengths, float) else more.mul_(trains.lengths > slot)
     return fired
+
+
+def _binomial(probabilities: Tensor, lengths: Tensor | float, generator: Generator) -> Tensor:
+    """Return in how many of so many slots an element fires, with its sign."""
+    lengths = torch.as_tensor(lengths, dtype=probabilities.dtype, device="cpu").expand(probabilities.shape)
+    count = torch.binomial(lengths, probabilities.abs().cpu(), generator).to(probabilities.device)
+    return count.copysign_(probabilities)
 
 
 def _magnitude(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ dw/dt = U·up(w) − D·down(w) over one unit of time, and every pulse adds a va
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from copy import copy
 from math import ceil
 from typing import Any
 
@@ -119,6 +120,15 @@ class LinearResponse(Response):
             linear, quadratic = (2 * s_up * k_up, 2 * s_down * k_down), (k_up * k_up, k_down * k_down)
             self.squares = [_OfCounts(*quadratic), _OfCounts(*linear), *self.squares]
         self.fixed = _OfCounts(*(spread * spread for spread in fixed_spread))
+
+    def column(self, index: int) -> "LinearResponse":
+        """Return the response of a single column of cross-points."""
+        part = copy(self)
+        part.bounds = tuple(_column(bound, index) for bound in self.bounds)
+        part.rate, part.relaxation = self.rate.column(index), self.relaxation.column(index)
+        part.squares = [square.column(index) for square in self.squares]
+        part.fixed = self.fixed.column(index)
+        return part
 
     def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
         """See :meth:`Response.move`."""
@@ -289,6 +299,11 @@ class _OfCounts:
         self.of_total = (up + down) * 0.5
         self.of_net = (up - down) * 0.5
 
+    def column(self, index: int) -> "_OfCounts":
+        part = copy(self)
+        part.of_total, part.of_net = _column(self.of_total, index), _column(self.of_net, index)
+        return part
+
     def __call__(self, counts: _Pair) -> Tensor:
         net, total = counts
         if _vanishes(self.of_total):
@@ -299,6 +314,10 @@ class _OfCounts:
         """Add the sum to ``value``, in place."""
         net, total = counts
         return _add(_add(value, total, self.of_total), net, self.of_net)
+
+
+def _column(value: Number, index: int) -> Number:
+    return value[:, index : index + 1] if isinstance(value, Tensor) and value.dim() else value
 
 
 def _vanishes(value: Number) -> bool:

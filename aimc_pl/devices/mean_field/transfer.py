@@ -12,6 +12,7 @@ import torch
 from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
 from torch import Tensor, nn
 
+from aimc_pl.devices.mean_field.converters import is_perfect
 from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
@@ -152,10 +153,15 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
 
     def _read(self, source: int, column: int) -> Tensor:
         """Return a column ``(out,)`` of a crossbar, as its converters show it."""
-        weight = self.crossbars[source].weight
-        line = weight.new_zeros(1, self.x_size)
-        line[0, column] = 1.0
-        return self._product(weight, line, ROWS, self._compound.transfer_forward, False)[0]
+        weight, io = self.crossbars[source].weight, self._compound.transfer_forward
+        if io.inp_noise > 0 and not is_perfect(io):
+            line = weight.new_zeros(1, self.x_size)
+            line[0, column] = 1.0
+        else:
+            # Only this column contributes.
+            weight = weight[:, column : column + 1]
+            line = weight.new_ones(1, 1)
+        return self._product(weight, line, ROWS, io, False)[0]
 
     def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
         """Add rate·values to a column of the crossbar after ``source``."""
@@ -163,10 +169,10 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
 
     def _add_up(self) -> None:
         if any(self._gammas[:-1]):
-            first, *others = zip(self._gammas, self.crossbars, strict=True)
-            torch.mul(first[1].weight, first[0], out=self._sum)
-            for gamma, crossbar in others:
-                self._sum.add_(crossbar.weight, alpha=gamma)
+            *others, last = self.crossbars
+            total = last.weight if self._gammas[-1] == 1 else last.weight * self._gammas[-1]
+            for gamma, crossbar in zip(self._gammas, others, strict=False):
+                total = torch.add(total, crossbar.weight, alpha=gamma, out=self._sum)
 
 
 class BufferedTransferSimulatorTile(TransferSimulatorTile):
