@@ -83,7 +83,13 @@ class Crossbar(nn.Module):
                 self.weight.add_(self._gaussian(self.weight), alpha=self._write_noise)
 
     def pulse(
-        self, x: Tensor, error: Tensor, vectors: Vectors | Patches, learning_rate: float, update: UpdateParameters
+        self,
+        x: Tensor,
+        error: Tensor,
+        vectors: Vectors | Patches,
+        learning_rate: float,
+        update: UpdateParameters,
+        signs: Tensor | None = None,
     ) -> None:
         """Move the weights by −learning_rate·δᵀx on average, by pulses.
 
@@ -93,10 +99,11 @@ class Crossbar(nn.Module):
             vectors: how the vectors are arranged in the tensors.
             learning_rate: the learning rate.
             update: the parameters of the pulse trains.
+            signs: −1 at cross-points ``(out, in)`` whose pulses change their direction, and 1 at the others.
         """
         if learning_rate == 0:
             return
-        counts = self._count(x, error, vectors, learning_rate, update)
+        counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
         reach = self._reach(counts)
         if reach <= _LARGEST_REACH or len(x) == 1:
             self._move(counts, reach)
@@ -104,7 +111,7 @@ class Crossbar(nn.Module):
         # The order of the samples matters: split the batch, and apply its parts one after another.
         parts = min(len(x), ceil(reach / _LARGEST_REACH))
         for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
-            counts = self._count(some_x, some_error, vectors, learning_rate, update)
+            counts = _turned(self._count(some_x, some_error, vectors, learning_rate, update), signs)
             self._move(counts, self._reach(counts))
 
     def pulse_column(self, column: int, error: Tensor, learning_rate: float, update: UpdateParameters) -> None:
@@ -191,3 +198,10 @@ class Crossbar(nn.Module):
 
     def _gaussian(self, like: Tensor) -> Tensor:
         return gaussian(like.shape, self._generator, like.device)
+
+
+def _turned(counts: Counts, signs: Tensor | None) -> Counts:
+    if signs is None:
+        return counts
+    net_noise, total_noise = counts.noise
+    return Counts(counts.net * signs, counts.total, (net_noise * signs, total_noise))

@@ -5,9 +5,15 @@ from copy import deepcopy
 from typing import Any
 
 from aihwkit.simulator.configs import SingleRPUConfig, UnitCellRPUConfig
-from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
+from aihwkit.simulator.configs.compounds import (
+    BufferedTransferCompound,
+    ChoppedTransferCompound,
+    DynamicTransferCompound,
+    TransferCompound,
+)
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, PulseType
 
+from aimc_pl.devices.mean_field.chopped import ChoppedTransferSimulatorTile, DynamicTransferSimulatorTile
 from aimc_pl.devices.mean_field.response import SUPPORTED_DEVICES
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
 from aimc_pl.devices.mean_field.transfer import BufferedTransferSimulatorTile, TransferSimulatorTile
@@ -28,6 +34,8 @@ _OFF: dict[str, dict[str, Any]] = {
         "count_pulses": False,
     },
     "compound": {"transfer_columns": True, "with_reset_prob": 0.0},
+    "chopped": {"n_reads_per_transfer": 1, "random_selection": False},
+    "dynamic": {"out_chop_prob": 0.0, "no_buffer": False},
     "update": {"res": 0, "x_res_implicit": 0, "d_res_implicit": 0, "um_grad_scale": 1.0},
     "io": {
         "inp_asymmetry": 0.0,
@@ -45,6 +53,8 @@ _OFF: dict[str, dict[str, Any]] = {
 _COMPOUNDS: dict[type, type[MeanFieldSimulatorTile]] = {
     TransferCompound: TransferSimulatorTile,
     BufferedTransferCompound: BufferedTransferSimulatorTile,
+    ChoppedTransferCompound: ChoppedTransferSimulatorTile,
+    DynamicTransferCompound: DynamicTransferSimulatorTile,
 }
 """The tiles that simulate devices of several crossbars."""
 
@@ -88,6 +98,8 @@ def check_support(config: SingleRPUConfig | UnitCellRPUConfig) -> None:
             [*ios, device.transfer_forward],
         )
         _check(device, _OFF["compound"], {})
+        if isinstance(device, ChoppedTransferCompound):
+            _check_choppers(device)
     for one in devices:
         if not isinstance(one, SUPPORTED_DEVICES):
             raise _unsupported(type(one).__name__)
@@ -98,6 +110,18 @@ def check_support(config: SingleRPUConfig | UnitCellRPUConfig) -> None:
     for io in ios:
         if not io.is_perfect:
             _check(io, _OFF["io"], _CHOICES)
+
+
+def _check_choppers(compound: ChoppedTransferCompound) -> None:
+    _check(compound, _OFF["chopped"], {})
+    if compound.transfer_every < 0:
+        raise _unsupported(f"transfer_every={compound.transfer_every}")
+    if compound.auto_scale and not 0 < compound.auto_momentum < 1:
+        raise UsageError(f"auto_momentum must be between 0 and 1, got {compound.auto_momentum}")
+    if isinstance(compound, DynamicTransferCompound):
+        _check(compound, _OFF["dynamic"], {})
+        if compound.in_chop_prob <= 0:
+            raise UsageError(f"in_chop_prob must be above 0, got {compound.in_chop_prob}")
 
 
 def _check(section: Any, off: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:

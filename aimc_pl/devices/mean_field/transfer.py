@@ -111,11 +111,10 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         compound = self._compound
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
         periods = [*self._periods(len(x) * each)]
-        rate = self._fast_rate()
         # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
         parts = min(len(x), max(ceil(len(x) * each / period) for period in periods if period) if any(periods) else 1)
         for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
-            self.crossbar.pulse(some_x, some_error, vectors, rate, self._config.update)
+            self._pulse(some_x, some_error, vectors, len(x) * each)
             before, self._num_vectors = self._num_vectors, self._num_vectors + len(some_x) * each
             for n, period in enumerate(periods):
                 for _ in range(self._num_vectors // period - before // period if period else 0):
@@ -130,6 +129,10 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
             growth = (self.d_size / compound.n_reads_per_transfer) ** n
             every = compound.transfer_every_vec[n] if compound.transfer_every_vec else compound.transfer_every * growth
             yield max(0, ceil(every * batch) if compound.units_in_mbatch else round(every))
+
+    def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, batch: int) -> None:
+        """Send pulses to the first crossbar, for a part of a mini-batch of ``batch`` vectors."""
+        self.crossbar.pulse(x, error, vectors, self._fast_rate(), self._config.update)
 
     def _fast_rate(self) -> float:
         compound = self._compound
@@ -166,6 +169,18 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
     def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
         """Add rate·values to a column of the crossbar after ``source``."""
         self.crossbars[source + 1].pulse_column(column, -values, rate, self._compound.transfer_update)
+
+    def _seen(self, source: int) -> float:
+        """Return γₙ/γₙ₊₁, or 1 if the products do not see crossbar n."""
+        ours, theirs = self._gammas[source : source + 2]
+        return ours / theirs if ours > 0 and theirs > 0 else 1.0
+
+    def _send(self, source: int, column: int, steps: Tensor) -> None:
+        """Move a column of the crossbar after ``source`` by whole steps ``(out,)``."""
+        if steps.any():
+            compound: Any = self._compound
+            target = self.crossbars[source + 1]
+            target.pulse_column(column, -steps, compound.step * target.granularity, compound.transfer_update)
 
     def _add_up(self) -> None:
         if any(self._gammas[:-1]):
@@ -208,14 +223,22 @@ class BufferedTransferSimulatorTile(TransferSimulatorTile):
     def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
         compound, target = self._buffered, self.crossbars[source + 1]
         threshold = compound.thres_scale * target.granularity
-        most = compound.transfer_update.desired_bl
-        ours, theirs = self._gammas[source : source + 2]
-        rate *= ours / theirs if ours > 0 and theirs > 0 else 1.0
-        held = self._digital[source, column].add_(values, alpha=rate)
-        steps = (held / threshold).trunc_().clamp_(-most, most)
-        if compound.forget_buffer:
-            held.copy_(torch.where(steps == 0, held, held * compound.momentum))
-        else:
-            held.sub_(steps, alpha=(1 - min(max(compound.momentum, 0.0), 1.0)) * threshold)
-        if steps.any():
-            target.pulse_column(column, -steps, compound.step * target.granularity, compound.transfer_update)
+        held = self._digital[source, column].add_(values, alpha=rate * self._seen(source))
+        self._send(source, column, take_steps(held, threshold, compound))
+
+
+def take_steps(held: Tensor, threshold: float, compound: Any) -> Tensor:
+    """Take whole steps out of a digital buffer, and return their numbers.
+
+    Args:
+        held: the values of the buffer. They change in place.
+        threshold: the value of a step.
+        compound: how many steps may be taken at once, and what then remains in the buffer.
+    """
+    most = compound.transfer_update.desired_bl
+    steps = (held / threshold).trunc_().clamp_(-most, most)
+    if compound.forget_buffer:
+        held.copy_(torch.where(steps == 0, held, held * compound.momentum))
+    else:
+        held.sub_(steps, alpha=(1 - min(max(compound.momentum, 0.0), 1.0)) * threshold)
+    return steps

@@ -14,7 +14,12 @@ from aihwkit.simulator.configs import (
     UnitCellRPUConfig,
     UpdateParameters,
 )
-from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
+from aihwkit.simulator.configs.compounds import (
+    BufferedTransferCompound,
+    ChoppedTransferCompound,
+    DynamicTransferCompound,
+    TransferCompound,
+)
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
 from lightning_modules import MLP, loader, make_trainer
 from torch import nn
@@ -65,6 +70,11 @@ def weights_of(config, steps, x, error, rate):
     return torch.stack(found).double()
 
 
+def chopped(kind=ChoppedTransferCompound, **options):
+    settings = {"units_in_mbatch": False, "fast_lr": 0.05, "transfer_lr": 1.0} | options
+    return compound(kind, SoftBoundsReferenceDevice, **settings)
+
+
 CASES = {
     "version 1": compound(),
     "residual learning": compound(gamma=0.3),
@@ -82,6 +92,23 @@ CASES = {
     "version 2, remembering": compound(
         BufferedTransferCompound, transfer_lr=1.0, gamma=0.2, forget_buffer=False, momentum=0.2, thres_scale=2.0
     ),
+    "chopped": chopped(in_chop_prob=0.5, out_chop_prob=0.3, momentum=0.3),
+    "chopped regularly, seen": chopped(in_chop_prob=0.5, in_chop_random=False, gamma=0.3, forget_buffer=False),
+    "chopped, scaled to the errors": chopped(
+        in_chop_prob=0.3, auto_scale=True, correct_gradient_magnitudes=True, fast_lr=0.3, transfer_lr=0.3
+    ),
+    "dynamic": chopped(DynamicTransferCompound, in_chop_prob=0.5, transfer_lr=2.0, auto_scale=True, fast_lr=0.3),
+    "dynamic, random and capped": chopped(
+        DynamicTransferCompound,
+        in_chop_prob=0.5,
+        in_chop_random=True,
+        transfer_lr=8.0,
+        forget_buffer=False,
+        buffer_cap=0.5,
+        momentum=0.2,
+        tail_weightening=1.5,
+        experimental_correct_accumulation=True,
+    ),
 }
 
 
@@ -97,7 +124,8 @@ def test_crossbars_are_aihwkits_in_mean_and_spread(name):
     x = torch.rand(4, SIZE, generator=generator) * 0.9 + 0.1
     error = torch.randn(4, SIZE, generator=generator) * 0.4 + 0.3
     torch.manual_seed(0)
-    theirs, ours = (weights_of(one, 25, x, error, 0.05) for one in (config, to_mean_field(config)))
+    updates = 12 if isinstance(config.device, ChoppedTransferCompound) else 25  # with four transfers, or mostly one
+    theirs, ours = (weights_of(one, updates, x, error, 0.05) for one in (config, to_mean_field(config)))
     assert theirs.shape == ours.shape
     start = torch.zeros(theirs.shape[1], 1, 1)
     start[-2] = 0.2 / ((config.device.gamma_vec or [1.0])[-1])
