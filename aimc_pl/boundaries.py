@@ -34,6 +34,7 @@ class Calls:
         with_gradients: whether to count only calls with gradients enabled and outside of checkpointed regions.
 
     Attributes:
+        with_gradients: see above.
         names: the names of the modules that could open a stage.
         others: the names of the modules called without gradients, or inside a checkpointed region.
     """
@@ -41,7 +42,7 @@ class Calls:
     def __init__(self, *, with_gradients: bool = True) -> None:
         self.names: list[str] = []
         self.others: list[str] = []
-        self._with_gradients = with_gradients
+        self.with_gradients = with_gradients
 
     @contextmanager
     def recorded(self, network: nn.Module) -> Iterator[None]:
@@ -52,7 +53,7 @@ class Calls:
         def note(module: nn.Module, args: object) -> None:
             if id(module) not in names or id(module) in seen:
                 return
-            if self._with_gradients and (is_checkpointing() or not torch.is_grad_enabled()):
+            if self.with_gradients and (is_checkpointing() or not torch.is_grad_enabled()):
                 self.others.append(names[id(module)])
                 return
             seen.add(id(module))
@@ -124,7 +125,7 @@ def find(
         BoundaryError: if the step can be split at fewer places than needed.
     """
     parts = [Stage(index) for index in range(len(calls.names) + 1)]
-    step = StagedStep(trials.network, calls.names, parts, overlaps=False)
+    step = StagedStep(trials.network, calls.names, parts, overlaps=False, with_gradients=calls.with_gradients)
     costs = [float("inf")] * len(parts)
     uses: list[set[int]] = [set() for _ in parts]
     for _ in range(repeats):

@@ -2,11 +2,15 @@
 
 import gc
 import os
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import omegaconf  # noqa: F401, like the next import
+import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 import aimc_pl.devices.checkpoint  # noqa: F401, here once, or every process would load it and omegaconf
@@ -55,3 +59,29 @@ def fork_ranks(world, call, folder):
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     if any(codes):
         raise RuntimeError(f"exit codes {codes}: " + "\n".join(output.read_text()[-4000:] for output in outputs))
+
+
+def make_in_two(call, folder, monkeypatch):
+    """Make the call in this process, as rank 0 of two, and in a copy, as rank 1. Return the results of both.
+
+    Args:
+        call: a function without arguments. Its result must be one that ``torch.save`` can write.
+        folder: an empty folder.
+        monkeypatch: sets the environment of this process, until the test ends.
+    """
+    result, output = Path(folder) / "rank 1.pt", Path(folder) / "rank 1.txt"
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    copy = fork(lambda: torch.save(call(), result), output, LOCAL_RANK=1, **address)
+    try:
+        for name, value in (address | {"LOCAL_RANK": 0}).items():
+            monkeypatch.setenv(name, str(value))
+        ours = call()
+        assert os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]) == 0, output.read_text()[-4000:]
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.kill(copy, signal.SIGKILL)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return ours, torch.load(result, weights_only=False)
