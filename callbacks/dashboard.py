@@ -42,20 +42,21 @@ class Dashboard(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        layout = {
+        charts = {
             "Learning": {
-                "accuracy against epoch": ["Multiline", ["by_epoch/.*accuracy"]],
-                "accuracy against clock cycle": ["Multiline", ["by_clock/.*accuracy"]],
-                "training loss": ["Multiline", ["train/loss_step"]],
+                "accuracy against epoch": "by_epoch/.*accuracy",
+                "accuracy against clock cycle": "by_clock/.*accuracy",
+                "training loss": "train/loss_step",
             },
             "Pipeline": {
-                "staleness per stage": ["Multiline", [r"staleness/stage_\d+"]],
-                "weight drift between forward and update": ["Multiline", [r"staleness/drift_stage_\d+"]],
-                "computation density": ["Multiline", ["clock/density"]],
-                "speedup in clock cycles": ["Multiline", ["clock/speedup"]],
+                "staleness per stage": r"staleness/stage_\d+",
+                "weight drift between forward and update": r"staleness/drift_stage_\d+",
+                "computation density": "clock/density",
+                "speedup in clock cycles": "clock/speedup",
             },
-            "Devices": {"noise per layer": ["Multiline", ["noise/.*"]]},
+            "Devices": {"noise per layer": "noise/.*"},
         }
+        layout = {part: {title: ["Multiline", [tag]] for title, tag in tags.items()} for part, tags in charts.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(layout)

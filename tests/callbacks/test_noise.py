@@ -1,6 +1,7 @@
 """These tests check what DeviceNoise does to weights and products. Seeds are fixed and statistical bounds 5 sigma."""
 
 from itertools import cycle
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -196,6 +197,69 @@ def test_resume_continues_the_noise(schedule, tmp_path):
         runs.append(weights(module))
     for name, weight in runs[0].items():
         assert torch.equal(weight, runs[1][name])
+
+
+def attached(noise, rank, *others):
+    """Attach a noise callback to the process of a rank among others, whose values it gathers after its own."""
+    noise._strategy = SimpleNamespace(
+        is_multiprocess=bool(others),
+        num_stages=1 + len(others),
+        global_rank=rank,
+        gather=lambda value: [value, *(other(value) for other in others)],
+    )
+    return noise
+
+
+def test_the_state_is_that_of_all_processes():
+    noise = DeviceNoise([WriteNoise(0.1)], seed=5)
+    noise._moved["l1"], noise._updated_at[0] = (3.0, 2, 2.0), 7
+    state = {"generators": [Generator().manual_seed(5).get_state()], "moved": {"l1": (3.0, 2, 2.0)}}
+    assert_equal(noise.state_dict(), state | {"updated_at": {0: 7}})
+
+    def other(value):
+        if isinstance(value, torch.Tensor):
+            return value + 1
+        return {"l2": (1.0, 1, 1.0)} if value is noise._moved else {1: 8}
+
+    both = {"generators": [state["generators"][0], state["generators"][0] + 1], "updated_at": {0: 7, 1: 8}}
+    both["moved"] = {"l1": (3.0, 2, 2.0), "l2": (1.0, 1, 1.0)}
+    assert_equal(attached(noise, 0, other).state_dict(), both)
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(map(torch.equal, found["generators"], expected["generators"]))
+    assert len(found["generators"]) == len(expected["generators"])
+    assert (found["moved"], found["updated_at"]) == (expected["moved"], expected["updated_at"])
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_state_is_loaded_by_as_many_processes_or_by_others(num_processes):
+    """Check that generators go on where each was, or with new numbers if there are more or fewer processes."""
+    states = [Generator().manual_seed(seed).get_state() for seed in (3, 4, 5)]
+    moved, updated_at = {"l1": (3.0, 2, 2.0)}, {0: 7}
+
+    def drawn(rank, states):
+        noise = attached(DeviceNoise([WriteNoise(0.1)]), rank, *[None] * (num_processes - 1))
+        noise.load_state_dict({"generators": states, "moved": moved, "updated_at": updated_at})
+        assert (noise._moved, noise._updated_at) == (moved, updated_at)
+        return torch.rand((), generator=noise._generator).item()
+
+    known = [torch.rand((), generator=Generator().manual_seed(seed)).item() for seed in (3, 4, 5)]
+    ranks = range(num_processes)
+    assert [drawn(rank, states[:num_processes]) for rank in ranks] == known[:num_processes]
+    for others in (states, states[: 3 - num_processes], states[1:][: 3 - num_processes]):
+        new = [drawn(rank, others) for rank in ranks]
+        assert new == [drawn(rank, others) for rank in ranks]
+        assert len({*new, *known}) == num_processes + 3
+    # The first generator that was saved decides.
+    assert drawn(0, states) != drawn(0, [*reversed(states)])
+
+
+def test_an_evaluation_loads_no_state():
+    noise = DeviceNoise([WriteNoise(0.1)])
+    noise.load_state_dict({})
+    assert noise._generator.initial_seed() == 0
 
 
 def test_read_noise_in_both_products():

@@ -1,5 +1,6 @@
 """These tests compare what StalenessMonitor measures with closed forms and with gradients computed by hand."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import lightning as L
@@ -80,6 +81,39 @@ def test_state_holds_the_counts_of_own_stages():
     assert monitor.state_dict()["counts"] == {0: {2: 4}, 1: {1: 4}}
     monitor.on_start([StageInfo(1)])
     assert monitor.state_dict()["counts"] == {1: {1: 4}}
+
+
+def test_the_state_is_that_of_all_processes():
+    """Check a process with stage 1, whose other process has stage 0, and what both load."""
+    monitor, others = StalenessMonitor(), {Counter: {0: Counter({2: 4})}, int: 3, tuple: {"stage_0": (5.0, 2, 3.0)}}
+
+    def gather(value):
+        kind = type(next(iter(value.values()))) if isinstance(value, dict) else int
+        return [value, others[kind]]
+
+    monitor._strategy = SimpleNamespace(gather=gather, is_global_zero=True)
+    monitor.on_start([StageInfo(1)])
+    monitor.counts[1][1], monitor.mismatches, monitor._recent["stage_1"] = 4, 2, (1.0, 1, 1.0)
+    state = monitor.state_dict()
+    assert state == {
+        "counts": {1: {1: 4}, 0: {2: 4}},
+        "mismatches": 5,
+        "recent": {"stage_1": (1.0, 1, 1.0), "stage_0": (5.0, 2, 3.0)},
+    }
+    for rank_0, stage in ((True, 1), (False, 0)):
+        loaded = StalenessMonitor()
+        loaded.load_state_dict(state)
+        # An evaluation has no strategy with a pipeline, and loads nothing.
+        assert (loaded.counts, loaded.mismatches, loaded._recent) == ({}, 0, {})
+        loaded._strategy = SimpleNamespace(is_global_zero=rank_0, gather=lambda value: [value])
+        loaded.load_state_dict(state)
+        assert loaded.counts == {0: Counter({2: 4}), 1: Counter({1: 4})}
+        loaded.counts[7][3] += 1
+        # Rank 0 alone goes on with the number of all, which is a sum.
+        assert loaded.mismatches == (5 if rank_0 else 0)
+        assert loaded._recent == state["recent"]
+        loaded.on_start([StageInfo(stage)])
+        assert loaded._recent == {f"stage_{stage}": state["recent"][f"stage_{stage}"]}
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,11 @@ def file(tmp_path):
 # ------------------------------------------------------------------- reading
 
 
+def test_tensors_come_to_a_device(file):
+    assert IO.load_checkpoint(file)["state_dict"]["weight"].device.type == "cpu"
+    assert IO.load_checkpoint(file, map_location="meta")["state_dict"]["weight"].device.type == "meta"
+
+
 def test_others_read_it_too(file):
     assert torch.load(file)["epoch"] == torch.load(file, mmap=True)["epoch"] == epoch(file) == 1
     assert ZipFile(file).testzip() is None

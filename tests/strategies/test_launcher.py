@@ -3,10 +3,12 @@
 import os
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from aimc_pl.errors import PeerError
+from aimc_pl.rendezvous import SECRET
 from aimc_pl.strategies import launcher
 from aimc_pl.strategies.launcher import Launcher
 
@@ -53,3 +55,35 @@ def test_children_may_end_by_themselves_before_they_are_killed(children, monkeyp
     assert [child.returncode for child in children] == [0, -9, -9]
     # All children together have this time.
     assert time.monotonic() - begin < 0.9
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+@pytest.mark.parametrize("externally", [False, True])
+def test_children_are_started_unless_the_cluster_does_it(externally, num_nodes, children, monkeypatch):
+    for name in ("AIMC_PL_PARENT", SECRET):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    checked, seen = [], []
+    environment = SimpleNamespace(
+        validate_settings=lambda **settings: checked.append(settings), creates_processes_externally=externally
+    )
+    child = start("sleep 9")
+
+    def start_children(self):
+        seen.append((os.environ["AIMC_PL_PARENT"], len(os.environ.get(SECRET, ""))))
+        self.procs = [child]
+
+    monkeypatch.setattr(Launcher, "start_children", start_children)
+    monkeypatch.setattr(launcher, "share_threads", seen.append)
+    started = Launcher(environment, 3, num_nodes)
+    try:
+        result = started.launch(lambda *args, **kwargs: (args, kwargs), 1, trainer="not passed on", of=2)
+        assert Launcher.children == ([] if externally else [child])
+    finally:
+        child.kill()
+        child.wait()
+    assert result == ((1,), {"of": 2})
+    assert checked == [{"num_devices": 3, "num_nodes": num_nodes}]
+    # Processes of one machine share a secret, which no other machine could know.
+    before = [] if externally else [(str(os.getpid()), 64 if num_nodes == 1 else 0)]
+    assert seen == [*before, 3]

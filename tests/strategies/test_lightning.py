@@ -3,6 +3,7 @@
 import copy
 import threading
 from math import ceil
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from aimc_pl import boundaries
 from aimc_pl.devices import analog_layers, residual_learning, soft_bounds
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -375,6 +377,25 @@ def test_resume_keeps_the_measured_split(tmp_path):
     assert stage.modules == [second.lightning_module.l3, second.lightning_module.norm, second.lightning_module.l4]
 
 
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_fit_goes_on_with_the_counts_and_the_split_of_its_checkpoint(validates, tmp_path):
+    """Check a fit that is resumed, and one after a validation of the checkpoint, which keeps nothing but the split."""
+    options = {"max_epochs": 1, "limit_train_batches": 2}
+    first, second = AnalogPipelineStrategy(2, "async", 2, split_at=["norm"]), AnalogPipelineStrategy(2, "async", 2)
+    fit(seeded(Attributes), first, **options).save_checkpoint(tmp_path / "one.ckpt")
+    module, trainer = seeded(Attributes), make_trainer(second, **options | {"max_epochs": 1 if validates else 2})
+    if validates:
+        trainer.validate(module, loader(module), tmp_path / "one.ckpt", verbose=False)
+        trainer.fit(module, loader(module))
+    else:
+        trainer.fit(module, loader(module), ckpt_path=tmp_path / "one.ckpt")
+    assert first.pipeline.num_entered == first.num_entered == 4
+    times = 1 if validates else 2
+    assert second.pipeline.num_entered == second.num_entered == 4 * times
+    assert second.pipeline.clock == first.pipeline.clock * times
+    assert second.pipeline.stages[1].modules == [module.norm, module.l4]
+
+
 # ------------------------------------------------------------- analog networks
 
 
@@ -484,6 +505,19 @@ def test_strategies_by_name(name):
     assert trainer.strategy.schedule.num_stages == 4
 
 
+def test_strategies_are_registered():
+    registered = []
+    registry = SimpleNamespace(register=lambda *args, **kwargs: registered.append((args, kwargs)))
+    AnalogPipelineStrategy.register_strategies(registry)
+    assert registered == [
+        (
+            (f"aimc_{name}", AnalogPipelineStrategy),
+            {"description": f"analog pipeline, schedule {name}", "schedule": name},
+        )
+        for name in ("none", "sync", "async")
+    ]
+
+
 @pytest.mark.slow
 def test_measuring_the_split_leaves_data_order_and_random_states_alone():
     orders = []
@@ -533,7 +567,10 @@ def test_an_error_in_training_step_leaves_nothing_behind():
     assert trainer.global_step == 3
 
 
-def test_the_same_trainer_fits_twice():
+def test_the_same_trainer_fits_twice(monkeypatch):
+    """Check two fits, of which the second keeps the stages that the first has found by measuring."""
+    measured, find = [], boundaries.find
+    monkeypatch.setattr(boundaries, "find", lambda *args, **kwargs: measured.append(1) or find(*args, **kwargs))
     module = seeded(Attributes)
     strategy = AnalogPipelineStrategy(4, "async", 4)
     trainer = fit(module, strategy, max_epochs=1)
@@ -542,3 +579,4 @@ def test_the_same_trainer_fits_twice():
     trainer.fit(module, loader(module))
     assert trainer.global_step == 6
     assert any(not torch.equal(before[name], value) for name, value in weights(module).items())
+    assert measured == [1]

@@ -185,6 +185,39 @@ def test_tensors_outside_of_the_module_are_told_so():
         fit(TrainsAPlainTensor(rate=256.0), "async", num=1)
 
 
+class SpoilsLater(Diverges):
+    """A module in which a hook spoils all gradients of a mini-batch."""
+
+    def __init__(self, at):
+        super().__init__(None, at=0)
+        self.at_batch = at
+
+    def training_step(self, batch, batch_idx):
+        self.batch_idx = batch_idx
+        return super().training_step(batch)
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.batch_idx == self.at_batch:
+            for parameter in self.parameters():
+                parameter.grad.fill_(NAN)
+
+
+@pytest.mark.parametrize(
+    ("at", "num", "options", "which"),
+    [
+        (0, 2, {}, "micro-batches 0 to 1, clock 6"),
+        (2, 2, {}, "micro-batches 4 to 5, clock 18"),
+        (1, 1, {}, "micro-batch 1, clock 8"),
+        (3, 2, {"accumulate_grad_batches": 2}, "micro-batches 4 to 7, clock 24"),
+    ],
+)
+def test_the_micro_batches_of_an_update_are_named(at, num, options, which):
+    strategy = AnalogPipelineStrategy(2, "sync", num, split_at=["net.2"])
+    trainer = make_trainer(strategy, precision="32-true", max_epochs=1, **options)
+    with pytest.raises(UsageError, match=rf"the gradient of \S+ is not finite \(stage 1, {which}\)"):
+        trainer.fit(SpoilsLater(at), batches(4))
+
+
 def test_the_clock_is_that_of_the_backward():
     """Check the clock in the message: under ``async`` the last of two stages has the backward of k in clock 2k + 2."""
     with pytest.raises(UsageError, match=r"stage 1, micro-batch 6, clock 14\)"):
