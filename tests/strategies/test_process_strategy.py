@@ -118,7 +118,8 @@ def test_a_process_knows_its_place(node, local, devices, num_nodes, rank, monkey
 
 def test_one_process_is_rank_0_on_the_cpu(monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 5)
-    for strategy in (alone(), strategy_at(3, 4, 1, 1)):
+    for strategy, num_stages in ((alone(), 1), (strategy_at(3, 4, 1, 1), 5)):
+        strategy.num_stages = num_stages
         strategy.set_world_ranks()
         assert not strategy.is_multiprocess
         assert (strategy.global_rank, strategy.local_rank, rank_zero_only.rank) == (0, 0, 5)

@@ -1,0 +1,123 @@
+"""These tests check what the strategy does for analog layers, with aihwkit and as if it was not installed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.precision import DoublePrecision
+from torch import nn
+from torch.serialization import get_safe_globals
+
+from aimc_pl.devices import analog_layers, convert_to_analog, ideal, soft_bounds
+from aimc_pl.devices.checkpoint import AnalogCheckpoint, classes_of_tiles
+from aimc_pl.errors import UsageError
+from aimc_pl.strategies import analog_parts
+
+CPU = torch.device("cpu")
+
+
+def network(device=None):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    if device is not None:
+        convert_to_analog(net, device)
+    return net
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Return the list of the lines that are printed."""
+    lines = []
+    monkeypatch.setattr(analog_parts, "rank_zero_info", lines.append)
+    return lines
+
+
+def convert(net, device, split_at=(), stashes=False, root=CPU, precision=None):
+    settings = SimpleNamespace(split_at=split_at, weight_stashing=stashes)
+    analog_parts.convert(net, device, settings, root, precision or Precision())
+
+
+@pytest.mark.parametrize("device", ["ideal", {"0": "ideal"}, {1: "ideal"}])
+def test_layers_are_converted_once_and_said(device, told):
+    net = network()
+    convert(net, device, split_at=["2"])
+    chosen = {"ideal": [net[0], net[2]], "0": [net[0]], 1: [net[2]]}[
+        device if device == "ideal" else next(iter(device))
+    ]
+    assert analog_layers(net) == chosen
+    (line,) = told
+    assert line.startswith(f"ideal: {len(chosen)} layer")
+    convert(net, device, split_at=["2"])
+    assert told == [line]
+
+
+def test_digital_networks_stay_as_they_are(told):
+    net = network()
+    convert(net, None, stashes=True)
+    optimizer = torch.optim.Adam(net.parameters())
+    analog_parts.convert_optimizer(net, optimizer)
+    assert type(optimizer) is torch.optim.Adam
+    assert (analog_layers(net), told) == ([], [])
+    assert analog_parts.seal(net) == {}
+    state = net.state_dict()
+    assert analog_parts.saved(state).keys() == state.keys()
+
+
+def test_what_tiles_cannot_do_is_refused():
+    """Check two sets of weights, another type than float32, and a GPU, with layers that are analog already."""
+    with pytest.raises(UsageError, match="^weight_stashing is for digital networks: a crossbar cannot"):
+        convert(network("ideal"), None, stashes=True)
+    with pytest.raises(UsageError, match="tiles compute in float32"):
+        convert(network(soft_bounds()), None, precision=DoublePrecision())
+    with pytest.raises(UsageError, match="for cuda"):
+        convert(network(soft_bounds(backend="aihwkit")), None, root=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("make", "lines"), [(torch.optim.SGD, 0), (torch.optim.Adam, 1)])
+def test_the_optimizer_updates_tiles(make, lines, told):
+    net = network({"0": ideal()})
+    optimizer = make(net.parameters(), lr=0.5)
+    analog_parts.convert_optimizer(net, optimizer)
+    assert len(told) == lines
+    assert all(line.startswith("1 analog layers learn by pulses, at the learning rate 0.5: ") for line in told)
+    before = net[0].get_weights()[0].clone()
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(net[0].get_weights()[0], before)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_checkpoints_of_analog_layers(installed, monkeypatch):
+    net = network(soft_bounds())
+    asked = []
+    if not installed:
+        monkeypatch.setattr(analog_parts, "find_spec", asked.append)
+    state, other = net.state_dict(), network("ideal").state_dict()
+    contexts = {key for key in state if key.endswith("analog_ctx")}
+    assert len(contexts) == 2
+    assert analog_parts.saved(state).keys() == state.keys() - (contexts if installed else set())
+    seal = analog_parts.seal(net)
+    assert {key: type(value) for key, value in seal.items()} == ({"analog": AnalogCheckpoint} if installed else {})
+    before = {*get_safe_globals()}
+    with analog_parts.admitted_classes(net):
+        added = {*get_safe_globals()} - before
+    assert added == ({*classes_of_tiles(net)} - before if installed else set())
+    analog_parts.check_devices(net, state)
+    if installed:
+        with pytest.raises(UsageError):
+            analog_parts.check_devices(net, other)
+    else:
+        analog_parts.check_devices(net, other)
+        assert {*asked} == {"aihwkit"}
+
+
+def test_classes_of_own_tiles_are_admitted():
+    """Check a device whose class the user has written."""
+    net = network(soft_bounds())
+    device = next(analog_layers(net)[0].analog_tiles()).rpu_config.device
+    own = device.__class__ = type("Own", (type(device),), {})
+    assert own not in get_safe_globals()
+    with analog_parts.admitted_classes(net):
+        assert own in get_safe_globals()
+    assert own not in get_safe_globals()
