@@ -23,6 +23,14 @@ def is_analog(value: Any) -> bool:
     return hasattr(value, "analog_tile")
 
 
+def learns_by_pulses(value: Any) -> bool:
+    """Return whether a parameter stands for the weights of a crossbar, and these have no digital parameter beside it.
+
+    In mixed precision, and on aihwkit's tiles for inference, an optimizer trains a digital parameter of the tile.
+    """
+    return not isinstance(value, nn.Module) and is_analog(value) and value.analog_tile.shared_weights is None
+
+
 def analog_layers(module: nn.Module) -> list[Any]:
     """Return the analog layers of a module, without the containers that aihwkit makes analog too."""
     return [layer for layer in module.modules() if is_analog(layer)]
@@ -64,7 +72,10 @@ def time_update(module: nn.Module) -> float:
         # The graphs of these tensors cannot be copied, and are not needed.
         context.analog_input = [x.detach() for x in context.analog_input]
         context.analog_grad_output = [error.detach() for error in context.analog_grad_output]
-    optimizer = AnalogSGD(copy.deepcopy(module).parameters(), lr=0.1)
+    copied = copy.deepcopy(module)
+    for parameter, original in zip(copied.parameters(), module.parameters(), strict=True):
+        parameter.grad = original.grad
+    optimizer = AnalogSGD(copied.parameters(), lr=0.1)
     start = time.perf_counter()
     optimizer.step()
     return time.perf_counter() - start

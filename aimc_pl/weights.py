@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aimc_pl.analog import analog_layers, is_analog
+from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -31,7 +31,7 @@ def has_hidden_weights(layer: Any) -> bool:
 def read_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return all weights in one vector.
 
-    A tile's context, a parameter that stands for a tile, gives the tile's weights.
+    A tile's context, a parameter that stands for a tile, gives the tile's weights, unless these are a parameter too.
     """
     return torch.cat([_values(parameter).detach().flatten().float() for parameter in parameters])
 
@@ -57,7 +57,9 @@ def gradients_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[
 
 
 def _values(parameter: Any) -> Tensor:
-    return parameter.analog_tile.get_weights()[0] if is_analog(parameter) else parameter
+    if not is_analog(parameter):
+        return parameter
+    return parameter.analog_tile.get_weights()[0] if learns_by_pulses(parameter) else torch.empty(0)
 
 
 def _pending_gradient(layer: Any, context: Any) -> Tensor:

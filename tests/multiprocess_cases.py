@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
 from aimc_pl.callbacks import ClockMonitor, DeviceNoise, DeviceVariation, StalenessMonitor, StuckAt
-from aimc_pl.devices import ideal, soft_bounds
+from aimc_pl.devices import ideal, mixed_precision, soft_bounds
 from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, StageLearningRate, SyncStart
 
 SCHEDULES = {
@@ -93,10 +93,11 @@ def digital(num_stages, schedule, make_module=Attributes, optimizer="momentum", 
     return train
 
 
-def analog(num_stages, schedule, device, **trainer):
+def analog(num_stages, schedule, device, optimizer="momentum", **trainer):
     def train(folder, **processes):
         L.seed_everything(7)
         module = ConvNet()
+        module.optimizer = optimizer
         samples = Samples()
         data = DataLoader(TensorDataset(samples.x.float(), samples.y), 8, shuffle=True)
         return fit(
@@ -213,6 +214,8 @@ CASES |= {
     "mean field": (3, analog(3, "async", soft_bounds)),
     "mean field, remedies": (2, analog(2, "async, remedies", soft_bounds)),
     "mean field, sync": (2, analog(2, "sync", soft_bounds)),
+    "mean field, mixed precision": (3, analog(3, "async", mixed_precision, "adamw", gradient_clip_val=0.1)),
+    "mean field, mixed precision, sync": (2, analog(2, "sync", mixed_precision, gradient_clip_val=0.1)),
     "floating point": (4, analog(4, "async", ideal)),
 }
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from forked import fork
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning_modules import OPTIMIZERS, Attributes, Samples
+from lightning_modules import Attributes, Samples
 from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import ClockMonitor, DeviceNoise, Drift, StalenessMonitor, WriteNoise
-from aimc_pl.devices import soft_bounds
+from aimc_pl.devices import mixed_precision, soft_bounds
 from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, StageLearningRate, SyncStart
 
 SCHEDULES = {
@@ -43,6 +43,7 @@ SCHEDULES["async, remedies"] = {
     "remedies": [Accumulation(2), StageLearningRate(0.5, anneal_steps=8), SyncStart(4)],
 }
 CASES.append(("async, remedies", "adamw"))
+CASES += [("sync", "mixed precision"), ("async", "mixed precision")]
 CROSSING = [case for case in CASES if case[1] == "mean field" or (case[0] == "async" and case[1] != NOISY)]
 """The cases that are also resumed with another number of processes."""
 
@@ -107,11 +108,13 @@ def train(folder, schedule, network, interruption=None, ckpt_path=None, **proces
     # A resumed run starts from another random state, which the checkpoint must replace.
     L.seed_everything(7 if ckpt_path is None else 8)
     module = (Noisy if network == NOISY else Attributes)().double()
-    module.optimizer = network if network in OPTIMIZERS else "momentum"
+    module.optimizer = {"mixed precision": "adamw", "mean field": "momentum", NOISY: "momentum"}.get(network, network)
     dataset, settings, noise = Augmented(length=35), SCHEDULES[schedule], []
-    if network == "mean field":
+    if network in ("mean field", "mixed precision"):
         module, dataset.x = module.float(), dataset.x.float()
-        settings = settings | {"device": soft_bounds(device_to_device=0.1, write_noise=0.5)}
+        device = soft_bounds(device_to_device=0.1, write_noise=0.5)
+        settings = settings | {"device": mixed_precision(device) if network == "mixed precision" else device}
+    if network == "mean field":
         module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
     if network == NOISY:
         noise = [DeviceNoise([WriteNoise(0.01), Drift(0.001)])]

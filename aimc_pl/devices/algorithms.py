@@ -7,8 +7,15 @@ from copy import deepcopy
 from typing import Any, Literal
 
 from aihwkit.simulator import presets
-from aihwkit.simulator.configs import IOParameters, SingleRPUConfig, UnitCellRPUConfig, UpdateParameters
-from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
+from aihwkit.simulator.configs import (
+    DigitalRankUpdateRPUConfig,
+    IOParameters,
+    SingleRPUConfig,
+    UnitCellRPUConfig,
+    UpdateParameters,
+)
+from aihwkit.simulator.configs.compounds import BufferedTransferCompound, MixedPrecisionCompound, TransferCompound
+from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
 
 from aimc_pl.arguments import check_flag, check_number
@@ -117,13 +124,36 @@ def agad(material: Material = "ReRamSB") -> AnalogDevice:
     return ConfiguredDevice(_preset("AGAD", material))
 
 
-def mixed_precision(material: Material = "ReRamSB") -> AnalogDevice:
-    """Gradients accumulate digitally, and whole steps are written to the analog weights (runs on aihwkit).
+def mixed_precision(device: AnalogDevice | Material = "ReRamSB") -> AnalogDevice:
+    """Mixed precision (Le Gallo et al., Nature Electronics 2018): any torch optimizer trains analog weights.
+
+    Products run on the crossbar. The gradient δᵀx is computed digitally, and the optimizer makes a digital step with
+    it. The step is added to a digital residual H. Every cross-point gets as many pulses as its H contains whole steps
+    of the device, and these are subtracted from H.
 
     Args:
-        material: the material of the array.
+        device: the device of the crossbar, of the catalogue and with pulsed updates, or a material of aihwkit's
+            presets. On ``backend="aihwkit"`` there is no optimizer: steps are those of SGD.
+
+    Raises:
+        UsageError: if the device has no pulsed updates of its own, or if there is no such material.
     """
-    return ConfiguredDevice(_preset("MixedPrecision", material))
+    if not isinstance(device, AnalogDevice):
+        return ConfiguredDevice(to_mean_field(_preset("MixedPrecision", device)))
+    config: Any = deepcopy(device.rpu_config)
+    if not isinstance(config.device, PulsedDevice):
+        raise UsageError(
+            f"mixed_precision needs a pulsed device of one crossbar, got {type(config.device).__name__}: "
+            "choose soft_bounds, for example"
+        )
+    settings = DigitalRankUpdateRPUConfig(
+        device=MixedPrecisionCompound(device=config.device),
+        forward=config.forward,
+        backward=config.backward,
+        update=config.update,
+        mapping=config.mapping,
+    )
+    return ConfiguredDevice(to_mean_field(settings) if isinstance(config, MeanFieldRPUConfig) else settings)
 
 
 def _preset(algorithm: str, material: str) -> Any:

@@ -20,7 +20,7 @@ from torch.serialization import add_safe_globals
 from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 
 _MATERIALS = ("Capacitor", "EcRam", "EcRamMO", "Idealized", "ReRamES", "ReRamSB")
-_ALGORITHMS = ("AGAD", "ChoppedTTv2", "MixedPrecision", "TTv2", "TikiTaka")
+_ALGORITHMS = ("AGAD", "ChoppedTTv2", "TTv2", "TikiTaka")
 _NAMES = {
     "aihwkit.simulator.configs.compounds": (
         *("BufferedTransferCompound", "ChoppedTransferCompound", "DynamicTransferCompound", "MixedPrecisionCompound"),
@@ -52,6 +52,7 @@ _NAMES = {
     "aihwkit.simulator.tiles.analog": ("AnalogTile",),
     "aihwkit.simulator.tiles.array": ("TileModuleArray",),
     "aihwkit.simulator.tiles.floating_point": ("FloatingPointTile",),
+    "aimc_pl.devices.mean_field.mixed_precision": ("MixedPrecisionSimulatorTile", "MixedPrecisionTile"),
     "aimc_pl.devices.mean_field.tile": (
         "MeanFieldRPUConfig",
         "MeanFieldSimulatorTile",
@@ -116,15 +117,17 @@ def classes_of_tiles(module: nn.Module) -> list[type]:
 
 
 def leave_out_contexts(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a module's state dict without the entries of aihwkit's contexts.
+    """Return a module's state dict without the entries of the parameters that stand for the weights of tiles.
 
-    A context is the parameter that stands for a tile. aihwkit neither fills nor reads its entry in a state dict, which
-    therefore shows unused memory.
+    The weights are in the state of the tile. aihwkit does not read the entries of such parameters in a state dict, and
+    the entry of a context shows unused memory.
     """
     return {
         key: value
         for key, value in state.items()
-        if not (key.endswith(".analog_ctx") and f"{key.removesuffix('analog_ctx')}analog_tile_state" in state)
+        if not (
+            key.endswith((".analog_ctx", ".shared_weights")) and f"{key.rpartition('.')[0]}.analog_tile_state" in state
+        )
     }
 
 

@@ -12,7 +12,7 @@ from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aimc_pl.analog import analog_layers, is_analog
+from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
 from aimc_pl.arguments import listed, shown
 from aimc_pl.devices.catalogue import AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
@@ -102,17 +102,18 @@ def make_analog_aware(optimizer: Optimizer) -> None:
 def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     """Return a line that says what analog layers do not take from the optimizer; ``None`` if they take all.
 
-    Tiles learn by pulses from the gradient and the learning rate alone.
+    Tiles learn by pulses from the gradient and the learning rate alone. Tiles in mixed precision take all.
     """
-    groups = [group for group in optimizer.param_groups if any(map(is_analog, group["params"]))]
+    groups = [group for group in optimizer.param_groups if any(map(learns_by_pulses, group["params"]))]
     name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, AnalogOptimizerMixin))
     ignored = {key for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
-    if name == "SGD" and not ignored:
+    if not groups or (name == "SGD" and not ignored):
         return None
     rule = f"the {' and '.join(sorted(ignored))} of SGD" if name == "SGD" else f"the update rule of {name}"
     rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) for group in groups}))
+    layers = [layer for layer in analog_layers(network) if any(map(learns_by_pulses, layer.parameters()))]
     return (
-        f"{len(analog_layers(network))} analog layers learn by pulses, at the learning rate {rates}: {rule} applies to "
+        f"{len(layers)} analog layers learn by pulses, at the learning rate {rates}: {rule} applies to "
         "digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
     )
 

@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from aihwkit.simulator.configs import SingleRPUConfig
+from aihwkit.simulator.configs.compounds import MixedPrecisionCompound
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from aihwkit.utils.visualization import compute_pulse_response
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from aimc_pl.arguments import check_number
+from aimc_pl.devices.mean_field import to_mean_field
 from aimc_pl.errors import UsageError
 
 
@@ -31,6 +34,9 @@ def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) ->
     check_number("num_pulses", num_pulses, at_least=1, at_most=10_000, whole=True)
     check_number("num_devices", num_devices, at_least=1, at_most=1000, whole=True)
     config = deepcopy(device)
+    if isinstance(config.device, MixedPrecisionCompound):
+        cross_point: Any = config.device.device
+        config = to_mean_field(SingleRPUConfig(device=cross_point))
     config.update.update_bl_management = config.update.update_management = False
     config.update.desired_bl = 1
     tile = config.tile_class(num_devices, 1, config, False)

@@ -63,7 +63,9 @@ def test_they_go_on_from_plain_lightning(of_processes, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:this checkpoint has analog layers")  # the test reads it with torch.load
 @pytest.mark.usefixtures("of_processes", "one_thread")
-@pytest.mark.parametrize("name", ["sync, 3 stages", "async, 4 stages", "adamw", "mean field"])
+@pytest.mark.parametrize(
+    "name", ["sync, 3 stages", "async, 4 stages", "adamw", "mean field", "mean field, mixed precision"]
+)
 def test_their_checkpoints_are_those_of_one_process(name, folder, tmp_path):
     CASES[name][1](tmp_path, devices=1)
     theirs, ours = (torch.load(path / "last.ckpt", weights_only=False) for path in (folder / name, tmp_path))

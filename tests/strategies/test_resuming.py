@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from resuming_cases import CASES, CROSSING, INTERRUPTED, INTERRUPTIONS, LAST_STEP, NOISY, PLACES
+from resuming_cases import CASES, CROSSING, INTERRUPTED, INTERRUPTIONS, LAST_STEP, NETWORKS, NOISY, PLACES
 
 pytestmark = pytest.mark.slow
 
@@ -86,4 +86,4 @@ def test_goes_on_after_an_interruption(processes, schedule, network, interruptio
 def test_goes_on_with_another_number_of_processes(here, there, schedule, network, place, folder):
     case = folder / here / schedule / network
     found, expected = results(case / f"{place}, from {there}"), results(case / "whole")
-    assert_same(found, expected, tolerance=0.0 if network == "mean field" else 1e-12)
+    assert_same(found, expected, tolerance=1e-12 if network in NETWORKS[:2] else 0.0)

@@ -126,6 +126,16 @@ class Crossbar(nn.Module):
             )
         self._move(counts, self._reach(counts), column)
 
+    def send(self, pulses: Tensor) -> None:
+        """Send every cross-point a whole number of pulses ``(out, in)``: up if it is positive, down if negative.
+
+        The crossbar must have been created with ``sample_pulses``.
+        """
+        total, variance = pulses.abs(), self.response.spread**2
+        if total.max() != 0:
+            counts = Counts(pulses, total, (pulses * variance, total * variance))
+            self._move(counts, self._reach(counts))
+
     def extra(self) -> dict[str, Tensor]:
         """Return the state that weights and parameters do not show."""
         if self._write_noise == 0:
@@ -188,11 +198,15 @@ class Crossbar(nn.Module):
         response, columns = self._response(column), slice(column, None if column is None else column + 1)
         visible = self.weight[:, columns]
         weight = self._persistent[:, columns] if self._write_noise > 0 else visible
-        std = response.move(weight, counts, reach).clamp_(min=0).sqrt_()
+        variance = response.move(weight, counts, reach).clamp_(min=0)
+        # On some processors, the square root of zero takes ten times as long as that of other numbers.
+        std = variance.clamp(min=1e-37).rsqrt_().mul_(variance)
         response.clip(weight.addcmul_(std, self._gaussian(weight)))
         if self._write_noise > 0:
             # Write noise is drawn again where at least one pulse came.
-            written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
+            written = counts.total > 0
+            if not self._sample_pulses:
+                written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
             noisy = torch.add(weight, self._gaussian(weight), alpha=self._write_noise)
             visible.copy_(torch.where(written, noisy, visible))
 

@@ -4,18 +4,20 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from aihwkit.simulator.configs import SingleRPUConfig, UnitCellRPUConfig
+from aihwkit.simulator.configs import DigitalRankUpdateRPUConfig, SingleRPUConfig, UnitCellRPUConfig
 from aihwkit.simulator.configs.compounds import (
     BufferedTransferCompound,
     ChoppedTransferCompound,
     DynamicTransferCompound,
+    MixedPrecisionCompound,
     TransferCompound,
 )
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, PulseType
 
 from aimc_pl.devices.mean_field.chopped import ChoppedTransferSimulatorTile, DynamicTransferSimulatorTile
+from aimc_pl.devices.mean_field.mixed_precision import MixedPrecisionSimulatorTile, MixedPrecisionTile
 from aimc_pl.devices.mean_field.response import SUPPORTED_DEVICES
-from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
+from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile, MeanFieldTile
 from aimc_pl.devices.mean_field.transfer import BufferedTransferSimulatorTile, TransferSimulatorTile
 from aimc_pl.errors import UsageError
 
@@ -36,6 +38,15 @@ _OFF: dict[str, dict[str, Any]] = {
     "compound": {"transfer_columns": True, "with_reset_prob": 0.0},
     "chopped": {"n_reads_per_transfer": 1, "random_selection": False},
     "dynamic": {"out_chop_prob": 0.0, "no_buffer": False},
+    "mixed precision": {
+        "construction_seed": 0,
+        "transfer_every": 1,
+        "n_rows_per_transfer": -1,
+        "granularity": 0.0,
+        "transfer_lr": 1.0,
+        "n_x_bins": 0,
+        "n_d_bins": 0,
+    },
     "update": {"res": 0, "x_res_implicit": 0, "d_res_implicit": 0, "um_grad_scale": 1.0},
     "io": {
         "inp_asymmetry": 0.0,
@@ -62,11 +73,15 @@ _SHARED = ("device", "forward", "backward", "update", "mapping", "pre_post", "ru
 """The sections that the configuration of a mean-field tile shares with aihwkit's."""
 
 
-def to_mean_field(config: SingleRPUConfig | UnitCellRPUConfig, sample_pulses: bool = False) -> MeanFieldRPUConfig:
+_Config = SingleRPUConfig | UnitCellRPUConfig | DigitalRankUpdateRPUConfig
+
+
+def to_mean_field(config: _Config, sample_pulses: bool = False) -> MeanFieldRPUConfig:
     """Return the configuration of a mean-field tile for the same crossbar, or the same compound of crossbars.
 
     Args:
-        config: aihwkit's configuration of a pulsed device, or of a compound for Tiki-Taka version 1 or 2.
+        config: aihwkit's configuration of a pulsed device, or of a compound for Tiki-Taka version 1 or 2 or for mixed
+            precision.
         sample_pulses: see :class:`MeanFieldRPUConfig`.
 
     Raises:
@@ -79,11 +94,17 @@ def to_mean_field(config: SingleRPUConfig | UnitCellRPUConfig, sample_pulses: bo
         # aihwkit's transfers read without these two, whatever the configuration says.
         device.transfer_forward.noise_management = NoiseManagementType.NONE
         device.transfer_forward.bound_management = BoundManagementType.NONE
-    tile_class = _COMPOUNDS.get(type(device), MeanFieldSimulatorTile)
-    return MeanFieldRPUConfig(**shared, sample_pulses=sample_pulses, simulator_tile_class=tile_class)
+    is_mixed = isinstance(device, MixedPrecisionCompound)
+    inner = MixedPrecisionSimulatorTile if is_mixed else _COMPOUNDS.get(type(device), MeanFieldSimulatorTile)
+    return MeanFieldRPUConfig(
+        **shared,
+        sample_pulses=sample_pulses,
+        tile_class=MixedPrecisionTile if is_mixed else MeanFieldTile,
+        simulator_tile_class=inner,
+    )
 
 
-def check_support(config: SingleRPUConfig | UnitCellRPUConfig) -> None:
+def check_support(config: _Config) -> None:
     """Check that the mean-field tile can simulate an aihwkit configuration.
 
     Raises:
@@ -100,6 +121,9 @@ def check_support(config: SingleRPUConfig | UnitCellRPUConfig) -> None:
         _check(device, _OFF["compound"], {})
         if isinstance(device, ChoppedTransferCompound):
             _check_choppers(device)
+    if isinstance(device, MixedPrecisionCompound):
+        devices = [device.device]
+        _check(device, _OFF["mixed precision"], {})
     for one in devices:
         if not isinstance(one, SUPPORTED_DEVICES):
             raise _unsupported(type(one).__name__)

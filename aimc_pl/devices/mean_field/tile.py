@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from aihwkit.exceptions import TileError
 from aihwkit.simulator.configs import SoftBoundsReferenceDevice, UpdateParameters
-from aihwkit.simulator.configs.compounds import TransferCompound
+from aihwkit.simulator.configs.compounds import MixedPrecisionCompound, TransferCompound
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.tiles.array import TileModuleArray
 from aihwkit.simulator.tiles.base import SimulatorTile, SimulatorTileWrapper
@@ -366,7 +366,7 @@ class MeanFieldRPUConfig(CustomRPUConfig):
     simulator_tile_class: type = MeanFieldSimulatorTile
     tile_array_class: type = MeanFieldTileArray
 
-    device: PulsedDevice | TransferCompound = field(default_factory=SoftBoundsReferenceDevice)
+    device: PulsedDevice | TransferCompound | MixedPrecisionCompound = field(default_factory=SoftBoundsReferenceDevice)
     """One of aihwkit's step devices, or a compound of such devices, with all parameters."""
 
     # In CustomRPUConfig, this field holds the parameters of updates without pulses.
