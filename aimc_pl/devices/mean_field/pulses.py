@@ -16,7 +16,9 @@ from aimc_pl.devices.mean_field.random_table import uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 _RARELY = 0.2
-"""Below this mean firing probability of a convolution's inputs, the mean is used for every input."""
+"""Below this mean firing probability of a convolution's inputs, the mean is used for every input.
+
+The variances of single cross-points are then wrong by a few percent, because some of them meet stronger inputs."""
 
 _DRAWN = 64
 """The longest train whose slots are drawn one by one. For a longer train, only the number of pulses is drawn."""
@@ -77,7 +79,9 @@ def expected_counts(
     # If an error line fires n times, an input that fires with probability p meets np of its pulses on average, with
     # variance np − np².
     if isinstance(vectors, Patches):
-        probability = _weighted_mean(trains.x_gain, fired) * _weighted_mean(magnitude, magnitude)
+        # The mean of p over all pulses, Σnp²/Σnp, makes the sum of the variances over all cross-points exact.
+        squares = vectors.weighted_sum(fired.abs().sum(1, keepdim=True).mul_(trains.x_gain), magnitude.square())
+        probability = float(squares / total.sum().clamp_min(1e-30))
         if probability < _RARELY:
             factor = 1 + spread**2 - probability
             return Counts(net, total, (net * factor, total * factor))
@@ -254,11 +258,3 @@ def _sample(probabilities: Tensor, repeats: Tensor, generator: Generator) -> Ten
     """Return signed slots ``(sum(repeats), features)``: the sign where an element fires, 0 elsewhere."""
     slots = probabilities.repeat_interleave(repeats, 0)
     return slots.sign() * (uniform(slots.shape, generator, slots.device) < slots.abs())
-
-
-def _weighted_mean(values: Tensor | float, weights: Tensor) -> float:
-    """Return the weighted mean Σ|w|v/Σ|w|, estimated from every eighth image."""
-    if not isinstance(values, Tensor):
-        return values
-    some = weights[::8].abs()
-    return float((some * values[::8]).sum() / some.sum().clamp_min(1e-30))

@@ -88,6 +88,10 @@ class Patches(ABC):
         """Return the sum of all outer products of errors and patches, ``(out, features)``."""
         return Vectors(1).outer(error.flatten(2), self.columns(images))
 
+    def weighted_sum(self, weights: Tensor, images: Tensor) -> Tensor:
+        """Return the sum of all elements of all patches, each patch times its weight ``(batch, 1, *out_size)``."""
+        return self.outer(weights, images).sum()
+
 
 @dataclass(frozen=True)
 class Gathered(Patches):
@@ -205,6 +209,11 @@ class Convolution(Patches):
         kernel = (error.shape[1], images.shape[1], *self.kernel_size)
         return self._of(_WEIGHT_GRADIENTS)(images, kernel, error, self.stride, self.padding, self.dilation).flatten(1)
 
+    def weighted_sum(self, weights: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.weighted_sum`."""
+        # A patch holds either all channels of a pixel, or none.
+        return self.outer(weights, images.sum(1, keepdim=True)).sum()
+
     def _of(self, functions: tuple[Any, ...]) -> Any:
         return functions[len(self.kernel_size) - 1]
 
@@ -255,6 +264,10 @@ class PartialConvolution(Convolution):
     def outer(self, error: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.outer`."""
         return self._cut(super().outer(error, images[:, self._channels]))
+
+    def weighted_sum(self, weights: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.weighted_sum`."""
+        return Patches.weighted_sum(self, weights, images)
 
     @property
     def _channels(self) -> slice:
