@@ -297,7 +297,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         """Finish the micro-batches in flight, including their updates."""
         if self._training is not None:
             self._training.drain()
-            self._training.watch_saturation()
+            self._training.watch_tiles()
 
     # ------------------------------------------------------------- evaluation
 

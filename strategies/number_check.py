@@ -1,13 +1,12 @@
 """The checks in this module find numbers that go wrong in training.
 
-These are losses, gradients and weights that are not finite, weights that grow too fast, and weights at the bounds of
-their devices.
+These are losses, gradients and weights that are not finite, weights that grow too fast, weights at the bounds of their
+devices, and updates that pulse trains are too short for.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -33,6 +32,9 @@ _NEGLIGIBLE = 0.01
 
 _SATURATED = 0.1
 """The fraction of a layer's weights that may be at their bounds without a warning."""
+
+_CUT = 0.1
+"""The fraction of a layer's updates that pulse trains may be too short for without a warning."""
 
 _REMEDY = "Lower the learning rate or clip gradients; with on_nonfinite='warn' the run goes on"
 
@@ -66,6 +68,7 @@ class NumberCheck:
         """The norm of each weight, by ``id``, before its stage's last update; 0 for weights that are not watched."""
         self._has_grown = False
         self._has_saturated = False
+        self._has_cut = False
 
     def check_gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
         """Check, before a stage is updated, that its gradients are finite. If not, end the run or warn.
@@ -119,20 +122,29 @@ class NumberCheck:
                 )
                 return
 
-    def watch_saturation(self) -> None:
-        """Warn, once, about an analog layer with many weights at the bounds of their devices."""
-        layers = [module for stage in self.stages for module in stage.modules if is_analog(module)]
-        if self._has_saturated or not layers:
+    def watch_tiles(self) -> None:
+        """Warn, once each, about an analog layer at the bounds of its devices, and about one with too short trains."""
+        here = {id(module) for stage in self.stages for module in stage.modules if is_analog(module)}
+        layers = {name: module for name, module in self._module.named_modules() if id(module) in here}
+        if not layers:
             return
-        from aimc_pl.devices.saturation import saturated_fraction  # imports aihwkit, which analog layers need
+        # This imports aihwkit, which analog layers need.
+        from aimc_pl.devices.saturation import cut_fraction, saturated_fraction
 
-        fraction, layer = max(((saturated_fraction(layer), layer) for layer in layers), key=itemgetter(0))
-        if fraction > _SATURATED:
+        fraction, name = max((saturated_fraction(layer), name) for name, layer in layers.items())
+        if fraction > _SATURATED and not self._has_saturated:
             self._has_saturated = True
-            name = next(name for name, module in self._module.named_modules() if module is layer)
             warnings.warn(
                 f"{100 * fraction:.0f} % of the weights of {name!r} are at the bounds of their devices, where pulses "
                 "in one direction hardly move them: use devices of a wider range, or a lower learning rate",
+                stacklevel=2,
+            )
+        fraction, name = max((cut_fraction(layer), name) for name, layer in layers.items())
+        if fraction > _CUT and not self._has_cut:
+            self._has_cut = True
+            warnings.warn(
+                f"about {100 * fraction:.0f} % of the gradient of {name!r} is lost, as pulse trains are cut at "
+                "desired_bl: use fewer num_states (larger steps), a lower learning rate, or a larger update.desired_bl",
                 stacklevel=2,
             )
 

@@ -134,9 +134,9 @@ class Training:
             self._number_check.check_gradients(stage, clock, which, [])
         self._num_learnt = last + 1
 
-    def watch_saturation(self) -> None:
-        """Warn about analog layers with many weights at the bounds of their devices."""
-        self._number_check.watch_saturation()
+    def watch_tiles(self) -> None:
+        """Warn about analog layers at the bounds of their devices, and about those whose pulse trains are too short."""
+        self._number_check.watch_tiles()
 
     def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the gradients that some parameters have for a micro-batch if all stages use their current weights."""

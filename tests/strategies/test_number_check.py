@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from aimc_pl.devices import constant_step, soft_bounds
 from aimc_pl.devices.conversion import convert_to_analog
-from aimc_pl.devices.saturation import saturated_fraction
+from aimc_pl.devices.saturation import cut_fraction, saturated_fraction
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -583,14 +583,37 @@ def test_an_analog_layer_with_weights_at_their_bounds_is_warned_of_once(at_bound
         weight.fill_(0.0)
         weight.view(-1)[:count] = upper.expand_as(weight).reshape(-1)[:count]
     check = NumberCheck(net, "stop", None)
-    check.watch_saturation()
+    check.watch_tiles()
     check.stages = [Stage(0, modules=[net[0], net[1]]), Stage(1, modules=[net[2]])]
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
-        check.watch_saturation()
-        check.watch_saturation()
+        check.watch_tiles()
+        check.watch_tiles()
     expected = f"{100 * at_bounds / 12:.0f} % of the weights of '1' are at the bounds of their devices"
     assert [str(warning.message)[: len(expected)] for warning in record] == warned * [expected]
+
+
+@pytest.mark.parametrize(("pulses", "warned"), [((20, 20), False), ((20, 40), True), ((400, 400, 400), True)])
+def test_an_analog_layer_whose_pulse_trains_are_too_short_is_warned_of_once(pulses, warned):
+    """Check updates of so many pulses at every cross-point, of which a train of aihwkit's default length holds 31."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+    convert_to_analog(net, constant_step(num_states=2000))
+    tile = net[1].analog_module.tile
+    for count in pulses:
+        tile.set_learning_rate(count * 0.001)
+        tile.update(torch.ones(2, 3), torch.ones(2, 4))
+    check = NumberCheck(net, "stop", None)
+    check.stages = [Stage(0, modules=[net[0], net[1]])]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        check.watch_tiles()
+        check.watch_tiles()
+    lost = sum(max(0, 1 - 31 / count) for count in pulses) / len(pulses)
+    expected = f"about {100 * lost:.0f} % of the gradient of '1' is lost, as pulse trains are cut"
+    texts = [str(warning.message) for warning in record if "are at the bounds" not in str(warning.message)]
+    assert [text[: len(expected)] for text in texts] == warned * [expected]
+    assert all(len(text) <= 200 for text in texts)
+    assert cut_fraction(net[1]) == 0
 
 
 @pytest.mark.parametrize(

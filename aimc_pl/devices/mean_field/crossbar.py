@@ -39,6 +39,8 @@ class Crossbar(nn.Module):
         hidden: the parameters of the devices ``(names, out, in)``, or ``(names, 1, 1)`` if all devices are equal.
         names: aihwkit's names of these parameters.
         granularity: the mean step of the devices.
+        num_updates: how often :meth:`pulse` has been called.
+        cut: the sum over these calls of the share of the pulses that did not fit into the trains.
     """
 
     weight: Tensor
@@ -65,6 +67,8 @@ class Crossbar(nn.Module):
             hidden = hidden.expand(-1, d_size, x_size)
         self.register_buffer("weight", torch.zeros(d_size, x_size), persistent=False)
         self.register_buffer("hidden", hidden.clone(), persistent=False)
+        self.num_updates = 0
+        self.cut: Tensor | float = 0.0
         self._responses: dict[int | None, Response] = {}
         """The responses of single columns, and under ``None`` that of all cross-points."""
         self._responses_to: Tensor | None = None
@@ -104,6 +108,8 @@ class Crossbar(nn.Module):
         if learning_rate == 0:
             return
         counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
+        self.num_updates += 1
+        self.cut += counts.cut
         reach = self._reach(counts)
         if reach <= _LARGEST_REACH or len(x) == 1:
             self._move(counts, reach)
@@ -218,4 +224,4 @@ def _turned(counts: Counts, signs: Tensor | None) -> Counts:
     if signs is None:
         return counts
     net_noise, total_noise = counts.noise
-    return Counts(counts.net * signs, counts.total, (net_noise * signs, total_noise))
+    return counts._replace(net=counts.net * signs, noise=(net_noise * signs, total_noise))

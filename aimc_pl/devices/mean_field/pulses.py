@@ -35,11 +35,13 @@ class Counts(NamedTuple):
         total: number of pulses up plus number of pulses down.
         noise: two variances of the weight change, in units of a squared step: the variance due to pulses up minus that
             due to pulses down, and the sum of both.
+        cut: the share of the pulses that do not fit into the trains.
     """
 
     net: Tensor
     total: Tensor
     noise: tuple[Tensor, Tensor]
+    cut: Tensor | float = 0.0
 
 
 def expected_counts(
@@ -69,8 +71,7 @@ def expected_counts(
         generator: draws the pulses of the error lines.
     """
     magnitude = _magnitude(x)
-    error_largest = torch.maximum(error.amax(vectors.dim, keepdim=True), -error.amin(vectors.dim, keepdim=True))
-    trains = _trains(vectors.largest(magnitude), error_largest, learning_rate / granularity, update)
+    trains = _trains(vectors.largest(magnitude), error, vectors.dim, learning_rate / granularity, update)
     if not isinstance(trains.x_gain, Tensor):
         x = x.clamp(-1 / trains.x_gain, 1 / trains.x_gain)
         magnitude = _magnitude(x)
@@ -84,12 +85,13 @@ def expected_counts(
         probability = float(squares / total.sum().clamp_min(1e-30))
         if probability < _RARELY:
             factor = 1 + spread**2 - probability
-            return Counts(net, total, (net * factor, total * factor))
+            return Counts(net, total, (net * factor, total * factor), trains.cut)
     squares = -magnitude.square()
     signed_squares = squares if magnitude is x else x * -magnitude
     net_noise, total_noise = _outer(fired.mul_(trains.x_gain), signed_squares, squares, vectors)
     factor = 1 + spread**2
-    return Counts(net, total, (net_noise.add_(net, alpha=factor), total_noise.add_(total, alpha=factor)))
+    noise = net_noise.add_(net, alpha=factor), total_noise.add_(total, alpha=factor)
+    return Counts(net, total, noise, trains.cut)
 
 
 def column_counts(
@@ -141,9 +143,7 @@ def sampled_counts(
         spread: see :func:`expected_counts`.
         generator: draws the slots.
     """
-    trains = _trains(
-        x.abs().amax(1, keepdim=True), error.abs().amax(1, keepdim=True), learning_rate / granularity, update
-    )
+    trains = _trains(x.abs().amax(1, keepdim=True), error, 1, learning_rate / granularity, update)
     lengths = torch.as_tensor(trains.lengths, device=x.device).expand(len(x), 1)
     # The batch is split, because the trains of all patches of a convolution would fill the memory.
     portion = max(1, _SLOTS // (trains.longest * max(x.shape[1], error.shape[1])))
@@ -155,7 +155,7 @@ def sampled_counts(
         error_fires = _sample(error_probability, repeats, generator)
         net += error_fires.T @ fires
         total += error_fires.abs_().T @ fires.abs_()
-    return Counts(net, total, (net * spread**2, total * spread**2))
+    return Counts(net, total, (net * spread**2, total * spread**2), trains.cut)
 
 
 class _Trains(NamedTuple):
@@ -167,15 +167,17 @@ class _Trains(NamedTuple):
         x_gain: the factor that turns inputs into firing probabilities.
         error_gain: the factor that turns errors into firing probabilities. It is negative, because weights go down
             where input and error have the same sign.
+        cut: see :class:`Counts`. It is 0 without update management.
     """
 
     lengths: Tensor | float
     longest: int
     x_gain: Tensor | float
     error_gain: Tensor | float
+    cut: Tensor | float = 0.0
 
 
-def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: UpdateParameters) -> _Trains:
+def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: UpdateParameters) -> _Trains:
     """Return the pulse trains that aihwkit's update management chooses.
 
     The largest input and the largest error of a vector fire with equal probability, in a train that is as long as the
@@ -187,6 +189,7 @@ def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: Updat
             length, rate = ceil(rate), ceil(rate)
         gain = (rate / length) ** 0.5
         return _Trains(length, length, gain, -gain)
+    error_largest = torch.maximum(error.amax(dim, keepdim=True), -error.amin(dim, keepdim=True))
     strongest = (x_largest * error_largest).mul_(rate).clamp_min_(1e-30)
     most = float(strongest.max())
     lengths = float(length)
@@ -195,10 +198,14 @@ def _trains(x_largest: Tensor, error_largest: Tensor, rate: float, update: Updat
         length = min(ceil(most), length)
         lengths = strongest.ceil().clamp_(max=length) if length > 1 else 1.0
     x_gain = (strongest / lengths).sqrt_()
+    cut = 0.0
     if most > length:
         x_gain.clamp_(max=1)
+        # The pulses of every error where they meet the strongest input of its vector. Other inputs scale with it.
+        pulses = (x_largest * rate) * error.abs()
+        cut = (pulses - length).clamp_(min=0).sum() / pulses.sum()
     x_gain.div_(x_largest.clamp_min(1e-30))
-    return _Trains(lengths, length, x_gain, (x_gain * lengths).reciprocal_().mul_(-rate))
+    return _Trains(lengths, length, x_gain, (x_gain * lengths).reciprocal_().mul_(-rate), cut)
 
 
 def _train(error_largest: float, rate: float, update: UpdateParameters) -> tuple[int, float, float]:

@@ -84,6 +84,24 @@ def test_expected_counts_have_the_mean_and_the_variance(name, learning_rate, sig
     assert ((totals.var(0) + residual - variance).abs() <= 5 * of_variance + 1e-3 * variance + 1e-6).all()
 
 
+@pytest.mark.parametrize("learning_rate", [0.05, 0.3, 1.0, 5.0])
+def test_what_pulse_trains_are_too_short_for_is_counted(learning_rate):
+    """Compare with the part of the gradient that the mean of the counts lacks; all vectors have the same inputs."""
+    torch.manual_seed(4)
+    x, error = (torch.rand(1, 7) - 0.5).expand(6, 7), torch.randn(6, 4)
+    update = UpdateParameters(desired_bl=20)
+    counts = expected_counts(x, error, ROWS, learning_rate, 0.01, update, SPREAD, Generator())
+    sampled = sampled_counts(x, error, learning_rate, 0.01, update, SPREAD, Generator())
+    total = by_vector(x, error, learning_rate, 0.01, update)[1]
+    asked = learning_rate / 0.01 * error.abs().T.double() @ x.abs().double()
+    assert float(counts.cut) == pytest.approx(1 - float(total.sum() / asked.sum()), abs=1e-5)
+    assert float(sampled.cut) == float(counts.cut)
+    assert (learning_rate == 0.05) == (float(counts.cut) == 0)
+    images = x.view(6, 7, 1, 1), error.view(6, 4, 1, 1), Convolution((1, 1), (1, 1), (0, 0), (1, 1))
+    of_images = expected_counts(*images, learning_rate, 0.01, update, SPREAD, Generator())
+    assert float(of_images.cut) == pytest.approx(float(counts.cut))
+
+
 @pytest.mark.parametrize("rate", [1.0, 3.0, 20.0])
 @pytest.mark.parametrize("signed", [True, False])
 def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
