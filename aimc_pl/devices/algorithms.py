@@ -91,8 +91,7 @@ def tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_field") -
 
     Args:
         material: the material of both crossbars.
-        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``. Only
-            ``aihwkit`` simulates a Capacitor.
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
     return simulated(_preset("TikiTaka", material), backend)
 

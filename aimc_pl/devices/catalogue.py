@@ -4,14 +4,16 @@ A config file names a function, too: ``class_path: aimc_pl.devices.soft_bounds``
 """
 
 from abc import ABC, abstractmethod
+from math import exp
 from typing import Any, Literal
 
-from aihwkit.simulator import presets
 from aihwkit.simulator.configs import (
     ConstantStepDevice,
+    ExpStepDevice,
     FloatingPointRPUConfig,
     IOParameters,
     LinearStepDevice,
+    PowStepDevice,
     SingleRPUConfig,
     SoftBoundsDevice,
     SoftBoundsReferenceDevice,
@@ -21,7 +23,8 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.base import RPUConfigBase
 
 from aimc_pl.arguments import check_choice, check_flag, check_number
-from aimc_pl.devices.mean_field import to_mean_field
+from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
+from aimc_pl.devices.mean_field.quantized import NoisyQuantizedDevice, NoisyQuantizedSimulatorTile
 
 
 class AnalogDevice(ABC):
@@ -85,8 +88,8 @@ def constant_step(
         perfect_io: whether forward and backward products are exact, without converters and noise.
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
-    device = ConstantStepDevice(**_pulsed("w_max", w_max, num_states, cycle_to_cycle, device_to_device))
-    return _config(device, perfect_io, backend)
+    device = ConstantStepDevice(**pulsed("w_max", w_max, num_states, cycle_to_cycle, device_to_device))
+    return on_crossbar(device, perfect_io, backend)
 
 
 def linear_step(
@@ -115,9 +118,9 @@ def linear_step(
         gamma_down=gamma,
         gamma_up_dtod=0.0,
         gamma_down_dtod=0.0,
-        **_pulsed("w_max", w_max, num_states, cycle_to_cycle, device_to_device),
+        **pulsed("w_max", w_max, num_states, cycle_to_cycle, device_to_device),
     )
-    return _config(device, perfect_io, backend)
+    return on_crossbar(device, perfect_io, backend)
 
 
 def soft_bounds(
@@ -142,9 +145,9 @@ def soft_bounds(
     """
     check_number("write_noise", write_noise, at_least=0)
     device = SoftBoundsDevice(
-        write_noise_std=write_noise, **_pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
+        write_noise_std=write_noise, **pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
     )
-    return _config(device, perfect_io, backend)
+    return on_crossbar(device, perfect_io, backend)
 
 
 def soft_bounds_reference(
@@ -169,50 +172,112 @@ def soft_bounds_reference(
     """
     check_number("write_noise", write_noise, at_least=0)
     device = SoftBoundsReferenceDevice(
-        write_noise_std=write_noise, **_pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
+        write_noise_std=write_noise, **pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
     )
-    return _config(device, perfect_io, backend)
+    return on_crossbar(device, perfect_io, backend)
 
 
-def ecram(backend: Backend = "mean_field") -> AnalogDevice:
-    """Electro-chemical RAM, fitted to measurements (aihwkit's preset).
+def exp_step(
+    gamma: float = 2.0,
+    tau: float = 1.0,
+    num_states: int = 1200,
+    cycle_to_cycle: float = 0.3,
+    device_to_device: float = 0.0,
+    write_noise: float = 0.0,
+    perfect_io: bool = False,
+    backend: Backend = "mean_field",
+) -> AnalogDevice:
+    """Pulsed device whose steps fall exponentially toward a bound: up(w) = Δw_min(1 − e^(−γ(1−w/τ)))/(1 − e^(−γ)).
 
-    Args:
-        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
-    """
-    return simulated(presets.EcRamPreset(), backend)
-
-
-def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
-    """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset).
-
-    Args:
-        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
-    """
-    return simulated(presets.ReRamESPreset(), backend)
-
-
-def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
-    """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset).
+    down(w) is up(−w). With γ → 0 these are soft bounds. A larger γ keeps steps alike up to a shorter distance from the
+    bound.
 
     Args:
+        gamma: γ, how curved the response is, above 0.
+        tau: τ, the dynamic range: weights stay in [−τ, τ].
+        num_states: the range divided by Δw_min, the mean step at weight 0: 2τ/Δw_min.
+        cycle_to_cycle: standard deviation of a step, relative to the step.
+        device_to_device: relative standard deviation of Δw_min and of the bounds over the cross-points.
+        write_noise: standard deviation of the noise that an update adds to the visible weight, in units of Δw_min.
+        perfect_io: whether forward and backward products are exact, without converters and noise.
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
-    return simulated(presets.ReRamSBPreset(), backend)
+    check_number("gamma", gamma, at_least=1e-3, at_most=30)
+    check_number("write_noise", write_noise, at_least=0)
+    fields = pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
+    # aihwkit's dw_min is the step far from the bound.
+    scale = 1 - exp(-gamma)
+    shape: dict[str, Any] = {
+        "gamma_up": gamma,
+        "gamma_down": gamma,
+        "A_up": exp(-gamma),
+        "A_down": exp(-gamma),
+        "a": 1.0,
+        "b": 0.0,
+    }
+    fields |= {"dw_min": fields["dw_min"] / scale, "write_noise_std": write_noise * scale}
+    return on_crossbar(ExpStepDevice(**fields, **shape), perfect_io, backend)
 
 
-def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
-    """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset).
+def pow_step(
+    gamma: float = 2.0,
+    tau: float = 1.0,
+    num_states: int = 1200,
+    cycle_to_cycle: float = 0.3,
+    device_to_device: float = 0.0,
+    write_noise: float = 0.0,
+    perfect_io: bool = False,
+    backend: Backend = "mean_field",
+) -> AnalogDevice:
+    """Pulsed device whose steps are a power of the distance to a bound: up(w) = Δw_min(1 − w/τ)^γ, down(w) = up(−w).
 
     Args:
+        gamma: γ, the power: 0 is a constant step, 1 is soft bounds.
+        tau: τ, the dynamic range: weights stay in [−τ, τ].
+        num_states: the range divided by Δw_min, the mean step at weight 0: 2τ/Δw_min.
+        cycle_to_cycle: standard deviation of a step, relative to the step.
+        device_to_device: relative standard deviation of Δw_min, of the bounds and of γ over the cross-points.
+        write_noise: standard deviation of the noise that an update adds to the visible weight, in units of Δw_min.
+        perfect_io: whether forward and backward products are exact, without converters and noise.
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
     """
-    return simulated(presets.GokmenVlasovPreset(), backend)
+    check_number("gamma", gamma, at_least=0, at_most=10)
+    check_number("write_noise", write_noise, at_least=0)
+    fields = pulsed("tau", tau, num_states, cycle_to_cycle, device_to_device)
+    # aihwkit's dw_min is the step at the other bound.
+    scale = 0.5**gamma
+    fields |= {"dw_min": fields["dw_min"] / scale, "write_noise_std": write_noise * scale}
+    device = PowStepDevice(pow_gamma=gamma, pow_gamma_dtod=device_to_device, pow_up_down_dtod=0.0, **fields)
+    return on_crossbar(device, perfect_io, backend)
 
 
-def _pulsed(
+def noisy_quantized(std: float = 1e-3, bits: int = 8, w_max: float = 1.0, perfect_io: bool = True) -> AnalogDevice:
+    """The idealised model of convergence theory: an exact gradient step, plus Gaussian noise, rounded to b bits.
+
+    W ← round(W − α·Σδᵀx + σξ), to the nearest of 2ᵇ − 1 equally spaced weights around zero. There are no pulses.
+
+    Args:
+        std: σ, the standard deviation of the noise that every update adds to every weight.
+        bits: b, the number of bits of a weight.
+        w_max: the largest weight.
+        perfect_io: whether forward and backward products are exact, without converters and noise.
+    """
+    check_number("std", std, at_least=0)
+    check_number("bits", bits, at_least=2, at_most=24, whole=True)
+    check_number("w_max", w_max, above=0, at_most=10**9)
+    check_flag("perfect_io", perfect_io)
+    io = IOParameters(is_perfect=perfect_io), IOParameters(is_perfect=perfect_io)
+    device: Any = NoisyQuantizedDevice(std, bits, w_max)  # none of aihwkit's devices
+    tile_class = NoisyQuantizedSimulatorTile
+    return ConfiguredDevice(
+        MeanFieldRPUConfig(device=device, forward=io[0], backward=io[1], simulator_tile_class=tile_class)
+    )
+
+
+def pulsed(
     range_name: str, w_max: float, num_states: int, cycle_to_cycle: float, device_to_device: float
 ) -> dict[str, Any]:
+    """Check and return the fields that all step devices of aihwkit share."""
     # The largest values keep the step within the range of float32.
     check_number(range_name, w_max, above=0, at_most=10**9)
     check_number("num_states", num_states, at_least=2, at_most=10**9, whole=True)
@@ -230,7 +295,8 @@ def _pulsed(
     }
 
 
-def _config(device: PulsedDevice, perfect_io: bool, backend: Backend) -> AnalogDevice:
+def on_crossbar(device: PulsedDevice, perfect_io: bool, backend: Backend) -> AnalogDevice:
+    """Return a device on a crossbar with aihwkit's default converters, or with exact products."""
     check_flag("perfect_io", perfect_io)
     config = SingleRPUConfig(device=device)
     if perfect_io:

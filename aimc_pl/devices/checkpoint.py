@@ -28,8 +28,8 @@ _NAMES = {
     ),
     "aihwkit.simulator.configs.configs": ("FloatingPointRPUConfig", "SingleRPUConfig"),
     "aihwkit.simulator.configs.devices": (
-        *("ConstantStepDevice", "FloatingPointDevice", "LinearStepDevice", "SoftBoundsDevice"),
-        "SoftBoundsReferenceDevice",
+        *("ConstantStepDevice", "ExpStepDevice", "FloatingPointDevice", "LinearStepDevice", "PiecewiseStepDevice"),
+        *("PowStepDevice", "SoftBoundsDevice", "SoftBoundsReferenceDevice"),
     ),
     "aihwkit.simulator.parameters.enums": (
         *("AnalogMVType", "BoundManagementType", "NoiseManagementType", "PulseType", "RPUDataType", "WeightNoiseType"),
@@ -42,17 +42,20 @@ _NAMES = {
     "aihwkit.simulator.parameters.training": ("UpdateParameters",),
     "aihwkit.simulator.presets.configs": (
         *(f"{algorithm}{material}Preset" for algorithm in _ALGORITHMS for material in _MATERIALS),
-        *("EcRamPreset", "GokmenVlasovPreset", "ReRamESPreset", "ReRamSBPreset"),
+        *("CapacitorPreset", "EcRamMOPreset", "EcRamPreset", "GokmenVlasovPreset", "IdealizedPreset", "PCMPreset"),
+        *("ReRamESPreset", "ReRamSBPreset"),
     ),
+    "aihwkit.simulator.presets.compounds": ("PCMPresetUnitCell",),
     "aihwkit.simulator.presets.devices": (
         *(f"{material}PresetDevice" for material in _MATERIALS),
-        "GokmenVlasovPresetDevice",
+        *("GokmenVlasovPresetDevice", "PCMPresetDevice", "ReRamArrayHfO2PresetDevice", "ReRamArrayOMPresetDevice"),
     ),
     "aihwkit.simulator.presets.utils": ("PresetIOParameters", "PresetUpdateParameters"),
     "aihwkit.simulator.tiles.analog": ("AnalogTile",),
     "aihwkit.simulator.tiles.array": ("TileModuleArray",),
     "aihwkit.simulator.tiles.floating_point": ("FloatingPointTile",),
     "aimc_pl.devices.mean_field.mixed_precision": ("MixedPrecisionSimulatorTile", "MixedPrecisionTile"),
+    "aimc_pl.devices.mean_field.quantized": ("NoisyQuantizedDevice", "NoisyQuantizedSimulatorTile"),
     "aimc_pl.devices.mean_field.tile": (
         "MeanFieldRPUConfig",
         "MeanFieldSimulatorTile",

@@ -17,15 +17,27 @@ from aimc_pl.devices.algorithms import (
 from aimc_pl.devices.catalogue import (
     AnalogDevice,
     constant_step,
-    ecram,
-    gokmen_vlasov,
+    exp_step,
     ideal,
     linear_step,
-    reram_es,
-    reram_sb,
+    noisy_quantized,
+    pow_step,
     soft_bounds,
     soft_bounds_reference,
 )
+from aimc_pl.devices.materials import (
+    capacitor,
+    ecram,
+    ecram_mo,
+    gokmen_vlasov,
+    idealized,
+    pcm,
+    reram_es,
+    reram_hfo2,
+    reram_om,
+    reram_sb,
+)
+from aimc_pl.devices.measured import piecewise_step
 from aimc_pl.errors import UsageError
 
 DEVICES: dict[str, Callable[..., AnalogDevice]] = {
@@ -36,10 +48,20 @@ DEVICES: dict[str, Callable[..., AnalogDevice]] = {
         soft_bounds_reference,
         constant_step,
         linear_step,
+        exp_step,
+        pow_step,
+        piecewise_step,
+        noisy_quantized,
         ecram,
+        ecram_mo,
+        capacitor,
         reram_es,
         reram_sb,
+        reram_om,
+        reram_hfo2,
+        pcm,
         gokmen_vlasov,
+        idealized,
         residual_learning,
         tiki_taka,
         tiki_taka_v2,

@@ -41,8 +41,9 @@ def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) ->
     config.update.desired_bl = 1
     tile = config.tile_class(num_devices, 1, config, False)
     tile.set_weights(torch.zeros(num_devices, 1))
-    # A train has one slot. At this learning rate all lines fire in that slot, whatever the device's step.
-    tile.set_learning_rate(1.0)
+    # A train has one slot. At this learning rate all lines fire in that slot, whatever the device's step. A device that
+    # is updated without pulses has a step instead.
+    tile.set_learning_rate(getattr(config.device, "step", 1.0))
     directions = np.tile(np.repeat([1.0, -1.0], num_pulses), 2)
     return compute_pulse_response(tile, directions)[:, :, 0]
 

@@ -23,13 +23,11 @@ from aimc_pl.devices.checkpoint import CLASSES, AnalogCheckpoint, check_devices,
 from aimc_pl.errors import UsageError
 
 CHOICES = {"backend": get_args(Backend), "material": get_args(Material), "digital_buffer": (False, True)}
-NOT_SIMULATED = [("tiki_taka", backend, "Capacitor") for backend in ("mean_field", "bits")]
 VARIANTS = {
     f"{name} {' '.join(map(str, values))}": (function, dict(zip(chosen, values, strict=True)))
     for name, function in DEVICES.items()
     for chosen in [[choice for choice in CHOICES if choice in signature(function).parameters]]
     for values in product(*(CHOICES[choice] for choice in chosen))
-    if (name, *values) not in NOT_SIMULATED
 }
 
 

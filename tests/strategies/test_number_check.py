@@ -593,7 +593,9 @@ def test_an_analog_layer_with_weights_at_their_bounds_is_warned_of_once(at_bound
     assert [str(warning.message)[: len(expected)] for warning in record] == warned * [expected]
 
 
-@pytest.mark.parametrize(("pulses", "warned"), [((20, 20), False), ((20, 40), True), ((400, 400, 400), True)])
+@pytest.mark.parametrize(
+    ("pulses", "warned"), [([20] * 20, False), ([20, 40] * 10, True), ([400] * 20, True), ([400] * 19, False)]
+)
 def test_an_analog_layer_whose_pulse_trains_are_too_short_is_warned_of_once(pulses, warned):
     """Check updates of so many pulses at every cross-point, of which a train of aihwkit's default length holds 31."""
     net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))

@@ -74,6 +74,11 @@ class Crossbar(nn.Module):
         self._responses_to: Tensor | None = None
 
     @property
+    def bounds(self) -> tuple[Number, Number]:
+        """The lowest and the highest weight."""
+        return self.response.bounds
+
+    @property
     def response(self) -> Response:
         """The response of all cross-points to pulses."""
         return self._response(None)
@@ -142,6 +147,12 @@ class Crossbar(nn.Module):
             counts = Counts(pulses, total, (pulses * variance, total * variance))
             self._move(counts, self._reach(counts))
 
+    def decay(self) -> None:
+        """Let the weights leak, as once per mini-batch, if the devices have a lifetime."""
+        if self._device.lifetime > 0:
+            scale, target = (self.hidden[self.names.index(name)] for name in ("decay_scales", "reset_bias"))
+            self.response.clip(self.weight.sub_(target).mul_(scale).add_(target))
+
     def extra(self) -> dict[str, Tensor]:
         """Return the state that weights and parameters do not show."""
         if self._write_noise == 0:
@@ -204,17 +215,19 @@ class Crossbar(nn.Module):
         response, columns = self._response(column), slice(column, None if column is None else column + 1)
         visible = self.weight[:, columns]
         weight = self._persistent[:, columns] if self._write_noise > 0 else visible
+        before = weight.clone() if self._write_noise > 0 else None
         variance = response.move(weight, counts, reach).clamp_(min=0)
         # On some processors, the square root of zero takes ten times as long as that of other numbers.
         std = variance.clamp(min=1e-37).rsqrt_().mul_(variance)
         response.clip(weight.addcmul_(std, self._gaussian(weight)))
-        if self._write_noise > 0:
-            # Write noise is drawn again where at least one pulse came.
-            written = counts.total > 0
-            if not self._sample_pulses:
+        if before is not None:
+            # Write noise is drawn again where at least one pulse came. Elsewhere the noise stays as it is.
+            if self._sample_pulses:
+                written = counts.total > 0
+            else:
                 written = uniform(weight.shape, self._generator, weight.device) > torch.exp(-counts.total)
             noisy = torch.add(weight, self._gaussian(weight), alpha=self._write_noise)
-            visible.copy_(torch.where(written, noisy, visible))
+            visible.copy_(torch.where(written, noisy, visible + (weight - before)))
 
     def _gaussian(self, like: Tensor) -> Tensor:
         return gaussian(like.shape, self._generator, like.device)

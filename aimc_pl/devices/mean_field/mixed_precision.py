@@ -120,10 +120,15 @@ class MixedPrecisionTile(MeanFieldTile):
 
     @torch.no_grad()
     def post_update_step(self) -> None:
-        """Program the change of the parameter into the crossbar. Optimizers call this after every step."""
+        """Program the change of the parameter into the crossbar, and let the weights leak.
+
+        Optimizers call this after every step.
+        """
         # Optimizers leave parameters without a gradient alone. Those of other processes have no memory here.
         if self.shared_weights.grad is not None:
             self._program()
+            super().post_update_step()
+            self._show()
 
     def set_weights(self, *args: Any, **kwargs: Any) -> None:
         """Program new weights, clipped to the bounds of the cross-points. The residual stays."""

@@ -5,7 +5,7 @@ dw/dt = U·up(w) − D·down(w) over one unit of time, and every pulse adds a va
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from math import ceil
 from typing import Any
@@ -15,6 +15,7 @@ from aihwkit.simulator.configs.devices import (
     ConstantStepDevice,
     ExpStepDevice,
     LinearStepDevice,
+    PiecewiseStepDevice,
     PowStepDevice,
     PulsedDevice,
     SoftBoundsDevice,
@@ -37,6 +38,7 @@ SUPPORTED_DEVICES = (
     SoftBoundsReferenceDevice,
     ExpStepDevice,
     PowStepDevice,
+    PiecewiseStepDevice,
 )
 """The device classes of aihwkit for which :func:`response_of` has a response."""
 
@@ -214,9 +216,13 @@ def response_of(device: PulsedDevice, hidden: Mapping[str, Number], whole_pulses
     up, down = hidden["dwmin_up"], hidden["dwmin_down"]
     lower, upper = hidden["min_bound"], hidden["max_bound"]
     spread = values.dw_min_std
-    if isinstance(device, ExpStepDevice | PowStepDevice):
-        curves = _exponential if isinstance(device, ExpStepDevice) else _power
+    if isinstance(device, ExpStepDevice | PowStepDevice | PiecewiseStepDevice):
         steepness = (_typical(up) + _typical(down)) / _typical(_range(hidden))
+        if isinstance(device, PiecewiseStepDevice):
+            curves = _piecewise
+            steepness *= max(device.piecewise_up + device.piecewise_down)
+        else:
+            curves = _exponential if isinstance(device, ExpStepDevice) else _power
         rise, fall = curves(values, hidden)
         return CurvedResponse(rise, fall, lower, upper, steepness, spread)
     slopes = hidden.get("slope_up", 0.0), hidden.get("slope_down", 0.0)
@@ -262,6 +268,19 @@ def _power(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:
         return ((weight - lower) / length).clamp(min=1e-6) ** hidden["gamma_down"] * hidden["dwmin_down"]
 
     return up, down
+
+
+def _piecewise(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:
+    def curve(nodes: Sequence[float], step: Number) -> _Curve:
+        def interpolate(weight: Tensor) -> Tensor:
+            values = weight.new_tensor([*nodes, nodes[-1]])
+            position = (weight - hidden["min_bound"]) / _range(hidden) * (len(nodes) - 1)
+            left = position.detach().floor().clamp(0, len(nodes) - 1).long()
+            return torch.lerp(values[left], values[left + 1], position - left) * step
+
+        return interpolate
+
+    return curve(device.piecewise_up, hidden["dwmin_up"]), curve(device.piecewise_down, hidden["dwmin_down"])
 
 
 def _range(hidden: Mapping[str, Number]) -> Number:

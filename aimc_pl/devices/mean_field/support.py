@@ -30,7 +30,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _OFF: dict[str, dict[str, Any]] = {
     "device": {
         "diffusion": 0.0,
-        "lifetime": 0.0,
         "dw_min_std_add": 0.0,
         "dw_min_std_slope": 0.0,
         "count_pulses": False,
@@ -128,6 +127,8 @@ def check_support(config: _Config) -> None:
         if not isinstance(one, SUPPORTED_DEVICES):
             raise _unsupported(type(one).__name__)
         _check(one, _OFF["device"], {})
+        if getattr(one, "write_noise_std", 0.0) > 0:
+            _check(one, {"lifetime": 0.0}, {})
         _check(one.drift, {"nu": 0.0}, {})
     for update in updates:
         _check(update, _OFF["update"], _CHOICES)

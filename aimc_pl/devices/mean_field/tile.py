@@ -146,6 +146,11 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         """Send update pulses to the cross-points, for the patches of images and the errors of the outputs."""
         self._update(images, error, patches)
 
+    def decay(self) -> None:
+        """Let the weights leak, as once per mini-batch, if the devices have a lifetime."""
+        for crossbar in self.crossbars:
+            crossbar.decay()
+
     def get_weights(self, as_ref: bool = False) -> Tensor:
         """Return the weights ``(out, in)``: a copy on the CPU, or with ``as_ref`` the tensor itself."""
         return self._weight if as_ref else self._weight.detach().cpu().clone()
@@ -299,6 +304,11 @@ class MeanFieldTile(RecreatedQuietly, CustomTile):
     def update(self, x_input: Tensor, d_input: Tensor) -> None:
         """Update the weights with inputs ``(..., in)`` and errors ``(..., out)``."""
         super().update(x_input, d_input)
+
+    @torch.no_grad()
+    def post_update_step(self) -> None:
+        """Let the weights leak (called by aihwkit's optimizers, once per step)."""
+        self.tile.decay()
 
     def __getstate__(self) -> dict[str, Any]:
         # aihwkit creates the crossbar again, from the configuration and the rest of the state.

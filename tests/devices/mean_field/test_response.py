@@ -8,6 +8,7 @@ from aihwkit.simulator.configs.devices import (
     ConstantStepDevice,
     ExpStepDevice,
     LinearStepDevice,
+    PiecewiseStepDevice,
     PowStepDevice,
     SoftBoundsDevice,
     SoftBoundsReferenceDevice,
@@ -27,7 +28,9 @@ DEVICES = {
     "reference, alike": SoftBoundsReferenceDevice(dw_min=0.004, **ALIKE),
     "exponential": ExpStepDevice(dw_min=0.004),
     "power": PowStepDevice(dw_min=0.004, pow_gamma=1.7),
+    "piecewise": PiecewiseStepDevice(dw_min=0.004, piecewise_up=[1.5, 1.2, 0.9, 0.3], piecewise_down=[0.2, 1, 1.1, 2]),
 }
+CURVED = ("exponential", "power", "piecewise")
 SIZE = (5, 6)
 
 
@@ -65,6 +68,12 @@ def steps(device, hidden):
             lambda w: up * (np.maximum(high - w, 0) / (high - low)) ** p["gamma_up"],
             lambda w: down * (np.maximum(w - low, 0) / (high - low)) ** p["gamma_down"],
         )
+    if isinstance(device, PiecewiseStepDevice):
+        nodes = np.linspace(0, 1, 4)
+        return (
+            lambda w: up * np.interp((w - low) / (high - low), nodes, device.piecewise_up),
+            lambda w: down * np.interp((w - low) / (high - low), nodes, device.piecewise_down),
+        )
     slope_up, slope_down = p.get("slope_up", 0.0), p.get("slope_down", 0.0)
     return (lambda w: up + slope_up * w), (lambda w: down + slope_down * w)
 
@@ -98,11 +107,11 @@ def test_mean_motion_solves_the_differential_equation(name, pulses):
     response.move(weight, counts, response.steepness * float(counts.total.max()))
     response.clip(weight)
     # The code integrates curved steps in a few substeps.
-    tolerance = 2e-5 if name not in ("exponential", "power") else 2e-3 * np.abs(expected - before).max() + 1e-6
+    tolerance = 2e-5 if name not in CURVED else 2e-3 * np.abs(expected - before).max() + 1e-6
     np.testing.assert_allclose(weight.numpy(), np.clip(expected, low, high), atol=tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name in DEVICES if name not in ("exponential", "power")])
+@pytest.mark.parametrize("name", [name for name in DEVICES if name not in CURVED])
 @pytest.mark.parametrize("pulses", [1, 7, 40])
 @pytest.mark.parametrize("direction", [1, -1])
 def test_whole_pulses_are_single_steps(name, pulses, direction):
@@ -149,7 +158,7 @@ def test_deviation_of_few_pulses(name):
     np.testing.assert_allclose(variance.numpy(), expected, rtol=0.05)
 
 
-@pytest.mark.parametrize("make", [ExpStepDevice, PowStepDevice, SoftBoundsDevice])
+@pytest.mark.parametrize("make", [ExpStepDevice, PowStepDevice, PiecewiseStepDevice, SoftBoundsDevice])
 def test_stuck_cross_points_stay(make):
     device = make(construction_seed=5, corrupt_devices_prob=1.0)
     config = SingleRPUConfig(device=device)

@@ -2,10 +2,10 @@
 
 import pytest
 from aihwkit.simulator.configs import ConstantStepDevice, SingleRPUConfig
-from aihwkit.simulator.configs.devices import OneSidedUnitCell, PiecewiseStepDevice
+from aihwkit.simulator.configs.devices import OneSidedUnitCell, PowStepReferenceDevice, SoftBoundsDevice
 from aihwkit.simulator.configs.utils import DriftParameter
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, PulseType
-from aihwkit.simulator.presets import CapacitorPreset, PCMPreset
+from aihwkit.simulator.presets import PCMPreset
 
 from aimc_pl.devices import DEVICES, MeanFieldRPUConfig, ecram, reram_es, soft_bounds, to_mean_field
 from aimc_pl.errors import UsageError
@@ -20,10 +20,10 @@ def changed(section, name, value):
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (SingleRPUConfig(device=PiecewiseStepDevice()), "PiecewiseStepDevice"),
+        (SingleRPUConfig(device=PowStepReferenceDevice()), "PowStepReferenceDevice"),
         (SingleRPUConfig(device=OneSidedUnitCell()), "OneSidedUnitCell"),
         (PCMPreset(), "PCMPresetUnitCell"),
-        (CapacitorPreset(), "lifetime=1000000.0"),
+        (SingleRPUConfig(device=SoftBoundsDevice(lifetime=9.0, write_noise_std=1.0)), "lifetime=9.0"),
         (changed("device", "drift", DriftParameter(nu=0.1)), "nu=0.1"),
         (changed("update", "pulse_type", PulseType.DETERMINISTIC_IMPLICIT), "pulse_type"),
         (changed("update", "um_grad_scale", 0.5), "um_grad_scale=0.5"),

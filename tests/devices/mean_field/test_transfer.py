@@ -287,8 +287,6 @@ def test_presets_run_here_and_what_only_aihwkit_simulates_is_refused():
     ):
         with pytest.raises(UsageError, match=rf"does not simulate .*{named}"):
             to_mean_field(config)
-    with pytest.raises(UsageError, match=r"does not simulate .*lifetime"):
-        tiki_taka("Capacitor")
 
 
 @pytest.mark.parametrize(("noise", "is_refused"), [(WriteNoise(0.1), True), (ReadNoise(0.1), False)])
