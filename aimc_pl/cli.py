@@ -1,122 +1,30 @@
-"""The command ``aimc-pl``: Lightning's command line, and pictures of schedules and devices."""
+"""The command ``aimc-pl``: pictures of schedules and devices, and Lightning's command line.
 
-import os
+Torch, Lightning and aihwkit are imported where a command needs them only, because these imports take seconds.
+"""
+
+import ast
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from inspect import signature
+from itertools import takewhile
 from pathlib import Path
-from shutil import rmtree
-from typing import Any
+from typing import TYPE_CHECKING
 
-from aihwkit.simulator.parameters.base import RPUConfigBase
-from jsonargparse import auto_cli, set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.figure import Figure
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
+from jsonargparse import ArgumentParser, auto_cli, auto_parser, set_parsing_settings
+from jsonargparse.typing import Path_fr
 
 from aimc_pl.arguments import check_number, shown
-from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.cli_errors import one_line
 from aimc_pl.config_files import with_shipped_configs
-from aimc_pl.devices import DEVICES, get_device, plot_response
-from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
 from aimc_pl.errors import PeerError, UsageError
-from aimc_pl.schedule import Duplex, ScheduleName
+from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
-# This import registers the names "aimc_none", "aimc_sync" and "aimc_async".
-from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
-from aimc_pl.strategies.checkpoint_io import reading
-from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
-from aimc_pl.strategies.settings import make_schedule
-
-
-class AnalogCLI(CheckpointReadingCLI):
-    """Lightning's command line, with a report after the fit.
-
-    OmegaConf resolves interpolations in configs after command-line overrides have been applied.
-    """
-
-    def __init__(self) -> None:
-        self._new_folders: list[Path] = []
-        # aihwkit's configurations are dataclasses, of which jsonargparse accepts no subclasses unless told to.
-        set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
-        try:
-            super().__init__(
-                save_config_kwargs={"overwrite": True},
-                parser_kwargs={
-                    "parser_mode": "omegaconf+",
-                    "exit_on_error": False,
-                    "description": "Train LightningModules on pipelines of analog in-memory computing accelerators. "
-                    "Further commands: 'aimc-pl schedule' draws a pipeline schedule, 'aimc-pl devices' lists devices.",
-                },
-            )
-        except (UsageError, MisconfigurationException):
-            self._remove_new_folders()
-            raise
-
-    def add_arguments_to_parser(self, parser: Any) -> None:
-        """Add the arguments that Lightning's command line does not have."""
-        parser.add_argument(
-            "--test_after_fit", type=bool, default=False, help="Test the last weights when the fit has ended."
-        )
-
-    def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
-        """Return a context manager for reading hyperparameters from a checkpoint.
-
-        It checks the checkpoint, and keeps it from running code.
-        """
-        with ExitStack() as stack:
-            if path and Path(path).is_file():
-                stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
-            return stack.pop_all()
-
-    def instantiate_classes(self) -> None:
-        """Instantiate the classes that the configuration names.
-
-        Raises:
-            UsageError: if a class refuses its arguments, or if the folder of a logger cannot be created.
-        """
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        for logger in self.trainer.loggers:
-            if logger.log_dir is not None:
-                path = Path(logger.log_dir)
-                new = [folder for folder in (path, *path.parents) if not folder.exists()]
-                if self.trainer.is_global_zero:
-                    _check_folder(path, new)
-                self._new_folders += new
-
-    def _remove_new_folders(self) -> None:
-        """Remove the folders that a run refused before its first step has created, unless other runs use them."""
-        if self._new_folders and self.trainer.is_global_zero and not self.trainer.global_step:
-            for logger in self.trainer.loggers:
-                path = Path(logger.log_dir or "")
-                of_others = [events for events in path.glob("events.*") if f".{os.getpid()}." not in events.name]
-                if path in self._new_folders and not of_others:
-                    rmtree(path, ignore_errors=True)
-            _remove(self._new_folders)
-
-    def after_fit(self) -> None:
-        """Test the model if ``test_after_fit`` is set, and print the results and where to find more."""
-        tested: list[Any] = []
-        if self._get(self.config, "test_after_fit"):
-            tested = self.trainer.test(self.model, self.datamodule, verbose=False)
-        console = Console(quiet=not self.trainer.is_global_zero)
-        for name, value in (item for results in tested for item in results.items()):
-            console.print(f"{name:<24} {value:.4f}")
-        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, ClockMonitor):
-                console.print(callback.report(), soft_wrap=True)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                tensorboard = Path(sys.executable).with_name("tensorboard")
-                console.print(f"To watch it: {tensorboard} --logdir {logger.root_dir}", soft_wrap=True)
-                console.print("and open http://localhost:6006/#custom_scalars")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def schedule(
@@ -128,6 +36,8 @@ def schedule(
 ) -> None:
     """Print (or draw) what every stage does in every clock, from the fill to the drain of a mini-batch.
 
+    The numbers need no names: ``aimc-pl schedule 8 4`` has 8 stages and 4 micro-batches.
+
     Args:
         num_stages: M, the number of stages of the pipeline, at most 32.
         num_microbatches: B, the number of micro-batches of a mini-batch, as many as fit into 256 clocks.
@@ -135,8 +45,13 @@ def schedule(
         duplex: for async, one operation of a stage in a clock (half), or a forward and a backward (full).
         png: the file to draw into instead of printing, in the format that the file's name ends with.
     """
+    from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
+
     check_number("num_stages", num_stages, at_least=1, at_most=MAX_DRAWN_STAGES, whole=True)
-    table = make_schedule(schedule, num_stages, num_microbatches, duplex)
+    try:
+        table = Schedule(schedule, num_stages, num_microbatches, duplex)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if table.num_clocks() > MAX_DRAWN_CLOCKS:
         raise UsageError(
             f"num_stages={num_stages} and num_microbatches={shown(num_microbatches)} take more than {MAX_DRAWN_CLOCKS} "
@@ -156,6 +71,8 @@ def schedule(
 def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 1000) -> None:
     """List the analog devices, describe one of them, or draw its response to update pulses.
 
+    The name needs no ``--name``: ``aimc-pl devices soft_bounds`` describes that device.
+
     Args:
         name: the device to describe.
         png: the file to draw the device's response into.
@@ -163,10 +80,12 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
     """
     if name is None:
         if png is not None:
-            raise UsageError("which device? Add --name")
-        for known, function in DEVICES.items():
-            print(f"{known:<24} {(function.__doc__ or '').splitlines()[0]}")
+            raise UsageError("which device? Add its name")
+        for known, line in listed_devices().items():
+            print(f"{known:<24} {line}")
         return
+    from aimc_pl.devices import DEVICES, get_device, plot_response
+
     device = get_device(name)
     if png is None:
         print(DEVICES[name].__doc__, device, sep="\n")
@@ -175,45 +94,83 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
         _save(plot_response(device, name, num_pulses), png)
 
 
+def listed_devices() -> dict[str, str]:
+    """Return the names of all devices, each with a line on it.
+
+    The source is read and not imported, because aihwkit would be imported too.
+    """
+    sources = {path.stem: ast.parse(path.read_text("utf-8")) for path in Path(__file__).parent.glob("devices/*.py")}
+    functions = (node for source in sources.values() for node in source.body if isinstance(node, ast.FunctionDef))
+    lines = {function.name: (ast.get_docstring(function) or "").partition("\n")[0] for function in functions}
+    (table,) = (node for node in sources["names"].body if ast.unparse(node).startswith("DEVICES"))
+    names = (node.id for node in ast.walk(table) if isinstance(node, ast.Name))
+    return {name: lines[name] for name in names if name in lines}
+
+
+TRAINING = {
+    "fit": "Train a model, with a validation after every epoch.",
+    "validate": "Validate a model once.",
+    "test": "Test a model once.",
+    "predict": "Run predict_step on the data to predict for.",
+}
+"""The commands of Lightning's command line."""
+
+COMMANDS: dict[str, Callable[..., None]] = {"schedule": schedule, "devices": devices}
+"""The other commands. Their arguments can be given by name or by position."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command ``aimc-pl``. A request that cannot work, or a lost process, ends in one line and exit code 1.
 
     Args:
         args: the arguments of the command; by default those of the process.
     """
+    args = sys.argv[1:] if args is None else args
     try:
-        sys.argv[1:] = args = with_shipped_configs(sys.argv[1:] if args is None else args)
-        if args[:1] in (["schedule"], ["devices"]):
-            auto_cli({"schedule": schedule, "devices": devices}, prog="aimc-pl", exit_on_error=False)
+        if args and args[0] in TRAINING:
+            sys.argv[1:] = with_shipped_configs(args)
+            from aimc_pl.training_cli import train
+
+            train()
+        elif args and args[0] in COMMANDS:
+            command = COMMANDS[args[0]]
+            auto_cli(command, _with_names(command, args[1:]), prog=f"aimc-pl {args[0]}", exit_on_error=False)
+        elif args[:1] == ["--print_completion"] and find_spec("shtab") is None:
+            raise UsageError("--print_completion needs another package: pip install shtab")
         else:
-            AnalogCLI()
-    except (UsageError, PeerError, MisconfigurationException, ArgumentError, OmegaConfBaseException) as error:
+            _overview().parse_args(args or ["--help"])
+    except (UsageError, PeerError, ArgumentError) as error:
         sys.exit(f"aimc-pl: error: {one_line(str(error))}")
 
 
-def _check_folder(path: Path, new: Sequence[Path]) -> None:
-    """Check that a folder of logs can be created: create it, and remove new folders again.
+def _overview() -> ArgumentParser:
+    """Return a parser that knows the names of all commands, for the help and for the completion of shells."""
+    set_parsing_settings(add_print_completion_argument=True)
+    parser = ArgumentParser(
+        prog="aimc-pl",
+        description="Train LightningModules on pipelines of analog in-memory computing accelerators.",
+        version=version("aimc-pl"),
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(title="commands", metavar="COMMAND", description="add --help for their arguments")
+    for name, line in TRAINING.items():
+        training = ArgumentParser(description=line)
+        training.add_argument("--config", type=Path_fr)
+        training.add_argument("--ckpt_path", type=Path_fr)
+        commands.add_subcommand(name, training, help=line)
+    for name, command in COMMANDS.items():
+        own = auto_parser(command)
+        commands.add_subcommand(name, own, help=own.description)
+    return parser
 
-    Args:
-        path: the folder.
-        new: those of the folder and its parents that do not exist yet, the innermost first.
 
-    Raises:
-        UsageError: if it cannot be created.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the logger cannot write: {error.strerror}: {error.filename}") from error
-    finally:
-        _remove(new)
-
-
-def _remove(folders: Sequence[Path]) -> None:
-    """Remove those of the folders that are empty. The innermost must come first."""
-    for folder in folders:
-        with suppress(OSError):  # The folder does not exist, or others use it.
-            folder.rmdir()
+def _with_names(command: Callable[..., None], args: Sequence[str]) -> list[str]:
+    """Return the arguments with names for those that come first and have none, which jsonargparse would refuse."""
+    parameters = signature(command).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
+    words = [*takewhile(lambda arg: not arg.startswith("-"), args)] if len(names) == len(parameters) else []
+    named = [f"--{name}={word}" for name, word in zip(names, words, strict=False)]
+    return [*named, *args[len(named) :]]
 
 
 def _check_picture(path: Path) -> None:
@@ -222,6 +179,8 @@ def _check_picture(path: Path) -> None:
     Raises:
         UsageError: if the path is a folder, lies in no folder, or names no known format.
     """
+    from matplotlib.figure import Figure
+
     if path.is_dir():
         raise UsageError(f"png={path} is a folder: add the name of a file")
     if not path.parent.is_dir():
@@ -231,7 +190,7 @@ def _check_picture(path: Path) -> None:
         raise UsageError(f"png={path} must end in .png, or another of {', '.join(known)}")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

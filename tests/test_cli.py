@@ -1,6 +1,9 @@
 """These tests run the command: every config, on random images where data would be downloaded, and overrides."""
 
+import subprocess
 import sys
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -8,10 +11,11 @@ import torch
 import torchvision
 from matplotlib.pyplot import imread
 
-import aimc_pl.cli
 import aimc_pl.configs
+import aimc_pl.training_cli
 from aimc_pl.callbacks import ClockMonitor
-from aimc_pl.cli import main
+from aimc_pl.cli import COMMANDS, TRAINING, listed_devices, main
+from aimc_pl.devices import DEVICES
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 CONFIGS = sorted(path.name for folder in aimc_pl.configs.__path__ for path in Path(folder).glob("*.yaml"))
@@ -95,7 +99,7 @@ def test_resume_from_the_command_line(command, monkeypatch):
 
 def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch):
     seen = []
-    monkeypatch.setattr(aimc_pl.cli, "AnalogCLI", lambda: seen.append(sys.argv[1:]))
+    monkeypatch.setattr(aimc_pl.training_cli, "AnalogCLI", lambda: seen.append(sys.argv[1:]))
     (shipped,) = (Path(folder) / "digits_async.yaml" for folder in aimc_pl.configs.__path__)
     command("fit", "--config", "digits_async.yaml")
     command("fit", "-c", "digits_async.yaml")
@@ -152,14 +156,16 @@ def test_help_explains_the_arguments(subcommand, command, capsys):
     with pytest.raises(SystemExit) as stop:
         command(subcommand, "--help")
     assert stop.value.code == 0
-    assert "--trainer.strategy" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--trainer.strategy STRATEGY" in printed
+    assert "explained by 'aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy'" in printed
 
 
 def test_help_of_the_strategy(command, capsys):
     with pytest.raises(SystemExit):
-        command("fit", "--trainer.strategy.help=aimc_pl.strategies.AnalogPipelineStrategy")
+        command("fit", "--trainer.strategy.help=AnalogPipelineStrategy")
     printed = capsys.readouterr().out
-    for name in ("num_stages", "schedule", "num_microbatches", "device", "split_at", "duplex"):
+    for name in signature(AnalogPipelineStrategy).parameters:
         assert f".{name}" in printed
     assert "the number of accelerators" in " ".join(printed.split())
 
@@ -182,3 +188,70 @@ def test_devices_lists_and_draws(command, capsys, tmp_path):
     assert "tau" in capsys.readouterr().out
     command("devices", "--name=reram_sb", f"--png={tmp_path / 'response.png'}", "--num_pulses=100")
     assert has_colours(tmp_path / "response.png")
+
+
+def test_the_list_of_devices_is_that_of_the_catalogue():
+    """Check the list, which is read from the source, against the imported devices."""
+    assert listed_devices() == {name: (function.__doc__ or "").partition("\n")[0] for name, function in DEVICES.items()}
+
+
+def test_arguments_by_position(command, capsys):
+    pairs = [
+        (("schedule", "5"), ("schedule", "--num_stages=5")),
+        (("schedule", "3", "2", "sync"), ("schedule", "--num_stages=3", "--num_microbatches=2", "--schedule=sync")),
+        (("schedule", "3", "--duplex=full"), ("schedule", "--duplex", "full", "--num_stages", "3")),
+        (("devices", "ecram"), ("devices", "--name", "ecram")),
+    ]
+    for short, long in pairs:
+        command(*short)
+        printed = capsys.readouterr().out
+        command(*long)
+        assert printed == capsys.readouterr().out != ""
+    with pytest.raises(SystemExit, match="unrecognized arguments: more"):
+        command("schedule", "3", "2", "sync", "half", "x.png", "more")
+    assert not Path("x.png").exists()
+
+
+def test_overview(command, capsys):
+    """Check that the command alone prints what its help prints: all commands, each with a line."""
+    with pytest.raises(SystemExit) as stop:
+        command()
+    assert stop.value.code in (0, None)
+    printed = capsys.readouterr().out
+    for name in (*TRAINING, *COMMANDS):
+        assert f"\n    {name} " in printed
+    with pytest.raises(SystemExit):
+        command("--help")
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit):
+        command("--version")
+    assert capsys.readouterr().out == f"aimc-pl {version('aimc-pl')}\n"
+
+
+def test_completion_names_all_commands(command, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit):
+        command("--print_completion", "shtab-bash")
+    printed = capsys.readouterr().out
+    assert f"({' '.join([*TRAINING, *COMMANDS])})" in printed
+    assert "--num_microbatches" in printed
+
+
+def test_completion_without_its_package(command, monkeypatch):
+    monkeypatch.setattr("aimc_pl.cli.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install shtab"):
+        command("--print_completion", "shtab-bash")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"]]
+)
+def test_quick_commands_import_nothing_slow(arguments):
+    """Check in a new process, because this one has imported everything. The imports are what would take seconds."""
+    script = (
+        f"import sys\nfrom aimc_pl.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'lightning', 'aihwkit', 'torchvision', 'sklearn', 'scipy', 'pandas'} & sys.modules.keys())"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.endswith("\nset()\n")

@@ -1,0 +1,154 @@
+"""Lightning's command line, with this package's strategy, callbacks and report."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from aihwkit.simulator.parameters.base import RPUConfigBase
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.cli import TRAINING
+from aimc_pl.errors import UsageError
+
+# This import registers the strategy's names, such as "aimc_async".
+from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
+from aimc_pl.strategies.checkpoint_io import reading
+from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+
+_MORE_HELP = """\
+The pipeline's own arguments, such as --trainer.strategy.num_stages, are explained by
+'aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy', and devices by 'aimc-pl devices'.
+A config has all of them in one place: 'aimc-pl fit --config digits_async.yaml --print_config' shows one.
+"""
+
+
+class AnalogCLI(CheckpointReadingCLI):
+    """Lightning's command line, with a report after the fit.
+
+    OmegaConf resolves interpolations in configs after command-line overrides have been applied.
+    """
+
+    def __init__(self) -> None:
+        self._new_folders: list[Path] = []
+        # aihwkit's configurations are dataclasses, of which jsonargparse accepts no subclasses unless told to.
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
+        try:
+            super().__init__(
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={
+                    "parser_mode": "omegaconf+",
+                    "exit_on_error": False,
+                    "prog": "aimc-pl",
+                    **{name: {"description": line, "epilog": _MORE_HELP} for name, line in TRAINING.items()},
+                },
+            )
+        except (UsageError, MisconfigurationException):
+            self._remove_new_folders()
+            raise
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add the arguments that Lightning's command line does not have."""
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="Test the last weights when the fit has ended."
+        )
+
+    def reading_checkpoint(self, path: str) -> AbstractContextManager[Any]:
+        """Return a context manager for reading hyperparameters from a checkpoint.
+
+        It checks the checkpoint, and keeps it from running code.
+        """
+        with ExitStack() as stack:
+            if path and Path(path).is_file():
+                stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
+            return stack.pop_all()
+
+    def instantiate_classes(self) -> None:
+        """Instantiate the classes that the configuration names.
+
+        Raises:
+            UsageError: if a class refuses its arguments, or if the folder of a logger cannot be created.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        for logger in self.trainer.loggers:
+            if logger.log_dir is not None:
+                path = Path(logger.log_dir)
+                new = [folder for folder in (path, *path.parents) if not folder.exists()]
+                if self.trainer.is_global_zero:
+                    _check_folder(path, new)
+                self._new_folders += new
+
+    def _remove_new_folders(self) -> None:
+        """Remove the folders that a run refused before its first step has created, unless other runs use them."""
+        if self._new_folders and self.trainer.is_global_zero and not self.trainer.global_step:
+            for logger in self.trainer.loggers:
+                path = Path(logger.log_dir or "")
+                of_others = [events for events in path.glob("events.*") if f".{os.getpid()}." not in events.name]
+                if path in self._new_folders and not of_others:
+                    rmtree(path, ignore_errors=True)
+            _remove(self._new_folders)
+
+    def after_fit(self) -> None:
+        """Test the model if ``test_after_fit`` is set, and print the results and where to find more."""
+        tested: list[Any] = []
+        if self._get(self.config, "test_after_fit"):
+            tested = self.trainer.test(self.model, self.datamodule, verbose=False)
+        console = Console(quiet=not self.trainer.is_global_zero)
+        for name, value in (item for results in tested for item in results.items()):
+            console.print(f"{name:<24} {value:.4f}")
+        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(callback, ClockMonitor):
+                console.print(callback.report(), soft_wrap=True)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                tensorboard = Path(sys.executable).with_name("tensorboard")
+                console.print(f"To watch it: {tensorboard} --logdir {logger.root_dir}", soft_wrap=True)
+                console.print("and open http://localhost:6006/#custom_scalars")
+
+
+def train() -> None:
+    """Run Lightning's command line on the arguments of the process.
+
+    Raises:
+        UsageError: if what the arguments ask for cannot work.
+    """
+    try:
+        AnalogCLI()
+    except (MisconfigurationException, OmegaConfBaseException) as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_folder(path: Path, new: Sequence[Path]) -> None:
+    """Check that a folder of logs can be created: create it, and remove new folders again.
+
+    Args:
+        path: the folder.
+        new: those of the folder and its parents that do not exist yet, the innermost first.
+
+    Raises:
+        UsageError: if it cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the logger cannot write: {error.strerror}: {error.filename}") from error
+    finally:
+        _remove(new)
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    """Remove those of the folders that are empty. The innermost must come first."""
+    for folder in folders:
+        with suppress(OSError):  # The folder does not exist, or others use it.
+            folder.rmdir()
