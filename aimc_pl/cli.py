@@ -19,7 +19,7 @@ from jsonargparse.typing import Path_fr
 
 from aimc_pl.arguments import check_number, shown
 from aimc_pl.cli_errors import one_line
-from aimc_pl.config_files import with_shipped_configs
+from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 
@@ -128,7 +128,7 @@ def main(args: list[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     try:
         if args and args[0] in TRAINING:
-            sys.argv[1:] = with_shipped_configs(args)
+            sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
             from aimc_pl.training_cli import train
 
             train()

@@ -1,14 +1,22 @@
-"""Functions that find the config files of the command, and check that these can be read as they are meant."""
+"""Functions that find the config files of the command, and check that these can be read as they are meant.
+
+They also keep a strategy that is named on the command line from dropping the arguments that a config gives it.
+"""
 
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, get_args
 
 import yaml
 
 from aimc_pl.arguments import shown
 from aimc_pl.errors import UsageError
+from aimc_pl.schedule import ScheduleName
+
+_STRATEGY = "aimc_pl.strategies.AnalogPipelineStrategy"
+_SCHEDULES = {f"aimc_{name}": name for name in get_args(ScheduleName)}
 
 
 def with_shipped_configs(args: list[str]) -> list[str]:
@@ -27,6 +35,53 @@ def with_shipped_configs(args: list[str]) -> list[str]:
         else:
             found.append(arg)
     return found
+
+
+def with_kept_strategies(args: list[str]) -> list[str]:
+    """Return the arguments of the command, in which a strategy's name sets the schedule of the strategy of a config.
+
+    ``--trainer.strategy=aimc_sync`` alone would make a new strategy, without the config's device and other arguments.
+
+    Raises:
+        UsageError: if a config names the strategy that an earlier config sets up.
+    """
+    kept: list[str] = []
+    is_set_up = False
+    for before, arg in pairwise(["", *args]):
+        kept.append(arg)
+        option, _, value = (arg if arg.startswith("-") else f"{before}={arg}").partition("=")
+        strategy = None
+        if option in ("--config", "-c") and value:
+            strategy = _strategy(Path(value))
+            if is_set_up and strategy in [*_SCHEDULES]:
+                raise UsageError(
+                    f"config {value}: strategy: {strategy} would drop the arguments of an earlier config, such as its "
+                    f"device: write strategy: {{init_args: {{schedule: {_SCHEDULES[strategy]}}}}}"
+                )
+        elif option == "--trainer.strategy" and value:
+            strategy = value
+            if strategy in _SCHEDULES:
+                del kept[-1 if arg.startswith("-") else -2 :]
+        if strategy in [*_SCHEDULES]:
+            kept += [] if is_set_up else [f"--trainer.strategy={_STRATEGY}"]
+            kept.append(f"--trainer.strategy.init_args.schedule={_SCHEDULES[strategy]}")
+            is_set_up = True
+        elif isinstance(strategy, dict):
+            is_set_up = _is_ours(strategy.get("class_path", _STRATEGY))
+        elif strategy is not None:
+            is_set_up = _is_ours(strategy)
+    return kept
+
+
+def _is_ours(class_path: str) -> bool:
+    return class_path.rpartition(".")[2] == _STRATEGY.rpartition(".")[2]
+
+
+def _strategy(path: Path) -> Any:
+    """Return what a config says of the strategy; ``None`` if it says nothing."""
+    config = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+    trainer = config.get("trainer")
+    return trainer.get("strategy") if isinstance(trainer, dict) else None
 
 
 def _config_path(name: str) -> str:

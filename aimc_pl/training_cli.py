@@ -2,6 +2,7 @@
 
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from aimc_pl.errors import UsageError
 # This import registers the strategy's names, such as "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
+from aimc_pl.strategies.checks import OTHER_PACKAGE
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 
 _MORE_HELP = """\
@@ -123,8 +125,14 @@ def train() -> None:
     Raises:
         UsageError: if what the arguments ask for cannot work.
     """
+    # Python finds modules beside a script. The user's are in the current folder, and the script is this command.
+    sys.path.append(os.getcwd())
     try:
         AnalogCLI()
+    except ArgumentError as error:
+        if "does not correspond to a subclass of Lightning" in str(error) and "pytorch_lightning" in sys.modules:
+            raise UsageError(OTHER_PACKAGE) from error
+        raise
     except (MisconfigurationException, OmegaConfBaseException) as error:
         raise UsageError(str(error)) from error
 

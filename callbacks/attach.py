@@ -8,15 +8,18 @@ import lightning.pytorch as pl
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies.checks import OTHER_PACKAGE
 
 
 def get_strategy(callback: object, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
     """Return the strategy of the trainer.
 
     Raises:
-        UsageError: if the strategy does not run a pipeline.
+        UsageError: if the strategy does not run a pipeline, or if the trainer is of another package.
     """
     strategy = trainer.strategy
+    if type(trainer).__module__.startswith("pytorch_lightning"):
+        raise UsageError(OTHER_PACKAGE)
     if not isinstance(strategy, AnalogPipelineStrategy):
         raise UsageError(
             f"{type(callback).__name__} needs a pipeline, but the strategy is {type(strategy).__name__}: "
@@ -29,7 +32,7 @@ def attach(observer: Observer, trainer: "pl.Trainer") -> AnalogPipelineStrategy:
     """Register the observer with the trainer's pipeline, whose operations it then observes, and return the strategy.
 
     Raises:
-        UsageError: if the strategy does not run a pipeline.
+        UsageError: if the strategy does not run a pipeline, or if the trainer is of another package.
     """
     strategy = get_strategy(observer, trainer)
     if observer not in strategy.observers:

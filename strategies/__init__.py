@@ -1,6 +1,7 @@
 """This package holds the Lightning strategy ``AnalogPipelineStrategy``.
 
-Importing the package registers the names ``aimc_none``, ``aimc_sync`` and ``aimc_async`` for ``Trainer(strategy=...)``.
+Importing the package registers the names ``aimc_none``, ``aimc_sync``, ``aimc_1f1b`` and ``aimc_async`` for
+``Trainer(strategy=...)``. A strategy of such a name has the default arguments, so it makes no layer analog.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, override
+from typing import TYPE_CHECKING, Any, get_args, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
@@ -150,7 +150,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        for schedule in ("none", "sync", "async"):
+        for schedule in get_args(ScheduleName):
             strategy_registry.register(
                 f"aimc_{schedule}", cls, description=f"analog pipeline, schedule {schedule}", schedule=schedule
             )

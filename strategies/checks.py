@@ -301,13 +301,16 @@ def _warn_of_what_is_seen(module: nn.Module, settings: Settings) -> None:
             )
 
 
+OTHER_PACKAGE = (
+    "pytorch_lightning is imported, and this strategy is for the package lightning: write "
+    "'import lightning.pytorch as pl' in the place of 'import pytorch_lightning as pl'"
+)
+
+
 def warn_about_other_package() -> None:
     """Warn if the package ``pytorch_lightning`` is imported, whose modules and trainers are other classes."""
     if "pytorch_lightning" in sys.modules:
-        rank_zero_warn(
-            "pytorch_lightning is imported, and this strategy is for the package lightning: write "
-            "'import lightning.pytorch as pl' in the place of 'import pytorch_lightning as pl'"
-        )
+        rank_zero_warn(OTHER_PACKAGE)
 
 
 def check_split(module: nn.Module, split_at: Sequence[str] | None) -> None:

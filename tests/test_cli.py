@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import yaml
 from matplotlib.pyplot import imread
 
 import aimc_pl.configs
 import aimc_pl.training_cli
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.cli import COMMANDS, TRAINING, listed_devices, main
+from aimc_pl.config_files import with_kept_strategies
 from aimc_pl.devices import DEVICES
+from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 CONFIGS = sorted(path.name for folder in aimc_pl.configs.__path__ for path in Path(folder).glob("*.yaml"))
@@ -150,6 +153,66 @@ def test_interpolated_and_overridden_values_arrive(command, monkeypatch):
     assert seen == {"rate": 7, "device": 0.35}
 
 
+NAMED = "--trainer.strategy=aimc_pl.strategies.AnalogPipelineStrategy"
+SCHEDULE = "--trainer.strategy.init_args.schedule="
+SET_UP = ["--config=full.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("args", "kept"),
+    [
+        ([*SET_UP, "--trainer.strategy=aimc_sync"], [*SET_UP, SCHEDULE + "sync"]),
+        ([*SET_UP, "--trainer.strategy", "aimc_1f1b", "--x"], [*SET_UP, SCHEDULE + "1f1b", "--x"]),
+        (["-c", "short.yaml", "--trainer.strategy=aimc_none"], ["-c", "short.yaml", SCHEDULE + "none"]),
+        (["--trainer.strategy", "aimc_sync"], [NAMED, SCHEDULE + "sync"]),
+        (["--trainer.strategy=aimc_sync", *SET_UP], [NAMED, SCHEDULE + "sync", *SET_UP]),
+        (["--config", "named.yaml", "--x"], ["--config", "named.yaml", NAMED, SCHEDULE + "async", "--x"]),
+        (
+            ["--config=named.yaml", "--trainer.strategy=aimc_sync"],
+            ["--config=named.yaml", NAMED, SCHEDULE + "async", SCHEDULE + "sync"],
+        ),
+        (["--config=other.yaml", "--trainer.strategy=aimc_sync"], ["--config=other.yaml", NAMED, SCHEDULE + "sync"]),
+        (
+            [*SET_UP, "--config=none.yaml", "--trainer.strategy=aimc_sync"],
+            [*SET_UP, "--config=none.yaml", SCHEDULE + "sync"],
+        ),
+        ([*SET_UP, "--trainer.strategy=auto"], [*SET_UP, "--trainer.strategy=auto"]),
+        (
+            [*SET_UP, "--trainer.strategy=auto", "--trainer.strategy=aimc_sync"],
+            [*SET_UP, "--trainer.strategy=auto", NAMED, SCHEDULE + "sync"],
+        ),
+        (["--config=nowhere.yaml", "--trainer.strategy"], ["--config=nowhere.yaml", "--trainer.strategy"]),
+    ],
+)
+def test_a_strategy_by_name_keeps_the_arguments_of_the_config(args, kept):
+    ours = "class_path: aimc_pl.strategies.AnalogPipelineStrategy, init_args: {device: ideal}"
+    strategies = {"full": f"{{{ours}}}", "named": "aimc_async", "short": "{init_args: {num_stages: 2}}"}
+    strategies |= {"other": "{class_path: lightning.pytorch.strategies.DDPStrategy}"}
+    for name, text in strategies.items():
+        Path(f"{name}.yaml").write_text(f"trainer: {{strategy: {text}}}")
+    Path("none.yaml").write_text("seed_everything: 0")
+    assert with_kept_strategies(args) == kept
+    with pytest.raises(UsageError, match="would drop the arguments of an earlier config, such as its device"):
+        with_kept_strategies([*SET_UP, "--config=named.yaml"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        (["--config=digits_async.yaml", "--trainer.strategy", "aimc_sync"], {"schedule": "sync", "num_stages": 4}),
+        (["--config=named.yaml", "--trainer.strategy.num_stages=3"], {"schedule": "1f1b", "num_stages": 3}),
+    ],
+)
+def test_the_arguments_of_a_strategy_by_name(options, arguments, command, capsys):
+    Path("named.yaml").write_text("trainer: {strategy: aimc_1f1b}")
+    with pytest.raises(SystemExit):
+        command("fit", *options, "--print_config")
+    strategy = yaml.safe_load(capsys.readouterr().out)["trainer"]["strategy"]["init_args"]
+    assert {name: strategy[name] for name in arguments} == arguments
+    assert (strategy["device"] is not None) == ("digits_async.yaml" in options[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
 def test_help_explains_the_arguments(subcommand, command, capsys):
@@ -255,3 +318,15 @@ def test_quick_commands_import_nothing_slow(arguments):
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.endswith("\nset()\n")
+
+
+@pytest.mark.slow
+def test_a_module_of_the_other_package(command, monkeypatch):
+    """Check a module of one's own in the current folder, whose base class is not that of the package lightning."""
+    Path("own_module.py").write_text("import torch\nclass Net(torch.nn.Module):\n    pass\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="Import path does not correspond to a subclass of LightningModule"):
+        command("fit", "--config=digits_async.yaml", "--model=own_module.Net")
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    with pytest.raises(SystemExit, match=r"write 'import lightning\.pytorch as pl' in the place of 'import p"):
+        command("fit", "--config=digits_async.yaml", "--model=own_module.Net")

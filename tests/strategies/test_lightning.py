@@ -498,7 +498,7 @@ def test_validate_loads_an_analog_checkpoint(tmp_path):
 # ------------------------------------------------------------------ the strategy
 
 
-@pytest.mark.parametrize("name", ["aimc_none", "aimc_sync", "aimc_async"])
+@pytest.mark.parametrize("name", ["aimc_none", "aimc_sync", "aimc_1f1b", "aimc_async"])
 def test_strategies_by_name(name):
     trainer = fit(seeded(Attributes), name)
     assert trainer.strategy.schedule.name == name.removeprefix("aimc_")
