@@ -23,6 +23,7 @@ from aimc_pl.private_torch import (
     CALL,
     LEAF,
     Loss,
+    TorchDispatchMode,
     base_of,
     call_of,
     count_function_modes,
@@ -473,3 +474,18 @@ def test_hooks_of_tensors_are_put_back(had_hooks):
         handle.remove()
     parameter.sum().backward()
     assert len(calls) == 4 * had_hooks
+
+
+def test_a_dispatch_mode_sees_operations_below_autograd():
+    seen = []
+    x, weight = torch.zeros(4, 3), torch.zeros(2, 3, requires_grad=True)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append((func.overloadpacket.__name__, func.is_view, args[0].requires_grad))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        nn.functional.linear(x, weight)
+        weight.view(6)
+    assert seen == [("t", True, True), ("mm", False, False), ("view", True, True)]

@@ -94,7 +94,7 @@ def test_wheel_installs_nothing_but_aimc_pl(wheel):
 
 @pytest.mark.parametrize(
     "package",
-    ["aimc_pl.strategies", "aimc_pl.callbacks", "aimc_pl.devices", "aimc_pl.data", "aimc_pl.models"],
+    ["aimc_pl.strategies", "aimc_pl.callbacks", "aimc_pl.cost", "aimc_pl.devices", "aimc_pl.data", "aimc_pl.models"],
 )
 def test_public_names_are_documented(package):
     module = import_module(package)

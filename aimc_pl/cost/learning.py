@@ -1,0 +1,74 @@
+"""This module reads from the configuration of a layer's tiles how the layer learns: pulses, transfers, buffers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the crossbars of a layer learn.
+
+    A *call* is one update of the layer from the vectors of some micro-batches: from one under ``async``, from all of a
+    mini-batch under the other schedules. A *transfer* reads a column of one crossbar, and writes it to the next one.
+
+    Attributes:
+        pulses: the length of a pulse train; ``None`` for the hardware's mean.
+        crossbars: the number of crossbars that hold the layer's weights.
+        crossbars_in_products: the number of crossbars that a product reads.
+        transfers_per_vector: the number of transfers for every pair of an input and an error.
+        transfers_per_call: the number of transfers for every call.
+        transfer_pulses: the length of the pulse train that writes a column; ``None`` for the hardware's mean.
+        transfers_are_buffered: whether columns pass through a digital buffer.
+        is_digital: whether gradients are added up digitally and then written, column by column, with every call.
+    """
+
+    pulses: int | None = None
+    crossbars: int = 1
+    crossbars_in_products: int = 1
+    transfers_per_vector: float = 0.0
+    transfers_per_call: float = 0.0
+    transfer_pulses: int | None = None
+    transfers_are_buffered: bool = False
+    is_digital: bool = False
+
+
+def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
+    """Return how a layer learns with this aihwkit configuration.
+
+    Where transfers pass through more than two crossbars, only those from the first one count. The others are rarer by
+    the number of columns.
+
+    Args:
+        rpu_config: the configuration of the layer's tiles.
+        columns: the number of inputs of a tile.
+        vectors: the number of pairs of an input and an error in a micro-batch.
+    """
+    from aihwkit.simulator.configs.compounds import (
+        BufferedTransferCompound,
+        ChoppedTransferCompound,
+        MixedPrecisionCompound,
+        TransferCompound,
+    )
+
+    device = getattr(rpu_config, "device", None)
+    pulses = _train_length(getattr(rpu_config, "update", None))
+    if isinstance(device, MixedPrecisionCompound):
+        written = columns * min(1.0, vectors / max(device.transfer_every, 1))
+        return Learning(pulses, transfers_per_call=written, transfer_pulses=1, is_digital=True)
+    if not isinstance(device, TransferCompound):
+        return Learning(pulses)
+    transfers = device.n_reads_per_transfer / device.transfer_every if device.transfer_every else 0.0
+    return Learning(
+        pulses,
+        crossbars=len(device.unit_cell_devices),
+        crossbars_in_products=len(device.unit_cell_devices) if device.gamma or any(device.gamma_vec) else 1,
+        transfers_per_vector=0.0 if device.units_in_mbatch else transfers,
+        transfers_per_call=transfers if device.units_in_mbatch else 0.0,
+        transfer_pulses=_train_length(device.transfer_update),
+        transfers_are_buffered=isinstance(device, BufferedTransferCompound | ChoppedTransferCompound),
+    )
+
+
+def _train_length(update: Any) -> int | None:
+    """Return the length of the pulse trains of an update; ``None`` if the device adapts it to every vector."""
+    return None if update is None or update.update_bl_management else update.desired_bl

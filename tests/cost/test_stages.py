@@ -1,0 +1,162 @@
+"""These tests recompute numbers that papers print, and compare costs with closed forms."""
+
+from dataclasses import replace
+
+import pytest
+from torch import nn, randn
+
+from aimc_pl.cost import (
+    ISAAC_2016,
+    MARINELLA_2018,
+    PRESETS,
+    RASCH_2024,
+    Learning,
+    Matrix,
+    Quantity,
+    Work,
+    count_work,
+    stage_cost,
+)
+from aimc_pl.cost.learning import learning_of
+from aimc_pl.cost.stages import Cost, memory_bound, with_spills
+from aimc_pl.devices import convert_to_analog, get_device
+from aimc_pl.schedule import Schedule
+
+
+def cost_of(hardware=RASCH_2024, **matrix):
+    size = {"name": "", "rows": 512, "columns": 512, "vectors": 1, "numbers_in": 512, **matrix}
+    return stage_cost(Work(matrices=[Matrix(**size)]), hardware)
+
+
+@pytest.mark.parametrize(
+    ("device", "change", "printed"),
+    [
+        ("soft_bounds", {}, 30.9e-9),
+        ("tiki_taka_v2", {"transfer_every": 2}, 56.3e-9),  # a transfer with every second vector
+        ("mixed_precision", {}, 3024.5e-9),
+    ],
+)
+def test_update_times_that_a_paper_prints(device, change, printed):
+    """Compare with arXiv 2510.02516, table 5: the update of 512 × 512 weights per sample, at batch 100."""
+    config = get_device(device)
+    for name, value in change.items():
+        setattr(config.device, name, value)
+    cost = cost_of(vectors=100, learning=learning_of(config, 512, 100))
+    # Mixed precision adds up gradients in the backward.
+    gradient = cost.backward.seconds - 100 * 40e-9
+    assert (cost.update.seconds + cost.step.seconds + gradient) / 100 == pytest.approx(printed, rel=2e-3)
+
+
+def test_energies_that_a_paper_prints():
+    """Compare with arXiv 2510.02516, appendix I: a network of 785-250-10."""
+    size = {"vectors": 1, "numbers_in": 1}
+    layers = [Matrix("0", 250, 785, **size), Matrix("1", 10, 250, **size)]
+    cost = stage_cost(Work(matrices=layers), RASCH_2024)
+    assert cost.forward.joules["crossbars"] == pytest.approx(7.29e-9)
+    assert cost.backward.joules["crossbars"] == pytest.approx(2.15e-9)
+    assert cost.update.joules["crossbars"] == pytest.approx(5.53e-9)
+
+
+def test_kernels_that_marinella_2018_prints():
+    cost = cost_of(MARINELLA_2018, rows=1024, columns=1024)
+    search = 2048 / MARINELLA_2018.digital_rate.value  # the digital preparation, which is no part of the kernel
+    assert cost.forward.seconds == cost.backward.seconds == 0.384e-6
+    assert cost.update.seconds - search == pytest.approx(0.512e-6)
+    assert cost.forward.joules["crossbars"] == pytest.approx(12.8e-9)
+
+
+def test_power_that_isaac_2016_prints():
+    """Compare with ISAAC's table 1: crossbars 2.4 mW, DACs 4 mW and ADCs 16 mW of a unit that works all the time."""
+    forward = cost_of(ISAAC_2016, rows=128, columns=128).forward
+    power = (forward.joules["crossbars"] + forward.joules["converters"]) / forward.seconds
+    assert power == pytest.approx(2.4e-3 + 4e-3 + 16e-3, rel=0.06)
+
+
+@pytest.mark.parametrize("hardware", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize(("rows", "columns", "vectors"), [(3, 5, 1), (1000, 600, 7), (128, 2049, 3)])
+def test_products_and_pulses_are_the_closed_forms(hardware, rows, columns, vectors):
+    cost = cost_of(hardware, rows=rows, columns=columns, vectors=vectors)
+    value = {name: quantity.value for name, _, _, quantity in hardware.rows()}
+    size = value["tile_size"]
+    across, down = -(-columns // size), -(-rows // size)
+    tiles = across * down
+    assert cost.num_tiles == tiles
+    adds = vectors * rows * (across - 1)
+    forward = vectors * value["forward_time"] + adds / (tiles * value["digital_rate"])
+    assert cost.forward.seconds == pytest.approx(forward)
+    assert cost.forward.joules["digital"] == pytest.approx(adds * value["digital_energy"])
+    conversions = columns * down * value["dac_energy"] + rows * across * value["adc_energy"]
+    assert cost.forward.joules["converters"] == pytest.approx(vectors * conversions)
+    adds = vectors * columns * (down - 1)
+    backward = vectors * value["backward_time"] + adds / (tiles * value["digital_rate"])
+    assert cost.backward.seconds == pytest.approx(backward)
+    pulses = value["update_time"] + value["managed_pulses"] * value["pulse_time"]
+    assert cost.update.seconds == pytest.approx(vectors * (pulses + (rows + columns) / (tiles * value["digital_rate"])))
+    written = value["update_energy"] + value["managed_pulses"] * value["pulse_energy"]
+    assert cost.update.joules["crossbars"] == pytest.approx(vectors * rows * columns * written)
+    bits = vectors * (rows + columns) * value["activation_bits"]
+    for each in (cost.forward, cost.backward, cost.update):
+        assert each.joules["buffers"] == pytest.approx(bits * value["buffer_energy"])
+
+
+def test_the_first_layer_returns_no_error():
+    assert cost_of(returns=False).backward == Cost(0.0, cost_of(returns=False).backward.joules)
+    assert cost_of(returns=False).backward.energy == 0
+
+
+def test_the_length_of_trains_is_the_devices_unless_it_adapts_them():
+    fixed = cost_of(learning=Learning(pulses=31)).update.seconds
+    assert fixed - cost_of().update.seconds == pytest.approx((31 - 5) * 5e-9)
+
+
+def test_residual_learning_reads_two_crossbars_at_once():
+    network = nn.Sequential(nn.Linear(64, 32, bias=False))
+    convert_to_analog(network, "residual_learning")
+    (work,) = count_work(network, lambda: network(randn(10, 64)).sum())
+    learning = work.matrices[0].learning
+    assert learning == Learning(crossbars=2, crossbars_in_products=2, transfers_per_call=1.0)
+    one, two = cost_of(learning=Learning()), cost_of(learning=learning)
+    assert two.forward.seconds == one.forward.seconds
+    assert two.forward.joules["crossbars"] == 2 * one.forward.joules["crossbars"]
+    assert (one.num_tiles, two.num_tiles) == (1, 2)
+    # A transfer reads a column and writes it by pulses, once for every update.
+    assert (two.update.seconds, two.update.energy) == (one.update.seconds, one.update.energy)
+    assert two.step.seconds == pytest.approx(40e-9 + 5 * 5e-9)
+
+
+@pytest.mark.parametrize("states", [0, 1, 2])
+def test_digital_work(states):
+    work = Work(forward_flops=7e6, backward_flops=9e6, moved=3000, parameters=100, batch=50, kept=20, sent=10)
+    cost = stage_cost(work, RASCH_2024, states)
+    memory = RASCH_2024.memory_bandwidth.value
+    assert cost.forward.seconds == pytest.approx(7e6 / 0.175e12 + 50 * 8 / memory)
+    assert cost.backward.seconds == pytest.approx(9e6 / 0.175e12)
+    assert cost.step.seconds == pytest.approx(100 * (2 + 5 * states) / 0.175e12)
+    assert (cost.kept, cost.sent, cost.resident) == (20 * 8, 10 * 8, 100 * 32 * (1 + states))
+    assert cost.forward.joules["buffers"] == pytest.approx((3000 * 8 + 3200) * 20.45e-12 / 256)
+
+
+def test_parameters_that_exceed_the_buffer_live_off_chip():
+    small = replace(RASCH_2024, buffer_capacity=Quantity(1000, "bit", "test"))
+    cost = stage_cost(Work(parameters=125), small)  # 4,000 bits, a quarter of which fits
+    assert cost.resident == pytest.approx(1000)
+    assert cost.forward.joules["memory"] == pytest.approx(3000 * RASCH_2024.memory_energy.value)
+    assert cost.forward.seconds == pytest.approx(3000 / RASCH_2024.memory_bandwidth.value)
+    assert cost.step.joules["memory"] == pytest.approx(6000 * RASCH_2024.memory_energy.value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "held"),
+    [("none", [8, 8, 8]), ("sync", [8, 8, 8]), ("1f1b", [3 + 0.5 * 5, 2 + 0.5 * 6, 1 + 0.5 * 7]), ("async", [3, 2, 1])],
+)
+def test_what_exceeds_the_buffer_is_spilled(schedule, held):
+    work = Work(kept=100, matrices=[Matrix("", 30, 20, 1, 20)])  # an input and an error make half of what is kept
+    table = Schedule(schedule, 3, 8)
+    stage = stage_cost(work, RASCH_2024)
+    assert [memory_bound(stage, table, index) for index in range(3)] == pytest.approx([800 * n for n in held])
+    small = replace(RASCH_2024, buffer_capacity=Quantity(1600, "bit", "test"))
+    for index, spilled in enumerate(with_spills([stage] * 3, table, small)):
+        bits = 800 * max(0.0, 1 - 2 / held[index])
+        for before, after in ((stage.forward, spilled.forward), (stage.backward, spilled.backward)):
+            assert after.seconds - before.seconds == pytest.approx(bits / small.memory_bandwidth.value)
+            assert after.energy - before.energy == pytest.approx(bits * small.memory_energy.value)
