@@ -16,6 +16,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from aimc_pl.analog import time_update
 from aimc_pl.arguments import listed
+from aimc_pl.cost.constants import Hardware
+from aimc_pl.cost.stages import stage_cost
+from aimc_pl.cost.work import count_work
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.private_torch import is_checkpointing
@@ -106,7 +109,13 @@ def check_stages(stages: Sequence[Stage], split_at: Sequence[str]) -> None:
 
 
 def find(
-    trials: Trials, calls: Calls, num_stages: int, *, may_share: bool, repeats: int = 1
+    trials: Trials,
+    calls: Calls,
+    num_stages: int,
+    *,
+    may_share: bool,
+    repeats: int = 1,
+    hardware: Hardware | None = None,
 ) -> tuple[list[str], list[float]]:
     """Find the boundaries with which the most expensive stage is as cheap as possible.
 
@@ -116,6 +125,7 @@ def find(
         num_stages: M, the number of stages.
         may_share: whether two stages may use the same parameter.
         repeats: the number of runs to measure. Of each cost, the smallest measurement counts.
+        hardware: the hardware on which to model the times. By default they are measured, on this machine.
 
     Returns:
         The names of the modules with which stages 1 … M−1 begin, and each stage's share of the time that the forward,
@@ -145,9 +155,12 @@ def find(
             f"{num_stages} stages need at least {num_stages} layers that can be split apart, and training_step calls "
             f"{len(cuts) + 1 if any(uses) else 0}{_shared(trials.network, uses, may_share)}. Lower num_stages"
         )
+    if hardware is not None:
+        costs = _model(trials, calls.names, hardware)
     units = [sum(costs[a:b]) for a, b in pairwise([0, *cuts, len(parts)])]
-    # Costs are rounded to tenths of the largest: noise, which is usually smaller, then seldom moves a boundary.
-    chosen = balance([max(round(10 * unit / max(units)), 0.1) for unit in units], num_stages)
+    # Measured costs are rounded to tenths of the largest: noise, usually smaller, then seldom moves a boundary.
+    rounded = [max(round(10 * unit / max(units)), 0.1) for unit in units]
+    chosen = balance(rounded if hardware is None else units, num_stages)
     ends = [cuts[unit - 1] for unit in chosen]
     shares = [sum(costs[a:b]) / sum(costs) for a, b in pairwise([0, *ends, len(parts)])]
     return [calls.names[end - 1] for end in ends], shares
@@ -176,6 +189,14 @@ def _measure(flight: Flight, parts: Sequence[Stage]) -> list[float]:
             seconds[part.index] += timed(flight.backward, part.index)
             seconds[part.index] += sum(time_update(module) for module in part.modules)
     return seconds
+
+
+def _model(trials: Trials, names: Sequence[str], hardware: Hardware) -> list[float]:
+    """Return the seconds that hardware would take for the forward, the backward and the update of each part."""
+    with trials.fresh():
+        works = count_work(trials.network, trials.functions[0], names, int(hardware.tile_size.value))
+    costs = [stage_cost(work, hardware) for work in works]
+    return [(cost.forward + cost.backward + cost.update + cost.step).seconds for cost in costs]
 
 
 def _allowed(uses: Sequence[set[int]], names: Sequence[str], may_share: bool) -> list[int]:

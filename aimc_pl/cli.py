@@ -33,6 +33,7 @@ def schedule(
     schedule: ScheduleName = "async",
     duplex: Duplex = "half",
     png: Path | None = None,
+    trace: Path | None = None,
 ) -> None:
     """Print (or draw) what every stage does in every clock, from the fill to the drain of a mini-batch.
 
@@ -44,7 +45,10 @@ def schedule(
         schedule: none, sync, 1f1b or async.
         duplex: for async, one operation of a stage in a clock (half), or a forward and a backward (full).
         png: the file to draw into instead of printing, in the format that the file's name ends with.
+        trace: a file for a trace that https://ui.perfetto.dev opens: the table, and a run of it in which every stage
+            goes on as soon as it can. A clock cycle is shown as a microsecond.
     """
+    from aimc_pl.cost.trace import planned_and_simulated, write_trace
     from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
 
     check_number("num_stages", num_stages, at_least=1, at_most=MAX_DRAWN_STAGES, whole=True)
@@ -60,8 +64,10 @@ def schedule(
     if png is None:
         print(draw_text(table, num_microbatches))
     else:
-        _check_picture(png)
-        _save(draw_figure(table, num_microbatches), png)
+        check_picture(png)
+        save(draw_figure(table, num_microbatches), png)
+    if trace is not None:
+        write_trace(trace, planned_and_simulated(table))
     print(
         f"{table.num_cycles()} clock cycles, computation density {table.density():.3f}, "
         f"speedup over one accelerator {table.speedup():.2f}"
@@ -90,8 +96,8 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
     if png is None:
         print(DEVICES[name].__doc__, device, sep="\n")
     else:
-        _check_picture(png)
-        _save(plot_response(device, name, num_pulses), png)
+        check_picture(png)
+        save(plot_response(device, name, num_pulses), png)
 
 
 def listed_devices() -> dict[str, str]:
@@ -135,6 +141,11 @@ def main(args: list[str] | None = None) -> None:
         elif args and args[0] in COMMANDS:
             command = COMMANDS[args[0]]
             auto_cli(command, _with_names(command, args[1:]), prog=f"aimc-pl {args[0]}", exit_on_error=False)
+        elif args and args[0] == "cost":
+            sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
+            from aimc_pl.cost.cli import cost
+
+            cost()
         elif args[:1] == ["--print_completion"] and find_spec("shtab") is None:
             raise UsageError("--print_completion needs another package: pip install shtab")
         else:
@@ -173,7 +184,7 @@ def _with_names(command: Callable[..., None], args: Sequence[str]) -> list[str]:
     return [*named, *args[len(named) :]]
 
 
-def _check_picture(path: Path) -> None:
+def check_picture(path: Path) -> None:
     """Check that a picture can be written to a path, before it is drawn.
 
     Raises:
@@ -190,7 +201,7 @@ def _check_picture(path: Path) -> None:
         raise UsageError(f"png={path} must end in .png, or another of {', '.join(known)}")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

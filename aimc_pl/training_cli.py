@@ -39,12 +39,13 @@ class AnalogCLI(CheckpointReadingCLI):
     OmegaConf resolves interpolations in configs after command-line overrides have been applied.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: bool = True) -> None:
         self._new_folders: list[Path] = []
         # aihwkit's configurations are dataclasses, of which jsonargparse accepts no subclasses unless told to.
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
         try:
             super().__init__(
+                run=run,
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={
                     "parser_mode": "omegaconf+",

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args, override
+from typing import TYPE_CHECKING, Any, Literal, get_args, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from aimc_pl.cost import RASCH_2024, Hardware, Work
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
 from aimc_pl.private_torch import count_as_stepped
@@ -75,7 +76,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
             layer is changed.
         split_at: names of the modules that open stages 1 … M−1, relative to the LightningModule, such as
             ``"net.layers.2"``. By default the strategy measures the time of forward, backward and update of the layers,
-            divides it evenly, and prints the names that it has chosen.
+            divides it evenly, and prints the names that it has chosen. ``"cost"`` models these times on the hardware
+            ``rasch_2024`` (see :mod:`aimc_pl.cost`) instead, so that the stages are the same on every machine.
         duplex: what a stage can do in one clock of ``"async"``: one operation (``"half"``), or a forward and a backward
             (``"full"``).
         gradient_scale: ``"minibatch"`` weights the loss of a micro-batch by its share of the mini-batch's samples.
@@ -109,7 +111,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         schedule: ScheduleName | Callable[[int, int], Schedule] = "async",
         num_microbatches: int = 4,
         device: "DeviceSpec" = None,
-        split_at: Sequence[str] | None = None,
+        split_at: Sequence[str] | Literal["cost"] | None = None,
         duplex: Duplex = "half",
         gradient_scale: GradientScale = "minibatch",
         weight_stashing: bool = False,
@@ -128,7 +130,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self.schedule = with_remedies(make_schedule(schedule, num_stages, num_microbatches, duplex), remedies)
         self.settings = Settings(
             self.schedule,
-            split_at,
+            None if split_at == "cost" else split_at,
             gradient_scale,
             weight_stashing,
             loss_reduction,
@@ -137,6 +139,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             verify,
             on_nonfinite,
             remedies,
+            RASCH_2024 if split_at == "cost" else None,
         )
         self.device = device
         self.observers: list[Observer] = []
@@ -190,7 +193,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         self._placement = OneProcess()
         if self.is_multiprocess:
             draws = self._resumed.get("draws", {})
-            self._placement = StagePerProcess(self, self._module, fitting, split_at, draws)
+            self._placement = StagePerProcess(self, self._module, fitting, split_at, draws, self.settings.hardware)
         self._training = None
         if fitting:
             counters = self._resumed.get("counters", {})
@@ -291,6 +294,14 @@ class AnalogPipelineStrategy(ProcessStrategy):
         """
         assert self._training is not None
         return self._training.current_gradients(microbatch, batch_idx, parameters)
+
+    def count_work(self, batch: Any, batch_idx: int, hardware: Hardware) -> list[Work]:
+        """Return what each stage does for the first micro-batch of a mini-batch. See :mod:`aimc_pl.cost`.
+
+        Stages that are not chosen yet are balanced by their modelled time on ``hardware``.
+        """
+        assert self._training is not None
+        return self._training.count_work(batch, batch_idx, hardware)
 
     @override
     def drain(self) -> None:

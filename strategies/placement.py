@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
 from aimc_pl.analog import is_analog
+from aimc_pl.cost import Hardware
 from aimc_pl.distributed import Link
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.ghosts import Exchange, Ghosts, gradients_known, loss_of
@@ -151,6 +152,7 @@ class StagePerProcess:
         frees: whether to free the memory of the parameters and the optimizer state of other stages.
         split_at: the names of the modules with which stages 1 … M−1 begin; ``None`` if they are not known yet.
         draws: what :meth:`draws` returned when a checkpoint was made. The random numbers continue from there.
+        hardware: the hardware on which times are modelled to choose stages; ``None`` to measure them.
     """
 
     is_apart = True
@@ -162,11 +164,13 @@ class StagePerProcess:
         frees: bool,
         split_at: Sequence[str] | None,
         draws: Mapping[str, int],
+        hardware: Hardware | None = None,
     ) -> None:
         self._strategy = strategy
         self._module = module
         self._frees = frees
         self._split_at = split_at
+        self._hardware = hardware
         self._num_stages = strategy.num_stages
         self._stage = rank_of(strategy.global_rank, self._num_stages)
         self._draws = {"seed": crc32(torch.get_rng_state().numpy().tobytes()), "count": 0, **draws}
@@ -245,7 +249,7 @@ class StagePerProcess:
             if self._process is None:
                 with patched((self._module, "log", discard)):
                     step = settle_evaluation(
-                        self._module, function, inputs, self._num_stages, self._split_at, self.agree
+                        self._module, function, inputs, self._num_stages, self._split_at, self.agree, self._hardware
                     )
                 self.place(step, [])
             assert self._process is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from aimc_pl import boundaries
 from aimc_pl.analog import are_seeded
 from aimc_pl.boundaries import Calls
+from aimc_pl.cost import Hardware
 from aimc_pl.errors import UsageError
 from aimc_pl.flight import StagedStep
 from aimc_pl.private_torch import tree_leaves, version
@@ -77,7 +78,7 @@ def settle(
     else:
         return None
     may_share = not (schedule.is_async or apart)
-    split_at, found = _divide(trials, calls, schedule.num_stages, split_at, may_share, agree)
+    split_at, found = _divide(trials, calls, schedule.num_stages, split_at, may_share, agree, settings.hardware)
     overlaps = schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1)
     if overlaps:
         check_initialized(module, split_at)
@@ -135,6 +136,7 @@ def settle_evaluation(
     num_stages: int,
     split_at: Sequence[str] | None,
     agree: Callable[[Any], Any],
+    hardware: Hardware | None = None,
 ) -> StagedStep:
     """Divide a step of validation, test or predict into stages. The runs of the step for this leave no trace.
 
@@ -145,6 +147,7 @@ def settle_evaluation(
         num_stages: M, the number of stages.
         split_at: the names of the modules with which stages 1 … M−1 begin; ``None`` to choose them by measured time.
         agree: returns, in every process, the value that rank 0 passes to it.
+        hardware: the hardware on which times are modelled; ``None`` to measure them.
 
     Raises:
         UsageError: if the step cannot be divided in this way.
@@ -157,7 +160,7 @@ def settle_evaluation(
     calls = Calls(with_gradients=False)
     with calls.recorded(module), trials.fresh():
         function()
-    split_at, found = _divide(trials, calls, num_stages, split_at, False, agree)
+    split_at, found = _divide(trials, calls, num_stages, split_at, False, agree, hardware)
     stages = [Stage(index) for index in range(num_stages)]
     step = StagedStep(module, split_at, stages, may_share=False, overlaps=False, with_gradients=False)
     trials.record(step)
@@ -172,14 +175,17 @@ def _divide(
     split_at: Sequence[str] | None,
     may_share: bool,
     agree: Callable[[Any], Any],
+    hardware: Hardware | None,
 ) -> tuple[list[str], str]:
-    """Return the names of the modules with which stages begin, and a remark on measured times for the log."""
+    """Return the names of the modules with which stages begin, and a remark on the stages' times for the log."""
     if split_at is not None or num_stages == 1:
         boundaries.check(calls, split_at or ())
         return list(split_at or ()), ""
-    rank_zero_info("Measuring the layers that the step calls, on the first micro-batch, to divide the step evenly")
+    if hardware is None:
+        rank_zero_info("Measuring the layers that the step calls, on the first micro-batch, to divide the step evenly")
+    repeats = 1 if hardware else min(len(trials.functions), 2)
     found, shares = agree(
-        boundaries.find(trials, calls, num_stages, may_share=may_share, repeats=min(len(trials.functions), 2))
+        boundaries.find(trials, calls, num_stages, may_share=may_share, repeats=repeats, hardware=hardware)
     )
     percent = ", ".join(f"{100 * share:.0f}" for share in shares)
     if max(shares) > 0.6:

@@ -135,6 +135,8 @@ class CheckpointReadingCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
+        if not self.config.get("subcommand"):
+            return
         with self.reading_checkpoint(self.config[self.config.subcommand].get("ckpt_path") or ""):
             super()._parse_ckpt_path()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from aimc_pl.arguments import check_callable, check_choice, check_flag, check_list, check_number
+from aimc_pl.cost import Hardware
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import MAX_MICROBATCHES, MAX_STAGES, Duplex, Schedule, ScheduleName, check_order
 from aimc_pl.strategies.remedies import Remedy
@@ -66,6 +67,9 @@ def make_schedule(
 class Settings:
     """The settings of the training. See :class:`AnalogPipelineStrategy` for the fields.
 
+    Attributes:
+        hardware: the hardware on which times are modelled to choose the stages; ``None`` to measure them.
+
     Raises:
         UsageError: if a field has a wrong type or value, or if some fields exclude each other.
     """
@@ -80,6 +84,7 @@ class Settings:
     verify: bool
     on_nonfinite: OnNonfinite
     remedies: Sequence[Remedy]
+    hardware: Hardware | None = None
 
     def __post_init__(self) -> None:
         check_choice("gradient_scale", self.gradient_scale, GradientScale)

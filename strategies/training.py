@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from aimc_pl.analog import is_analog, reset_pending_updates
+from aimc_pl.boundaries import Calls, find
+from aimc_pl.cost import Hardware, Work, count_work
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import MicroBatch, Observer, Pipeline
 from aimc_pl.stage import Stage
@@ -140,11 +142,26 @@ class Training:
 
     def current_gradients(self, microbatch: Any, batch_idx: int, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the gradients that some parameters have for a micro-batch if all stages use their current weights."""
-        takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
-        args = (batch_idx,) if takes_index else ()
-        step = self.batches.whole(microbatch, args, self._precision.train_step_context)
+        step = self.batches.whole(microbatch, self._step_args(batch_idx), self._precision.train_step_context)
         with logging_to(self._module, discard):
             return trials_of(self._module, [step]).gradients(parameters)
+
+    def count_work(self, batch: Any, batch_idx: int, hardware: Hardware) -> list[Work]:
+        """Return what each stage does for the first micro-batch of a mini-batch.
+
+        Stages that are not chosen yet are balanced by their modelled time on ``hardware``.
+        """
+        microbatch = self.batches.split(batch)[0]
+        step = self.batches.whole(microbatch, self._step_args(batch_idx), self._precision.train_step_context)
+        with logging_to(self._module, discard), without_loggers(self._trainer):
+            trials, calls = trials_of(self._module, [step], microbatch), Calls()
+            split_at, schedule = self.split_at, self._settings.schedule
+            if split_at is None:
+                trials.undivided(calls.recorded(self._module))
+                may_share = not (schedule.is_async or self._placement.is_apart)
+                split_at, _ = find(trials, calls, schedule.num_stages, may_share=may_share, hardware=hardware)
+            with trials.fresh():
+                return count_work(self._module, step, split_at, int(hardware.tile_size.value))
 
     def counters(self) -> dict[str, int]:
         """Return the numbers of clocks and of micro-batches of the pipeline so far."""
@@ -172,6 +189,10 @@ class Training:
         if self.pipeline is not None:
             self.pipeline.abandon()
             reset_pending_updates(self._module)
+
+    def _step_args(self, batch_idx: int) -> tuple[Any, ...]:
+        takes_index = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
+        return (batch_idx,) if takes_index else ()
 
     @property
     def _trainer(self) -> "pl.Trainer":

@@ -12,6 +12,7 @@ from torch import nn
 
 from aimc_pl import boundaries
 from aimc_pl.boundaries import BoundaryError, Calls, balance, check, check_stages, find
+from aimc_pl.cost import RASCH_2024
 from aimc_pl.trial import Trials
 
 
@@ -390,3 +391,25 @@ def test_many_layers_are_balanced_quickly():
     chosen = boundaries.balance([1.0] * 400, 8)
     assert chosen == list(range(50, 400, 50))
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("widths", "num_stages", "expected"),
+    [
+        ([8, 8, 8, 8, 8], 2, ["2"]),
+        ([64, 64, 4, 4, 4], 2, ["1"]),
+        ([4, 4, 4, 64, 64], 2, ["3"]),
+        ([4, 64, 64, 4, 4], 3, ["1", "2"]),
+    ],
+)
+def test_modelled_times_are_balanced_exactly_and_on_every_machine(monkeypatch, widths, num_stages, expected):
+    """Check layers whose products take far more than anything else, whatever this machine's clock says."""
+    network = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths))).double()
+    x = torch.randn(500, widths[0], dtype=torch.float64, requires_grad=True)
+    names, shares = found(network, num_stages, x, hardware=RASCH_2024)
+    costs = [a * b for a, b in itertools.pairwise(widths)]
+    ends = [0, *map(int, names), len(costs)]
+    assert names == expected
+    assert shares == pytest.approx([sum(costs[a:b]) / sum(costs) for a, b in itertools.pairwise(ends)], abs=0.1)
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    assert found(network, num_stages, x, hardware=RASCH_2024) == (names, shares)

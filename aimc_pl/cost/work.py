@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from aimc_pl.analog import is_analog
 from aimc_pl.cost.learning import Learning, learning_of
 from aimc_pl.errors import UsageError
-from aimc_pl.private_torch import TorchDispatchMode, tree_leaves
+from aimc_pl.private_torch import TorchDispatchMode, is_checkpointing, tree_leaves
 
 FLOPS_PER_ELEMENT = {
     "native_batch_norm": 8,
@@ -106,7 +107,8 @@ def count_work(
     Args:
         network: the module that contains all modules that the step calls.
         function: runs the step on a micro-batch and returns the loss, with gradients enabled.
-        split_at: the names of the modules whose first calls open parts 1, 2, …
+        split_at: the names of the modules whose first calls open parts 1, 2, … As for stages, calls without gradients
+            and inside of checkpointed regions do not count.
         tile_size: the number of rows and columns of a tile, for algorithms that write column by column.
 
     Returns:
@@ -138,6 +140,7 @@ class _Counter(TorchDispatchMode):
         self._names = {id(module): name for name, module in network.named_modules()}
         self._split_at = split_at
         self._tile_size = tile_size
+        self._with_gradients = torch.is_grad_enabled()
         self._in_analog = 0
         self._digital = {_storage(buffer): 0 for buffer in network.buffers()}
         self._digital |= {_storage(p): p.numel() for p in network.parameters() if not is_analog(p)}
@@ -181,7 +184,7 @@ class _Counter(TorchDispatchMode):
 
     def _count(self, operation: Any, args: Any, kwargs: Any, out: Any, inputs: Any, outputs: Any) -> None:
         work = self.works[self._part]
-        learning = [tensor for tensor in inputs if tensor.requires_grad]
+        learning = [tensor for tensor in inputs if tensor.requires_grad and torch.is_grad_enabled()]
         moved = [tensor for tensor in (*inputs, *outputs) if _storage(tensor) not in self._digital]
         work.moved += sum(tensor.numel() for tensor in moved)
         if operation in flop_registry:
@@ -231,7 +234,8 @@ class _Counter(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self._names.get(id(module), "")
-        if name in self._split_at and name not in self.opened:
+        hidden = self._with_gradients and (is_checkpointing() or not torch.is_grad_enabled())
+        if name in self._split_at and name not in self.opened and not hidden:
             self.opened.append(name)
         if is_analog(module):
             if not self._in_analog:
@@ -248,9 +252,9 @@ class _Counter(TorchDispatchMode):
         vectors = out.numel() // module.out_features
         config = next(module.analog_tiles()).rpu_config
         learning = learning_of(config, min(module.in_features, self._tile_size), vectors)
-        name = self._names.get(id(module), "")
+        name, returns = self._names.get(id(module), ""), x.requires_grad and torch.is_grad_enabled()
         work.matrices.append(
-            Matrix(name, module.out_features, module.in_features, vectors, x.numel(), x.requires_grad, learning)
+            Matrix(name, module.out_features, module.in_features, vectors, x.numel(), returns, learning)
         )
         for parameter in module.parameters():
             if not is_analog(parameter):  # a digital bias, which is added to every output

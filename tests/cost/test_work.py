@@ -100,6 +100,22 @@ def test_parts_add_up_to_the_whole():
     assert sum(part.kept for part in parts) >= whole.kept
 
 
+def test_calls_without_gradients_open_no_part():
+    network = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    x = torch.randn(4, 5)
+
+    def step():
+        with torch.no_grad():
+            mean = network[1](x).mean()
+        return (network(x) - mean).sum()
+
+    first, second = count_work(network, step, ["1"])
+    assert first.forward_flops == 2 * 2 * 4 * 5 * 5 + 4 * 5  # two products and the mean
+    assert second.forward_flops == 2 * 4 * 5 * 5 + 2 * 4 * 5
+    with torch.no_grad():
+        assert [part.backward_flops for part in count_work(network, step, ["1"])] == [0, 0]
+
+
 def test_counting_is_deterministic_and_leaves_the_network_alone():
     torch.manual_seed(0)
     network, tokens = GPT(11, 2, 8, 2, 6), torch.randint(11, (3, 6))
