@@ -60,8 +60,9 @@ class Hardware:
     pulse_energy: Annotated[Quantity, "J", "one more pulse of an update, per weight"]
     dac_energy: Annotated[Quantity, "J", "converting one input of a product"]
     adc_energy: Annotated[Quantity, "J", "converting one output of a product"]
-    digital_rate: Annotated[Quantity, "FLOP/s", "the digital unit, share of one tile"]
-    digital_energy: Annotated[Quantity, "J/FLOP", "the digital unit"]
+    digital_rate: Annotated[Quantity, "FLOP/s", "a digital unit"]
+    tiles_per_unit: Annotated[Quantity, "", "tiles that share a digital unit"]
+    digital_energy: Annotated[Quantity, "J/FLOP", "a digital unit"]
     activation_bits: Annotated[Quantity, "bit", "an activation or an error"]
     weight_bits: Annotated[Quantity, "bit", "a digital parameter, and each number that the optimizer keeps for it"]
     buffer_capacity: Annotated[Quantity, "bit", "the on-chip buffer of a stage"]
@@ -77,7 +78,7 @@ class Hardware:
         for name, unit, _, quantity in self.rows():
             if quantity.unit != unit:
                 raise UsageError(f"{name} of hardware {self.name!r} must be in {unit!r}, got {quantity.unit!r}")
-        for name in ("tile_size", "digital_rate", "activation_bits", "memory_bandwidth", "link_bandwidth"):
+        for name in ("tile_size", "digital_rate", "tiles_per_unit", "memory_bandwidth", "link_bandwidth"):
             check_number(f"{name} of hardware {self.name!r}", getattr(self, name).value, above=0)
 
     def rows(self) -> Iterator[tuple[str, str, str, Quantity]]:
@@ -97,7 +98,8 @@ _MLP_WEIGHTS = 785 * 250 + 250 * 10
 _IN_PRODUCT = "counted in the energy of a product"
 
 _AROUND_CROSSBARS: dict[str, Quantity] = {
-    "digital_rate": Quantity(0.7e12 / 4, "FLOP/s", f"{_TABLE_5}: 0.7 TFLOPS shared by 4 tiles"),
+    "digital_rate": Quantity(0.7e12, "FLOP/s", _TABLE_5),
+    "tiles_per_unit": Quantity(4, "", _TABLE_5),
     "digital_energy": Quantity(
         (0.9e-12 + 3.7e-12) / 2, "J/FLOP", f"{_HOROWITZ}: mean of a 32-bit addition (0.9 pJ) and product (3.7 pJ)"
     ),

@@ -3,7 +3,7 @@
 The table of the schedule says in which order each stage works. A stage begins its next operation as soon as the one
 before it is over and what it needs has arrived. Two schedules are defined by more than their order:
 
-- under ``none`` one stage works at a time;
+- under ``none`` one stage at a time does forwards or backwards;
 - in full duplex a stage alternates between a slot for a forward and a slot for a backward. A slot in which the table
   has no operation (while the pipeline fills and drains) lasts as long as one with an operation.
 
@@ -117,93 +117,142 @@ def simulate(
     Raises:
         UsageError: if the number of stages is not the schedule's, or if a number is out of range.
     """
-    if len(stages) != schedule.num_stages:
-        raise UsageError(f"the schedule has {schedule.num_stages} stages, got the times of {len(stages)}")
-    check_number("latency", latency, at_least=0)
     check_number("num_minibatches", num_minibatches, at_least=1, whole=True)
+    run = Simulation(schedule, stages, latency)
     size = schedule.num_microbatches
-    fills = [num_minibatches * size] if schedule.is_async else [size] * num_minibatches
-    run = _Run(schedule, stages, latency)
-    for first, fill in zip(accumulate(fills, initial=0), fills, strict=False):
-        run.fill(first, fill)
-    return Timeline(schedule.num_stages, run.spans, run.peaks())
+    for fill in [num_minibatches * size] if schedule.is_async else [size] * num_minibatches:
+        for operations in schedule.clocks(fill):
+            run.clock(operations)
+        if not schedule.is_async:
+            for stage in reversed(range(schedule.num_stages)):
+                run.update(stage)
+    return run.timeline()
 
 
-class _Run:
-    """The state of a simulation."""
+class Simulation:
+    """A simulation that is fed clock by clock.
 
-    def __init__(self, schedule: Schedule, stages: Sequence[StageTimes], latency: float) -> None:
-        self.spans: list[Span] = []
+    Args:
+        schedule: the schedule.
+        stages: the times of its M stages.
+        latency: the time from sending to arrival, on top of the time for which a link is occupied.
+        keeps_timeline: whether to keep what :meth:`timeline` returns. A long run would fill the memory with it.
+
+    Attributes:
+        seconds: the time until now: the end of the last operation or update.
+
+    Raises:
+        UsageError: if the number of stages is not the schedule's, or if a number is out of range.
+    """
+
+    def __init__(
+        self, schedule: Schedule, stages: Sequence[StageTimes], latency: float = 0.0, keeps_timeline: bool = True
+    ) -> None:
+        if len(stages) != schedule.num_stages:
+            raise UsageError(f"the schedule has {schedule.num_stages} stages, got the times of {len(stages)}")
+        check_number("latency", latency, at_least=0)
+        self.seconds = 0.0
         self._schedule = schedule
         self._stages = stages
         self._latency = latency
+        self._keeps_timeline = keeps_timeline
+        self._spans: list[Span] = []
+        self._changes: list[list[tuple[float, float]]] = [[] for _ in stages]
+        """For each stage, the times at which it takes or releases memory, and how much."""
         self._free = [0.0] * len(stages)
         """The time at which each stage is free again."""
         self._link_free: dict[tuple[int, int], float] = defaultdict(float)
-        self._all_free = 0.0
-        self._changes: list[list[tuple[float, float]]] = [[] for _ in stages]
-        """For each stage, the times at which it takes or releases memory, and how much."""
+        self._ready: dict[Operation, float] = {}
+        """The time at which an operation has what it needs: from a neighbour, or from the stage's own forward."""
+        self._waiting: list[list[int]] = [[] for _ in stages]
+        """For each stage, the micro-batches whose backward has run since its last update."""
+        self._all_done = 0.0
+        """The time at which the last forward or backward is over."""
+        self._first = 0
+        """The number of micro-batches before the last fill."""
+        self._entered = 0
+        """The number of micro-batches since the last fill."""
 
-    def fill(self, first: int, num_microbatches: int) -> None:
-        """Simulate the micro-batches from a fill to the next drain. The first of them has the number ``first``."""
-        arrived: dict[Operation, float] = {}
-        """The times at which each operation has what it needs from neighbours."""
-        ended: dict[Operation, float] = {}
-        left = [num_microbatches] * len(self._stages)
-        for slot in self._slots(num_microbatches):
-            kind, index, k = slot
+    def clock(self, operations: Sequence[Operation]) -> None:
+        """Simulate one clock. Clocks follow one another as the schedule yields them, from fill to drain."""
+        if Operation("F", 0, 0) in operations:
+            self._first += self._entered
+            self._entered = 0
+            self._ready.clear()
+        for operation in operations if self._schedule.duplex == "half" else self._slots(operations):
+            kind, index, k = operation
             times = self._stages[index]
             if k < 0:
                 idle = times.forward if kind == "F" else times.backward + times.update + times.step
                 self._free[index] += idle
-                continue
-            start = max(self._free[index], arrived.get(slot, 0.0), ended.get(Operation("F", index, k), 0.0))
-            if self._schedule.name == "none":
-                start = max(start, self._all_free)
-            end = start + (times.forward if kind == "F" else times.backward)
-            ended[slot] = end
-            self.spans.append(Span(kind, index, first + k, start, end))
-            towards = index + (1 if kind == "F" else -1)
-            if 0 <= towards < len(self._stages):
-                arrived[Operation(kind, towards, k)] = self._sent(kind, index, towards, end)
-            if kind == "F":
-                self._changes[index].append((start, times.kept))
+            elif kind == "F":
+                self._forward(operation)
             else:
-                left[index] -= 1
-                self._changes[index].append((end, times.pending - times.kept))
-                end = self._updated(index, first + k, end, num_microbatches, is_last=not left[index])
-            self._free[index] = self._all_free = end
+                self._backward(operation)
 
-    def _slots(self, num_microbatches: int) -> Iterator[Operation]:
-        """Yield the operations in order. In full duplex, slots without an operation have the micro-batch −1."""
-        for operations in self._schedule.clocks(num_microbatches):
-            if self._schedule.duplex == "full":
-                at = {(kind, stage): k for kind, stage, k in operations}
-                for kind in ("F", "B"):
-                    for stage in range(len(self._stages)):
-                        yield Operation(kind, stage, at.get((kind, stage), -1))
-            else:
-                yield from operations
-
-    def _sent(self, kind: str, index: int, towards: int, end: float) -> float:
-        """Return when the result of an operation arrives at a neighbour, over a link that sends one at a time."""
-        link = index, towards
-        self._link_free[link] = max(end, self._link_free[link])
-        self._link_free[link] += self._stages[index].send if kind == "F" else self._stages[index].send_back
-        return self._link_free[link] + self._latency
-
-    def _updated(self, index: int, microbatch: int, start: float, num_microbatches: int, *, is_last: bool) -> float:
-        """Update a stage after a backward, if the schedule does so, and return when it is free."""
-        times = self._stages[index]
-        if not self._schedule.is_async and not is_last:
-            return start
-        number = 1 if self._schedule.is_async else num_microbatches
-        end = start + number * times.update + times.step
-        self._changes[index].append((end, -number * times.pending))
+    def update(self, index: int) -> None:
+        """Update a stage from all backwards since its last update. Asynchronous schedules do this themselves."""
+        times, waiting = self._stages[index], self._waiting[index]
+        if not waiting:
+            return
+        start = self._free[index]
+        end = start + len(waiting) * times.update + times.step
+        self._changes[index].append((end, -len(waiting) * times.pending))
         if end > start:
-            self.spans.append(Span("U", index, microbatch, start, end))
-        return end
+            self._note(Span("U", index, waiting[-1], start, end))
+        waiting.clear()
 
-    def peaks(self) -> list[float]:
-        """Return the most memory that each stage holds at a time. Memory is released before it is taken."""
-        return [max(accumulate((change for _, change in sorted(changes)), initial=0.0)) for changes in self._changes]
+    def timeline(self) -> Timeline:
+        """Return all that has happened. Stages release memory before they take more at the same time."""
+        peaks = [max(accumulate((change for _, change in sorted(own)), initial=0.0)) for own in self._changes]
+        return Timeline(len(self._stages), self._spans, peaks)
+
+    def _slots(self, operations: Sequence[Operation]) -> Iterator[Operation]:
+        """Yield the slots of a clock in full duplex. A slot without an operation has the micro-batch −1."""
+        at = {(kind, stage): k for kind, stage, k in operations}
+        kinds: tuple[Literal["F"], Literal["B"]] = ("F", "B")
+        for kind in kinds:
+            for stage in range(len(self._stages)):
+                yield Operation(kind, stage, at.get((kind, stage), -1))
+
+    def _start(self, index: int, ready: float) -> float:
+        """Return when a stage can begin with a forward or backward that is ready at a time."""
+        return max(ready, self._free[index], self._all_done if self._schedule.name == "none" else 0.0)
+
+    def _forward(self, operation: Operation) -> None:
+        _, index, k = operation
+        self._entered += index == 0
+        start = self._start(index, self._ready.pop(operation, 0.0))
+        end = start + self._stages[index].forward
+        self._note(Span("F", index, self._first + k, start, end))
+        self._changes[index].append((start, self._stages[index].kept))
+        self._ready[Operation("B", index, k)] = end
+        if index + 1 < len(self._stages):
+            self._send(Operation("F", index + 1, k), (index, index + 1), end, self._stages[index].send)
+
+    def _backward(self, operation: Operation) -> None:
+        _, index, k = operation
+        times = self._stages[index]
+        start = self._start(index, self._ready.pop(operation))
+        end = start + times.backward
+        self._note(Span("B", index, self._first + k, start, end))
+        self._changes[index].append((end, times.pending - times.kept))
+        self._waiting[index].append(self._first + k)
+        if index:
+            self._send(Operation("B", index - 1, k), (index, index - 1), end, times.send_back)
+        if self._schedule.is_async:
+            self.update(index)
+
+    def _send(self, needed_by: Operation, link: tuple[int, int], start: float, duration: float) -> None:
+        """Send a result to a neighbour over a link, which carries one at a time."""
+        self._link_free[link] = max(start, self._link_free[link]) + duration
+        arrival = self._link_free[link] + self._latency
+        self._ready[needed_by] = max(arrival, self._ready.get(needed_by, 0.0))
+
+    def _note(self, span: Span) -> None:
+        self._free[span.stage] = span.end
+        self.seconds = max(self.seconds, span.end)
+        if span.kind != "U":
+            self._all_done = max(self._all_done, span.end)
+        if self._keeps_timeline:
+            self._spans.append(span)

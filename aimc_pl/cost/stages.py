@@ -2,7 +2,8 @@
 
 The formulas hold for one micro-batch. A layer of ``rows × columns`` weights on tiles of T × T takes
 ``⌈rows/T⌉·⌈columns/T⌉`` tiles, which work at the same time. Its vectors follow one another, and so do the layers of a
-stage. Buffers are read and written while tiles compute: they cost energy, and no time.
+stage. The digital work of a layer on tiles runs on these tiles' shares of digital units, all other work of a stage on
+one unit. Buffers are read and written while tiles compute: they cost energy, and no time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -230,9 +231,10 @@ def _written(weights: int, pulses: int | None, hardware: Hardware) -> Cost:
     return Cost(hardware.update_time.value + length * hardware.pulse_time.value, {"crossbars": weights * energy})
 
 
-def _digital(flops: float, hardware: Hardware, tiles: int = 1) -> Cost:
-    """Return the cost of operations on the digital units that belong to some tiles."""
-    return Cost(flops / (tiles * hardware.digital_rate.value), {"digital": flops * hardware.digital_energy.value})
+def _digital(flops: float, hardware: Hardware, tiles: int | None = None) -> Cost:
+    """Return the cost of digital operations on the shares of some tiles in digital units, or by default on one unit."""
+    units = 1.0 if tiles is None else tiles / hardware.tiles_per_unit.value
+    return Cost(flops / (units * hardware.digital_rate.value), {"digital": flops * hardware.digital_energy.value})
 
 
 def _moved(numbers: float, hardware: Hardware) -> Cost:

@@ -13,7 +13,7 @@ from aimc_pl.errors import UsageError
 @pytest.mark.parametrize("hardware", PRESETS.values(), ids=PRESETS)
 def test_every_constant_has_a_source(hardware):
     rows = [*hardware.rows()]
-    assert len(rows) == 24
+    assert len(rows) == 25
     assert all(quantity.source and quantity.unit == unit and what for _, unit, what, quantity in rows)
 
 
