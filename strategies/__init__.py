@@ -1,4 +1,4 @@
-"""This package holds the Lightning strategy ``AnalogPipelineStrategy``.
+"""This package holds the Lightning strategy ``AnalogPipelineStrategy``, and loads its checkpoints without a Trainer.
 
 Importing the package registers the names ``aimc_none``, ``aimc_sync``, ``aimc_1f1b`` and ``aimc_async`` for
 ``Trainer(strategy=...)``. A strategy of such a name has the default arguments, so it makes no layer analog.
@@ -7,8 +7,17 @@ Importing the package registers the names ``aimc_none``, ``aimc_sync``, ``aimc_1
 from lightning.pytorch.strategies import StrategyRegistry
 
 from aimc_pl.strategies.analog_pipeline import AnalogPipelineStrategy
+from aimc_pl.strategies.loading import load_checkpoint, load_from_checkpoint
 from aimc_pl.strategies.remedies import Accumulation, Remedy, StageLearningRate, SyncStart
 
 AnalogPipelineStrategy.register_strategies(StrategyRegistry)
 
-__all__ = ["Accumulation", "AnalogPipelineStrategy", "Remedy", "StageLearningRate", "SyncStart"]
+__all__ = [
+    "Accumulation",
+    "AnalogPipelineStrategy",
+    "Remedy",
+    "StageLearningRate",
+    "SyncStart",
+    "load_checkpoint",
+    "load_from_checkpoint",
+]

@@ -72,6 +72,16 @@ def admitted_classes(module: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext() if checkpoints is None else safe_globals([*checkpoints.classes_of_tiles(module)])
 
 
+def convert_as_saved(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Make the layers of a module analog that are analog in a state dict, on the devices they have there.
+
+    Raises:
+        UsageError: if the module does not have such a layer.
+    """
+    if checkpoints := _checkpoints():
+        checkpoints.convert_as_saved(module, state)
+
+
 def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Check that a checkpoint's analog layers have the devices of the module's.
 

@@ -11,6 +11,7 @@ import pytest
 from lightning_modules import make_trainer
 
 from aimc_pl.callbacks import StalenessMonitor
+from aimc_pl.cli import main
 from aimc_pl.data import Digits
 from aimc_pl.models import MLP
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -72,3 +73,16 @@ def test_the_modules_of_the_training_step_page_train(tmp_path, monkeypatch):
     for block in blocks("TRAINING_STEP.md"):
         exec(block, names)
         assert names["strategy"].pipeline.num_entered == 4 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export
+def test_the_page_on_what_comes_after_training_runs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["aimc-pl"])
+    main(["fit", "--config=digits_async.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"])
+    names = {}
+    for block in blocks("AFTER_TRAINING.md"):
+        exec(block.replace("repeats=3", "times=[60], repeats=2"), names)
+    assert [(row["compensated"], row["repeats"]) for row in names["rows"]] == [(False, 2), (True, 2)]
+    assert Path("digits.pt2").exists()
+    assert Path("drift.png").exists()

@@ -17,6 +17,8 @@ from aihwkit.simulator.tiles.module import TileModule
 from torch import Tensor, nn
 from torch.serialization import add_safe_globals
 
+from aimc_pl.arguments import listed
+from aimc_pl.devices.conversion import convert_to_analog
 from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 
 _MATERIALS = ("Capacitor", "EcRam", "EcRamMO", "Idealized", "ReRamES", "ReRamSB")
@@ -79,8 +81,9 @@ class AnalogCheckpoint:
     def __setstate__(self, state: dict[str, bool]) -> None:
         vars(self).update(state)
         warnings.warn(
-            "this checkpoint has analog layers: load it with Trainer(strategy=AnalogPipelineStrategy(device=...)), or "
-            "make the module analog before its state is loaded, with aimc_pl.devices.convert_to_analog(module, device)",
+            "this checkpoint has analog layers: load it with Trainer(strategy=AnalogPipelineStrategy(device=...)) or "
+            "aimc_pl.strategies.load_from_checkpoint, or make the module analog first, with aimc_pl.devices."
+            "convert_to_analog(module, device)",
             AnalogCheckpointWarning,
             stacklevel=2,
         )
@@ -132,6 +135,29 @@ def leave_out_contexts(state: dict[str, Any]) -> dict[str, Any]:
             key.endswith((".analog_ctx", ".shared_weights")) and f"{key.rpartition('.')[0]}.analog_tile_state" in state
         )
     }
+
+
+def convert_as_saved(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Make those layers of a module analog, in place, that are analog in a state dict, on the devices they have there.
+
+    Args:
+        module: the module that will load the state.
+        state: the state dict, with the names of ``module``.
+
+    Raises:
+        UsageError: if the module does not have such a layer.
+    """
+    configs: dict[str | int, Any] = {
+        key.partition(".analog_module.")[0]: saved["rpu_config"]
+        for key, saved in state.items()
+        if key.endswith(".analog_tile_state")
+    }
+    if missing := sorted(map(str, configs.keys() - dict(module.named_modules()).keys())):
+        raise UsageError(
+            f"the checkpoint has analog layers that {type(module).__name__} does not have: {listed(missing)}"
+        )
+    if configs:
+        convert_to_analog(module, configs)
 
 
 def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:

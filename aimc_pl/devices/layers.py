@@ -1,9 +1,11 @@
-"""This module gives aihwkit's analog layers a ``weight`` and a ``bias`` that can be read as those of a digital layer.
+"""This module converts a layer to an analog one and back.
 
-Code that computes with them or writes to them would bypass the tile, so this is refused.
+Its analog layers are aihwkit's, with a ``weight`` and a ``bias`` that can be read as those of a digital layer. Code
+that computes with them or writes to them would bypass the tile, so this is refused.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from math import nan
 from typing import Any
 
@@ -163,6 +165,43 @@ def to_analog(layer: Any, rpu_config: RPUConfigBase, name: str) -> Any:
     analog.__class__ = AnalogLinearTransposed if transposed else _READABLE[type(analog)]
     analog.name = name
     return analog.train(layer.training)
+
+
+def to_digital_layer(layer: Any) -> Any:
+    """Return a digital layer with the weights of an analog layer.
+
+    Raises:
+        UsageError: if there is no digital layer that computes the same. See :func:`aimc_pl.export.to_digital`.
+    """
+    name = getattr(layer, "name", type(layer).__name__)
+    if not hasattr(layer, "to_digital"):
+        raise UsageError(f"analog layer {name!r} cannot be digital: aihwkit has no digital layer for its class")
+    tiles = [*layer.analog_tiles()]
+    if any(map(_scales_outputs, tiles)):
+        raise UsageError(
+            f"analog layer {name!r} scales its outputs apart from its weights (out_scale, or a compensation of drift), "
+            "which a digital layer does not do: convert the layer before it drifts, and set out_scale=1"
+        )
+    with torch.random.fork_rng(devices=[]):  # a new layer draws initial weights
+        # The copy is needed because a digital bias would be that of the analog layer.
+        digital = deepcopy(layer.to_digital(layer))
+        digital = _untransposed(digital) if isinstance(layer, AnalogLinearTransposed) else digital
+    return digital.train(layer.training).requires_grad_(any(tile.analog_ctx.requires_grad for tile in tiles))
+
+
+def _scales_outputs(tile: Any) -> bool:
+    config = tile.rpu_config
+    is_compensated = getattr(config, "drift_compensation", None) is not None and bool((tile.alpha != 1).any())
+    return is_compensated or getattr(getattr(config, "forward", None), "out_scale", 1.0) != 1.0
+
+
+def _untransposed(linear: nn.Linear) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+    layer.bias = linear.bias
+    return layer
 
 
 def _transposed(layer: Any) -> nn.Linear:
