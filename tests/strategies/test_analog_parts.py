@@ -66,7 +66,7 @@ def test_digital_networks_stay_as_they_are(told):
 
 def test_what_tiles_cannot_do_is_refused():
     """Check two sets of weights, another type than float32, and a GPU, with layers that are analog already."""
-    with pytest.raises(UsageError, match="^weight_stashing is for digital networks: a crossbar cannot"):
+    with pytest.raises(UsageError, match=r"^weight_stashing is for digital networks: a crossbar cannot"):
         convert(network("ideal"), None, stashes=True)
     with pytest.raises(UsageError, match="tiles compute in float32"):
         convert(network(soft_bounds()), None, precision=DoublePrecision())
