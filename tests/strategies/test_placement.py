@@ -24,7 +24,7 @@ RANK = "LOCAL_RANK"
 def in_two(tmp_path, monkeypatch):
     """Return a function that makes a call in two processes, and returns the results of rank 0 and of rank 1."""
     # No test waits for long when the other process has failed.
-    monkeypatch.setattr(processes, "_GRACE", 0.2)
+    monkeypatch.setattr(processes, "_GRACE", 2.0)
     return lambda call: make_in_two(call, tmp_path, monkeypatch)
 
 
