@@ -22,6 +22,7 @@ from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import show_steps_to_schedulers
 
 DeviceSpec = str | AnalogDevice | Mapping[str | int, Device | None] | RPUConfigBase | None
+"""What the argument ``device`` of the strategy accepts: a name, a device, a configuration, or a mapping to these."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MATRICES = (
