@@ -462,7 +462,6 @@ def test_any_pulsed_device_and_aihwkits_presets():
         (lambda: mixed_precision(residual_learning()), "needs a pulsed device of one crossbar, got TransferCompound"),
         (lambda: mixed_precision(mixed_precision()), "one crossbar, got MixedPrecisionCompound"),
         (lambda: mixed_precision("Gold"), "no MixedPrecision of material 'Gold'"),
-        (lambda: mixed_precision("Capacitor"), "does not simulate .*lifetime"),
         *(
             (
                 lambda option=option, value=value: to_mean_field(
