@@ -504,7 +504,7 @@ def test_ranges(make, name, value):
         (lambda: constant_step(w_max=torch.ones(9, 9)), "w_max must be a finite number above 0"),
         (lambda: soft_bounds(backend="exact"), "unknown backend 'exact': choose one of mean_field, bits, aihwkit"),
         (lambda: tiki_taka("Gold"), "no TikiTaka of material 'Gold'"),
-        (lambda: get_device("pcm"), "unknown device 'pcm'"),
+        (lambda: get_device("mram"), "unknown device 'mram'"),
         (lambda: ResNet(9), "a CIFAR ResNet has 6n+2 layers"),
         (lambda: models.MLP([4]), "an MLP needs at least an input and an output size"),
         (lambda: DeviceNoise([]), "at least one kind"),

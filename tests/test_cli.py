@@ -271,7 +271,7 @@ def test_arguments_by_position(command, capsys):
         command(*long)
         assert printed == capsys.readouterr().out != ""
     with pytest.raises(SystemExit, match="unrecognized arguments: more"):
-        command("schedule", "3", "2", "sync", "half", "x.png", "more")
+        command("schedule", "3", "2", "sync", "half", "x.png", "x.json", "more")
     assert not Path("x.png").exists()
 
 

@@ -514,7 +514,7 @@ def test_strategies_are_registered():
             (f"aimc_{name}", AnalogPipelineStrategy),
             {"description": f"analog pipeline, schedule {name}", "schedule": name},
         )
-        for name in ("none", "sync", "async")
+        for name in ("none", "sync", "1f1b", "async")
     ]
 
 

@@ -58,8 +58,8 @@ def test_the_stages_of_rank_0_are_those_of_all(num_functions, repeats, shares, w
         assert value == "of this rank"
         return ["of rank 0"], shares
 
-    names, remark = planning._divide(trials, calls, 2, None, "shared", agree)
-    assert found == [((trials, calls, 2), {"may_share": "shared", "repeats": repeats})]
+    names, remark = planning._divide(trials, calls, 2, None, "shared", agree, None)
+    assert found == [((trials, calls, 2), {"may_share": "shared", "repeats": repeats, "hardware": None})]
     percent = "61, 39" if warns else f"{shares[0] * 100:.0f}, {shares[1] * 100:.0f}"
     assert (names, remark) == (["of rank 0"], f" (stages of {percent} %)")
     messages = [str(warning.message) for warning in recwarn]
@@ -72,7 +72,7 @@ def test_the_stages_of_rank_0_are_those_of_all(num_functions, repeats, shares, w
 def test_known_stages_are_not_measured(num_stages, split_at, names, monkeypatch):
     checked, calls = [], object()
     monkeypatch.setattr(boundaries, "check", lambda *args: checked.append(args))
-    assert planning._divide(None, calls, num_stages, split_at, False, None) == (names, "")
+    assert planning._divide(None, calls, num_stages, split_at, False, None, None) == (names, "")
     assert checked == [(calls, split_at or ())]
 
 

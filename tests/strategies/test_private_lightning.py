@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -344,7 +345,7 @@ def test_checkpoints_are_read_in_a_context(monkeypatch):
     opened = []
     monkeypatch.setattr(LightningCLI, "_parse_ckpt_path", lambda self: opened.append("read"))
     command = object.__new__(private.CheckpointReadingCLI)
-    command.config = type("Config", (dict,), {"subcommand": "fit"})(fit={"ckpt_path": "a.ckpt"})
+    command.config = Namespace(subcommand="fit", fit=Namespace(ckpt_path="a.ckpt"))
     monkeypatch.setattr(
         private.CheckpointReadingCLI,
         "reading_checkpoint",
