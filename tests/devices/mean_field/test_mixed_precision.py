@@ -148,34 +148,36 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(2, 3, (3, 2), padding=1), (4, 2, 5, 6)),
     "conv3d": (lambda: nn.Conv3d(1, 2, 2, bias=False), (3, 1, 4, 4, 3)),
 }
-MAPPINGS = {
+SETTINGS = {
     "plain": {},
     "bias on the crossbar": {"digital_bias": False},
     "weights scaled": {"weight_scaling_omega": 0.5},
     "outputs scaled": {"weight_scaling_omega": 0.4, "weight_scaling_columnwise": True},
     "scales learnt": {"learn_out_scaling": True},
+    "inputs scaled": {"enable": True, "learn_input_range": False, "init_value": 10.0, "init_from_data": 0},
 }
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_with_tiny_steps_training_is_digital(layer, mapping):
-    """Compare a layer whose device has steps of 2e-9 with a digital layer after 5 steps of AdamW."""
+def test_with_tiny_steps_training_is_digital(layer, settings):
+    """Compare a layer whose device has steps of 2e-9 with a digital layer after 5 steps of SGD with momentum."""
     make, shape = LAYERS[layer]
     torch.manual_seed(0)
     digital = nn.Sequential(make())
     ours = deepcopy(digital)
     config = exact(10**9).rpu_config
-    for name, value in MAPPINGS[mapping].items():
-        setattr(config.mapping, name, value)
+    section = config.pre_post.input_range if settings == "inputs scaled" else config.mapping
+    for name, value in SETTINGS[settings].items():
+        setattr(section, name, value)
     convert_to_analog(ours, config)
-    if mapping == "scales learnt":
+    if settings == "scales learnt":
         (scales,) = [p for name, p in ours.named_parameters() if name.endswith("out_scaling_alpha")]
         scales.requires_grad_(False)
     x = torch.randn(shape)
     target = torch.randn_like(digital(x))
     for network in (digital, ours):
-        optimizer = OPTIMIZERS["adamw"](network.parameters())
+        optimizer = OPTIMIZERS["momentum"](network.parameters())
         make_analog_aware(optimizer)
         for _ in range(5):
             optimizer.zero_grad()
@@ -186,6 +188,7 @@ def test_with_tiny_steps_training_is_digital(layer, mapping):
     if bias is not None:
         torch.testing.assert_close(bias, digital[0].bias.detach(), rtol=1e-4, atol=1e-6)
     copied = deepcopy(ours)
+    ours[0].set_weights(3 * weight, bias)  # on other scales
     ours.load_state_dict(copied.state_dict())
     for network in (ours, copied):
         tile = network[0].analog_module
