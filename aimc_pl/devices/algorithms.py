@@ -14,7 +14,13 @@ from aihwkit.simulator.configs import (
     UnitCellRPUConfig,
     UpdateParameters,
 )
-from aihwkit.simulator.configs.compounds import BufferedTransferCompound, MixedPrecisionCompound, TransferCompound
+from aihwkit.simulator.configs.compounds import (
+    BufferedTransferCompound,
+    ChoppedTransferCompound,
+    DynamicTransferCompound,
+    MixedPrecisionCompound,
+    TransferCompound,
+)
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
 
@@ -59,31 +65,72 @@ def residual_learning(
     check_number("transfer_every", transfer_every, above=0)
     check_number("n_reads_per_transfer", n_reads_per_transfer, at_least=1, whole=True)
     check_flag("digital_buffer", digital_buffer)
-    config: Any = deepcopy((device or soft_bounds()).rpu_config)
-    if not isinstance(config, MeanFieldRPUConfig | SingleRPUConfig) or isinstance(config.device, TransferCompound):
-        raise UsageError(
-            f"residual_learning needs a pulsed device of one crossbar, got {type(config.device).__name__}: choose "
-            "soft_bounds, for example"
-        )
-    compound = BufferedTransferCompound if digital_buffer else TransferCompound
-    one_pulse = UpdateParameters(desired_bl=1, update_bl_management=False, update_management=False)
-    settings = UnitCellRPUConfig(
-        device=compound(
-            unit_cell_devices=[config.device, deepcopy(config.device)],
-            gamma=gamma,
-            transfer_lr=transfer_lr,
-            transfer_every=transfer_every,
-            n_reads_per_transfer=n_reads_per_transfer,
-            transfer_forward=_read(config.forward),
-            transfer_update=one_pulse if digital_buffer else deepcopy(config.update),
-        ),
-        forward=config.forward,
-        backward=config.backward,
-        update=config.update,
-        mapping=config.mapping,
+    config = _pulsed(device, "residual_learning")
+    compound = (BufferedTransferCompound if digital_buffer else TransferCompound)(
+        gamma=gamma,
+        transfer_lr=transfer_lr,
+        transfer_every=transfer_every,
+        n_reads_per_transfer=n_reads_per_transfer,
     )
-    is_fast = isinstance(config, MeanFieldRPUConfig)
-    return ConfiguredDevice(to_mean_field(settings, config.sample_pulses) if is_fast else settings)
+    one_pulse = UpdateParameters(desired_bl=1, update_bl_management=False, update_management=False)
+    return _of_two(config, compound, one_pulse if digital_buffer else None)
+
+
+def chopped_transfer(
+    device: AnalogDevice | None = None,
+    chop_prob: float = 0.1,
+    fast_lr: float = 0.5,
+    transfer_lr: float = 1.0,
+    transfer_every: float = 1.0,
+) -> AnalogDevice:
+    """Tiki-Taka version 2 with choppers (Rasch et al., arXiv 2303.04721) over any pulsed device.
+
+    Gradients send pulses to a crossbar P, with signs that flip from time to time. A column of P is read, the signs are
+    undone, and the column is added to a digital buffer, which sends whole pulses to the weights W. What is in P for
+    another reason than the gradients, such as an offset, changes its sign in the buffer with every flip, and cancels.
+
+    Args:
+        device: the device of both crossbars, of the catalogue and with pulsed updates; ``soft_bounds`` by default.
+        chop_prob: the probability that the sign of a column flips after the column has been read. With 0 this is
+            Tiki-Taka version 2.
+        fast_lr: how strong gradients act on P. With 1, a pulse train has its full length where input and error are the
+            largest of the recent past. The optimizer's learning rate acts on transfers only.
+        transfer_lr: the rate of transfers in units of the learning rate.
+        transfer_every: number of mini-batches from one transfer of a column to the next.
+
+    Raises:
+        UsageError: if an argument is out of range, or if the device has no pulsed updates of its own.
+    """
+    check_number("chop_prob", chop_prob, at_least=0, at_most=1)
+    compound = ChoppedTransferCompound(in_chop_prob=chop_prob, **_accumulation(fast_lr, transfer_lr, transfer_every))
+    return _of_two(_pulsed(device, "chopped_transfer"), compound)
+
+
+def dynamic_transfer(
+    device: AnalogDevice | None = None,
+    chop_prob: float = 0.1,
+    fast_lr: float = 0.5,
+    transfer_lr: float = 1.0,
+    transfer_every: float = 1.0,
+) -> AnalogDevice:
+    """AGAD (Rasch et al., arXiv 2303.04721) over any pulsed device: choppers, and a reference that follows P.
+
+    It is :func:`chopped_transfer`, except that the buffer receives the difference between P and the running mean of P
+    before the last flip, and that signs flip regularly.
+
+    Args:
+        device: see :func:`chopped_transfer`.
+        chop_prob: the sign of a column flips after every 1/chop_prob reads of the column.
+        fast_lr: see :func:`chopped_transfer`.
+        transfer_lr: see :func:`chopped_transfer`.
+        transfer_every: see :func:`chopped_transfer`.
+
+    Raises:
+        UsageError: if an argument is out of range, or if the device has no pulsed updates of its own.
+    """
+    check_number("chop_prob", chop_prob, above=0, at_most=1)
+    compound = DynamicTransferCompound(in_chop_prob=chop_prob, **_accumulation(fast_lr, transfer_lr, transfer_every))
+    return _of_two(_pulsed(device, "dynamic_transfer"), compound)
 
 
 def tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
@@ -96,31 +143,34 @@ def tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_field") -
     return simulated(_preset("TikiTaka", material), backend)
 
 
-def tiki_taka_v2(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2: a digital buffer filters the transfer from the fast to the weight array (runs on aihwkit).
+def tiki_taka_v2(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
+    """Tiki-Taka version 2: a digital buffer filters what is transferred to the weights (aihwkit's preset).
 
     Args:
-        material: the material of both arrays.
+        material: the material of both crossbars.
+        backend: see :func:`tiki_taka`.
     """
-    return ConfiguredDevice(_preset("TTv2", material))
+    return simulated(_preset("TTv2", material), backend)
 
 
-def chopped_tiki_taka(material: Material = "ReRamSB") -> AnalogDevice:
-    """Tiki-Taka version 2 with choppers, which flip the gradient array's sign to cancel its offset (runs on aihwkit).
+def chopped_tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
+    """Tiki-Taka version 2 with choppers, see :func:`chopped_transfer` (aihwkit's preset).
 
     Args:
-        material: the material of both arrays.
+        material: the material of both crossbars.
+        backend: see :func:`tiki_taka`.
     """
-    return ConfiguredDevice(_preset("ChoppedTTv2", material))
+    return simulated(_preset("ChoppedTTv2", material), backend)
 
 
-def agad(material: Material = "ReRamSB") -> AnalogDevice:
-    """Analog gradient accumulation with dynamic reference (Rasch et al., arXiv 2303.04721) (runs on aihwkit).
+def agad(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
+    """Analog gradient accumulation with dynamic reference, see :func:`dynamic_transfer` (aihwkit's preset).
 
     Args:
-        material: the material of both arrays.
+        material: the material of both crossbars.
+        backend: see :func:`tiki_taka`.
     """
-    return ConfiguredDevice(_preset("AGAD", material))
+    return simulated(_preset("AGAD", material), backend)
 
 
 def mixed_precision(device: AnalogDevice | Material = "ReRamSB") -> AnalogDevice:
@@ -160,6 +210,47 @@ def _preset(algorithm: str, material: str) -> Any:
     if preset is None:
         raise UsageError(f"there is no {algorithm} of material {material!r}: see aihwkit.simulator.presets")
     return preset()
+
+
+def _pulsed(device: AnalogDevice | None, algorithm: str) -> Any:
+    """Return a copy of the configuration of a pulsed device, for the algorithm of this name."""
+    config: Any = deepcopy((device or soft_bounds()).rpu_config)
+    if not isinstance(config, MeanFieldRPUConfig | SingleRPUConfig) or isinstance(config.device, TransferCompound):
+        raise UsageError(
+            f"{algorithm} needs a pulsed device of one crossbar, got {type(config.device).__name__}: choose "
+            "soft_bounds, for example"
+        )
+    return config
+
+
+def _of_two(config: Any, compound: TransferCompound, transfer_update: UpdateParameters | None = None) -> AnalogDevice:
+    """Return a device with two crossbars of a pulsed device, between which a compound transfers."""
+    compound.transfer_update = transfer_update or deepcopy(config.update)
+    compound.unit_cell_devices = [config.device, deepcopy(config.device)]
+    compound.transfer_forward = _read(config.forward)
+    compound.units_in_mbatch = True
+    settings = UnitCellRPUConfig(
+        device=compound,
+        forward=config.forward,
+        backward=config.backward,
+        update=config.update,
+        mapping=config.mapping,
+    )
+    is_fast = isinstance(config, MeanFieldRPUConfig)
+    return ConfiguredDevice(to_mean_field(settings, config.sample_pulses) if is_fast else settings)
+
+
+def _accumulation(fast_lr: float, transfer_lr: float, transfer_every: float) -> dict[str, Any]:
+    check_number("fast_lr", fast_lr, above=0)
+    check_number("transfer_lr", transfer_lr, above=0)
+    check_number("transfer_every", transfer_every, above=0)
+    return {
+        "fast_lr": fast_lr,
+        "transfer_lr": transfer_lr,
+        "transfer_every": transfer_every,
+        "auto_scale": True,
+        "forget_buffer": False,
+    }
 
 
 def _read(forward: IOParameters) -> IOParameters:

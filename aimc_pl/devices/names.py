@@ -9,6 +9,8 @@ from aimc_pl.arguments import shown
 from aimc_pl.devices.algorithms import (
     agad,
     chopped_tiki_taka,
+    chopped_transfer,
+    dynamic_transfer,
     mixed_precision,
     residual_learning,
     tiki_taka,
@@ -63,6 +65,8 @@ DEVICES: dict[str, Callable[..., AnalogDevice]] = {
         gokmen_vlasov,
         idealized,
         residual_learning,
+        chopped_transfer,
+        dynamic_transfer,
         tiki_taka,
         tiki_taka_v2,
         chopped_tiki_taka,

@@ -95,7 +95,12 @@ def expected_counts(
 
 
 def column_counts(
-    error: Tensor, learning_rate: float, granularity: float, update: UpdateParameters, spread: float, generator: Generator
+    error: Tensor,
+    learning_rate: float,
+    granularity: float,
+    update: UpdateParameters,
+    spread: float,
+    generator: Generator,
 ) -> Counts:
     """Return the same as :func:`expected_counts` for one error ``(out,)`` and one input of 1, as tensors ``(out, 1)``.
 

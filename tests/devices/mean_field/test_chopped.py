@@ -72,7 +72,10 @@ def test_choppers_equal_the_recomputation(name):
     if options.get("correct_gradient_magnitudes"):  # then, the buffer is in units of the second crossbar's steps
         options = options | {"buffer_granularity": 3.0}
     tile = tile_of(exact(ChoppedTransferCompound, **options))
-    gamma, period = options.get("gamma", 0.0), max(2, -(-1 // options["in_chop_prob"])) if options["in_chop_prob"] else 0
+    gamma, period = (
+        options.get("gamma", 0.0),
+        max(2, -(-1 // options["in_chop_prob"])) if options["in_chop_prob"] else 0,
+    )
     w, p, held = (torch.zeros(OUT, IN, dtype=torch.float64) for _ in range(3))
     s, t, means, moved = torch.ones(IN), torch.ones(OUT), [0.0, 0.0], 0
     unit = UNIT * options.get("auto_granularity", 3.0) / 3
@@ -80,7 +83,9 @@ def test_choppers_equal_the_recomputation(name):
     if options.get("correct_gradient_magnitudes"):
         per_unit = 0.1 * 2.0 / (3.0 * STEP) / 0.2
     for step, (x, error) in enumerate(batches(45)):
-        torch.testing.assert_close(tile.tile(x).double(), x.double() @ (w + gamma * t[:, None] * s * p).T, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            tile.tile(x).double(), x.double() @ (w + gamma * t[:, None] * s * p).T, rtol=1e-3, atol=1e-3
+        )
         tile.update(x, error)
         lrs = torch.tensor([*rates(options, x, error, means)] if options.get("auto_scale") else [0.2, 0.2])
         p -= t[:, None] * s * ((error * lrs[:, None]).T @ x)
@@ -105,7 +110,13 @@ def test_choppers_equal_the_recomputation(name):
 DYNAMIC = {
     "plain": {"in_chop_prob": 0.4},
     "random": {"in_chop_prob": 1.0, "in_chop_random": True},
-    "capped": {"in_chop_prob": 0.5, "forget_buffer": False, "buffer_cap": 1.5, "momentum": 0.2, "tail_weightening": 1.5},
+    "capped": {
+        "in_chop_prob": 0.5,
+        "forget_buffer": False,
+        "buffer_cap": 1.5,
+        "momentum": 0.2,
+        "tail_weightening": 1.5,
+    },
     "corrected": {"in_chop_prob": 0.25, "experimental_correct_accumulation": True, "tail_weightening": 2.0},
 }
 

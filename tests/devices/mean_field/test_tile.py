@@ -25,6 +25,7 @@ from torch import nn
 from aimc_pl.devices import (
     capacitor,
     convert_to_analog,
+    dynamic_transfer,
     ecram_mo,
     exp_step,
     idealized,
@@ -295,11 +296,15 @@ def test_converted_convolutions_train_as_aihwkits_unfolding_ones(name, max_size)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("crossbars", [1, 2])
-def test_seeds_copies_pickles_and_state_dicts(name, crossbars):
+@pytest.mark.parametrize("algorithm", ["analog SGD", "residual learning", "choppers"])
+def test_seeds_copies_pickles_and_state_dicts(name, algorithm):
     layer_of, shape = LAYERS[name]
     device = soft_bounds_reference(device_to_device=0.3, write_noise=5.0)
-    config = (device if crossbars == 1 else residual_learning(device, digital_buffer=name == "conv2d")).rpu_config
+    config = {
+        "analog SGD": lambda: device,
+        "residual learning": lambda: residual_learning(device, digital_buffer=name == "conv2d"),
+        "choppers": lambda: dynamic_transfer(device, chop_prob=1.0),
+    }[algorithm]().rpu_config
     x = torch.randn(shape)
     layer, again, other = (trained(config, layer_of, x, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(layer.get_weights()[0], again.get_weights()[0])
