@@ -40,7 +40,7 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
         self.register_buffer("_held", torch.zeros(x_size, d_size), persistent=False)
         self.register_buffer("_in_signs", torch.ones(x_size), persistent=False)
         self.register_buffer("_out_signs", torch.ones(d_size), persistent=False)
-        self._counters = {"cycles": 0, "rate": 0.0, "x_largest": 0.0, "error_largest": 0.0}
+        self._counters: dict[str, float] = {"cycles": 0, "rate": 0.0, "x_largest": 0.0, "error_largest": 0.0}
         """Transfers of the last column, the last rate of pulses, and running means of the largest input and error."""
 
     def set_weights(self, weight: Tensor) -> None:

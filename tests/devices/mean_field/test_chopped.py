@@ -4,8 +4,20 @@ import pytest
 import torch
 from aihwkit.simulator.configs import ConstantStepDevice, IOParameters, UnitCellRPUConfig, UpdateParameters
 from aihwkit.simulator.configs.compounds import ChoppedTransferCompound, DynamicTransferCompound
+from jsonargparse import ArgumentParser
 
-from aimc_pl.devices import to_mean_field
+from aimc_pl.devices import (
+    AnalogDevice,
+    MeanFieldRPUConfig,
+    agad,
+    chopped_tiki_taka,
+    chopped_transfer,
+    dynamic_transfer,
+    residual_learning,
+    soft_bounds,
+    tiki_taka_v2,
+    to_mean_field,
+)
 from aimc_pl.errors import UsageError
 
 OUT, IN, STEP = 4, 3, 0.01
@@ -191,3 +203,51 @@ def test_a_tile_resumes_bit_for_bit(kind):
 def test_what_cannot_be_is_refused(kind, options, message):
     with pytest.raises(UsageError, match=message):
         to_mean_field(exact(kind, **options))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind"), [(chopped_transfer, ChoppedTransferCompound), (dynamic_transfer, DynamicTransferCompound)]
+)
+def test_algorithms_take_any_pulsed_device(algorithm, kind):
+    parser = ArgumentParser()
+    parser.add_argument("--device", type=AnalogDevice)
+    inner = {"class_path": "aimc_pl.devices.linear_step", "init_args": {"gamma": 0.3, "w_max": 0.7, "backend": "bits"}}
+    outer = {"class_path": f"aimc_pl.devices.{algorithm.__name__}", "init_args": {"device": inner, "chop_prob": 0.2}}
+    config = parser.instantiate(parser.parse_object({"device": outer})).device.rpu_config
+    assert type(config.device) is kind
+    assert config.sample_pulses
+    assert config.device.in_chop_prob == 0.2
+    assert [device.w_max for device in config.device.unit_cell_devices] == [0.7, 0.7]
+    tile = config.tile_class(OUT, IN, config, False)
+    for x, error in batches(60):
+        tile.update(x, error)
+    assert all(crossbar.weight.any() for crossbar in tile.tile.crossbars)
+    assert not isinstance(algorithm(soft_bounds(backend="aihwkit")).rpu_config, MeanFieldRPUConfig)
+
+
+def test_algorithms_refuse_what_cannot_be():
+    for options, message in (
+        ({"chop_prob": 1.5}, "chop_prob must be .* at most 1"),
+        ({"fast_lr": 0.0}, "fast_lr must be .* above 0"),
+        ({"transfer_lr": 0.0}, "transfer_lr must be .* above 0"),
+        ({"transfer_every": 0.0}, "transfer_every must be .* above 0"),
+        ({"device": residual_learning()}, "needs a pulsed device of one crossbar, got TransferCompound"),
+    ):
+        for algorithm in (chopped_transfer, dynamic_transfer):
+            with pytest.raises(UsageError, match=message):
+                algorithm(**options)
+    with pytest.raises(UsageError, match=r"chop_prob must be .* above 0"):
+        dynamic_transfer(chop_prob=0)
+
+
+@pytest.mark.parametrize("preset", [tiki_taka_v2, chopped_tiki_taka, agad])
+def test_presets_run_here(preset):
+    config = preset("EcRam").rpu_config
+    assert isinstance(config, MeanFieldRPUConfig)
+    assert type(preset("EcRam", backend="aihwkit").rpu_config).__name__.endswith("EcRamPreset")
+    tile = config.tile_class(OUT, IN, config, False)
+    for x, error in batches(3):
+        tile.update(x, error)
+    assert tile.tile.crossbars[0].weight.any()
+    with pytest.raises(UsageError, match=r"does not simulate .*lifetime"):
+        preset("Capacitor")
