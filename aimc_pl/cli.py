@@ -9,7 +9,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from inspect import signature
+from inspect import getdoc, signature
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +94,7 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
 
     device = get_device(name)
     if png is None:
-        print(DEVICES[name].__doc__, device, sep="\n")
+        print(getdoc(DEVICES[name]), device, sep="\n\n")
     else:
         check_picture(png)
         save(plot_response(device, name, num_pulses), png)

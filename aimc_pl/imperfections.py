@@ -8,7 +8,14 @@ from torch import Generator, Tensor
 from aimc_pl.arguments import check_number
 
 
-class WeightNoise(ABC):
+class Imperfection:
+    """An imperfection of devices, whose attributes are its arguments."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+class WeightNoise(Imperfection, ABC):
     """An imperfection that changes the weights of a stage after each update."""
 
     @abstractmethod
@@ -95,7 +102,7 @@ class DeviceVariation(WeightNoise):
         return before + (1 + self.std * _normal(weight, devices)) * (weight - before)
 
 
-class ReadNoise:
+class ReadNoise(Imperfection):
     """Gaussian noise on the weights, drawn separately for every product in a forward or a backward.
 
     Args:

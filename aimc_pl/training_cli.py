@@ -1,22 +1,27 @@
 """Lightning's command line, with this package's strategy, callbacks and report."""
 
+import logging
 import os
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, override
 
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import TRAINING
 from aimc_pl.errors import UsageError
 
@@ -47,6 +52,9 @@ class AnalogCLI(CheckpointReadingCLI):
             super().__init__(
                 run=run,
                 save_config_kwargs={"overwrite": True},
+                # The line at the start of a run says what a table of modules would. Its FLOPs are 0 for any module
+                # without example_input_array.
+                trainer_defaults={"enable_model_summary": False},
                 parser_kwargs={
                     "parser_mode": "omegaconf+",
                     "exit_on_error": False,
@@ -57,6 +65,16 @@ class AnalogCLI(CheckpointReadingCLI):
         except (UsageError, MisconfigurationException):
             self._remove_new_folders()
             raise
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Instantiate the trainer, with a progress bar that shows what the pipeline does, unless the user has one."""
+        config = self._get(self.config_init, "trainer", default={})
+        callbacks = config.get("callbacks") or []
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if config.get("enable_progress_bar") is not False and not has_bar:
+            kwargs["callbacks"] = [*callbacks, PipelineBar()]
+        return super().instantiate_trainer(**kwargs)
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the arguments that Lightning's command line does not have."""
@@ -128,6 +146,7 @@ def train() -> None:
     """
     # Python finds modules beside a script. The user's are in the current folder, and the script is this command.
     sys.path.append(os.getcwd())
+    _silence()
     try:
         AnalogCLI()
     except ArgumentError as error:
@@ -136,6 +155,19 @@ def train() -> None:
         raise
     except (MisconfigurationException, OmegaConfBaseException) as error:
         raise UsageError(str(error)) from error
+
+
+def _silence() -> None:
+    """Keep Lightning from printing what is of no use to the users of this command."""
+    # Lightning advertises other packages.
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        handler.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
+    # Lightning uses a name that torch will drop.
+    warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
+    if rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
+        # Every process would print what the first one prints.
+        for name in ("lightning.fabric", "lightning.pytorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _check_folder(path: Path, new: Sequence[Path]) -> None:

@@ -1,5 +1,6 @@
 """This package holds Lightning callbacks that observe the pipeline, or inject imperfections of devices into it."""
 
+from aimc_pl.callbacks.bar import PipelineBar
 from aimc_pl.callbacks.clock import ClockMonitor
 from aimc_pl.callbacks.dashboard import Dashboard, PipelineDiagram
 from aimc_pl.callbacks.noise import DeviceNoise
@@ -12,6 +13,7 @@ __all__ = [
     "DeviceNoise",
     "DeviceVariation",
     "Drift",
+    "PipelineBar",
     "PipelineDiagram",
     "ReadNoise",
     "StalenessMonitor",

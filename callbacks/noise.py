@@ -29,7 +29,7 @@ class DeviceNoise(Callback, Observer):
     relative to their norm. The value is the root mean square over the updates or, for read noise, over the products.
 
     Args:
-        noise: the kinds of noise to inject, in order.
+        noise: the kinds of noise to inject, in order, or one kind.
         stages: the stages whose layers get the noise; all by default.
         layers: patterns of layer names (as in ``LightningModule.named_modules()``); all by default.
         from_step: the first global step with noise.
@@ -42,13 +42,14 @@ class DeviceNoise(Callback, Observer):
 
     def __init__(
         self,
-        noise: Sequence[Noise],
+        noise: Noise | Sequence[Noise],
         stages: Sequence[int] | None = None,
         layers: Sequence[str] = ("*",),
         from_step: int = 0,
         until_step: int | None = None,
         seed: int = 0,
     ) -> None:
+        noise = [noise] if isinstance(noise, Noise) else noise
         check_list("noise", noise, (WeightNoise, ReadNoise), "kinds of noise, such as WriteNoise(0.01)")
         if not noise:
             raise UsageError("noise is empty, and DeviceNoise needs at least one kind of noise")

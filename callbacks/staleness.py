@@ -140,6 +140,7 @@ class StalenessMonitor(Callback, Observer):
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         counts = merged(self._strategy.gather(self._counts_here()))
+        # Between processes a Counter becomes a plain dictionary.
         self.counts.update({stage: Counter(times) for stage, times in counts.items()})
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -160,6 +161,7 @@ class StalenessMonitor(Callback, Observer):
         if not hasattr(self, "_strategy"):
             # This is an evaluation, which has no staleness.
             return
+        # Between processes a Counter becomes a plain dictionary.
         self.counts.update({stage: Counter(times) for stage, times in state_dict["counts"].items()})
         self.mismatches = state_dict["mismatches"] if self._strategy.is_global_zero else 0
         self._recent.update(state_dict["recent"])

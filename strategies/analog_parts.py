@@ -28,19 +28,28 @@ if TYPE_CHECKING:
 def convert(
     module: nn.Module, device: "DeviceSpec", settings: Settings, root_device: torch.device, precision: Precision
 ) -> None:
-    """Make the layers analog that ``device`` selects, say which these are, and check that the run can train them.
+    """Make the layers analog that ``device`` selects, and check that the run can train them.
 
     Raises:
         UsageError: if a layer cannot be analog, or if a setting does not go with analog layers.
     """
     if device is not None:
-        from aimc_pl.devices import convert_to_analog, describe_layers
+        from aimc_pl.devices import convert_to_analog, describe_slow
 
-        if convert_to_analog(module, device, settings.split_at):
-            rank_zero_info(describe_layers(module))
+        if convert_to_analog(module, device, settings.split_at) and (line := describe_slow(device)):
+            rank_zero_info(line)
     if settings.weight_stashing and analog_layers(module):
         raise UsageError("weight_stashing is for digital networks: a crossbar cannot keep a second set of weights")
     check_analog_support(module, root_device, precision)
+
+
+def describe(module: nn.Module) -> str:
+    """Return what a run says at its start of what is analog."""
+    if not analog_layers(module):
+        return "no layer is analog"
+    from aimc_pl.devices import describe_layers
+
+    return describe_layers(module)
 
 
 def convert_optimizer(module: nn.Module, optimizer: Optimizer) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from aimc_pl import boundaries
 from aimc_pl.analog import are_seeded
+from aimc_pl.arguments import listed
 from aimc_pl.boundaries import Calls
 from aimc_pl.cost import Hardware
 from aimc_pl.errors import UsageError
@@ -16,8 +17,10 @@ from aimc_pl.flight import StagedStep
 from aimc_pl.private_torch import tree_leaves, version
 from aimc_pl.reachable import variables_of
 from aimc_pl.stage import Stage
+from aimc_pl.strategies import analog_parts
 from aimc_pl.strategies.checks import check_initialized, check_microbatches, check_optimizer
 from aimc_pl.strategies.private_lightning import SET_AROUND_STEPS
+from aimc_pl.strategies.said import say
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 from aimc_pl.trial import Function, Trials, verify
@@ -78,7 +81,9 @@ def settle(
     else:
         return None
     may_share = not (schedule.is_async or apart)
-    split_at, found = _divide(trials, calls, schedule.num_stages, split_at, may_share, agree, settings.hardware)
+    split_at, found = _divide(
+        module, trials, calls, schedule.num_stages, split_at, may_share, agree, settings.hardware
+    )
     overlaps = schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1)
     if overlaps:
         check_initialized(module, split_at)
@@ -110,7 +115,11 @@ def settle(
         comparable = settings.verify and are_seeded(module)
         losses = trials.losses([*steps, whole], reference) if comparable else None
         check_microbatches(module, losses, steps, settings, splits_by_sample)
-    rank_zero_info(f"Pipeline of {schedule.num_stages} stages, schedule {schedule.name!r}: split_at={split_at}{found}")
+    say(
+        module.trainer,
+        f"{_name(module)} in {schedule.num_stages} stages{found}, schedule {schedule.name!r}, split_at={split_at}: "
+        f"{analog_parts.describe(module)}",
+    )
     return step
 
 
@@ -160,15 +169,22 @@ def settle_evaluation(
     calls = Calls(with_gradients=False)
     with calls.recorded(module), trials.fresh():
         function()
-    split_at, found = _divide(trials, calls, num_stages, split_at, False, agree, hardware)
+    split_at, found = _divide(module, trials, calls, num_stages, split_at, False, agree, hardware)
     stages = [Stage(index) for index in range(num_stages)]
     step = StagedStep(module, split_at, stages, may_share=False, overlaps=False, with_gradients=False)
     trials.record(step)
-    rank_zero_info(f"Pipeline of {num_stages} stages: split_at={split_at}{found}")
+    say(module.trainer, f"{_name(module)} in {num_stages} stages{found}, split_at={split_at}")
     return step
 
 
+def _name(module: "pl.LightningModule") -> str:
+    """Return the name of a module's class, and those of the networks in it."""
+    networks = [type(child).__name__ for child in module.children() if any(True for _ in child.parameters())]
+    return f"{type(module).__name__} ({listed(networks, 40)})" if networks else type(module).__name__
+
+
 def _divide(
+    module: "pl.LightningModule",
     trials: Trials,
     calls: Calls,
     num_stages: int,
@@ -182,7 +198,8 @@ def _divide(
         boundaries.check(calls, split_at or ())
         return list(split_at or ()), ""
     if hardware is None:
-        rank_zero_info("Measuring the layers that the step calls, on the first micro-batch, to divide the step evenly")
+        measuring = "Measuring the layers that the step calls, on the first micro-batch, to divide the step evenly"
+        say(module.trainer, measuring)
     repeats = 1 if hardware else min(len(trials.functions), 2)
     found, shares = agree(
         boundaries.find(trials, calls, num_stages, may_share=may_share, repeats=repeats, hardware=hardware)
@@ -193,4 +210,4 @@ def _divide(
             f"one stage takes {100 * max(shares):.0f} % of the time (stages of {percent} %): the network has too few "
             f"layers of equal cost for {num_stages} stages. Use fewer stages, or name modules with split_at"
         )
-    return found, f" (stages of {percent} %)"
+    return found, f" of {percent} % of the measured time"

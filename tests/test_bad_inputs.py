@@ -414,7 +414,7 @@ RANGES = [
             "seed": (-1, 2**32, *HALVES),
         },
     ),
-    (DeviceNoise, {"noise": ([], "WriteNoise", [0.1], 3, WriteNoise(0.1))}),
+    (DeviceNoise, {"noise": ([], "WriteNoise", [0.1], 3)}),
     (StalenessMonitor, {"cosine": ("no", 1, None)}),
     (PipelineDiagram, {"num_clocks": (0, -3, 10**9, *HALVES)}),
     (

@@ -28,6 +28,7 @@ from aimc_pl.devices.conversion import (
     DeviceSpec,
     convert_to_analog,
     describe_layers,
+    describe_slow,
     describe_updates,
     make_analog_aware,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "constant_step",
     "convert_to_analog",
     "describe_layers",
+    "describe_slow",
     "describe_updates",
     "dynamic_transfer",
     "ecram",

@@ -25,13 +25,14 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
 
 from aimc_pl.arguments import check_flag, check_number
-from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, simulated, soft_bounds
+from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, described, simulated, soft_bounds
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
 from aimc_pl.errors import UsageError
 
 Material = Literal["ReRamES", "ReRamSB", "Capacitor", "EcRam", "EcRamMO", "Idealized"]
 
 
+@described
 def residual_learning(
     device: AnalogDevice | None = None,
     gamma: float = 0.1,
@@ -76,6 +77,7 @@ def residual_learning(
     return _of_two(config, compound, one_pulse if digital_buffer else None)
 
 
+@described
 def chopped_transfer(
     device: AnalogDevice | None = None,
     chop_prob: float = 0.1,
@@ -106,6 +108,7 @@ def chopped_transfer(
     return _of_two(_pulsed(device, "chopped_transfer"), compound)
 
 
+@described
 def dynamic_transfer(
     device: AnalogDevice | None = None,
     chop_prob: float = 0.1,
@@ -133,6 +136,7 @@ def dynamic_transfer(
     return _of_two(_pulsed(device, "dynamic_transfer"), compound)
 
 
+@described
 def tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
     """Tiki-Taka version 1: gradients move a fast crossbar, which is transferred to the weights (aihwkit's preset).
 
@@ -143,6 +147,7 @@ def tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_field") -
     return simulated(_preset("TikiTaka", material), backend)
 
 
+@described
 def tiki_taka_v2(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
     """Tiki-Taka version 2: a digital buffer filters what is transferred to the weights (aihwkit's preset).
 
@@ -153,6 +158,7 @@ def tiki_taka_v2(material: Material = "ReRamSB", backend: Backend = "mean_field"
     return simulated(_preset("TTv2", material), backend)
 
 
+@described
 def chopped_tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
     """Tiki-Taka version 2 with choppers, see :func:`chopped_transfer` (aihwkit's preset).
 
@@ -163,6 +169,7 @@ def chopped_tiki_taka(material: Material = "ReRamSB", backend: Backend = "mean_f
     return simulated(_preset("ChoppedTTv2", material), backend)
 
 
+@described
 def agad(material: Material = "ReRamSB", backend: Backend = "mean_field") -> AnalogDevice:
     """Analog gradient accumulation with dynamic reference, see :func:`dynamic_transfer` (aihwkit's preset).
 
@@ -173,6 +180,7 @@ def agad(material: Material = "ReRamSB", backend: Backend = "mean_field") -> Ana
     return simulated(_preset("AGAD", material), backend)
 
 
+@described
 def mixed_precision(device: AnalogDevice | Material = "ReRamSB") -> AnalogDevice:
     """Mixed precision (Le Gallo et al., Nature Electronics 2018): any torch optimizer trains analog weights.
 

@@ -4,6 +4,9 @@ A config file names a function, too: ``class_path: aimc_pl.devices.soft_bounds``
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
 from math import exp
 from typing import Any, Literal
 
@@ -29,6 +32,14 @@ from aimc_pl.devices.mean_field.quantized import NoisyQuantizedDevice, NoisyQuan
 
 class AnalogDevice(ABC):
     """The hardware of a crossbar: its devices, its converters and its pulse trains."""
+
+    _call = ""
+    """The call that has made the device."""
+
+    def __repr__(self) -> str:
+        return (
+            self._call or f"{type(self).__name__}({type(getattr(self.rpu_config, 'device', self.rpu_config)).__name__})"
+        )
 
     @property
     @abstractmethod
@@ -56,6 +67,21 @@ class ConfiguredDevice(AnalogDevice):
         return self._rpu_config
 
 
+def described[**P](function: Callable[P, AnalogDevice]) -> Callable[P, AnalogDevice]:
+    """Make a device's ``repr`` the call of the function that returns it, without arguments at their defaults."""
+
+    @wraps(function)
+    def make(*args: P.args, **kwargs: P.kwargs) -> AnalogDevice:
+        device = function(*args, **kwargs)
+        parameters = signature(function).parameters
+        given = signature(function).bind(*args, **kwargs).arguments
+        changed = [f"{name}={value!r}" for name, value in given.items() if value != parameters[name].default]
+        device._call = f"{function.__name__}({', '.join(changed)})"
+        return device
+
+    return make
+
+
 Backend = Literal["mean_field", "bits", "aihwkit"]
 """How a pulsed device is simulated.
 
@@ -65,11 +91,13 @@ Backend = Literal["mean_field", "bits", "aihwkit"]
 """
 
 
+@described
 def ideal() -> AnalogDevice:
     """Exact products and exact updates in floating point (runs on aihwkit)."""
     return ConfiguredDevice(FloatingPointRPUConfig())
 
 
+@described
 def constant_step(
     w_max: float = 1.0,
     num_states: int = 1200,
@@ -92,6 +120,7 @@ def constant_step(
     return on_crossbar(device, perfect_io, backend)
 
 
+@described
 def linear_step(
     gamma: float = 0.5,
     w_max: float = 1.0,
@@ -123,6 +152,7 @@ def linear_step(
     return on_crossbar(device, perfect_io, backend)
 
 
+@described
 def soft_bounds(
     tau: float = 1.0,
     num_states: int = 1200,
@@ -150,6 +180,7 @@ def soft_bounds(
     return on_crossbar(device, perfect_io, backend)
 
 
+@described
 def soft_bounds_reference(
     tau: float = 1.0,
     num_states: int = 1200,
@@ -177,6 +208,7 @@ def soft_bounds_reference(
     return on_crossbar(device, perfect_io, backend)
 
 
+@described
 def exp_step(
     gamma: float = 2.0,
     tau: float = 1.0,
@@ -219,6 +251,7 @@ def exp_step(
     return on_crossbar(ExpStepDevice(**fields, **shape), perfect_io, backend)
 
 
+@described
 def pow_step(
     gamma: float = 2.0,
     tau: float = 1.0,
@@ -251,6 +284,7 @@ def pow_step(
     return on_crossbar(device, perfect_io, backend)
 
 
+@described
 def noisy_quantized(std: float = 1e-3, bits: int = 8, w_max: float = 1.0, perfect_io: bool = True) -> AnalogDevice:
     """The idealised model of convergence theory: an exact gradient step, plus Gaussian noise, rounded to b bits.
 

@@ -8,18 +8,21 @@ from types import new_class
 from typing import Any
 
 from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
+from aihwkit.simulator.configs import SingleRPUConfig
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
 from aimc_pl.arguments import listed, shown
 from aimc_pl.devices.catalogue import AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
-from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray
+from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray, to_mean_field
 from aimc_pl.devices.names import Device, get_device
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import show_steps_to_schedulers
+from aimc_pl.weights import read_weights
 
 DeviceSpec = str | AnalogDevice | Mapping[str | int, Device | None] | RPUConfigBase | None
 """What the argument ``device`` of the strategy accepts: a name, a device, a configuration, or a mapping to these."""
@@ -60,21 +63,51 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
     analog = {name: (value, get_device(value)) for name, value in chosen.items() if value is not None}
     _check_untied(network, analog)
     for name, (value, rpu_config) in analog.items():
-        _convert(network, name, rpu_config, value if isinstance(value, str) else _name_of(rpu_config))
+        _convert(network, name, rpu_config, _text(value, rpu_config))
     _avoid_nested_tensors(network)
     return list(analog)
 
 
 def describe_layers(network: nn.Module) -> str:
-    """Return a line that counts the analog layers of each device, and lists the digital layers with the reasons."""
+    """Return a line that counts the analog layers and weights, and lists the digital layers with the reasons."""
     counts = Counter(
         getattr(layer, "device_name", None) or _name_of(next(layer.analog_tiles()).rpu_config)
         for layer in analog_layers(network)
     )
-    parts = [f"{device}: {count} layer{'s' if count > 1 else ''} analog" for device, count in counts.items()]
+    names = [f"{count} {device}" if len(counts) > 1 else device for device, count in counts.items()]
     obstacles = _obstacles(network)
     reasons = {name: obstacles.get(name, "no device") for name in _digital_layers(network)}
-    return "; ".join([*parts, f"digital: {_listed(reasons)}"] if reasons else parts)
+    parameters = [parameter for parameter in network.parameters() if not is_lazy(parameter)]
+    share = read_weights(filter(is_analog, parameters)).numel() / read_weights(parameters).numel()
+    line = (
+        f"{counts.total()} of {counts.total() + len(reasons)} layers analog ({', '.join(names)}), "
+        f"{100 * share:.1f} % of weights"
+    )
+    return f"{line}; digital: {_listed(reasons)}" if reasons else line
+
+
+def describe_slow(device: DeviceSpec) -> str | None:
+    """Return a line on the user's own configurations that aihwkit simulates, though the mean-field tile could.
+
+    ``None`` if there are none.
+    """
+    devices = device.values() if isinstance(device, Mapping) else [device]
+    slow = [type(own).__name__ for own in devices if isinstance(own, SingleRPUConfig) and _fits(own)]
+    if not slow:
+        return None
+    return (
+        f"{slow[0]} runs on aihwkit's tiles, which simulate every pulse: device=to_mean_field(...) of "
+        "aimc_pl.devices simulates the same device, and is faster"
+    )
+
+
+def _fits(rpu_config: SingleRPUConfig) -> bool:
+    """Return whether the mean-field tile can simulate a configuration."""
+    try:
+        to_mean_field(rpu_config)
+    except UsageError:
+        return False
+    return True
 
 
 def make_analog_aware(optimizer: Optimizer) -> None:
@@ -177,6 +210,12 @@ def _avoid_nested_tensors(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoder) and analog_layers(module):
             module.use_nested_tensor = False
+
+
+def _text(device: Device, rpu_config: RPUConfigBase) -> str:
+    if isinstance(device, AnalogDevice):
+        return repr(device)
+    return device if isinstance(device, str) else _name_of(rpu_config)
 
 
 def _name_of(rpu_config: Any) -> str:

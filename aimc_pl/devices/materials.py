@@ -6,9 +6,10 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.presets.devices import ReRamArrayHfO2PresetDevice, ReRamArrayOMPresetDevice
 from aihwkit.simulator.presets.utils import PresetIOParameters, PresetUpdateParameters
 
-from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, simulated
+from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, described, simulated
 
 
+@described
 def ecram(backend: Backend = "mean_field") -> AnalogDevice:
     """Electro-chemical RAM with lithium, fitted to measurements (aihwkit's preset).
 
@@ -18,6 +19,7 @@ def ecram(backend: Backend = "mean_field") -> AnalogDevice:
     return simulated(presets.EcRamPreset(), backend)
 
 
+@described
 def ecram_mo(backend: Backend = "mean_field") -> AnalogDevice:
     """Electro-chemical RAM of metal oxide, fitted to measurements (aihwkit's preset).
 
@@ -27,6 +29,7 @@ def ecram_mo(backend: Backend = "mean_field") -> AnalogDevice:
     return simulated(presets.EcRamMOPreset(), backend)
 
 
+@described
 def capacitor(backend: Backend = "mean_field") -> AnalogDevice:
     """Capacitor that leaks with every mini-batch, fitted to measurements (aihwkit's preset).
 
@@ -36,6 +39,7 @@ def capacitor(backend: Backend = "mean_field") -> AnalogDevice:
     return simulated(presets.CapacitorPreset(), backend)
 
 
+@described
 def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
     """Resistive RAM with exponential steps, fitted to measurements (aihwkit's preset).
 
@@ -45,6 +49,7 @@ def reram_es(backend: Backend = "mean_field") -> AnalogDevice:
     return simulated(presets.ReRamESPreset(), backend)
 
 
+@described
 def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
     """Resistive RAM with soft bounds, fitted to measurements (aihwkit's preset).
 
@@ -54,6 +59,7 @@ def reram_sb(backend: Backend = "mean_field") -> AnalogDevice:
     return simulated(presets.ReRamSBPreset(), backend)
 
 
+@described
 def reram_om(backend: Backend = "bits") -> AnalogDevice:
     """Resistive RAM of an optimized material with 21 states, fitted to arrays (aihwkit's preset device).
 
@@ -63,6 +69,7 @@ def reram_om(backend: Backend = "bits") -> AnalogDevice:
     return _on_presets_crossbar(ReRamArrayOMPresetDevice(), backend)
 
 
+@described
 def reram_hfo2(backend: Backend = "bits") -> AnalogDevice:
     """Resistive RAM of hafnium oxide with 4 states, fitted to arrays (aihwkit's preset device).
 
@@ -72,6 +79,7 @@ def reram_hfo2(backend: Backend = "bits") -> AnalogDevice:
     return _on_presets_crossbar(ReRamArrayHfO2PresetDevice(), backend)
 
 
+@described
 def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
     """The RPU baseline of Gokmen and Vlasov, Front. Neurosci. 2016 (aihwkit's preset).
 
@@ -81,6 +89,7 @@ def gokmen_vlasov(backend: Backend = "mean_field") -> AnalogDevice:
     return simulated(presets.GokmenVlasovPreset(), backend)
 
 
+@described
 def idealized(backend: Backend = "mean_field") -> AnalogDevice:
     """The device of Gokmen and Vlasov with 10,000 states and symmetric steps (aihwkit's preset).
 
@@ -90,6 +99,7 @@ def idealized(backend: Backend = "mean_field") -> AnalogDevice:
     return simulated(presets.IdealizedPreset(), backend)
 
 
+@described
 def pcm() -> AnalogDevice:
     """Pairs of one-sided phase-change devices that are refreshed, fitted to measurements (runs on aihwkit)."""
     return ConfiguredDevice(presets.PCMPreset())

@@ -9,7 +9,7 @@ from aihwkit.simulator.configs.devices import PiecewiseStepDevice
 from numpy.typing import NDArray
 
 from aimc_pl.arguments import check_number, check_path, shown
-from aimc_pl.devices.catalogue import AnalogDevice, Backend, on_crossbar, pulsed
+from aimc_pl.devices.catalogue import AnalogDevice, Backend, described, on_crossbar, pulsed
 from aimc_pl.errors import UsageError
 
 SAMPLE = Path(__file__).with_name("sample_conductances.csv")
@@ -19,6 +19,7 @@ _NODES = 11
 """The number of weights, from bound to bound, between which measured steps are interpolated."""
 
 
+@described
 def piecewise_step(
     measurements: str | Path | None = None,
     w_max: float = 1.0,

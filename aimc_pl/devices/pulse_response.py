@@ -1,27 +1,26 @@
 """This module measures and draws how the weights of a device respond to update pulses."""
 
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from aihwkit.simulator.configs import SingleRPUConfig
 from aihwkit.simulator.configs.compounds import MixedPrecisionCompound
-from aihwkit.simulator.parameters.base import RPUConfigBase
 from aihwkit.utils.visualization import compute_pulse_response
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from aimc_pl.arguments import check_number
 from aimc_pl.devices.mean_field import to_mean_field
+from aimc_pl.devices.names import Device, get_device
 from aimc_pl.errors import UsageError
 
 
-def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) -> NDArray[np.float64]:
+def pulse_response(device: Device, num_pulses: int = 1000, num_devices: int = 8) -> NDArray[np.float64]:
     """Return the weights of a few cross-points after each of many pulses: up, then down, twice over.
 
     Args:
-        device: an aihwkit configuration of a pulsed device.
+        device: a pulsed device: its name, a device of the catalogue, or an aihwkit configuration.
         num_pulses: number of pulses in one direction, at most 10,000.
         num_devices: number of cross-points, at most 1,000.
 
@@ -33,7 +32,7 @@ def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) ->
     """
     check_number("num_pulses", num_pulses, at_least=1, at_most=10_000, whole=True)
     check_number("num_devices", num_devices, at_least=1, at_most=1000, whole=True)
-    config = deepcopy(device)
+    config: Any = get_device(device)
     if isinstance(config.device, MixedPrecisionCompound):
         cross_point: Any = config.device.device
         config = to_mean_field(SingleRPUConfig(device=cross_point))
@@ -48,11 +47,11 @@ def pulse_response(device: Any, num_pulses: int = 1000, num_devices: int = 8) ->
     return compute_pulse_response(tile, directions)[:, :, 0]
 
 
-def plot_response(device: RPUConfigBase, title: str = "", num_pulses: int = 1000, num_devices: int = 8) -> Figure:
+def plot_response(device: Device, title: str = "", num_pulses: int = 1000, num_devices: int = 8) -> Figure:
     """Draw the weights of a few cross-points after each of many pulses: up, then down, twice over.
 
     Args:
-        device: an aihwkit configuration.
+        device: a device's name, a device of the catalogue, or an aihwkit configuration.
         title: title of the figure.
         num_pulses: number of pulses in one direction, at most 10,000.
         num_devices: number of cross-points, at most 1,000.
@@ -60,8 +59,8 @@ def plot_response(device: RPUConfigBase, title: str = "", num_pulses: int = 1000
     Raises:
         UsageError: if the device is not updated by pulses, or if a number is out of range.
     """
-    if not hasattr(device, "update"):
-        raise UsageError(f"{title or type(device).__name__} is not updated by pulses: there is no response to draw")
+    if not hasattr(get_device(device), "update"):
+        raise UsageError(f"{title or device} is not updated by pulses: there is no response to draw")
     weights = pulse_response(device, num_pulses, num_devices)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -368,3 +368,11 @@ def test_on_analog_tiles():
     tile = analog_layers(module)[2]
     torch.testing.assert_close(tile.get_weights()[0], torch.full((8, 8), 0.25))
     assert analog_layers(module)[1].get_weights()[0].std() > 0.05
+
+
+def test_one_kind_of_noise_needs_no_list():
+    noise = WriteNoise(0.1)
+    assert DeviceNoise(noise).noise == DeviceNoise([noise]).noise == [noise]
+    assert repr([noise, ReadNoise(0.2), Drift(0.3)]) == (
+        "[WriteNoise(std=0.1), ReadNoise(std=0.2), Drift(nu=0.3, t0=1.0)]"
+    )

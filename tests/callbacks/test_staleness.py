@@ -300,3 +300,14 @@ def test_analog_network_with_cosine():
     trainer = fit(monitor, strategy, module, data, precision="32-true", max_epochs=1)
     # In the last stage only the input is stale.
     assert trainer.logged_metrics["staleness/cosine_stage_4"] > 0.5
+
+
+def test_counts_of_other_processes_become_histograms(tmp_path):
+    """Check the plain dictionaries that processes send each other."""
+    monitor = StalenessMonitor()
+    monitor._here = None
+    monitor._strategy = SimpleNamespace(gather=lambda own: [own, {0: {0: 2, 3: 5}}, {1: {1: 7}}])
+    logger = TensorBoardLogger(tmp_path)
+    monitor.on_train_epoch_end(SimpleNamespace(loggers=[logger], global_step=1), None)
+    assert monitor.counts == {0: Counter({0: 2, 3: 5}), 1: Counter({1: 7})}
+    assert list(tmp_path.rglob("events.*"))

@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
+from aihwkit.simulator.configs import PiecewiseStepDevice, SingleRPUConfig, SoftBoundsDevice
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from aimc_pl.devices import analog_layers, convert_to_analog, soft_bounds
-from aimc_pl.devices.conversion import describe_layers
+from aimc_pl.devices import analog_layers, convert_to_analog, soft_bounds, to_mean_field
+from aimc_pl.devices.conversion import describe_layers, describe_slow
 from aimc_pl.errors import UsageError
 
 
@@ -72,7 +73,8 @@ def test_what_cannot_be_analog_stays_digital_and_is_named(reason):
     other = network[1]
     assert convert_to_analog(network, "ideal") == ["0"]
     assert network[1] is other
-    assert describe_layers(network).startswith("ideal: 1 layer analog; digital: 1 (")
+    assert describe_layers(network).startswith("1 of 2 layers analog (ideal), ")
+    assert "; digital: 1 (" in describe_layers(network)
     assert f"{reason})" in describe_layers(network)
     assert convert_to_analog(network, {"*": "ideal", "1": None}) == []
     with pytest.raises(UsageError, match=rf"layer '1' cannot be analog \(.*{reason}\): keep it digital"):
@@ -172,7 +174,8 @@ def test_attention_stays_digital():
     assert network.layers[0].self_attn is attention
     assert not analog_layers(attention)
     assert describe_layers(network) == (
-        "soft_bounds: 8 layers analog; digital: layers.*.self_attn (4 layers: MultiheadAttention), "
+        "8 of 16 layers analog (soft_bounds), 42.7 % of weights; digital: "
+        "layers.*.self_attn (4 layers: MultiheadAttention), "
         "layers.*.self_attn.out_proj (4 layers: MultiheadAttention reads its weight)"
     )
 
@@ -181,7 +184,10 @@ def test_heads_tied_to_an_embedding_stay_digital():
     network = LanguageModel()
     assert convert_to_analog(network, "ideal") == ["body"]
     assert network.head.weight is network.embedding.weight
-    assert describe_layers(network) == "ideal: 1 layer analog; digital: head (shares its weight with embedding)"
+    assert (
+        describe_layers(network)
+        == "1 of 2 layers analog (ideal), 33.3 % of weights; digital: head (shares its weight with embedding)"
+    )
     with pytest.raises(UsageError, match="'head' cannot be analog"):
         convert_to_analog(network, {"head": "ideal"})
 
@@ -203,13 +209,22 @@ def test_a_layer_in_two_places_stays_one():
 
 def test_description_names_devices_and_reasons():
     network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
-    convert_to_analog(network, {"[01]": "ecram", "2": soft_bounds()})
+    convert_to_analog(network, {"[01]": "ecram", "2": soft_bounds(tau=4.0)})
     assert describe_layers(network) == (
-        "ecram: 2 layers analog; SoftBoundsDevice: 1 layer analog; digital: * (6 layers: no device)"
+        "3 of 9 layers analog (2 ecram, 1 soft_bounds(tau=4.0)), 26.7 % of weights; digital: * (6 layers: no device)"
     )
     convert_to_analog(network, {"[3-6]": "ideal"})
     assert describe_layers(network).endswith("; digital: 7, 8 (no device)")
     convert_to_analog(network, "ideal")
     assert describe_layers(network) == (
-        "ecram: 2 layers analog; SoftBoundsDevice: 1 layer analog; ideal: 6 layers analog"
+        "9 of 9 layers analog (2 ecram, 1 soft_bounds(tau=4.0), 6 ideal), 80.0 % of weights"
     )
+
+
+def test_a_configuration_on_the_slow_backend_is_told():
+    """Check that only the user's own configurations count, and only those that the mean-field tile can simulate."""
+    slow, other = SingleRPUConfig(device=SoftBoundsDevice()), SingleRPUConfig(device=PiecewiseStepDevice())
+    assert (describe_slow(slow) or "").startswith("SingleRPUConfig runs on aihwkit's tiles")
+    assert describe_slow({"0": "ideal", "1": slow}) == describe_slow(slow)
+    for device in (None, "soft_bounds", soft_bounds(backend="aihwkit"), to_mean_field(slow), other, {"0": None}):
+        assert describe_slow(device) is None

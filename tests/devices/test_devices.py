@@ -16,11 +16,14 @@ from aimc_pl.devices import (
     convert_to_analog,
     describe_updates,
     get_device,
+    ideal,
     make_analog_aware,
     plot_response,
     reset_pending_updates,
+    residual_learning,
     soft_bounds,
 )
+from aimc_pl.errors import UsageError
 
 
 @pytest.mark.slow
@@ -179,3 +182,23 @@ def test_what_analog_layers_do_not_take_from_the_optimizer_is_said(make, line):
     make_analog_aware(optimizer)
     said = describe_updates(network, optimizer)
     assert said is None if line is None else said.startswith("2 analog layers learn by pulses, ") and line in said
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_shows_the_call_that_makes_it(name):
+    assert repr(DEVICES[name]()) == f"{name}()"
+
+
+def test_a_device_shows_what_differs_from_the_defaults():
+    device = residual_learning(soft_bounds(4.0, backend="bits"), gamma=0.2, transfer_lr=1.0)
+    assert repr(device) == "residual_learning(device=soft_bounds(tau=4.0, backend='bits'), gamma=0.2)"
+    assert repr(eval(repr(device)).rpu_config) == repr(device.rpu_config)
+    assert repr(ConfiguredDevice(EcRamPreset())) == "ConfiguredDevice(EcRamPresetDevice)"
+    assert repr(ConfiguredDevice(FloatingPointRPUConfig())) == "ConfiguredDevice(FloatingPointDevice)"
+
+
+def test_devices_are_drawn_however_they_are_given():
+    for device in ("soft_bounds", soft_bounds(), soft_bounds().rpu_config):
+        assert len(plot_response(device, num_pulses=2).axes[0].lines) == 9
+    with pytest.raises(UsageError, match=r"ideal\(\) is not updated by pulses"):
+        plot_response(ideal())

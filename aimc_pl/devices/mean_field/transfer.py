@@ -76,11 +76,6 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         super().decay()
         self._add_up()
 
-    def decay(self) -> None:
-        """See :meth:`MeanFieldSimulatorTile.decay`."""
-        super().decay()
-        self._add_up()
-
     def get_hidden_parameter_names(self) -> list[str]:
         """Return the names of the cross-points' parameters, each followed by the number of its crossbar."""
         return [f"{name}_{n}" for n, crossbar in enumerate(self.crossbars) for name in crossbar.names]

@@ -1,0 +1,70 @@
+"""These tests check what the progress bar shows, and that the line at the start of a run does not break it."""
+
+import io
+import sys
+
+import pytest
+from lightning_modules import MLP, loader, make_trainer
+
+from aimc_pl.callbacks import PipelineBar
+from aimc_pl.strategies import AnalogPipelineStrategy
+
+
+class Watched(PipelineBar):
+    """A bar that keeps what it has shown after every mini-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.seen.append(self.get_metrics(trainer, pl_module) | {"true loss": outputs.get("loss")})
+
+
+def fit(strategy, bar, **options):
+    module = MLP().double()
+    trainer = make_trainer(strategy, callbacks=[bar], enable_progress_bar=True, **options)
+    trainer.fit(module, loader(module, shuffle=False))
+    return trainer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "duplex", "staleness"), [("sync", "half", 0), ("async", "half", 2), ("async", "full", 4)]
+)
+def test_bar_shows_loss_cycles_and_staleness(schedule, duplex, staleness):
+    bar = Watched()
+    trainer = fit(AnalogPipelineStrategy(3, schedule, 8, split_at=["net.2", "net.4"], duplex=duplex), bar)
+    table = trainer.strategy.schedule
+    per_batch = [table.num_cycles(), 2 * table.num_cycles()] if schedule == "sync" else []
+    assert [int(shown["cycles"].replace(",", "")) for shown in bar.seen][: len(per_batch)] == per_batch
+    assert bar.seen[-1]["staleness"] == str(staleness)
+    assert all(shown["loss"] == pytest.approx(shown["true loss"].item()) for shown in bar.seen)
+    assert bar.seen[0]["loss"] != bar.seen[-1]["loss"]
+    assert "v_num" not in bar.seen[-1]
+    other = PipelineBar()
+    other.load_state_dict(bar.state_dict())
+    assert other.state_dict() == {"cycles": int(bar.seen[-1]["cycles"].replace(",", "")), "staleness": staleness}
+
+
+def test_bar_of_another_strategy_shows_the_loss():
+    bar = Watched()
+    fit("auto", bar)
+    assert [*bar.seen[-1]] == ["loss", "true loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [None, "soft_bounds"])
+def test_the_line_at_the_start_comes_once_and_above_the_bar(device, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    strategy = AnalogPipelineStrategy(3, "sync", 2, device, ["net.2", "net.4"])
+    options = {"precision": "32-true"} if device else {}
+    module = MLP() if device else MLP().double()
+    trainer = make_trainer(strategy, callbacks=[PipelineBar()], enable_progress_bar=True, **options)
+    trainer.fit(module, loader(module, shuffle=False))
+    printed = " ".join(stream.getvalue().split())
+    analog = "5 of 5 layers analog (soft_bounds)" if device else "no layer is analog"
+    line = f"MLP (Sequential) in 3 stages, schedule 'sync', split_at=['net.2', 'net.4']: {analog}"
+    assert printed.count(line) == 1
