@@ -202,6 +202,11 @@ def check_picture(path: Path) -> None:
 
 
 def save(figure: "Figure", path: Path) -> None:
+    """Write a picture.
+
+    Raises:
+        UsageError: if the file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -11,11 +11,13 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, override
 
+import yaml
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +40,18 @@ A config has all of them in one place: 'aimc-pl fit --config digits_async.yaml -
 """
 
 
+class _RunConfig(SaveConfigCallback):
+    """A callback that saves the configuration of a run, overrides included, and logs it as hyperparameters."""
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        for logger in trainer.loggers:
+            # Without metrics TensorBoard would get a chart of a constant, hp_metric.
+            no_metrics = [{}] if isinstance(logger, TensorBoardLogger) else []
+            logger.log_hyperparams(config, *no_metrics)
+
+
 class AnalogCLI(CheckpointReadingCLI):
     """Lightning's command line, with a report after the fit.
 
@@ -51,6 +65,7 @@ class AnalogCLI(CheckpointReadingCLI):
         try:
             super().__init__(
                 run=run,
+                save_config_callback=_RunConfig,
                 save_config_kwargs={"overwrite": True},
                 # The line at the start of a run says what a table of modules would. Its FLOPs are 0 for any module
                 # without example_input_array.

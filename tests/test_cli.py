@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from inspect import signature
 from pathlib import Path
 
@@ -80,6 +80,12 @@ def test_digits_fit_report_and_test_the_checkpoint(command, capsys):
     options = ("--config=digits_async.yaml", "--trainer.strategy.init_args.device=ideal")
     command("fit", *options, "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false")
     printed = capsys.readouterr().out
+    # What the run was is beside its events, overrides included.
+    saved, logged = (
+        yaml.safe_load(Path(f"logs/digits_async/version_0/{name}.yaml").read_text()) for name in ("config", "hparams")
+    )
+    assert saved["trainer"]["max_epochs"] == logged["trainer"]["max_epochs"] == 2
+    assert saved["trainer"]["strategy"]["init_args"]["device"] == "ideal"
     # There are 41 mini-batches of 4 micro-batches, the last with 13 samples: 2 epochs of 2·164 + 6 cycles.
     assert "668 clock cycles on 4 accelerators" in printed
     assert "tensorboard --logdir logs/digits_async" in printed.replace("\n", "")
@@ -288,7 +294,7 @@ def test_overview(command, capsys):
     assert capsys.readouterr().out == printed
     with pytest.raises(SystemExit):
         command("--version")
-    assert capsys.readouterr().out == f"aimc-pl {version('aimc-pl')}\n"
+    assert capsys.readouterr().out == f"aimc-pl {metadata.version('aimc-pl')}\n"
 
 
 def test_completion_names_all_commands(command, capsys):
