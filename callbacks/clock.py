@@ -8,8 +8,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from aimc_pl.callbacks.attach import attach
-from aimc_pl.pipeline import Observer
+from aimc_pl.cost import find_hardware
+from aimc_pl.cost.estimate import Meter, states_of
+from aimc_pl.errors import UsageError
+from aimc_pl.pipeline import Event, Observer
 from aimc_pl.schedule import Operation
+from aimc_pl.stage import StageInfo
 from aimc_pl.strategies.private_lightning import epoch_metrics
 
 
@@ -21,16 +25,30 @@ class ClockMonitor(Callback, Observer):
     ``clock/samples_per_cycle`` and ``clock/speedup`` (over a run without a pipeline). It also writes every validation
     metric to TensorBoard as ``by_clock/…``, with the clock cycle as the step, and as ``by_epoch/…``, with the epoch.
 
+    With ``hardware`` it also logs ``clock/seconds`` and ``clock/joules``, which the run would take on this hardware
+    (see :mod:`aimc_pl.cost`), and writes the metrics as ``by_time/…`` and ``by_energy/…``, with nanoseconds and
+    nanojoules as the step. All micro-batches count as the first one. This needs all stages in one process.
+
+    Args:
+        hardware: the name of a preset, or the path of a YAML file, as for ``aimc-pl cost``.
+
     Attributes:
         cycles: the number of clock cycles so far, including those before a resumed checkpoint.
         operations: the number of forwards and backwards so far. Each keeps one accelerator busy for one cycle.
         samples: the number of training samples so far.
+
+    Raises:
+        UsageError: if the hardware is unknown, or if the stages run in several processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hardware: str | None = None) -> None:
         self.cycles = 0
         self.operations = 0
         self.samples = 0
+        self.hardware = None if hardware is None else find_hardware(hardware)
+        self._before = 0.0, 0.0
+        """The seconds and the joules before the pipeline of this fit."""
+        self._meter: Meter | None = None
 
     @property
     def speedup(self) -> float:
@@ -41,6 +59,16 @@ class ClockMonitor(Callback, Observer):
     def density(self) -> float:
         """The busy fraction of all accelerator-cycles."""
         return self.speedup / self._schedule.num_stages
+
+    @property
+    def seconds(self) -> float:
+        """The time that the run so far would take on the hardware; 0 without one."""
+        return self._before[0] + (self._meter.seconds if self._meter else 0.0)
+
+    @property
+    def joules(self) -> float:
+        """The energy that the run so far would take on the hardware; 0 without one."""
+        return self._before[1] + (self._meter.joules if self._meter else 0.0)
 
     def report(self) -> str:
         """Return one line about the clock cycles of the run."""
@@ -53,42 +81,68 @@ class ClockMonitor(Callback, Observer):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self._strategy = attach(self, trainer)
         self._schedule = self._strategy.schedule
+        if self.hardware is not None and self._strategy.is_multiprocess:
+            raise UsageError(
+                "ClockMonitor(hardware=...) counts the work of the whole network, which no process holds with one "
+                "stage in each: set Trainer(devices=1)"
+            )
+
+    @override
+    def on_start(self, stages: Sequence[StageInfo]) -> None:
+        if self.hardware is not None:
+            self._before, self._meter = (self.seconds, self.joules), None
+            works = self._strategy.count_work(*self._batch, self.hardware)
+            self._meter = Meter(works, self._schedule, self.hardware, states_of(self._strategy.optimizers[0]))
 
     @override
     def on_clock(self, clock: int, operations: Sequence[Operation]) -> None:
         self.cycles += self._schedule.cycles_per_clock
         self.operations += len(operations)
+        if self._meter is not None:
+            self._meter.clock(operations)
+
+    @override
+    def on_update(self, event: Event) -> None:
+        if self._meter is not None:
+            self._meter.update(event.stage.index)
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
         self.samples += self._strategy.batch_size(batch)
+        if self.hardware is not None:
+            self._batch = batch, batch_idx
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        pl_module.log_dict(
-            {
-                "clock/cycles": float(self.cycles),
-                "clock/density": self.density,
-                "clock/samples_per_cycle": self.samples / max(self.cycles, 1),
-                "clock/speedup": self.speedup,
-            }
-        )
+        values = {
+            "clock/cycles": float(self.cycles),
+            "clock/density": self.density,
+            "clock/samples_per_cycle": self.samples / max(self.cycles, 1),
+            "clock/speedup": self.speedup,
+        }
+        if self.hardware is not None:
+            values |= {"clock/seconds": self.seconds, "clock/joules": self.joules}
+        pl_module.log_dict(values)
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if trainer.sanity_checking:
             return
+        steps = {"clock": self.cycles, "epoch": trainer.current_epoch + 1}
+        if self.hardware is not None:
+            steps |= {"time": round(1e9 * self.seconds), "energy": round(1e9 * self.joules)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, value in epoch_metrics(trainer).items():
-                    logger.experiment.add_scalar(f"by_clock/{name}", value, self.cycles)
-                    logger.experiment.add_scalar(f"by_epoch/{name}", value, trainer.current_epoch + 1)
+                    for against, step in steps.items():
+                        logger.experiment.add_scalar(f"by_{against}/{name}", value, step)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"cycles": self.cycles, "operations": self.operations, "samples": self.samples}
+        simulated = {} if self.hardware is None else {"_before": (self.seconds, self.joules)}
+        return {"cycles": self.cycles, "operations": self.operations, "samples": self.samples, **simulated}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

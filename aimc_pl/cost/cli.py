@@ -8,12 +8,11 @@ from typing import Any, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch.optim import Optimizer
 
 from aimc_pl.arguments import check_number
 from aimc_pl.cli import check_picture, save
 from aimc_pl.cost.constants import PRESETS
-from aimc_pl.cost.estimate import Estimate, estimate
+from aimc_pl.cost.estimate import Estimate, estimate, states_of
 from aimc_pl.cost.hardware_files import find_hardware
 from aimc_pl.cost.report import (
     comparison_table,
@@ -130,11 +129,6 @@ def cost() -> None:
         save(draw_estimate(chosen), config.png)
     if config.trace is not None:
         write_trace(config.trace, trace_events({f"simulated, {schedule_name(own)}": chosen.timeline}))
-
-
-def states_of(optimizer: Optimizer) -> int:
-    """Return how many numbers an optimizer keeps for each parameter: 2 like Adam, 1 with momentum, or 0."""
-    return 2 if "betas" in optimizer.defaults else int(bool(optimizer.defaults.get("momentum")))
 
 
 def _schedules(own: Schedule) -> list[Schedule]:

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch.optim import Optimizer
+
 from aimc_pl.cost.constants import Hardware
-from aimc_pl.cost.simulation import StageTimes, Timeline, simulate
+from aimc_pl.cost.simulation import Simulation, StageTimes, Timeline, simulate
 from aimc_pl.cost.stages import Cost, StageCost, link_cost, stage_cost, with_spills
 from aimc_pl.cost.work import Work
-from aimc_pl.schedule import Schedule
+from aimc_pl.schedule import Operation, Schedule
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,55 @@ def stage_times(stages: Sequence[StageCost], hardware: Hardware) -> list[StageTi
         )
         for stage, returned in zip(stages, back, strict=False)
     ]
+
+
+class Meter:
+    """Counts the simulated seconds and joules of a run, clock by clock.
+
+    All micro-batches count as the one whose work was counted.
+
+    Args:
+        works: what each stage does for one micro-batch.
+        schedule: the schedule.
+        hardware: the constants of the hardware.
+        optimizer_states: the numbers that the optimizer keeps for each digital parameter.
+    """
+
+    def __init__(
+        self, works: Sequence[Work], schedule: Schedule, hardware: Hardware, optimizer_states: int = 0
+    ) -> None:
+        self._stages = with_spills([stage_cost(work, hardware, optimizer_states) for work in works], schedule, hardware)
+        self._back = [0.0, *(stage.returned for stage in self._stages)]
+        self._hardware = hardware
+        times = stage_times(self._stages, hardware)
+        self._simulation = Simulation(schedule, times, hardware.link_latency.value, keeps_timeline=False)
+        self._energy = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The time until now."""
+        return self._simulation.seconds
+
+    @property
+    def joules(self) -> float:
+        """The energy until now, of all stages."""
+        return self._energy + len(self._stages) * self._hardware.static_power.value * self.seconds
+
+    def clock(self, operations: Sequence[Operation]) -> None:
+        """Count the operations of one clock."""
+        for kind, index, _ in operations:
+            stage = self._stages[index]
+            own = stage.forward if kind == "F" else stage.backward + stage.update
+            bits = stage.sent if kind == "F" else self._back[index]
+            self._energy += own.energy + link_cost(bits, self._hardware).energy
+        self._simulation.clock(operations)
+
+    def update(self, index: int) -> None:
+        """Count an update of a stage."""
+        self._energy += self._stages[index].step.energy
+        self._simulation.update(index)
+
+
+def states_of(optimizer: Optimizer) -> int:
+    """Return how many numbers an optimizer keeps for each parameter: 2 like Adam, 1 with momentum, or 0."""
+    return 2 if "betas" in optimizer.defaults else int(bool(optimizer.defaults.get("momentum")))

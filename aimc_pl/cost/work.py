@@ -173,11 +173,11 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self._in_analog:
+        if not self._in_analog and not func.is_view:  # what reads a view reads its storage
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
             self._read(inputs)
-            if not func.is_view and not func.overloadpacket.__name__.startswith(_COMPUTES_NOTHING):
+            if not func.overloadpacket.__name__.startswith(_COMPUTES_NOTHING):
                 self._count(func.overloadpacket, args, kwargs or {}, out, inputs, outputs)
             self._made(outputs, inputs)
         return out

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_modules import Attributes, loader, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aimc_pl.callbacks import ClockMonitor, Dashboard, PipelineDiagram, StalenessMonitor
+from aimc_pl.cost import MARINELLA_2018, count_work, estimate
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -104,3 +106,53 @@ def test_tensorboard(tmp_path):
     assert (last.bucket_limit, last.bucket) == ([0.5, 1.5, 2.5], [2.0, 2.0, 18.0])
     assert (last.min, last.max, last.num, last.sum, last.sum_squares) == (0, 2, 22, 38, 74)
     assert events.Histograms("staleness/counts_stage_2")[-1].histogram_value.bucket == [22.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+)
+def test_seconds_and_joules_are_those_of_an_estimate(schedule, duplex):
+    """Check runs without validation, whose micro-batches are all of one size."""
+    clock = ClockMonitor("marinella_2018")
+    trainer = fit(clock, schedule, 3, duplex, max_epochs=1, limit_train_batches=2)
+    L.seed_everything(0)
+    module = Attributes().double()
+    x, y = next(iter(loader(module, shuffle=False)))
+    size = -(-len(x) // 4)
+
+    def step():
+        return F.cross_entropy(module(x[:size]), y[:size])
+
+    works = count_work(module, step, SPLIT[3])
+    expected = estimate(works, trainer.strategy.schedule, MARINELLA_2018, 1, 1, num_minibatches=2)
+    assert clock.seconds == pytest.approx(expected.timeline.makespan)
+    assert clock.joules == pytest.approx(8 * expected.joules_per_sample)
+    assert trainer.callback_metrics["clock/seconds"] == pytest.approx(clock.seconds)
+    assert trainer.callback_metrics["clock/joules"] == pytest.approx(clock.joules)
+
+
+@pytest.mark.slow
+def test_seconds_and_joules_go_on_after_a_resume(tmp_path):
+    whole, first, second = (ClockMonitor("rasch_2024") for _ in range(3))
+    fit(whole, "sync", 3)
+    fit(first, "sync", 3, max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    fit(second, "sync", 3, ckpt_path=tmp_path / "one.ckpt")
+    assert 0 < first.seconds < second.seconds == pytest.approx(whole.seconds)
+    assert 0 < first.joules < second.joules == pytest.approx(whole.joules)
+
+
+@pytest.mark.slow
+def test_metrics_against_simulated_time_and_energy(tmp_path):
+    clock = ClockMonitor("rasch_2024")
+    fit(clock, "async", 3, val=True, logger=TensorBoardLogger(tmp_path))
+    events = EventAccumulator(str(next(tmp_path.glob("**/events*")).parent)).Reload()
+    by_time, by_energy = events.Scalars("by_time/val_loss"), events.Scalars("by_energy/val_loss")
+    assert [a.value for a in by_time] == [b.value for b in by_energy]
+    assert by_time[-1].step == round(1e9 * clock.seconds) > by_time[0].step > 0
+    assert by_energy[-1].step == round(1e9 * clock.joules) > by_energy[0].step > 0
+
+
+def test_unknown_hardware_is_refused():
+    with pytest.raises(UsageError, match="unknown hardware 'fast'"):
+        ClockMonitor("fast")

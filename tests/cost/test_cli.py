@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from aimc_pl.cli import main
 from aimc_pl.cost import PRESETS
-from aimc_pl.cost.cli import states_of
 
 
 @pytest.fixture
@@ -87,15 +85,3 @@ def test_a_schedule_is_traced(command, capsys):
     assert names == ["planned", "simulated"]
     with pytest.raises(SystemExit, match=r"trace=nowhere/sync.json cannot be written"):
         command("schedule", "--trace=nowhere/sync.json")
-
-
-@pytest.mark.parametrize(
-    ("make", "states"),
-    [
-        (lambda p: torch.optim.SGD(p), 0),
-        (lambda p: torch.optim.SGD(p, momentum=0.9), 1),
-        (lambda p: torch.optim.AdamW(p), 2),
-    ],
-)
-def test_numbers_that_an_optimizer_keeps(make, states):
-    assert states_of(make([torch.nn.Parameter(torch.ones(1))])) == states

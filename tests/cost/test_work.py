@@ -90,6 +90,12 @@ def test_what_needs_no_gradient_does_not_come_back():
     assert second.sent == 0
 
 
+def test_what_reads_a_view_reads_no_more():
+    network, x = nn.Linear(5, 7), torch.randn(40, 5)
+    (work,) = count_work(network, lambda: network(x[:4]).sum())
+    assert work.batch == work.kept == 4 * 5
+
+
 def test_parts_add_up_to_the_whole():
     network, x = ResNet(8, width=4), torch.randn(2, 3, 16, 16)
     (whole,) = count(network, x)
