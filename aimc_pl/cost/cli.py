@@ -122,7 +122,8 @@ def cost() -> None:
     )
     print(stages_table(chosen))
     print(f"\n{energy_line(chosen)}\n")
-    print(comparison_table([estimated(schedule, hardware) for schedule in _schedules(own)], "schedule"), "\n")
+    print(comparison_table([estimated(schedule, hardware) for schedule in _schedules(own)], "schedule"))
+    print()
     presets = {**PRESETS, hardware.name: hardware}
     print(comparison_table([estimated(own, each) for each in presets.values()], "hardware"))
     if config.png is not None:
