@@ -2,9 +2,10 @@
 
 Pages are written for readers of the repository: the first page is README.md, and links may lead to any of its files.
 On the site README.md, CHANGELOG.md and CONTRIBUTING.md are pages like those of docs/, and a link to a file that the
-site lacks becomes the file's name.
+site lacks becomes the file's name. Notebooks are pages, too.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -21,10 +22,21 @@ PICTURE = re.compile(r"(!\[[^\]]*\]\()docs/")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are not in docs/ (called by MkDocs)."""
+    """Add the pages that are not in docs/, and those of notebooks (called by MkDocs)."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+    for notebook in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{notebook.stem}.md", content=text_of(notebook)))
     return files
+
+
+def text_of(notebook: Path) -> str:
+    """Return a notebook as a page: its text, its code, and a link to the notebook itself."""
+    parts = []
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    return "\n\n".join([*parts, f"This page is the notebook [{notebook.name}]({notebook.name})."])
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:

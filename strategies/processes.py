@@ -5,6 +5,7 @@ It also exchanges the values that the processes share besides activations and er
 
 import os
 import signal
+import sys
 import warnings
 from functools import partial
 from typing import Any, override
@@ -91,6 +92,11 @@ class ProcessStrategy(ParallelStrategy):
             )
         if self.is_multiprocess:
             assert self.cluster_environment is not None
+            if hasattr(sys, "ps1"):
+                raise UsageError(
+                    f"a notebook, or an interactive Python, cannot start {devices} processes: set Trainer(devices=1) "
+                    "here, or save the code as a script and run that"
+                )
             self._launcher = Launcher(self.cluster_environment, devices, self.num_nodes)
 
     def set_world_ranks(self) -> None:

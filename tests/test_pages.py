@@ -1,6 +1,8 @@
 """These tests run the programs of the first pages, and check that the site has a page for every name and document."""
 
+import json
 import re
+import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +41,20 @@ def test_the_module_of_the_page_learns_on_crossbars(page):
     assert module.trainer.callback_metrics["accuracy"] > 0.6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted(DOCS.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebook_runs(notebook, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)  # as in a notebook
+    cells = json.loads(notebook.read_text())["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    accuracies = [float(number) for number in re.findall(r"accuracy (\d\.\d+)", capsys.readouterr().out)]
+    assert len(accuracies) >= 4
+    assert min(accuracies) > 0.3  # after an epoch or two; 0.1 is chance
+
+
 @pytest.mark.parametrize("number", range(len(blocks("docs/DEVICES.md"))))
 def test_the_lines_of_the_page_of_devices_run(number):
     exec(blocks("docs/DEVICES.md")[number], {})
@@ -64,4 +80,5 @@ def test_every_page_is_in_the_sites_table_of_contents():
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     listed = set(nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     assert pages <= listed
-    assert listed - pages == {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    notebooks = {path.relative_to(DOCS).with_suffix(".md").as_posix() for path in DOCS.glob("notebooks/*.ipynb")}
+    assert listed - pages == notebooks | {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"}

@@ -2,14 +2,16 @@
 
 import os
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 
-from aimc_pl.errors import PeerError
+from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.rendezvous import SECRET
-from aimc_pl.strategies import launcher
+from aimc_pl.strategies import AnalogPipelineStrategy, launcher
 from aimc_pl.strategies.launcher import Launcher
 
 
@@ -87,3 +89,11 @@ def test_children_are_started_unless_the_cluster_does_it(externally, num_nodes, 
     # Processes of one machine share a secret, which no other machine could know.
     before = [] if externally else [(str(os.getpid()), 64 if num_nodes == 1 else 0)]
     assert seen == [*before, 3]
+
+
+def test_a_notebook_gets_advice_that_works_there(monkeypatch):
+    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)  # as IPython and an interactive Python set it
+    advice = r"^a notebook, .* cannot start 4 processes: set Trainer\(devices=1\) here, or save the code as a script"
+    with pytest.raises(UsageError, match=advice):
+        L.Trainer(accelerator="cpu", devices=4, strategy=AnalogPipelineStrategy(4), logger=False)
+    L.Trainer(accelerator="cpu", devices=1, strategy=AnalogPipelineStrategy(4), logger=False)
