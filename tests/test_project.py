@@ -5,11 +5,13 @@ import inspect
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 LIGHTNING_ALLOWED = {"cli.py", "training_cli.py", "tasks.py", "images.py", "text.py"}
@@ -171,3 +173,21 @@ def test_callbacks_learn_from_events_only(path):
     assert not any(name.startswith(f"aimc_pl.strategies.{room}") for name in imported for room in inside)
     assert not any(name.startswith(("aimc_pl.flight", "aimc_pl.passage", "aimc_pl.trial")) for name in imported)
     assert "Stage" not in {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+
+
+def test_what_is_said_about_the_package_agrees():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    tested = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    classified = [text.split()[-1] for text in project["classifiers"] if "Python :: 3." in text]
+    assert tested == classified == ["3.12", "3.13"]
+    assert project["requires-python"] == ">=3.12,<3.14"
+
+
+def test_no_file_names_a_registry():
+    hosts = ("pypi" + ".org", "pytorch" + ".org/whl", "python" + "hosted", "npm" + "js")
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.split()
+    texts = {path: (ROOT / path).read_bytes() for path in tracked if (ROOT / path).is_file()}
+    assert [path for path, text in texts.items() for host in hosts if host.encode() in text] == []
