@@ -3,9 +3,9 @@
 from pathlib import Path
 
 
-def square(x, seed):
+def square(x, seed, folder=Path()):
     """Return two rows. The first call with x = 3 raises an error, and later ones succeed."""
-    if x == 3 and not Path("tried").exists():
-        Path("tried").touch()
+    if x == 3 and not (folder / "tried").exists():
+        (folder / "tried").touch()
         raise RuntimeError("no power")
     return [{"point": point, "y": x * x + point + seed} for point in range(2)]

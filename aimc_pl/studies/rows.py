@@ -2,6 +2,8 @@
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
+from fcntl import LOCK_EX, flock
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,23 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows with the same keys to a CSV file, which is created if it does not exist."""
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if is_new:
+    """Append rows to a CSV file, which is created if it does not exist. Several processes may do so at a time.
+
+    The first rows give the file its columns. Later rows may lack some of them.
+
+    Raises:
+        ValueError: if a row has a key that is no column of the file. The file is then unchanged.
+    """
+    with path.open("a+", newline="") as file:
+        flock(file, LOCK_EX)
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, columns or list(rows[0]))
+        if columns is None:
             writer.writeheader()
         writer.writerows(rows)
+        file.write(text.getvalue())
 
 
 def select[R: Row](rows: Iterable[R], **values: Any) -> list[R]:

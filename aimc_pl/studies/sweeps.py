@@ -30,7 +30,9 @@ By default glibc returns pages and requests them again at unpredictable times, w
 def sweep(
     run: Callable[..., Sequence[Row]], cases: Iterable[Case], path: Path, jobs: int | None = None
 ) -> list[dict[str, str]]:
-    """Run the cases that a CSV file lacks, each on one thread, and append their rows as the cases finish.
+    """Run the cases that a CSV file lacks, each on one thread, and append the rows of each case when it ends.
+
+    Whatever stops a sweep, the cases that have ended are in the file. Only those that were running are lost.
 
     Args:
         run: a function that is called with a case's items as keyword arguments and returns rows with equal keys.
@@ -45,7 +47,7 @@ def sweep(
     Raises:
         UsageError: if the file belongs to another study.
     """
-    cases = list(cases)
+    cases, path = list(cases), path.absolute()  # another process may be in another folder
     if not cases:
         return []
     keys = list(cases[0])
@@ -57,30 +59,25 @@ def sweep(
     done = {_texts(row[key] for key in keys) for row in rows}
     missing = [case for case in cases if _texts(case.values()) not in done]
     os.environ |= STEADY_MEMORY
-    # With larger batches of short cases, one failing case would lose the rows of its whole batch.
     parallel = Parallel(jobs or -1, return_as="generator_unordered", batch_size=1)  # pyright: ignore[reportArgumentType] (joblib is not annotated)
-    finished: Any = parallel(delayed(_rows)(run, case) for case in missing)
-    for new in track(finished, "runs", len(missing), disable=not missing):
-        if isinstance(new, Exception):
-            raise new
-        append_rows(path, new)
+    ended: Any = parallel(delayed(_run)(run, case, path) for case in missing)
+    for _ in track(ended, "runs", len(missing), disable=not missing):
+        pass
     wanted = {_texts(case.values()) for case in cases}
     return [row for row in read_rows(path) if _texts(row[key] for key in keys) in wanted]
 
 
-def _rows(run: Callable[..., Sequence[Row]], case: Case) -> list[dict[str, Any]] | Exception:
-    """Return the rows of a case, or the exception that it raised.
-
-    If the exception were raised here, joblib would drop the cases that have just finished.
-    """
+def _run(run: Callable[..., Sequence[Row]], case: Case, path: Path) -> None:
+    """Run a case and append its rows to the file. This process does so itself, because the sweep may stop meanwhile."""
     try:
         with _one_quiet_thread():
-            if rows := [{**case, **row} for row in run(**case)]:
-                return rows
-        raise ValueError("the study's function has returned no rows")
+            rows = [{**case, **row} for row in run(**case)]
+        if not rows:
+            raise ValueError("the study's function has returned no rows")
+        append_rows(path, rows)
     except Exception as error:
         error.add_note(f"in the case {case}:\n{traceback.format_exc()}")  # a traceback is not sent to another process
-        return error
+        raise
 
 
 @contextmanager

@@ -1,11 +1,15 @@
 """These tests check that a stopped sweep continues where it stopped, in one process or in several."""
 
+import time
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from sweep_case import square
 
 from aimc_pl.errors import UsageError
+from aimc_pl.studies import sweeps
 from aimc_pl.studies.rows import curves, read_rows, select
 from aimc_pl.studies.sweeps import sweep
 
@@ -15,21 +19,40 @@ CASES = [{"x": x, "seed": seed} for x in (1, 2, 3) for seed in (0, 1)]
 @pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_stopped_sweep_keeps_what_ended_and_goes_on(jobs, tmp_path):
-    path = tmp_path / "out.csv"
+    path, run = tmp_path / "out.csv", partial(square, folder=tmp_path)
     with pytest.raises(RuntimeError, match="no power") as caught:
-        sweep(square, CASES, path, jobs)
+        sweep(run, CASES, path, jobs)
     assert "in the case {'x': 3, 'seed': 0}" in caught.value.__notes__[0]
     assert "in square" in caught.value.__notes__[0]
     kept = read_rows(path)
     # When one of two processes fails, the other one may still be at an earlier case or already at a later one.
     assert len(kept) in ([8] if jobs == 1 else [6, 8, 10])
-    rows = sweep(square, CASES, path, jobs)
+    rows = sweep(run, CASES, path, jobs)
     assert len(rows) == 12
     assert rows[: len(kept)] == kept
-    assert sweep(square, CASES, path, jobs) == rows
+    assert sweep(run, CASES, path, jobs) == rows
     np.testing.assert_array_equal(curves(select(rows, x=3), "y"), [[9, 10], [10, 11]])
     # Rows of cases that this call does not have are left out.
-    assert len(sweep(square, CASES[:2], path, jobs)) == 4
+    assert len(sweep(run, CASES[:2], path, jobs)) == 4
+
+
+@pytest.mark.slow
+def test_a_case_that_has_ended_is_kept_whatever_happens_to_the_sweep(tmp_path, monkeypatch):
+    """Check that rows are in the file although the sweep stops before it looks at any result."""
+    path = tmp_path / "out.csv"
+
+    def stopped(ended, *args, **options):
+        for _ in range(600):
+            if len(read_rows(path)) == 4:
+                raise KeyboardInterrupt
+            time.sleep(0.05)
+
+    monkeypatch.setattr(sweeps, "track", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(square, CASES[:2], path, jobs=2)
+    assert {(row["x"], row["seed"], row["point"]) for row in read_rows(path)} == {
+        ("1", seed, point) for seed in "01" for point in "01"
+    }
 
 
 @pytest.mark.slow

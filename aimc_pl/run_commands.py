@@ -1,0 +1,88 @@
+"""The commands ``aimc-pl compare`` and ``aimc-pl sweep``."""
+
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Sequence
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aimc_pl.runs import draw_runs, history, names_of
+from aimc_pl.studies.arguments import at_least_one
+from aimc_pl.studies.grids import draw_grid, run_grid
+
+
+def compare(args: Sequence[str]) -> None:
+    """Print the best and the last value of a metric of several runs, and draw them.
+
+    Args:
+        args: the arguments of the command, without its name.
+
+    Raises:
+        UsageError: if a run cannot be read, or if no run has the metric.
+    """
+    parser = ArgumentParser("aimc-pl compare", description="Compare a metric of several runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or its metrics.csv")
+    parser.add_argument("--metric", default="val/accuracy", help="the metric; val/accuracy by default")
+    parser.add_argument("--png", type=Path, help="the file to draw into: the metric against epochs and clock cycles")
+    options = parser.parse_args(args)
+    runs = {name: history(path) for name, path in names_of(options.runs).items()}
+    figure = draw_runs(runs, options.metric)
+    width = max(map(len, [*runs, "run"]))
+    print(f"{'run':<{width}} {'largest':>10} {'smallest':>10} {'last':>10} {'cycles':>12}")
+    for name, rows in runs.items():
+        values = [row[options.metric] for row in rows if options.metric in row]
+        cycles = [row["clock/cycles"] for row in rows if "clock/cycles" in row]
+        numbers = [max(values), min(values), values[-1]] if values else [nan] * 3
+        last = f"{cycles[-1]:,.0f}" if cycles else "-"
+        print(f"{name:<{width}} {' '.join(f'{value:10.4f}' for value in numbers)} {last:>12}")
+    if options.png is not None:
+        figure.savefig(options.png, dpi=150)
+
+
+def sweep(args: Sequence[str]) -> None:
+    """Run a config for every combination of some values of its arguments, which a stopped sweep continues.
+
+    Args:
+        args: the arguments of the command, without its name.
+
+    Raises:
+        UsageError: if a run is refused, if the results belong to another sweep, or if no run has the metric.
+    """
+    parser = ArgumentParser(
+        "aimc-pl sweep",
+        description="Run 'aimc-pl fit' for every combination of some values. A stopped sweep goes on where it was.",
+    )
+    parser.add_argument("config", help="a config file, or the name of a config of the package")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        type=_axis,
+        metavar="KEY=[VALUE, ...]",
+        help="an argument of 'aimc-pl fit' and its values, in quotes; the first is the horizontal axis of the figure",
+    )
+    parser.add_argument("--folder", type=Path, help="of the results; sweeps/NAME-OF-THE-CONFIG by default")
+    parser.add_argument("--jobs", type=at_least_one, help="runs at a time; one on each core by default")
+    parser.add_argument("--metric", default="test/accuracy", help="what the figure shows; test/accuracy by default")
+    options = parser.parse_args(args)
+    folder = options.folder or Path("sweeps", Path(options.config).stem)
+    rows = run_grid(options.config, dict(options.grid), folder, options.jobs)
+    print(f"{len(rows)} runs in {folder / 'results.csv'}")
+    draw_grid(rows, [key for key, _ in options.grid], options.metric).savefig(folder / "results.png", dpi=150)
+
+
+RUN_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"compare": compare, "sweep": sweep}
+"""The commands by their names."""
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    key, _, values = text.partition("=")
+    try:
+        read = yaml.safe_load(values)
+    except yaml.YAMLError:
+        read = None
+    if not key or not isinstance(read, list) or not read:
+        raise ArgumentTypeError(f"must be KEY=[VALUE, ...], got {text!r}")
+    return key.removeprefix("--"), read

@@ -1,0 +1,145 @@
+"""This module reads what finished and stopped runs have logged, as tables, and draws runs side by side."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from aimc_pl.arguments import listed, shown
+from aimc_pl.errors import UsageError
+
+History = Sequence[Mapping[str, float]]
+"""A row for each step at which something was logged. A row has the values that were logged at its step."""
+
+PROGRESS = {
+    "epoch": "epochs",
+    "clock/cycles": "clock cycles",
+    "clock/seconds": "seconds of the hardware",
+    "clock/joules": "joules of the hardware",
+}
+"""What a run spends, by the names under which runs log it."""
+
+
+def history(run: str | Path) -> list[dict[str, float]]:
+    """Return what a run has logged: a table with a row for each step, in the order of the steps.
+
+    Rows have ``step``, ``time`` (seconds since the start) and, among the names that were logged, ``epoch`` (counted
+    from 0), ``clock/cycles`` (in the last row of each epoch), the metrics, and the staleness of each stage. A row lacks
+    what was not logged at its step. ``pandas.DataFrame(history(run))`` makes a data frame of it.
+
+    Args:
+        run: the folder of a run, such as ``logs/digits_async/version_0``; a folder with such folders, of which the last
+            version is read; or a file. The CSV files of ``RunTable`` and of Lightning's ``CSVLogger`` are read (without
+            ``time``), and else TensorBoard's event files.
+
+    Raises:
+        UsageError: if there is nothing to read.
+    """
+    path = _file_or_folder(Path(run))
+    table = path if path.suffix == ".csv" else path / "metrics.csv"
+    logged = _from_csv(table) if table.is_file() else _from_events(path)
+    rows: dict[int, dict[str, float]] = {}
+    for step, values in logged:
+        rows.setdefault(step, {"step": step}).update(values)
+    return [rows[step] for step in sorted(rows)]
+
+
+def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figure:
+    """Return a figure of a metric of several runs, against each kind of progress that they have logged.
+
+    These are epochs and clock cycles (of ``ClockMonitor``), and seconds and joules of the hardware where a run has
+    them. The charts share their vertical axis.
+
+    Args:
+        runs: the histories of the runs, by the names for the legend.
+        metric: the name of the metric.
+
+    Raises:
+        UsageError: if no run has logged the metric together with the progress.
+    """
+    lines = {
+        progress: {name: line for name, rows in runs.items() if (line := _line(rows, progress, metric))}
+        for progress in PROGRESS
+    }
+    if not any(lines.values()):
+        known = sorted({name for rows in runs.values() for row in rows for name in row} - {"step", "time"})
+        raise UsageError(f"no run has metric {shown(metric)}: choose one of {listed(known)}")
+    shown_lines = {progress: line for progress, line in lines.items() if line}
+    figure = Figure(figsize=(4 * len(shown_lines), 3.5), layout="constrained")
+    all_axes = figure.subplots(1, len(shown_lines), sharey=True, squeeze=False)[0]
+    colours = {name: f"C{index}" for index, name in enumerate(runs)}
+    for axes, (progress, of_runs) in zip(all_axes, shown_lines.items(), strict=True):
+        for name, line in of_runs.items():
+            axes.plot(*zip(*line, strict=True), marker=".", label=name, color=colours[name])
+        axes.set_xlabel(PROGRESS[progress])
+    all_axes[0].set_ylabel(metric)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3))
+    return figure
+
+
+def compare(runs: Sequence[str | Path] | Mapping[str, str | Path], metric: str = "val/accuracy") -> Figure:
+    """Return the figure of :func:`draw_runs` for runs that are given by their files or folders.
+
+    Args:
+        runs: the runs, as :func:`history` takes them; or a mapping to them from the names for the legend. Without
+            names, the legend has the parts of the paths that differ.
+        metric: the name of the metric.
+
+    Raises:
+        UsageError: if a run cannot be read, or if no run has the metric.
+    """
+    named = runs if isinstance(runs, Mapping) else names_of([*map(Path, runs)])
+    return draw_runs({name: history(run) for name, run in named.items()}, metric)
+
+
+def names_of(paths: Sequence[Path]) -> dict[str, Path]:
+    """Return paths by names for them: without the folders at both ends that all paths share."""
+    parts = [path.parts for path in paths]
+    first = last = 0
+    shortest = min(map(len, parts), default=0)
+    while first < shortest - 1 and len({part[first] for part in parts}) == 1:
+        first += 1
+    while first + last < shortest - 1 and len({part[len(part) - 1 - last] for part in parts}) == 1:
+        last += 1
+    return {"/".join(part[first : len(part) - last]): path for part, path in zip(parts, paths, strict=True)}
+
+
+def _line(rows: History, progress: str, metric: str) -> list[tuple[float, float]]:
+    one = 1 if progress == "epoch" else 0  # the first epoch is 0, and has ended where its metrics are logged
+    return [(row[progress] + one, row[metric]) for row in rows if progress in row and metric in row]
+
+
+def _file_or_folder(path: Path) -> Path:
+    if not path.exists():
+        raise UsageError(f"run {path} does not exist: give the folder of a run, such as logs/NAME/version_0")
+    versions = {int(folder.name.removeprefix("version_")): folder for folder in path.glob("version_*[0-9]")}
+    return path if (path / "metrics.csv").exists() or not versions else versions[max(versions)]
+
+
+def _from_csv(path: Path) -> list[tuple[int, dict[str, float]]]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and "step" not in rows[0]:
+        raise UsageError(f"{path} is no table of a run: it has no column step")
+    return [
+        (int(row["step"]), {name: float(value) for name, value in row.items() if value and name != "step"})
+        for row in rows
+    ]
+
+
+def _from_events(path: Path) -> list[tuple[int, dict[str, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if path.is_dir() and not [*path.glob("events.out.tfevents.*")]:
+        raise UsageError(f"run {path} has no metrics.csv and no event files: was it trained with a logger?")
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    # The tags by_clock/… and by_epoch/… repeat metrics, with another meaning of the step.
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("by_clock/", "by_epoch/"))]
+    scalars: list[tuple[str, Any]] = [(tag, event) for tag in tags for event in events.Scalars(tag)]
+    start = min((event.wall_time for _, event in scalars), default=0.0)
+    scalars.sort(key=lambda scalar: scalar[1].wall_time)
+    return [(event.step, {tag: event.value, "time": event.wall_time - start}) for tag, event in scalars]

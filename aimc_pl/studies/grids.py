@@ -1,0 +1,132 @@
+"""This module runs a config of the command for every combination of some values, and draws the results."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import product
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+from zlib import crc32
+
+from matplotlib.figure import Figure
+
+from aimc_pl.arguments import listed, shown
+from aimc_pl.errors import UsageError
+from aimc_pl.runs import history
+from aimc_pl.studies.rows import Row
+from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.sweeps import sweep
+
+SEED = "seed_everything"
+"""The argument of the command whose values repeat a setting, and are averaged in the figure."""
+
+_FIT = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+_RESULTS = re.compile(r"(train|val|test|clock)/")
+
+
+def run_grid(
+    config: str, grid: Mapping[str, Sequence[Any]], folder: Path, jobs: int | None = None
+) -> list[dict[str, str]]:
+    """Run ``aimc-pl fit`` for every combination of the grid that the folder lacks, and return a row for each.
+
+    A row has the values of the grid and, of everything that the run logged as ``train/…``, ``val/…``, ``test/…`` or
+    ``clock/…``, the last value. Rows are in ``results.csv``. Each run has its own folder in ``runs``, with its table,
+    its checkpoints and what it printed.
+
+    Args:
+        config: a config file, or the name of a config of the package.
+        grid: arguments of the command by their names, without ``--``, and the values of each.
+        folder: the folder of the results, which is made if it does not exist.
+        jobs: number of runs at a time; by default one per core.
+
+    Raises:
+        UsageError: if a run is refused, or if the results in the folder are those of another grid or config.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [
+        {"config": config} | {key: _text(value) for key, value in zip(grid, values, strict=True)}
+        for values in product(*grid.values())
+    ]
+    return sweep(_Fit(folder.absolute() / "runs"), cases, folder / "results.csv", jobs)
+
+
+def draw_grid(rows: Sequence[Row], keys: Sequence[str], metric: str = "test/accuracy") -> Figure:
+    """Return a figure of a metric against the values of the first key, with a line for the values of the others.
+
+    Lines are means over seeds, with their standard errors.
+
+    Args:
+        rows: the rows of :func:`run_grid`.
+        keys: the names of the arguments in the grid.
+        metric: the name of a column.
+
+    Raises:
+        UsageError: if the rows have no such metric.
+    """
+    found = [row for row in rows if row.get(metric)]
+    if not found:
+        columns = [name for name in rows[0] if _RESULTS.match(name)] if rows else []
+        raise UsageError(f"the runs have no metric {shown(metric)}: choose one of {listed(columns)}")
+    varied = [key for key in keys if key != SEED and len({row[key] for row in found}) > 1]
+    axis, *others = varied or [keys[0]]
+    lines: dict[str, dict[str, list[float]]] = {}
+    for row in found:
+        label = ", ".join(f"{_short(key)} {row[key]}" for key in others)
+        lines.setdefault(label, {}).setdefault(row[axis], []).append(float(row[metric]))
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for label, values in lines.items():
+        x = [_number(value) for value in values]
+        means = [sum(runs) / len(runs) for runs in values.values()]
+        errors = [standard_error(runs) for runs in values.values()]
+        axes.errorbar(x, means, errors, marker="o", capsize=3, label=label)
+    axes.set(xlabel=_short(axis), ylabel=metric)
+    if others:
+        axes.legend()
+    return figure
+
+
+class _Fit:
+    """Run the command once. The class is a function that other processes can import, with a folder."""
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+
+    def __call__(self, config: str, **values: str) -> list[dict[str, float]]:
+        from aimc_pl.cli import main
+
+        folder = self._runs / _name_of(config, values)
+        rmtree(folder, ignore_errors=True)  # what a stopped sweep has left
+        folder.mkdir(parents=True)
+        logger = {"save_dir": str(self._runs), "name": folder.name, "version": ""}
+        table = json.dumps({"class_path": "aimc_pl.callbacks.RunTable", "init_args": logger})
+        overrides = [f"--{key}={value}" for key, value in values.items()]
+        with (folder / "output.txt").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+            try:
+                main(["fit", "--config", config, *_FIT, f"--trainer.logger={table}", *overrides])
+            except SystemExit as stop:
+                raise UsageError(str(stop).removeprefix("aimc-pl: error: ")) from stop
+        return [{name: value for row in history(folder) for name, value in row.items() if _RESULTS.match(name)}]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _name_of(config: str, values: Mapping[str, str]) -> str:
+    """Return a name for the folder of a run, which no other run of the sweep has."""
+    readable = re.sub(r"[^\w.=,-]+", "_", ",".join(f"{_short(key)}={value}" for key, value in values.items()))
+    return f"{readable[:80]}-{crc32(repr((config, values)).encode()):08x}"
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,109 @@
+"""These tests run a small config over grids, in one process and in two, and look at results and figure."""
+
+import numpy as np
+import pytest
+from matplotlib.pyplot import imread
+
+from aimc_pl.cli import main
+from aimc_pl.errors import UsageError
+from aimc_pl.runs import history
+from aimc_pl.studies.grids import draw_grid, run_grid
+from aimc_pl.studies.rows import read_rows, select
+
+SMALL = {"trainer.max_epochs": [1], "trainer.limit_train_batches": [2], "trainer.log_every_n_steps": [1]}
+DEVICE = "trainer.strategy.init_args.device.init_args.tau"
+
+
+@pytest.mark.slow
+def test_a_stopped_grid_goes_on_and_every_run_has_its_folder(tmp_path):
+    grid = {DEVICE: [1.0, 2.0], "seed_everything": [0, 1], **SMALL}
+    first = run_grid("digits_async.yaml", {**grid, "seed_everything": [0]}, tmp_path, jobs=1)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.csv")}
+    assert len(times) == 2
+    rows = run_grid("digits_async.yaml", grid, tmp_path, jobs=1)
+    assert len(rows) == 4
+    assert all(row in rows for row in first)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    folders = [*tmp_path.glob("runs/*")]
+    assert len(folders) == 4
+    for folder in folders:
+        assert "clock cycles on 4 accelerators" in (folder / "output.txt").read_text()
+        assert (folder / "checkpoints" / "last.ckpt").exists()
+    logged = sorted(next(row for row in history(path) if "test/loss" in row)["test/loss"] for path in folders)
+    np.testing.assert_allclose(sorted(float(row["test/loss"]) for row in rows), logged)
+    assert len(set(logged)) == 4
+    # 2 mini-batches of 4 micro-batches take 2 cycles each, and fill and drain 6 more.
+    assert {float(row["clock/cycles"]) for row in rows} == {22.0}
+
+
+@pytest.mark.slow
+def test_a_refused_run_ends_the_sweep_in_a_line_and_finished_ones_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["aimc-pl"])
+    arguments = [f"--grid={key}={values}" for key, values in SMALL.items()]
+    grid = "--grid=trainer.strategy.init_args.num_stages=[4, 3]"
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "digits_async.yaml", grid, *arguments, "--jobs=1", f"--folder={tmp_path}"])
+    assert str(stop.value).startswith("aimc-pl: error: ")
+    assert "split_at" in str(stop.value)
+    assert "\n" not in str(stop.value)
+    assert len(read_rows(tmp_path / "results.csv")) == 1
+
+
+@pytest.mark.slow
+def test_the_commands_write_a_table_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["aimc-pl"])
+    arguments = [f"--grid={key}={values}" for key, values in SMALL.items()]
+    main(["sweep", "digits_async.yaml", f"--grid={DEVICE}=[1.0, 2.0]", *arguments, "--jobs=1", "--metric=val/loss"])
+    folder = tmp_path / "sweeps" / "digits_async"
+    assert "2 runs in sweeps/digits_async/results.csv" in capsys.readouterr().out
+    assert imread(folder / "results.png").std() > 0.01
+    runs = sorted(map(str, folder.glob("runs/*")))
+    main(["compare", *runs, "--metric=val/loss", "--png=compare.png"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0].partition(",")[0] for line in lines] == ["run", "tau=1.0", "tau=2.0"]
+    assert [line.split()[-1] for line in lines] == ["cycles", "22", "22"]
+    assert imread("compare.png").std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid=lr"], r"must be KEY=\[VALUE, ...\], got 'lr'"),
+        (["--grid=lr=0.1"], r"must be KEY=\[VALUE, ...\], got 'lr=0.1'"),
+        (["--grid=lr=[]"], r"must be KEY=\[VALUE, ...\]"),
+        (["--grid=lr=[1"], r"must be KEY=\[VALUE, ...\]"),
+        (["--grid=lr=[1]", "--jobs=0"], "must be a whole number of at least 1, got '0'"),
+        ([], "required: --grid"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["aimc-pl"])
+    with pytest.raises(SystemExit):
+        main(["sweep", "digits_async.yaml", *arguments])
+    assert message.replace("\\", "") in capsys.readouterr().err
+
+
+ROWS = [
+    {"tau": tau, "schedule": schedule, "seed_everything": seed, "epochs": "5", "acc": str(float(tau) + seed)}
+    for tau in ("1", "2")
+    for schedule in ("sync", "async")
+    for seed in (0, 1)
+]
+
+
+def test_the_figure_has_means_over_seeds_and_lines_for_the_other_keys():
+    axes = draw_grid(ROWS, ["epochs", "tau", "seed_everything", "schedule"], "acc").axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["schedule sync", "schedule async"]
+    assert axes.get_xlabel() == "tau"
+    for container in axes.containers:
+        line, _, (bars,) = container
+        np.testing.assert_allclose(line.get_xydata(), [[1, 1.5], [2, 2.5]])
+        np.testing.assert_allclose([np.ptp(bar[:, 1]) for bar in bars.get_segments()], 2 * 0.5)
+    words = draw_grid(select(ROWS, tau="1"), ["schedule", "tau"], "acc").axes[0]
+    assert [label.get_text() for label in words.get_xticklabels()] == ["sync", "async"]
+
+
+def test_an_unknown_metric_is_refused():
+    rows = [row | {"val/loss": "1"} for row in ROWS]
+    with pytest.raises(UsageError, match="no metric 'loss': choose one of val/loss"):
+        draw_grid(rows, ["tau"], "loss")
