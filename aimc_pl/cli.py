@@ -7,6 +7,7 @@ import ast
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from inspect import getdoc, signature
@@ -125,6 +126,14 @@ COMMANDS: dict[str, Callable[..., None]] = {"schedule": schedule, "devices": dev
 """The other commands. Their arguments can be given by name or by position."""
 
 
+ELSEWHERE = {
+    "cost": ("aimc_pl.cost.cli", "Estimate what a config costs on hardware: time, energy, memory."),
+    "sweep": ("aimc_pl.run_commands", "Run a config for every combination of some values."),
+    "compare": ("aimc_pl.run_commands", "Compare a metric of several runs."),
+}
+"""Commands that are functions of other modules, with these modules and a line of help. They take a list of arguments."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command ``aimc-pl``. A request that cannot work, or a lost process, ends in one line and exit code 1.
 
@@ -141,11 +150,9 @@ def main(args: list[str] | None = None) -> None:
         elif args and args[0] in COMMANDS:
             command = COMMANDS[args[0]]
             auto_cli(command, _with_names(command, args[1:]), prog=f"aimc-pl {args[0]}", exit_on_error=False)
-        elif args and args[0] == "cost":
-            sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
-            from aimc_pl.cost.cli import cost
-
-            cost()
+        elif args and args[0] in ELSEWHERE:
+            module, _ = ELSEWHERE[args[0]]
+            getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))
         elif args[:1] == ["--print_completion"] and find_spec("shtab") is None:
             raise UsageError("--print_completion needs another package: pip install shtab")
         else:
@@ -172,6 +179,8 @@ def _overview() -> ArgumentParser:
     for name, command in COMMANDS.items():
         own = auto_parser(command)
         commands.add_subcommand(name, own, help=own.description)
+    for name, (_, line) in ELSEWHERE.items():
+        commands.add_subcommand(name, ArgumentParser(description=line), help=line)
     return parser
 
 

@@ -1,7 +1,7 @@
 """The commands ``aimc-pl compare`` and ``aimc-pl sweep``."""
 
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,6 @@ def sweep(args: Sequence[str]) -> None:
     rows = run_grid(options.config, dict(options.grid), folder, options.jobs)
     print(f"{len(rows)} runs in {folder / 'results.csv'}")
     draw_grid(rows, [key for key, _ in options.grid], options.metric).savefig(folder / "results.png", dpi=150)
-
-
-RUN_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"compare": compare, "sweep": sweep}
-"""The commands by their names."""
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

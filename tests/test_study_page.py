@@ -86,3 +86,5 @@ def test_the_page_on_what_comes_after_training_runs(monkeypatch):
     assert [(row["compensated"], row["repeats"]) for row in names["rows"]] == [(False, 2), (True, 2)]
     assert Path("digits.pt2").exists()
     assert Path("drift.png").exists()
+    assert [row["clock/cycles"] for row in names["table"] if "clock/cycles" in row] == [2 * 12 + 6]
+    assert Path("compare.png").exists()

@@ -77,18 +77,21 @@ class _Counted(Exception):  # noqa: N818, this is no error
     """Ends the fit."""
 
 
-def cost() -> None:
+def cost(args: Sequence[str]) -> None:
     """Print what a run of a config would cost: the stages, all schedules, all hardware; draw it if asked.
 
     Without ``--config`` and ``--model``, print the constants of the hardware.
 
+    Args:
+        args: the arguments of the command, without its name.
+
     Raises:
         UsageError: if an argument is wrong, or if the run would be refused.
     """
-    if not any(argument.startswith(("--config", "-c", "--model")) for argument in sys.argv[2:]):
-        print(constants_table(find_hardware(_option("--hardware", "rasch_2024"))))
+    if not any(argument.startswith(("--config", "-c", "--model")) for argument in args):
+        print(constants_table(find_hardware(_option(args, "--hardware", "rasch_2024"))))
         return
-    sys.argv[1:] = [*sys.argv[2:], *_WITHOUT_A_RUN]
+    sys.argv[1:] = [*args, *_WITHOUT_A_RUN]
     cli = CostCLI()
     config = cli.config
     hardware, minibatches = find_hardware(config.hardware), config.num_minibatches
@@ -140,9 +143,9 @@ def _schedules(own: Schedule) -> list[Schedule]:
     return built_in if own in built_in else [*built_in, own]
 
 
-def _option(name: str, default: str) -> str:
-    """Return the value of an option of the command line."""
-    for argument, after in zip(sys.argv, [*sys.argv[1:], default], strict=True):
+def _option(args: Sequence[str], name: str, default: str) -> str:
+    """Return the value of an option among arguments."""
+    for argument, after in zip(args, [*args[1:], default], strict=True):
         if argument == name:
             return after
         if argument.startswith(f"{name}="):
