@@ -131,7 +131,7 @@ ELSEWHERE = {
     "sweep": ("aimc_pl.run_commands", "Run a config for every combination of some values."),
     "compare": ("aimc_pl.run_commands", "Compare a metric of several runs."),
 }
-"""Commands that are functions of other modules, with these modules and a line of help. They take a list of arguments."""
+"""Commands that are functions of other modules: these modules, and a line of help. They take a list of arguments."""
 
 
 def main(args: list[str] | None = None) -> None:

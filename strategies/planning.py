@@ -81,9 +81,7 @@ def settle(
     else:
         return None
     may_share = not (schedule.is_async or apart)
-    split_at, found = _divide(
-        module, trials, calls, schedule.num_stages, split_at, may_share, agree, settings.hardware
-    )
+    split_at, found = _divide(module, trials, calls, schedule.num_stages, split_at, may_share, agree, settings.hardware)
     overlaps = schedule.num_stages > 1 and (schedule.is_async or schedule.num_microbatches > 1)
     if overlaps:
         check_initialized(module, split_at)

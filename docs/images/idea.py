@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from aimc_pl.figures import BLACK, GREY, OPERATIONS, styled
 from aimc_pl.schedule import Schedule
 from aimc_pl.studies.arguments import study_parser
-from aimc_pl.figures import BLACK, GREY, OPERATIONS, styled
 
 NUM_STAGES, NUM_MICROBATCHES, NUM_CYCLES = 4, 4, 28
 """The pipelines that are compared: 28 clock cycles are two mini-batches of the synchronous one."""
