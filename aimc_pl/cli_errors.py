@@ -16,6 +16,8 @@ _EXPECTED = re.compile(
 )
 _NOT_MEANT = re.compile(r"^(Import path .* does not correspond to a subclass of|Expected a path but) ")
 _GIVEN = re.compile(r"^ *Given value: (.*)", re.M | re.S)
+_NESTED = re.compile(r"NestedArg\(key='([^']*)'")
+_CALLABLE = re.compile(r"^Type \S*Callable\[.*\] expects a function or a callable class:\s*(?=Parser key)")
 _WORDS = {"NoneType": "null", "dot import path string": "the name of a class"}
 
 
@@ -32,6 +34,12 @@ def one_line(message: str) -> str:
             reason = _telling(reason, -1)
         else:
             break
+    if nested := _NESTED.search(reason):
+        # An argument of a class has been given, and the class has not.
+        argument = ".".join(keys)
+        reason = f"give its class before --{argument}.{nested[1]}, such as --{argument}=CLASS or a --config with one"
+    elif callable_type := _CALLABLE.match(reason):
+        return one_line(f'Parser key "{".".join(keys)}":\n{reason[callable_type.end() :]}')
     if wrong := _EXPECTED.match(reason):
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")

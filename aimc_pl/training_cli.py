@@ -22,10 +22,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from torch.distributed import DistNetworkError
 
+from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import TRAINING
-from aimc_pl.errors import UsageError
+from aimc_pl.errors import PeerError, UsageError
 
 # This import registers the strategy's names, such as "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
@@ -116,6 +118,12 @@ class AnalogCLI(CheckpointReadingCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
+            name = self._get(self.config, "trainer.strategy")
+            if "invalid strategy name" in str(error):
+                raise UsageError(
+                    f"unknown strategy {shown(name)}: choose aimc_none, aimc_sync, aimc_1f1b or aimc_async, or the path of "
+                    "a class, such as aimc_pl.strategies.AnalogPipelineStrategy"
+                ) from error
             raise UsageError(str(error)) from error
         for logger in self.trainer.loggers:
             if logger.log_dir is not None:
@@ -168,6 +176,11 @@ def train() -> None:
         if "does not correspond to a subclass of Lightning" in str(error) and "pytorch_lightning" in sys.modules:
             raise UsageError(OTHER_PACKAGE) from error
         raise
+    except DistNetworkError as error:
+        reason = str(error).partition("\n")[0]
+        raise PeerError(
+            f"the processes cannot connect, which a busy machine or a taken port causes: {reason:.90}"
+        ) from error
     except (MisconfigurationException, OmegaConfBaseException) as error:
         raise UsageError(str(error)) from error
 
