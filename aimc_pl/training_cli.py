@@ -121,8 +121,8 @@ class AnalogCLI(CheckpointReadingCLI):
             name = self._get(self.config, "trainer.strategy")
             if "invalid strategy name" in str(error):
                 raise UsageError(
-                    f"unknown strategy {shown(name)}: choose aimc_none, aimc_sync, aimc_1f1b or aimc_async, or the path of "
-                    "a class, such as aimc_pl.strategies.AnalogPipelineStrategy"
+                    f"unknown strategy {shown(name)}: choose aimc_none, aimc_sync, aimc_1f1b or aimc_async, or the path "
+                    "of a class, such as aimc_pl.strategies.AnalogPipelineStrategy"
                 ) from error
             raise UsageError(str(error)) from error
         for logger in self.trainer.loggers:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.serialization import safe_globals
 
-from aimc_pl.analog import analog_layers, is_analog
+from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies.checks import check_analog_support
 from aimc_pl.strategies.settings import Settings
@@ -52,12 +52,18 @@ def describe(module: nn.Module) -> str:
     return describe_layers(module)
 
 
-def convert_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
-    """Make the optimizer update analog layers by pulses, if there are any, and say what it does not do for them."""
+def convert_optimizer(module: nn.Module, optimizer: Optimizer, lr_scale: float = 1.0) -> None:
+    """Make the optimizer update analog layers by pulses, if there are any, and say what it does not do for them.
+
+    Raises:
+        UsageError: if there is a scale of the learning rate, and no layer that learns by pulses.
+    """
+    if lr_scale != 1 and not any(map(learns_by_pulses, module.parameters())):
+        raise UsageError(f"analog_lr_scale={lr_scale:g} is for layers that learn by pulses, and there are none")
     if any(map(is_analog, module.parameters())):
         from aimc_pl.devices import describe_updates, make_analog_aware
 
-        make_analog_aware(optimizer)
+        make_analog_aware(optimizer, lr_scale)
         if line := describe_updates(module, optimizer):
             rank_zero_info(line)
 

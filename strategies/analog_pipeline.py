@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from aimc_pl.arguments import check_number
 from aimc_pl.cost import RASCH_2024, Hardware, Work
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Observer, Pipeline
@@ -95,6 +96,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
             (``"stop"``), or the first one is warned about (``"warn"``).
         remedies: what is done against the cost of stale weights (``"async"`` only): objects of the classes in
             :mod:`aimc_pl.strategies.remedies`, at most one of each.
+        analog_lr_scale: the learning rate of layers that learn by pulses, in units of the optimizer's. Typical rates of
+            such layers are 0.05 to 0.5, whatever the optimizer of the digital parameters needs.
         timeout: seconds after which a process that does not answer is considered lost, which ends the run; above 0 and
             at most 10⁹.
         start_timeout: the same limit until the first mini-batch, while the processes start.
@@ -121,6 +124,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         verify: bool = True,
         on_nonfinite: OnNonfinite = "stop",
         remedies: Sequence[Remedy] = (),
+        analog_lr_scale: float = 1.0,
         timeout: float = 60.0,
         start_timeout: float = 600.0,
     ) -> None:
@@ -142,6 +146,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
             RASCH_2024 if split_at == "cost" else None,
         )
         self.device = device
+        check_number("analog_lr_scale", analog_lr_scale, above=0)
+        self.analog_lr_scale = analog_lr_scale
         self.observers: list[Observer] = []
         """The observers of the pipeline. Callbacks may append themselves at any time, even during a fit."""
         self._training: Training | None = None
@@ -210,7 +216,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         (optimizer,) = self.optimizers
         check_updates(self._module, optimizer)
         check_closure(optimizer, stages_update_apart=self.schedule.is_async or self.is_multiprocess)
-        analog_parts.convert_optimizer(self._module, optimizer)
+        analog_parts.convert_optimizer(self._module, optimizer, self.analog_lr_scale)
 
     # --------------------------------------------------------------- training
 

@@ -110,12 +110,17 @@ def _fits(rpu_config: SingleRPUConfig) -> bool:
     return True
 
 
-def make_analog_aware(optimizer: Optimizer) -> None:
+def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
     """Change a torch optimizer, in place, so that its step also applies the pulsed updates of analog tiles.
 
     The optimizer's class becomes a subclass with aihwkit's ``AnalogOptimizerMixin``, of the kind that
     ``aihwkit.optim.AnalogOptimizer`` creates. The optimizer stays the same object for the schedulers that hold it. An
     optimizer without analog parameters is not changed.
+
+    Args:
+        optimizer: the optimizer.
+        lr_scale: the learning rate of layers that learn by pulses, in units of the optimizer's learning rate. A
+            scheduler thus changes both in proportion.
 
     Raises:
         UsageError: if the optimizer holds the ``weight`` or ``bias`` of an analog layer, which is a view of the tile.
@@ -127,7 +132,11 @@ def make_analog_aware(optimizer: Optimizer) -> None:
     if isinstance(optimizer, AnalogOptimizerMixin) or not any(map(is_analog, parameters)):
         return
     digital: Any = type(optimizer)
-    optimizer.__class__ = new_class(f"Analog{digital.__name__}", (AnalogOptimizerMixin, digital))
+    bases = (AnalogOptimizerMixin, digital)
+    if lr_scale != 1:
+        bases = (_WithOwnRates, AnalogOptimizerMixin, _ThenScalesRates, digital)
+    namespace = {"analog_lr_scale": lr_scale}
+    optimizer.__class__ = new_class(f"Analog{digital.__name__}", bases, exec_body=lambda body: body.update(namespace))
     if "step" in vars(optimizer):
         # A scheduler has already wrapped the step of the digital class.
         show_steps_to_schedulers(optimizer)
@@ -144,12 +153,40 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     if not groups or (name == "SGD" and not ignored):
         return None
     rule = f"the {' and '.join(sorted(ignored))} of SGD" if name == "SGD" else f"the update rule of {name}"
-    rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) for group in groups}))
+    scale = getattr(optimizer, "analog_lr_scale", 1.0)
+    rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) * scale for group in groups}))
     layers = [layer for layer in analog_layers(network) if any(map(learns_by_pulses, layer.parameters()))]
     return (
         f"{len(layers)} analog layers learn by pulses, at the learning rate {rates}: {rule} applies to "
         "digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
     )
+
+
+class _ThenScalesRates(Optimizer):
+    """Mixin between aihwkit's mixin and a torch optimizer: it scales the learning rates when the torch step is over.
+
+    aihwkit's mixin reads the rates of tiles after that.
+    """
+
+    analog_lr_scale: float
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().step(*args, **kwargs)
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * self.analog_lr_scale
+        return loss
+
+
+class _WithOwnRates(Optimizer):
+    """Mixin around aihwkit's mixin, which gives the groups their own learning rates again."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        rates = [group["lr"] for group in self.param_groups]
+        try:
+            return super().step(*args, **kwargs)
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
 
 
 def _choose(

@@ -41,7 +41,8 @@ def test_every_device_trains(name):
     out = network(x)
     assert torch.corrcoef(torch.stack([out.flatten(), expected.flatten()]))[0, 1] > 0.4
     optimizer = AnalogSGD(network.parameters(), lr=0.5)
-    for _ in range(20):
+    # With dynamic_transfer, weights move only after two flips of the signs of each of the 20 columns.
+    for _ in range(500 if name == "dynamic_transfer" else 20):
         network(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()

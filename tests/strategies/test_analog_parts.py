@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from torch import nn
 from torch.serialization import get_safe_globals
 
-from aimc_pl.devices import analog_layers, convert_to_analog, ideal, soft_bounds
+from aimc_pl.devices import analog_layers, convert_to_analog, ideal, mixed_precision, soft_bounds
 from aimc_pl.devices.checkpoint import AnalogCheckpoint, classes_of_tiles
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import analog_parts
@@ -39,17 +39,17 @@ def convert(net, device, split_at=(), stashes=False, root=CPU, precision=None):
 
 
 @pytest.mark.parametrize("device", ["ideal", {"0": "ideal"}, {1: "ideal"}])
-def test_layers_are_converted_once_and_said(device, told):
+def test_layers_are_converted_once_and_said(device):
     net = network()
     convert(net, device, split_at=["2"])
     chosen = {"ideal": [net[0], net[2]], "0": [net[0]], 1: [net[2]]}[
         device if device == "ideal" else next(iter(device))
     ]
     assert analog_layers(net) == chosen
-    (line,) = told
-    assert line.startswith(f"ideal: {len(chosen)} layer")
+    line = analog_parts.describe(net)
+    assert line.startswith(f"{len(chosen)} of 2 layers analog (ideal)")
     convert(net, device, split_at=["2"])
-    assert told == [line]
+    assert analog_parts.describe(net) == line
 
 
 def test_digital_networks_stay_as_they_are(told):
@@ -85,6 +85,38 @@ def test_the_optimizer_updates_tiles(make, lines, told):
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert not torch.equal(net[0].get_weights()[0], before)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_tiles_have_a_learning_rate_of_their_own(scale, told):
+    """Check tiles with exact updates against −lr·scale·gradient, beside AdamW, in two steps with a scheduler."""
+    net, twin = network({"0": ideal()}), network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    analog_parts.convert_optimizer(net, optimizer, scale)
+    assert f"at the learning rate {0.01 * scale:g}: " in told[0]
+    for rate in (0.01, 0.005):
+        weight, bias = (value.detach().clone() for value in net[0].get_weights())
+        twin[0].load_state_dict({"weight": weight, "bias": bias})
+        twin[2].load_state_dict(net[2].state_dict())
+        x = torch.tensor([[0.5, -1.0, 2.0]])
+        twin.zero_grad()
+        for each in (net, twin):
+            each(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.param_groups[0]["lr"] == rate
+        expected = weight - rate * scale * twin[0].weight.grad
+        torch.testing.assert_close(net[0].get_weights()[0], expected, rtol=1e-5, atol=1e-6)
+        scheduler.step()
+
+
+@pytest.mark.parametrize("device", [None, {"0": mixed_precision(soft_bounds())}])
+def test_a_rate_for_pulses_needs_layers_that_learn_by_them(device):
+    net = network(device)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(UsageError, match="analog_lr_scale=3 is for layers that learn by pulses, and there are none"):
+        analog_parts.convert_optimizer(net, optimizer, 3.0)
 
 
 @pytest.mark.parametrize("installed", [True, False])
