@@ -43,6 +43,7 @@ def one_line(message: str) -> str:
     if wrong := _EXPECTED.match(reason):
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")
+    reason, *_ = reason.split(". Got value: Namespace(")
     return " ".join(f"{'.'.join(keys)}: {reason}".removeprefix(": ").split())
 
 

@@ -118,6 +118,13 @@ COMMANDS = {
     "a number as callback": (["--trainer.callbacks=[1]"], "callbacks: Not a valid subclass of Callback. Got value: 1"),
     "unknown optimizer": (["--model.init_args.optimizer=Adamm"], "model.optimizer: expected the name of a class"),
     "a word as timeout": ([STRATEGY + "timeout=soon"], "trainer.strategy.timeout: expected float, got soon"),
+    "a word as number of stages": ([STRATEGY + "num_stages=four"], "strategy.num_stages: expected int, got four"),
+    "unknown strategy": (["--trainer.strategy=aimc_fast"], "unknown strategy 'aimc_fast': choose aimc_none, aimc_sync"),
+    "a word as learning rate": (["--model.optimizer.lr=fast"], "model.optimizer.lr: expected float or the name of a"),
+    "an argument of no strategy": (
+        ["--trainer.strategy=auto", "--trainer.strategy.num_stages=3"],
+        "give its class before --trainer.strategy.num_stages",
+    ),
     "half a stage": ([STRATEGY + "num_stages=4.5"], "trainer.strategy.num_stages: expected int, got 4.5"),
     "no data there": (["--data=aimc_pl.data.MNIST", "--data.init_args.root=nowhere"], "MNIST is not in 'nowhere'"),
     "no images there": (
