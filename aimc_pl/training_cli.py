@@ -50,7 +50,7 @@ class _RunConfig(SaveConfigCallback):
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
             # Without metrics TensorBoard would get a chart of a constant, hp_metric.
-            no_metrics = [{}] if isinstance(logger, TensorBoardLogger) else []
+            no_metrics: list[Any] = [{}] if isinstance(logger, TensorBoardLogger) else []
             logger.log_hyperparams(config, *no_metrics)
 
 
@@ -121,7 +121,7 @@ class AnalogCLI(CheckpointReadingCLI):
             name = self._get(self.config, "trainer.strategy")
             if "invalid strategy name" in str(error):
                 raise UsageError(
-                    f"unknown strategy {shown(name)}: choose aimc_none, aimc_sync, aimc_1f1b or aimc_async, or the path "
+                    f"unknown strategy {shown(name)}: choose aimc_none, aimc_sync, aimc_1f1b, aimc_async, or the path "
                     "of a class, such as aimc_pl.strategies.AnalogPipelineStrategy"
                 ) from error
             raise UsageError(str(error)) from error

@@ -42,7 +42,7 @@ class DeviceNoise(Callback, Observer):
 
     def __init__(
         self,
-        noise: Noise | Sequence[Noise],
+        noise: Sequence[Noise] | Noise,
         stages: Sequence[int] | None = None,
         layers: Sequence[str] = ("*",),
         from_step: int = 0,
