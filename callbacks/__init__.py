@@ -9,6 +9,7 @@ from aimc_pl.callbacks.dashboard import Dashboard, PipelineDiagram
 from aimc_pl.callbacks.noise import DeviceNoise
 from aimc_pl.callbacks.run_table import RunTable
 from aimc_pl.callbacks.staleness import StalenessMonitor
+from aimc_pl.callbacks.trace import TraceWriter
 from aimc_pl.imperfections import DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "RunTable",
     "StalenessMonitor",
     "StuckAt",
+    "TraceWriter",
     "WriteNoise",
 ]
