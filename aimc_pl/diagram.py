@@ -1,10 +1,10 @@
 """This module draws a schedule as the paper's Figure 2 does, as text and as a figure."""
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from aimc_pl.figures import OPERATIONS, styled
 from aimc_pl.schedule import Schedule
 
 MAX_DRAWN_STAGES = 32
@@ -35,8 +35,9 @@ def draw_text(schedule: Schedule, num_microbatches: int) -> str:
     )
 
 
+@styled
 def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | None = None) -> Figure:
-    """Return the clock table as a figure: one colour per micro-batch, forwards plain, backwards hatched.
+    """Return the clock table as a figure, with the number of the micro-batch in each forward and backward.
 
     Args:
         schedule: the schedule to draw.
@@ -53,19 +54,16 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
 def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: int) -> None:
     """Draw the table of :func:`draw_figure` into one part of a figure, ``axes``, as far as ``clocks`` clocks."""
     stages = schedule.num_stages
-    colours = colormaps["tab20"]
     for (stage, clock), operations in _cells(schedule, num_microbatches).items():
         if clock >= clocks:
             continue
         height = 1 / len(operations)
         for row, (kind, k) in enumerate(operations):
-            hatch = "////" if kind == "B" else None
+            bottom = stage + row * height
             axes.add_patch(
-                Rectangle(
-                    (clock, stage + row * height), 1, height, facecolor=colours(k % 20), edgecolor="white", hatch=hatch
-                )
+                Rectangle((clock, bottom), 1, height, facecolor=OPERATIONS[kind], edgecolor="white", linewidth=1.5)
             )
-            axes.text(clock + 0.5, stage + (row + 0.5) * height, str(k), ha="center", va="center", fontsize=8)
+            axes.text(clock + 0.5, bottom + height / 2, str(k), ha="center", va="center", fontsize=8)
     axes.set(
         xlim=(0, clocks),
         ylim=(0, stages),
@@ -73,8 +71,12 @@ def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: in
         yticks=[stage + 0.5 for stage in range(stages)],
         yticklabels=[f"stage {stage}" for stage in range(stages)],
     )
-    axes.set_title(f"{schedule.name} (backward hatched)", fontsize=10)
+    axes.set_title(f"{schedule.name}: forward (blue), backward (orange)", fontsize=10)
     axes.set_facecolor("whitesmoke")
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
 
 
 def _cells(schedule: Schedule, num_microbatches: int) -> dict[tuple[int, int], list[tuple[str, int]]]:

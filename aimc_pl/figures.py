@@ -41,6 +41,7 @@ STYLE: Any = {
     "hatch.color": "white",
     "legend.fontsize": 9,
     "legend.frameon": False,
+    "legend.handlelength": 2.6,
     "lines.linewidth": 1.8,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,

@@ -30,16 +30,25 @@ def history():
 
 
 def code_in(source):
-    """Return what a Python module does: its syntax tree without docstrings and comments."""
+    """Return how a Python module computes: its syntax tree without docstrings, comments and functions that draw."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            node.body = [part for part in node.body if not is_docstring(part)]
+            node.body = [part for part in node.body if not (is_docstring(part) or is_drawing(part))]
     return ast.dump(tree)
 
 
 def is_docstring(node):
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def is_drawing(node):
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "aimc_pl.figures" or node.module.startswith("matplotlib")
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    types = [*ast.walk(node.args), *(ast.walk(node.returns) if node.returns else ())]
+    return any(isinstance(name, ast.Name) and name.id in ("Axes", "Axis", "Figure") for name in types)
 
 
 def changed_since(commit):
@@ -58,6 +67,11 @@ def test_words_are_no_code():
     source = "def f(x):\n    return x + 1\n"
     with_words = '"""Module."""\n\ndef f(x):\n    """Add 1."""\n    # why\n    return x + 1\n'
     assert code_in(source) == code_in(with_words) != code_in(source.replace("1", "2"))
+
+
+def test_pictures_are_no_numbers():
+    source = "from aimc_pl.figures import RED\ndef f(x):\n    return x + 1\ndef draw() -> Figure:\n    return RED\n"
+    assert code_in(source) == code_in(source.replace("RED", "BLUE")) != code_in(source.replace("1", "2"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from aimc_pl.arguments import check_number
 from aimc_pl.devices.mean_field import to_mean_field
 from aimc_pl.devices.names import Device, get_device
 from aimc_pl.errors import UsageError
+from aimc_pl.figures import BLACK, styled
 
 
 def pulse_response(device: Device, num_pulses: int = 1000, num_devices: int = 8) -> NDArray[np.float64]:
@@ -47,6 +48,7 @@ def pulse_response(device: Device, num_pulses: int = 1000, num_devices: int = 8)
     return compute_pulse_response(tile, directions)[:, :, 0]
 
 
+@styled
 def plot_response(device: Device, title: str = "", num_pulses: int = 1000, num_devices: int = 8) -> Figure:
     """Draw the weights of a few cross-points after each of many pulses: up, then down, twice over.
 
@@ -65,7 +67,7 @@ def plot_response(device: Device, title: str = "", num_pulses: int = 1000, num_d
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(weights, linewidth=0.6, alpha=0.6)
-    axes.plot(weights.mean(1), color="black", linewidth=1.5, label=f"mean of {num_devices} devices")
+    axes.plot(weights.mean(1), color=BLACK, linewidth=2, label=f"mean of {num_devices} devices")
     axes.set(xlabel="pulse", ylabel="weight", title=title)
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.12))
     return figure

@@ -11,14 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle, RegularPolygon
 
+from aimc_pl.figures import BLACK, BLUE, GREEN, GREY, ORANGE, RED, styled
 from aimc_pl.schedule import Schedule
 from aimc_pl.studies.arguments import study_parser
 
-STAGES = ("#4c78a8", "#f58518", "#54a24b")
+STAGES = (BLUE, ORANGE, GREEN)
 """Colours of stages 0, 1 and 2."""
 
-PALE = ("#e4ecf5", "#fdebd8", "#e3f1e1")
-GREY, INK, RED = "#b8b8b8", "#333333", "#d62728"
+PALE = ("#dcebf5", "#fdf1d9", "#d9f0e9")
+INK = BLACK
 
 CODE = (
     # line, stage
@@ -105,6 +106,7 @@ def draw_clocks(axes: Axes) -> None:
     axes.text(6.3, -0.42, "the stage updates its weights", va="center", fontsize=9, color=INK)
     axes.text(-0.15, -0.1, "clock", ha="right", va="center")
     axes.set(xlim=(0, num_clocks + 0.15), ylim=(-0.6, len(STAGES)))
+    axes.grid(visible=False)
     for clock in range(num_clocks):
         axes.text(clock + 0.5, -0.1, str(clock), ha="center", va="center")
     axes.set_xticks([])
@@ -190,6 +192,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
     )
 
 
+@styled
 def draw() -> Figure:
     """All three parts."""
     figure = Figure(figsize=(13, 7), layout="constrained", facecolor="white")

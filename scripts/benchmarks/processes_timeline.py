@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table
 from aimc_pl.distributed import Link
+from aimc_pl.figures import OPERATIONS, styled
 from aimc_pl.ghosts import Ghosts
 from aimc_pl.passage import StageProcess
 from aimc_pl.pipeline import Pipeline
@@ -161,9 +162,10 @@ def report(rows: Sequence[Row]) -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 
+@styled
 def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int = 30) -> Figure:
     """Draw the planned clock tables and, beside each, the times at which the operations ran."""
-    figure = Figure(figsize=(14, 3.0 * len(PLANS)), layout="constrained")
+    figure = Figure(figsize=(10, 2.6 * len(PLANS)), layout="constrained")
     for axes, (name, duplex) in zip(figure.subplots(len(PLANS), 2), PLANS, strict=True):
         schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
         shown = clocks // schedule.cycles_per_clock
@@ -174,11 +176,12 @@ def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int
         for o in mine:
             start, end = ((float(o[field]) - zero) / seconds for field in ("start", "end"))
             if start < clocks:
-                colour = "tab:blue" if o["kind"] == "F" else "tab:orange"
-                axes[1].barh(int(o["stage"]), end - start, left=start, color=colour, edgecolor="white")
+                style = {"color": OPERATIONS[o["kind"]], "edgecolor": "white"}
+                axes[1].barh(int(o["stage"]), end - start, left=start, **style)
         axes[1].set(
-            xlim=(0, clocks), xlabel=f"time in cycles of {1e3 * seconds:g} ms", ylabel="stage", yticks=range(num_stages)
+            xlim=(0, clocks), xlabel=f"time in cycles of {1e3 * seconds:g} ms", yticks=range(num_stages), yticklabels=[]
         )
+        axes[1].grid(visible=False)
         axes[1].set_title(f"{name}, {duplex} duplex: {num_stages} processes")
     return figure
 

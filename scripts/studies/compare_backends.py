@@ -21,6 +21,8 @@ from torch.optim.lr_scheduler import LinearLR
 
 from aimc_pl.data import MNIST, Digits
 from aimc_pl.devices import soft_bounds, soft_bounds_reference
+from aimc_pl.figures import BACKENDS as BACKEND_COLORS
+from aimc_pl.figures import styled
 from aimc_pl.models import MLP, LeNet5
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.studies.arguments import sweep_parser
@@ -136,21 +138,23 @@ def report(rows: Sequence[Row]) -> None:
         print(f"{problem:<7} delay {delay}  {'   '.join(of_each)}")
 
 
+@styled
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw the training loss by epoch, mean and standard deviation over the seeds, with both backends in one plot."""
     problems, delays = grid_of(rows)
-    figure = Figure(figsize=(4 * len(delays), 3.2 * len(problems)), layout="constrained")
-    grid = figure.subplots(len(problems), len(delays), squeeze=False)
+    figure = Figure(figsize=(10, 2.8 * len(problems)), layout="constrained")
+    grid = figure.subplots(len(problems), len(delays), squeeze=False, sharey="row")
     for (i, problem), (j, delay) in product(enumerate(problems), enumerate(delays)):
         axes = grid[i, j]
         for backend in BACKENDS:
             losses = curves(select(rows, problem=problem, backend=backend, delay=delay), "loss")
             epochs, mean, std = np.arange(1, losses.shape[1] + 1), losses.mean(0), losses.std(0)
-            axes.plot(epochs, mean, label=backend, linestyle="-" if backend == "aihwkit" else "--")
-            axes.fill_between(epochs, mean - std, mean + std, alpha=0.25)
+            style = {"color": BACKEND_COLORS[backend], "linestyle": "-" if backend == "aihwkit" else "--"}
+            axes.plot(epochs, mean, label=backend.replace("_", "-"), **style)
+            axes.fill_between(epochs, mean - std, mean + std, color=BACKEND_COLORS[backend], alpha=0.2, linewidth=0)
         axes.set(title=f"{problem}, first layer {delay} versions late", xlabel="epoch", ylabel="training loss")
-        axes.set_yscale("log")
-        axes.legend()
+        axes.set(yscale="log", xlim=(1, EPOCHS[problem]))
+    grid[0, 0].legend()
     return figure
 
 

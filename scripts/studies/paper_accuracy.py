@@ -23,6 +23,8 @@ from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import CIFAR10, Digits
 from aimc_pl.data.images import Images, InMemoryImages
 from aimc_pl.devices import soft_bounds
+from aimc_pl.figures import GREY, styled
+from aimc_pl.figures import SCHEDULES as COLORS
 from aimc_pl.models import ResNet
 from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -44,7 +46,6 @@ SPLITS = {
     8: [*LAYERS[::2], "network.pool"],
     16: ["network.bn", *LAYERS, "network.pool", "network.fc"],
 }
-COLORS: dict[ScheduleName, str] = {"none": "C1", "sync": "C0", "async": "C2"}
 TARGETS = (0.5, 0.6)
 """Accuracies to which the speedup is measured."""
 
@@ -217,39 +218,41 @@ def report_length(rows: Sequence[Row]) -> None:
                 )
 
 
+@styled
 def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
     """Draw accuracy by epoch and by clock cycle, and speedup by number of stages, for the shorter runs."""
     rows = select(rows, epochs=min(lengths(rows)))
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     by_epoch, by_cycle, by_stages = figure.subplots(1, 3)
     for kind, style in (("analog", "-"), ("digital", "--")):
         prompt, ours = learning(rows, kind), learning(rows, kind, num_stages)
         epochs = np.arange(1, prompt.shape[1] + 1)
-        band(by_epoch, epochs, prompt, f"{kind}, none and sync", color="C0", linestyle=style)
-        band(by_epoch, epochs, ours, f"{kind}, async", color="C2", linestyle=style)
+        band(by_epoch, epochs, prompt, f"{kind}, none and sync", color=COLORS["sync"], linestyle=style)
+        band(by_epoch, epochs, ours, f"{kind}, async", color=COLORS["async"], linestyle=style)
     by_epoch.set(xlabel="epoch", ylabel="test accuracy", title=f"{num_stages} stages")
-    for schedule, color in COLORS.items():
+    for schedule in ("none", "sync", "async"):
         curve = learning(rows, "analog", num_stages if schedule == "async" else None)
-        band(by_cycle, cycles(rows, "analog", schedule, num_stages), curve, f"analog, {schedule}", color=color)
+        band(
+            by_cycle, cycles(rows, "analog", schedule, num_stages), curve, f"analog, {schedule}", color=COLORS[schedule]
+        )
     by_cycle.set(xscale="log", xlabel="clock cycle", ylabel="test accuracy", title=f"{num_stages} stages")
     stages = list(SPLITS)
     for (target, style), schedule in product(zip(TARGETS, (":", "-"), strict=True), ("sync", "async")):
         values = [speedups(rows, target, "analog", schedule, m) for m in stages]
         means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
-        options: Any = {"color": COLORS[schedule], "linestyle": style, "marker": "o"}
+        options: Any = {"color": COLORS[schedule], "linestyle": style, "marker": "."}
         by_stages.errorbar(stages, means, errors, label=f"analog, {schedule}, to {target:.0%}", **options)
-    by_stages.plot([1, *stages], [1, *stages], color="gray", linewidth=0.8, label="number of stages")
-    by_stages.set(xlabel="stages", ylabel="times fewer clock cycles", title="speedup over no pipeline")
+    by_stages.plot([1, *stages], [1, *stages], color=GREY, linewidth=1, label="number of stages")
+    by_stages.set(xlabel="stages", ylabel="times fewer clock cycles", title="speedup over no pipeline", xticks=stages)
     for axes in (by_epoch, by_cycle, by_stages):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
     return figure
 
 
 def band(axes: Axes, x: np.ndarray, values: np.ndarray, label: str, **style: Any) -> None:
     """Draw the mean over the seeds as a line and their range as a band."""
     axes.plot(x, values.mean(0), label=label, marker=".", **style)
-    axes.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.2)
+    axes.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from paper_stages import EVERY, LEARNING_RATES, alone, relative, train, updates_to
 
+from aimc_pl.figures import shade, styled
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row
 from aimc_pl.studies.statistics import standard_error
@@ -62,24 +63,33 @@ def report(rows: Sequence[Row]) -> None:
             print(f"{name:<14} {value:<8.4g} {metric} {target}  {one.mean():.0f} updates with one stage, {line}")
 
 
+@styled
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw the updates to every target against each property of the device."""
-    figure = Figure(figsize=(16, 4.2), layout="constrained")
-    for axes, (name, values) in zip(figure.subplots(1, len(SWEEPS)), SWEEPS.items(), strict=True):
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    grid = figure.subplots(2, len(SWEEPS) // 2, sharey=True)
+    for axes, (name, values) in zip(grid.flat, SWEEPS.items(), strict=True):
         for color, num_stages in enumerate(STAGES):
             for (metric, target), style in zip(TARGETS, ("-", "--"), strict=True):
                 where = {"sweep": name, "num_stages": num_stages}
                 updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
                 means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
-                label = f"{num_stages} stages, {metric} {target}"
+                label = f"{num_stages} stage{'s' * (num_stages > 1)}, {metric} {target}"
                 axes.errorbar(
-                    range(len(values)), means, errors, color=f"C{color}", linestyle=style, marker=".", label=label
+                    range(len(values)),
+                    means,
+                    errors,
+                    color=shade(color, len(STAGES)),
+                    linestyle=style,
+                    marker=".",
+                    label=label,
                 )
-        axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name], ylabel="updates, best learning rate")
+        axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name])
         texts = [f"1/{2 * BASE['tau'] / value:.0f}" if name == "step" else f"{value:g}" for value in values]
         axes.set_xticks(range(len(values)), texts)
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("updates, best learning rate")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STAGES))
     return figure
 
 

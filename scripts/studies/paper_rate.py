@@ -18,10 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 
+from aimc_pl.figures import BLACK, ORANGE, RED, shade, styled
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.ensemble import Crossbars, EnsemblePipeline
 from aimc_pl.studies.rows import Row, curves, select
@@ -295,10 +298,11 @@ def shown(value: Estimate, digits: int = 2) -> str:
     return f"{value.value:.{digits}f} ± {value.high - value.value:.{digits}f}"
 
 
+@styled
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw the error against updates, the updates that delay adds, and the floor against τ."""
     shown = problems(rows)
-    figure = Figure(figsize=(13, 3.75 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(10, 3.9 * len(shown)), layout="constrained")
     for axes, problem in zip(figure.subplots(len(shown), 3, squeeze=False), shown, strict=True):
         draw_reach(axes[0], rows, problem)
         draw_extra(axes[1], rows, problem)
@@ -312,12 +316,18 @@ def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     for (tau, style), (color, num_stages) in product(((best, "-"), (worst, "--")), enumerate(STAGES[problem])):
         epsilon, updates = reach(rows, problem, num_stages, tau, SHOWN[problem])
         label = f"M = {num_stages}" if tau == best else None
-        axes.plot(updates.mean(0), epsilon, style, color=f"C{color}", label=label, marker=".")
+        axes.plot(updates.mean(0), epsilon, style, color=shade(color, len(STAGES[problem])), label=label, marker=".")
     updates = np.geomspace(UPDATES[problem] / 50, UPDATES[problem], 2)
     axes.plot(updates, max(EPSILONS[problem]) * (updates / updates[0]) ** -0.5, "k:", label="1/√updates")
-    axes.set(xscale="log", yscale="log", xlabel="updates, best learning rate", ylabel="mean squared gradient − floor")
-    axes.set_title(f"{problem}: τ = {best:g} (solid), τ = {worst:g} (dashed)", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="updates, best learning rate",
+        ylabel="mean squared gradient\nabove its floor",
+    )
+    _label(axes.yaxis, EPSILONS[problem])
+    axes.set_title(f"{problem}: τ = {best:g} (—), {worst:g} (- -)".replace("inf", "∞"))
+    axes.legend()
 
 
 def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
@@ -327,26 +337,42 @@ def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
         points = min(ours.shape[1], prompt.shape[1])
         ratios = (ours[:, :points] / prompt[:, :points]).T
         means, errors = [ratio.mean() for ratio in ratios], [standard_error(ratio) for ratio in ratios]
-        axes.errorbar(epsilon[:points], means, errors, color=f"C{color}", label=f"M = {num_stages}", marker=".")
-    axes.set(xscale="log", xlabel="ε", ylabel="updates to ε over those without delay")
+        axes.errorbar(
+            epsilon[:points],
+            means,
+            errors,
+            color=shade(color, len(STAGES[problem])),
+            label=f"M = {num_stages}",
+            marker=".",
+        )
+    axes.set(xscale="log", xlabel="ε", ylabel="updates to ε\nover those without delay")
     axes.invert_xaxis()
-    axes.set_title("τ = ∞, mean and standard error over the seeds", fontsize=10)
-    axes.legend(fontsize=8)
+    _label(axes.xaxis, EPSILONS[problem])
+    axes.set_title("what delay adds, τ = ∞")
+    axes.legend()
 
 
 def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     """Draw the squared gradient norm that remains, measured and by theory, without delay and with the longest delay."""
     finite = [tau for tau in RANGES[problem] if np.isfinite(tau)]
     kinds = {"floor": "measured", "floor_stationary": "expected motion vanishes", "floor_bound": "bound"}
-    for color, (field, label) in enumerate(kinds.items()):
+    for color, (field, label) in zip((RED, BLACK, ORANGE), kinds.items(), strict=True):
         for num_stages, style in ((1, "o-"), (max(STAGES[problem]), "s--")):
             where = {"problem": problem, "num_stages": num_stages, "noise": SHOWN[problem]}
             values = [curves(select(rows, tau=tau, **where), field)[:, 0] for tau in finite]
             means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
-            axes.errorbar(finite, means, errors, fmt=style, color=f"C{color}", label=f"{label}, M = {num_stages}")
-    axes.set(xscale="log", yscale="log", xlabel="τ", ylabel="squared gradient norm in the last quarter")
-    axes.set_title("what asymmetry leaves", fontsize=10)
-    axes.legend(fontsize=7)
+            axes.errorbar(finite, means, errors, fmt=style, color=color, label=label if num_stages == 1 else None)
+    axes.set(xscale="log", yscale="log", xlabel="τ", ylabel="squared gradient norm\nin the last quarter")
+    _label(axes.xaxis, finite)
+    axes.set_title(f"the floor (M = 1 and {max(STAGES[problem])})")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
+
+
+def _label(axis: Axis, values: Sequence[float]) -> None:
+    """Label some values of a logarithmic axis, and no others."""
+    axis.set_major_locator(FixedLocator(values[:: 2 if len(values) > 4 else 1]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:.2g}")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table, draw_text
+from aimc_pl.figures import BLUE, RED, styled
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.pipeline import Event, Observer, Pipeline
 from aimc_pl.schedule import Operation, Schedule
@@ -134,17 +135,19 @@ def draw() -> dict[str, Figure]:
     return {"figure_2": figure_2(), "figure_3": figure_3()}
 
 
+@styled
 def figure_2() -> Figure:
     """Draw the clock tables of the three schedules."""
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, schedule in zip(figure.subplots(len(FIGURE_2)), FIGURE_2, strict=True):
         draw_table(axes, schedule, 16 if schedule.is_async else schedule.num_microbatches, 32)
     return figure
 
 
-def figure_3(num_clocks: int = 24) -> Figure:
+@styled
+def figure_3(num_clocks: int = 18) -> Figure:
     """Draw which input and which weight version every accelerator uses in each clock, in both duplex modes."""
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
     for axes, duplex in zip(figure.subplots(2), ("half", "full"), strict=True):
         _versions(axes, Schedule("async", 4, 1, duplex), num_clocks)
     return figure
@@ -162,7 +165,7 @@ def _versions(axes: Axes, schedule: Schedule, num_clocks: int) -> None:
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="tab:blue" if kind == "F" else "tab:red",
+                color=BLUE if kind == "F" else RED,
             )
     axes.set(
         xlim=(0, num_clocks),
@@ -172,10 +175,10 @@ def _versions(axes: Axes, schedule: Schedule, num_clocks: int) -> None:
         yticklabels=[f"stage {stage}" for stage in range(schedule.num_stages)],
     )
     axes.set_xticks(range(num_clocks), minor=True)
-    axes.grid(which="minor", axis="x", alpha=0.3)
-    axes.set_title(
-        f"async, {schedule.duplex} duplex: input xₖ or error δₖ, and the weight version it meets", fontsize=10
-    )
+    axes.grid(visible=False)
+    axes.grid(which="minor", axis="x")
+    axes.tick_params(which="both", length=0)
+    axes.set_title(f"async, {schedule.duplex} duplex: input xₖ or error δₖ, and the weight version it meets")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 
+from aimc_pl.figures import THINGS, styled
 from aimc_pl.schedule import Duplex, Schedule
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.ensemble import Crossbars, EnsemblePipeline
@@ -221,10 +222,11 @@ def report(rows: Sequence[Row]) -> None:
             print(f"    {cost.value:.2f} [{cost.low:.2f}, {cost.high:.2f}] more for each update of staleness")
 
 
+@styled
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw the updates relative to one stage, and the clock cycles saved."""
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    grid = figure.subplots(2, len(RANGES))
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    grid = figure.subplots(2, len(RANGES), sharex=True, sharey="row")
     for column, tau in enumerate(RANGES):
         ratios, savings = grid[:, column]
         for (color, target), duplex in product(enumerate(TARGETS["loss"]), ("half", "full")):
@@ -233,16 +235,19 @@ def draw(rows: Sequence[Row]) -> Figure:
             for axes, quantity in ((ratios, relative), (savings, saved)):
                 values = [quantity(rows, "loss", target, m, duplex=duplex, tau=tau) for m in stages]
                 means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
-                style = {"color": f"C{color}", "linestyle": "-" if duplex == "half" else "--", "marker": "."}
+                style = {"color": THINGS[color], "linestyle": "-" if duplex == "half" else "--", "marker": "."}
                 axes.errorbar(stages, means, errors, label=label, **style)
-        savings.plot((1, 64), (1, 64), "k:", label="number of stages")
-        ratios.set(xscale="log", xlabel="stages", ylabel="updates over those of one stage")
-        savings.set(xscale="log", yscale="log", xlabel="stages", ylabel="clock cycles of no pipeline over ours")
-        ratios.set_title(f"τ = {tau:g}; half duplex (solid), full (dashed)", fontsize=10)
+        savings.plot((1, 64), (1, 64), "k:", linewidth=1, label="number of stages")
+        ratios.set(xscale="log")
+        savings.set(xscale="log", yscale="log", xlabel="stages")
+        ratios.set_title(f"τ = {tau:g}".replace("inf", "∞"))
         for axes in (ratios, savings):
             axes.set_xticks([1, 4, 16, 64], ["1", "4", "16", "64"])
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            axes.minorticks_off()
+    grid[0, 0].set_ylabel("updates over those\nof one stage")
+    grid[1, 0].set_ylabel("clock cycles of no pipeline\nover ours")
+    title = "half duplex (solid) and full duplex (dashed)"
+    figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title)
     return figure
 
 

@@ -13,10 +13,12 @@ from rich.progress import track
 from torch import Tensor
 
 from aimc_pl.devices import DEVICES, pulse_response
+from aimc_pl.figures import BACKENDS as COLORS
+from aimc_pl.figures import styled
 from aimc_pl.studies.arguments import study_parser
 
 SEED, PULSES, CROSS_POINTS = 1, 600, 6
-COLORS = {"aihwkit": "tab:blue", "mean_field": "tab:orange"}
+BACKENDS = ("aihwkit", "mean_field")
 
 
 def cases(quick: bool) -> list[str]:
@@ -28,23 +30,25 @@ def cases(quick: bool) -> list[str]:
 def run(name: str) -> dict[str, Tensor]:
     """Return the weights of a few cross-points ``(pulses, points)`` on both tiles: pulses up, down, up and down."""
     weights = {}
-    for backend in COLORS:
+    for backend in BACKENDS:
         config = DEVICES[name](backend=backend).rpu_config
         config.device.construction_seed = SEED  # pyright: ignore[reportAttributeAccessIssue]
         weights[backend] = pulse_response(config, PULSES, CROSS_POINTS)
     return weights
 
 
+@styled
 def draw(name: str, of_backends: dict[str, Tensor]) -> Figure:
     """Draw the weights and their mean on both tiles."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for backend, weights in of_backends.items():
-        color = COLORS[backend]
+        color, style = COLORS[backend], "-" if backend == "aihwkit" else "--"
+        label = f"{backend.replace('_', '-')}, mean of {CROSS_POINTS}"
         axes.plot(weights, color=color, linewidth=0.5, alpha=0.5)
-        axes.plot(weights.mean(1), color=color, linewidth=2, label=f"{backend}, mean of {CROSS_POINTS}")
+        axes.plot(weights.mean(1), style, color=color, linewidth=2, label=label)
     axes.set(xlabel="pulse", ylabel="weight", title=name)
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.14), ncols=2)
     return figure
 
 

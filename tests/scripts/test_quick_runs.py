@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [
     *(path for path in (ROOT / "scripts").glob("*/*.py") if path.stem != "machine"),
-    ROOT / "docs" / "images" / "training_step.py",
+    *(ROOT / "docs" / "images").glob("*.py"),
 ]
 SHOWN = {path.name: path for path in (ROOT / "docs").rglob("*") if path.suffix in (".csv", ".png")}
 
