@@ -127,8 +127,10 @@ def draw_drift(rows: Iterable[dict[str, Any]], name: str = "metric", digital: fl
     if digital is not None:
         axes.axhline(digital, color="black", linestyle=":", label="digital")
     axes.set_xscale("symlog", linthresh=SECOND)
-    axes.set_xticks([SECOND, HOUR, DAY, YEAR], ["1 s", "1 h", "1 d", "1 y"], minor=False)
+    axes.set_xticks([SECOND, HOUR, DAY, YEAR], ["1 s", "1 h", "1 d", "1 y"])
     axes.minorticks_off()
+    times = [row["time"] for row in rows]
+    axes.set_xlim(min(times) / 3 if min(times) >= SECOND else -0.3, 3 * max(*times, SECOND))
     axes.set(xlabel="time since programming", ylabel=name)
     axes.legend()
     return figure

@@ -1,5 +1,6 @@
 """The commands ``aimc-pl compare`` and ``aimc-pl sweep``."""
 
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from math import nan
@@ -68,7 +69,11 @@ def sweep(args: Sequence[str]) -> None:
     parser.add_argument("--metric", default="test/accuracy", help="what the figure shows; test/accuracy by default")
     options = parser.parse_args(args)
     folder = options.folder or Path("sweeps", Path(options.config).stem)
-    rows = run_grid(options.config, dict(options.grid), folder, options.jobs)
+    try:
+        rows = run_grid(options.config, dict(options.grid), folder, options.jobs)
+    except KeyboardInterrupt:
+        print("stopped: the runs that have ended are kept, and the same command goes on")
+        sys.exit(130)
     print(f"{len(rows)} runs in {folder / 'results.csv'}")
     draw_grid(rows, [key for key, _ in options.grid], options.metric).savefig(folder / "results.png", dpi=150)
 

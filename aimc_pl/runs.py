@@ -67,7 +67,9 @@ def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figu
         known = sorted({name for rows in runs.values() for row in rows for name in row} - {"step", "time"})
         raise UsageError(f"no run has metric {shown(metric)}: choose one of {listed(known)}")
     shown_lines = {progress: line for progress, line in lines.items() if line}
-    figure = Figure(figsize=(4 * len(shown_lines), 3.5), layout="constrained")
+    width = 4 * len(shown_lines)
+    columns = max(1, 12 * width // (max(map(len, runs)) + 10))  # an inch has 12 letters, and a line of a legend 10
+    figure = Figure(figsize=(width, 3.2 + 0.25 * -(-len(runs) // columns)), layout="constrained")
     all_axes = figure.subplots(1, len(shown_lines), sharey=True, squeeze=False)[0]
     colours = {name: f"C{index}" for index, name in enumerate(runs)}
     for axes, (progress, of_runs) in zip(all_axes, shown_lines.items(), strict=True):
@@ -75,8 +77,7 @@ def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figu
             axes.plot(*zip(*line, strict=True), marker=".", label=name, color=colours[name])
         axes.set_xlabel(PROGRESS[progress])
     all_axes[0].set_ylabel(metric)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 3))
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
     return figure
 
 

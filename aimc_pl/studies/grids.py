@@ -1,6 +1,7 @@
 """This module runs a config of the command for every combination of some values, and draws the results."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -104,10 +105,13 @@ class _Fit:
         table = json.dumps({"class_path": "aimc_pl.callbacks.RunTable", "init_args": logger})
         overrides = [f"--{key}={value}" for key, value in values.items()]
         with (folder / "output.txt").open("w") as output, redirect_stdout(output), redirect_stderr(output):
+            logging.disable(logging.INFO)  # of the Trainer, in whose lines the progress bar would get lost
             try:
                 main(["fit", "--config", config, *_FIT, f"--trainer.logger={table}", *overrides])
             except SystemExit as stop:
                 raise UsageError(str(stop).removeprefix("aimc-pl: error: ")) from stop
+            finally:
+                logging.disable(logging.NOTSET)
         return [{name: value for row in history(folder) for name, value in row.items() if _RESULTS.match(name)}]
 
 
