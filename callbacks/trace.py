@@ -76,7 +76,10 @@ class TraceWriter(Callback, Observer):
         spans = sorted((span for part in self._strategy.gather(self._spans) for span in part), key=lambda span: span[3])
         if spans and trainer.is_global_zero:
             first = spans[0][3]
-            seconds = [Span(*what, 1e-9 * (start - first), 1e-9 * (end - first)) for *what, start, end in spans]
+            seconds = [
+                Span(kind, stage, microbatch, 1e-9 * (start - first), 1e-9 * (end - first))
+                for kind, stage, microbatch, start, end in spans
+            ]
             events = trace_events({"run": Timeline(self._strategy.schedule.num_stages, seconds, ())})
             write_trace(self.path, events)
 
