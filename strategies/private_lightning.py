@@ -135,7 +135,7 @@ class CheckpointReadingCLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        if not self.config.get("subcommand"):
+        if getattr(self.config, "subcommand", None) is None:
             return
         with self.reading_checkpoint(self.config[self.config.subcommand].get("ckpt_path") or ""):
             super()._parse_ckpt_path()
