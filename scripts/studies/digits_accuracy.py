@@ -1,7 +1,7 @@
 """This study measures the test accuracy of the shipped digits configs, with many seeds.
 
 The network has four stages on soft-bounds devices, as in configs/digits_*.yaml, and is compared with the same network
-without analog layers. ``none`` is not run, because it ends at the weights of ``sync``. The study takes six minutes
+without analog layers. ``none`` is not run, because it ends at the weights of ``sync``. The study takes eight minutes
 on two cores. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/digits_accuracy.py --folder docs/results

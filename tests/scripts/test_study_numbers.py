@@ -1,10 +1,18 @@
 """These tests check how the studies of the paper evaluate rows, on rows with known answers."""
 
+from pathlib import Path
+
+import digits_accuracy
 import numpy as np
 import paper_accuracy
 import paper_rate
 import paper_stages
 import pytest
+import yaml
+
+from aimc_pl.studies.rows import read_rows
+
+ROOT = Path(__file__).parents[2]
 
 
 def as_text(rows):
@@ -69,3 +77,21 @@ def test_errors_count_above_the_floor_where_every_seed_gets_there():
     epsilon, reached = paper_rate.reach(rows, "mlp", 4, 8.0, 0.3)
     np.testing.assert_allclose(epsilon, [0.9, 0.4])
     np.testing.assert_array_equal(reached, [[10, 20], [11, 21]])
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "async"])
+def test_the_digits_configs_are_what_the_study_has_measured(schedule):
+    config = yaml.safe_load((ROOT / "configs" / f"digits_{schedule}.yaml").read_text())
+    model, strategy = config["model"]["init_args"], config["trainer"]["strategy"]["init_args"]
+    assert model["optimizer"]["init_args"]["lr"] == digits_accuracy.LEARNING_RATE
+    assert model["lr_scheduler"]["class_path"].endswith(".CosineAnnealingLR")
+    assert model["lr_scheduler"]["init_args"]["T_max"] == "${trainer.max_epochs}"
+    assert config["trainer"]["max_epochs"] == digits_accuracy.EPOCHS
+    assert strategy["device"]["init_args"] == {"tau": 4.0, "num_states": 1200}
+
+
+def test_the_demo_reaches_its_goal_with_19_of_20_seeds():
+    rows = read_rows(ROOT / "docs" / "results" / "digits_accuracy.csv")
+    accuracies = [float(row["accuracy"]) for row in rows if row["run"] == "async"]
+    assert len(accuracies) == 20
+    assert sum(accuracy >= digits_accuracy.GOAL for accuracy in accuracies) >= 19
