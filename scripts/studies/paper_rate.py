@@ -9,7 +9,7 @@ different learning rates, dynamic ranges τ, label noises and seeds run side by 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise, product
 from math import inf
 from typing import Any
@@ -368,9 +368,10 @@ def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
 
 
-def _label(axis: Axis, values: Sequence[float]) -> None:
+def _label(axis: Axis, values: Iterable[float]) -> None:
     """Label some values of a logarithmic axis, and no others."""
-    axis.set_major_locator(FixedLocator(values[:: 2 if len(values) > 4 else 1]))
+    every = [float(value) for value in values]
+    axis.set_major_locator(FixedLocator(every[:: 2 if len(every) > 4 else 1]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:.2g}")
 
