@@ -208,4 +208,4 @@ def _divide(
             f"one stage takes {100 * max(shares):.0f} % of the time (stages of {percent} %): the network has too few "
             f"layers of equal cost for {num_stages} stages. Use fewer stages, or name modules with split_at"
         )
-    return found, f" of {percent} % of the measured time"
+    return found, f" of {percent} % of the {'modelled' if hardware else 'measured'} time"

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from aihwkit.simulator.configs import PiecewiseStepDevice, SingleRPUConfig, SoftBoundsDevice
+from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsDevice
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
@@ -223,7 +223,7 @@ def test_description_names_devices_and_reasons():
 
 def test_a_configuration_on_the_slow_backend_is_told():
     """Check that only the user's own configurations count, and only those that the mean-field tile can simulate."""
-    slow, other = SingleRPUConfig(device=SoftBoundsDevice()), SingleRPUConfig(device=PiecewiseStepDevice())
+    slow, other = SingleRPUConfig(device=SoftBoundsDevice()), SingleRPUConfig(device=SoftBoundsDevice(diffusion=0.1))
     assert (describe_slow(slow) or "").startswith("SingleRPUConfig runs on aihwkit's tiles")
     assert describe_slow({"0": "ideal", "1": slow}) == describe_slow(slow)
     for device in (None, "soft_bounds", soft_bounds(backend="aihwkit"), to_mean_field(slow), other, {"0": None}):

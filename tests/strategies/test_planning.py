@@ -19,7 +19,9 @@ def with_trainer(module):
     """Return a module with a trainer that has an optimizer and a scheduler, and both of these."""
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     scheduler = StepLR(optimizer, 3)
-    module._trainer = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[scheduler], seen=0)
+    module._trainer = SimpleNamespace(
+        optimizers=[optimizer], lr_scheduler_configs=[scheduler], seen=0, progress_bar_callback=None
+    )
     return module, optimizer, scheduler
 
 
@@ -51,17 +53,18 @@ def test_tensors_of_data_sets_are_found():
 @pytest.mark.parametrize(("num_functions", "repeats"), [(1, 1), (2, 2), (5, 2)])
 @pytest.mark.parametrize(("shares", "warns"), [((0.5, 0.5), False), ((0.6, 0.4), False), ((0.611, 0.389), True)])
 def test_the_stages_of_rank_0_are_those_of_all(num_functions, repeats, shares, warns, monkeypatch, recwarn):
-    trials, calls, found = SimpleNamespace(functions=[None] * num_functions), object(), []
+    module, trials = with_trainer(Attributes())[0], SimpleNamespace(functions=[None] * num_functions)
+    calls, found = object(), []
     monkeypatch.setattr(boundaries, "find", lambda *args, **kwargs: found.append((args, kwargs)) or "of this rank")
 
     def agree(value):
         assert value == "of this rank"
         return ["of rank 0"], shares
 
-    names, remark = planning._divide(trials, calls, 2, None, "shared", agree, None)
+    names, remark = planning._divide(module, trials, calls, 2, None, "shared", agree, None)
     assert found == [((trials, calls, 2), {"may_share": "shared", "repeats": repeats, "hardware": None})]
     percent = "61, 39" if warns else f"{shares[0] * 100:.0f}, {shares[1] * 100:.0f}"
-    assert (names, remark) == (["of rank 0"], f" (stages of {percent} %)")
+    assert (names, remark) == (["of rank 0"], f" of {percent} % of the measured time")
     messages = [str(warning.message) for warning in recwarn]
     assert [message.partition(":")[0] for message in messages] == [
         "one stage takes 61 % of the time (stages of 61, 39 %)"
@@ -72,7 +75,7 @@ def test_the_stages_of_rank_0_are_those_of_all(num_functions, repeats, shares, w
 def test_known_stages_are_not_measured(num_stages, split_at, names, monkeypatch):
     checked, calls = [], object()
     monkeypatch.setattr(boundaries, "check", lambda *args: checked.append(args))
-    assert planning._divide(None, calls, num_stages, split_at, False, None, None) == (names, "")
+    assert planning._divide(None, None, calls, num_stages, split_at, False, None, None) == (names, "")
     assert checked == [(calls, split_at or ())]
 
 
