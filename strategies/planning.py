@@ -113,10 +113,11 @@ def settle(
         comparable = settings.verify and are_seeded(module)
         losses = trials.losses([*steps, whole], reference) if comparable else None
         check_microbatches(module, losses, steps, settings, splits_by_sample)
+    remedies = "".join(f", {remedy}" for remedy in settings.remedies)
     say(
         module.trainer,
-        f"{_name(module)} in {schedule.num_stages} stages{found}, schedule {schedule.name!r}, split_at={split_at}: "
-        f"{analog_parts.describe(module)}",
+        f"{_name(module)} in {schedule.num_stages} stages{found}, schedule {schedule.name!r}{remedies}, "
+        f"split_at={split_at}: {analog_parts.describe(module)}",
     )
     return step
 
