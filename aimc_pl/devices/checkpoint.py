@@ -56,6 +56,7 @@ _NAMES = {
     "aihwkit.simulator.tiles.analog": ("AnalogTile",),
     "aihwkit.simulator.tiles.array": ("TileModuleArray",),
     "aihwkit.simulator.tiles.floating_point": ("FloatingPointTile",),
+    "aimc_pl.devices.mean_field.chopped": ("ChoppedTransferSimulatorTile", "DynamicTransferSimulatorTile"),
     "aimc_pl.devices.mean_field.mixed_precision": ("MixedPrecisionSimulatorTile", "MixedPrecisionTile"),
     "aimc_pl.devices.mean_field.quantized": ("NoisyQuantizedDevice", "NoisyQuantizedSimulatorTile"),
     "aimc_pl.devices.mean_field.tile": (
