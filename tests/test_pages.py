@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PACKAGES = ("strategies", "callbacks", "devices", "data", "models")
+PACKAGES = ("strategies", "callbacks", "devices", "data", "models", "cost")
 
 
 def blocks(page):

@@ -123,9 +123,8 @@ def simulate(
     for fill in [num_minibatches * size] if schedule.is_async else [size] * num_minibatches:
         for operations in schedule.clocks(fill):
             run.clock(operations)
-        if not schedule.is_async:
-            for stage in reversed(range(schedule.num_stages)):
-                run.update(stage)
+        for stage in reversed(range(schedule.num_stages)):
+            run.update(stage)
     return run.timeline()
 
 
@@ -191,7 +190,10 @@ class Simulation:
                 self._backward(operation)
 
     def update(self, index: int) -> None:
-        """Update a stage from all backwards since its last update. Asynchronous schedules do this themselves."""
+        """Update a stage from all backwards since its last update, if there are any.
+
+        Under an asynchronous schedule the backwards do this. Where stages accumulate, a rest may be left at a drain.
+        """
         times, waiting = self._stages[index], self._waiting[index]
         if not waiting:
             return
@@ -240,7 +242,7 @@ class Simulation:
         self._waiting[index].append(self._first + k)
         if index:
             self._send(Operation("B", index - 1, k), (index, index - 1), end, times.send_back)
-        if self._schedule.is_async:
+        if self._schedule.is_async and (k + 1) % self._schedule.accumulate == 0:
             self.update(index)
 
     def _send(self, needed_by: Operation, link: tuple[int, int], start: float, duration: float) -> None:

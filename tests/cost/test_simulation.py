@@ -212,6 +212,18 @@ class Reversed(Schedule):
         return super().backward_clock(stage, microbatch, num_microbatches) + 1
 
 
+@pytest.mark.parametrize("a", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("duplex", ["half", "full"])
+def test_stages_that_accumulate_make_fewer_updates(a, duplex):
+    """Check 7 micro-batches: ⌈7/a⌉ updates of every stage, the last at the drain, and the time for which stages work."""
+    times = StageTimes(forward=2.0, backward=3.0, update=0.5, step=4.0, pending=1.0)
+    timeline = simulate(Schedule("async", 3, 7, duplex, accumulate=a), [times] * 3)
+    updates = [span for span in timeline.spans if span.kind == "U"]
+    assert Counter(span.stage for span in updates) == dict.fromkeys(range(3), -(-7 // a))
+    assert [timeline.busy(stage) for stage in range(3)] == [7 * 5.5 + -(-7 // a) * 4.0] * 3
+    assert timeline.peaks == [min(a, 7)] * 3
+
+
 def test_a_schedule_of_ones_own_runs():
     own, built_in = Reversed("sync", 3, 4), Schedule("sync", 3, 4)
     stages = uneven(3, 5)
