@@ -49,7 +49,6 @@ def schedule(
         trace: a file for a trace that https://ui.perfetto.dev opens: the table, and a run of it in which every stage
             goes on as soon as it can. A clock cycle is shown as a microsecond.
     """
-    from aimc_pl.cost.trace import planned_and_simulated, write_trace
     from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_figure, draw_text
 
     check_number("num_stages", num_stages, at_least=1, at_most=MAX_DRAWN_STAGES, whole=True)
@@ -68,6 +67,8 @@ def schedule(
         check_picture(png)
         save(draw_figure(table, num_microbatches), png)
     if trace is not None:
+        from aimc_pl.cost.trace import planned_and_simulated, write_trace
+
         write_trace(trace, planned_and_simulated(table))
     print(
         f"{table.num_cycles()} clock cycles, computation density {table.density():.3f}, "
