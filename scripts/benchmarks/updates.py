@@ -37,7 +37,7 @@ def times(name: str, batch: int, device: AnalogDevice, turns: int) -> list[float
         network = nn.Sequential(layer)
         convert_to_analog(network, algorithm)
         x = torch.rand(batch, *shape)
-        error = torch.randn(network(x).shape) * 0.1
+        error = torch.randn(network(x).shape) / batch  # as of a loss that is a mean over the batch
         tile = network.get_submodule("0.analog_module")
         updates.append((getattr(tile, "update" if x.dim() == 2 else "update_indexed"), x, error))
     measured: list[list[float]] = [[] for _ in updates]
