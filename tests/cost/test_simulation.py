@@ -215,7 +215,7 @@ class Reversed(Schedule):
 @pytest.mark.parametrize("a", [1, 2, 3, 7, 9])
 @pytest.mark.parametrize("duplex", ["half", "full"])
 def test_stages_that_accumulate_make_fewer_updates(a, duplex):
-    """Check 7 micro-batches: ⌈7/a⌉ updates of every stage, the last at the drain, and the time for which stages work."""
+    """Check 7 micro-batches: ⌈7/a⌉ updates of every stage, the last at the drain, and how long stages work."""
     times = StageTimes(forward=2.0, backward=3.0, update=0.5, step=4.0, pending=1.0)
     timeline = simulate(Schedule("async", 3, 7, duplex, accumulate=a), [times] * 3)
     updates = [span for span in timeline.spans if span.kind == "U"]
