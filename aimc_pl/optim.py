@@ -38,6 +38,7 @@ class SpikeCompensatedSGD(Optimizer):
         check_number("weight_decay", weight_decay, at_least=0)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "staleness": 0})
 
+    # torch's overloads of this method cannot be repeated by one signature.
     @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -151,6 +151,7 @@ class AnalogCLI(CheckpointReadingCLI):
         console = Console(quiet=not self.trainer.is_global_zero)
         for name, value in (item for results in tested for item in results.items()):
             console.print(f"{name:<24} {value:.4f}")
+        # Lightning adds the attribute outside of the class.
         for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, ClockMonitor):
                 console.print(callback.report(), soft_wrap=True)
@@ -190,8 +191,9 @@ def _silence() -> None:
     # Lightning advertises other packages.
     for handler in logging.getLogger("lightning.pytorch").handlers:
         handler.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
-    # Lightning uses a name that torch will drop.
+    # Lightning itself uses a name that torch will drop, which a user cannot change.
     warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
+    # Lightning adds the attribute to a function.
     if rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
         # Every process would print what the first one prints.
         for name in ("lightning.fabric", "lightning.pytorch"):

@@ -31,6 +31,7 @@ class RunTable(CSVLogger):
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
             return super().experiment
 
+    # A decorator hides the signature of the method that this one overrides.
     @override
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().log_metrics({**metrics, "time": time.monotonic() - self._start}, step)

@@ -65,7 +65,10 @@ def test_drift_alone_is_the_power_law():
     """Check ((t + t₀)/t₀)^−ν with ν = 0.049, which the model gives to the largest conductances, up to their spread."""
     net = nn.Sequential(nn.Linear(400, 1, bias=False))
     nn.init.ones_(net[0].weight)
-    mean = lambda module: module(torch.full((1, 400), 1 / 400)).item()  # noqa: E731
+
+    def mean(module):
+        return module(torch.full((1, 400), 1 / 400)).item()
+
     rows = evaluate_drift(net, mean, [DAY], perfect(drift_scale=1.0), repeats=8)
     nu = 0.049 + 0.008 * np.random.default_rng(0).standard_normal(1_000_000)
     expected = ((DAY + 20) / 20) ** -nu

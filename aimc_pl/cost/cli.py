@@ -107,6 +107,7 @@ def cost(args: Sequence[str]) -> None:
             f"num_minibatches={minibatches} takes more than {MAX_OPERATIONS} forwards of all stages: lower it"
         )
     counted = CountWork(strategy, config.hardware)
+    # Lightning adds the attribute outside of the class.
     cli.trainer.callbacks = [counted]  # pyright: ignore[reportAttributeAccessIssue]
     with suppress(_Counted):
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)

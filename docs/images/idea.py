@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from aimc_pl.figures import BLACK, GREY, OPERATIONS, styled
-from aimc_pl.schedule import Schedule
+from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.studies.arguments import study_parser
 
 NUM_STAGES, NUM_MICROBATCHES, NUM_CYCLES = 4, 4, 28
@@ -50,9 +50,9 @@ def draw_network(axes: Axes) -> None:
     axes.axis("off")
 
 
-def draw_pipeline(axes: Axes, name: str, first: int, title: str) -> None:
+def draw_pipeline(axes: Axes, name: ScheduleName, first: int, title: str) -> None:
     """Draw what every stage does in some clock cycles of a pipeline that goes on from mini-batch to mini-batch."""
-    schedule = Schedule(name, NUM_STAGES, NUM_MICROBATCHES)  # pyright: ignore[reportArgumentType]
+    schedule = Schedule(name, NUM_STAGES, NUM_MICROBATCHES)
     busy, finished = 0, 0
     for clock in range(NUM_CYCLES):
         for kind, stage, k in _operations(schedule, first + clock):

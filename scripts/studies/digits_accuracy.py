@@ -67,6 +67,7 @@ def run(run: str, seed: int, epochs: int) -> list[dict[str, Any]]:
     task = Classifier(
         network,
         optimizer=partial(SGD, lr=LEARNING_RATE),
+        # A partial has no type of a class, but is called like one.
         lr_scheduler=partial(CosineAnnealingLR, T_max=epochs),  # pyright: ignore[reportArgumentType]
     )
     data = Digits(batch_size=32)

@@ -45,7 +45,7 @@ def test_a_case_that_has_ended_is_kept_whatever_happens_to_the_sweep(tmp_path, m
         for _ in range(600):
             if len(read_rows(path)) == 4:
                 raise KeyboardInterrupt
-            time.sleep(0.05)
+            time.sleep(0.05)  # the workers write meanwhile, for 30 seconds at most
 
     monkeypatch.setattr(sweeps, "track", stopped)
     with pytest.raises(KeyboardInterrupt):
