@@ -40,6 +40,7 @@ from aimc_pl.devices.materials import (
     reram_sb,
 )
 from aimc_pl.devices.measured import piecewise_step
+from aimc_pl.devices.scaling import weight_scaling
 from aimc_pl.errors import UsageError
 
 DEVICES: dict[str, Callable[..., AnalogDevice]] = {
@@ -72,6 +73,7 @@ DEVICES: dict[str, Callable[..., AnalogDevice]] = {
         chopped_tiki_taka,
         agad,
         mixed_precision,
+        weight_scaling,
     )
 }
 """The devices by the names that ``device="name"`` accepts."""
