@@ -2,15 +2,14 @@
 
 Update k moves the weights by −α·g − (α/τ)·S⊙w. Let g be the gradient of the samples of the update, and S ≥ |g| the sum
 of |δ||x| over them, which for a single sample of a linear layer is |g|. A sample is processed with weights of which
-some are older than those that it changes. Let α be the learning rate, τ the dynamic range, and q = W/τ < 1 the
-saturation, with all weights within ±W.
+some are older than those that it changes. Let α be the learning rate and τ the dynamic range.
 
 The paper (arXiv 2410.15155) proves rates of this form. The bounds here are those that ``docs/THEORY.md`` proves.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import exp, inf, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ class Problem:
     """What the bounds need to know of a loss, its samples and the device.
 
     Raises:
-        ValueError: if the saturation is not in [0, 1), or the second variance is below the first.
+        ValueError: if the saturation is not in [0, 1), or the decay is not 0 at a saturation of 0.
     """
 
     gap: float
@@ -36,26 +35,21 @@ class Problem:
     variance: float
     """σ², a bound on the variance of g, summed over the weights."""
 
-    saturation: float
-    """q = W/τ, the largest weight relative to the dynamic range."""
+    saturation: float = 0.0
+    """q, the largest weight relative to τ; 0 without asymmetry."""
 
-    decay_variance: float | None = None
-    """ς² ≥ σ², a bound on Σ(E S² − (E g)²). By default it is σ², which is right where S = |g|."""
+    decay: float = 0.0
+    """ω², the mean of Σ(wς/τ)² over the updates, where every weight's ς² is at least E S² − (E g)². At most q²Σς²."""
 
     def __post_init__(self) -> None:
         _check(self.saturation)
-        if self.decay_variance is not None and self.decay_variance < self.variance:
-            raise ValueError(f"decay_variance must be at least {self.variance:.3g}, got {self.decay_variance:.3g}")
-
-    @property
-    def decay(self) -> float:
-        """ς², given or by default."""
-        return self.variance if self.decay_variance is None else self.decay_variance
+        if self.decay > 0 == self.saturation:
+            raise ValueError(f"weights that are zero do not decay: saturation is 0, got decay={self.decay:.3g}")
 
     @property
     def noise(self) -> float:
-        """N² = (1+q)(σ²+qς²), a bound on the variance of an update that is divided by α."""
-        return update_variance(self.variance, self.decay, self.saturation)
+        """N² = (σ+ω)², a bound on the variance of an update that is divided by α."""
+        return update_variance(self.variance, self.decay)
 
 
 class Layer(NamedTuple):
@@ -71,31 +65,21 @@ class Layer(NamedTuple):
     """N², the :func:`update_variance` of this layer."""
 
 
-def update_variance(variance: float, decay_variance: float, saturation: float) -> float:
-    """Return N² = (1+q)(σ²+qς²), a bound on the variance of −g − S⊙w/τ.
-
-    Args:
-        variance: σ², the variance of g.
-        decay_variance: ς², a bound on Σ(E S² − (E g)²).
-        saturation: q.
-    """
-    return (1 + saturation) * (variance + saturation * decay_variance)
+def update_variance(variance: float, decay: float) -> float:
+    """Return N² = (σ+ω)², a bound on the variance of −g − S⊙w/τ. For σ² and ω² see :class:`Problem`."""
+    return (sqrt(variance) + sqrt(decay)) ** 2
 
 
-def asymptotic_error(decay_variance: float, saturation: float) -> float:
-    """Return q²ς²/(1−q²), the part of the bounds that no number of updates removes.
+def asymptotic_error(decay: float, saturation: float) -> float:
+    """Return ω²/(1−q²), the part of the bounds that no number of updates removes.
 
-    A problem of one weight attains it, so it is the smallest possible.
-
-    Args:
-        decay_variance: ς², a bound on Σ(E S² − (E g)²); the variance of g where S = |g|.
-        saturation: q, at least 0 and below 1.
+    A problem of one weight attains it, so it is the smallest possible. For ω² and q see :class:`Problem`.
 
     Raises:
         ValueError: if the saturation is out of range.
     """
     _check(saturation)
-    return decay_variance * saturation**2 / (1 - saturation**2)
+    return decay / (1 - saturation**2)
 
 
 def descent(
@@ -117,14 +101,15 @@ def descent(
         The value, or minus infinity where the learning rate is too large for the delay.
     """
     norm, q, smoothness = sqrt(error), problem.saturation, problem.smoothness
-    decay, noise = sqrt(problem.decay), sqrt(problem.noise)
+    omega, noise = sqrt(problem.decay), sqrt(problem.noise)
     steady = max((layer.staleness * layer.sensitivity for layer in layers), default=0.0)
     random = sqrt(sum(layer.staleness * layer.sensitivity**2 * layer.noise for layer in layers))
     if learning_rate * steady * (1 + q) >= 1:
         return -inf
-    # The size of the error e of the delayed gradient, and of the mean motion divided by α.
-    stale = learning_rate * (steady * ((1 + q) * norm + q * decay) + random) / (1 - learning_rate * steady * (1 + q))
-    motion = (1 + q) * (norm + stale) + q * decay
+    # The sizes of the error e of the delayed gradient, of the delayed gradient, and of the mean motion divided by α.
+    stale = learning_rate * (steady * ((1 + q) * norm + omega) + random) / (1 - learning_rate * steady * (1 + q))
+    delayed = norm + stale
+    motion = (1 + q) * delayed + omega
     # The part of e along the gradient of the loss.
     along = norm * stale
     if layers and bend < inf:
@@ -132,11 +117,12 @@ def descent(
         window = learning_rate * (longest * motion + sqrt(longest) * noise)
         smooth = learning_rate * (steady * motion * norm + smoothness * window * random) + 4 * bend * window**2
         along = min(along, smooth)
+    second_moment = (sqrt(delayed**2 + problem.variance) + sqrt((q * delayed) ** 2 + problem.decay)) ** 2
     return (
         error
-        - q * norm * (sqrt(error + problem.decay) + stale)
+        - norm * (sqrt(q**2 * error + problem.decay) + q * stale)
         - along
-        - learning_rate * smoothness / 2 * ((1 + q) ** 2 * (norm + stale) ** 2 + noise**2)
+        - learning_rate * smoothness / 2 * second_moment
     )
 
 
@@ -184,7 +170,7 @@ class Reach(NamedTuple):
 def updates_bound(error: float, problem: Problem, layers: Sequence[Layer] = (), bend: float = inf) -> Reach:
     """Return a number of updates that suffices for an error, and the learning rate for which it is smallest.
 
-    Without delay it is 2L(f₀−f*)((1+q)²ε+N²)/(ε−q√(ε(ε+ς²)))². For the other arguments see :func:`descent`.
+    For the other arguments see :func:`descent`.
 
     Args:
         error: ε, the expected squared gradient norm, averaged over the updates.
@@ -198,20 +184,39 @@ def updates_bound(error: float, problem: Problem, layers: Sequence[Layer] = (), 
     floor = asymptotic_error(problem.decay, problem.saturation)
     if error <= floor:
         raise ValueError(f"the bound says nothing about errors up to {floor:.3g}, got {error:.3g}")
+    # Without delay the descent falls linearly with the learning rate. Delay makes the best rate smaller.
+    at_zero, at_one = descent(error, 0.0, problem), descent(error, 1.0, problem)
+    best = at_zero / (at_zero - at_one) / 2
 
-    def rate(logarithm: float) -> float:
-        return np.exp(logarithm) * descent(error, np.exp(logarithm), problem, layers, bend)
+    def updates(shrinking: float) -> float:
+        rate = best * exp(-shrinking)
+        fall = descent(error, rate, problem, layers, bend)
+        return problem.gap / (rate * fall) if fall > 0 else 1e300
 
-    # Without delay this is the best rate, and delay makes it smaller.
-    available = descent(error, 0.0, problem)
-    best = available / (problem.smoothness * ((1 + problem.saturation) ** 2 * error + problem.noise))
-    found = minimize_scalar(
-        lambda shift: -max(rate(np.log(best) - shift), -1e300),
-        bounds=(-1e-9, 15),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
-    return Reach(problem.gap / -float(found.fun), float(best * np.exp(-found.x)))
+    found = minimize_scalar(updates, bounds=(-1e-9, 15), method="bounded", options={"xatol": 1e-6})
+    return Reach(float(found.fun), float(best * exp(-found.x)))
+
+
+def update_noise_error(smoothness: float, variance: float, update_noise: float) -> float:
+    """Return the error that no learning rate gets below where every update adds noise: (v+√(v²+4vσ²))/2, v = L²·nσᵤ².
+
+    This is about Lσσᵤ√n. It holds without asymmetry and delay, and is exact for a parabola.
+
+    Args:
+        smoothness: L, the Lipschitz constant of the loss's gradient.
+        variance: σ², the variance of the gradient, summed over the weights.
+        update_noise: nσᵤ², the variance of what an update adds, summed over the weights.
+    """
+    v = smoothness**2 * update_noise
+    return (v + sqrt(v**2 + 4 * v * variance)) / 2
+
+
+def rounding_variance(bits: int, w_max: float = 1.0) -> float:
+    """Return s²/12, the variance of rounding to one of 2ᵇ − 1 weights between ±``w_max`` with a step of s.
+
+    It applies where other noise carries a weight over about half a step. Below that, rounding undoes small updates.
+    """
+    return (w_max / (2 ** (bits - 1) - 1)) ** 2 / 12
 
 
 def stationary_error(weight: Tensor, magnitude: Tensor, tau: float | Tensor) -> Tensor:

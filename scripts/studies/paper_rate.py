@@ -368,7 +368,7 @@ def floors(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     measured, stationary, variance, saturation = (
         curves(rows, field)[:, 0] for field in ("floor", "floor_stationary", "variance", "saturation")
     )
-    bound = [asymptotic_error(v, q) for v, q in zip(variance, saturation, strict=True)]
+    bound = [asymptotic_error(q**2 * v, q) for v, q in zip(variance, saturation, strict=True)]
     return measured, stationary, np.array(bound)
 
 
