@@ -94,8 +94,8 @@ def descent(
         learning_rate: α.
         problem: the constants of the problem.
         layers: all layers with delay.
-        bend: ρG, where ρ is the Lipschitz constant of the derivative of the delayed gradient in the old weights, and G
-            bounds the norm of the loss's gradient. With infinity, the delayed gradient need not have a derivative.
+        bend: ρG: ρ is the Lipschitz constant of the derivative of the delayed gradient in the old weights, and G bounds
+            the norm of the loss's gradient. It is 0 on quadratics. With infinity, no derivative is needed.
 
     Returns:
         The value, or minus infinity where the learning rate is too large for the delay.

@@ -97,13 +97,14 @@ def test_closed_forms():
     # Without asymmetry there are exactly two terms.
     digital = (2 * smooth * gap * (e + noise**2) / e**2).expand()
     assert sympy.simplify(digital - (2 * smooth * gap * noise**2 / e**2 + 2 * smooth * gap / e)) == 0
-    # Extra updates to first order: descent loses α·P·ε + α²·L·√D·V·N, at the best rate without delay.
-    steady, random, longest, order = sympy.symbols("P V D o", positive=True)
-    loss = a * steady * e + a**2 * smooth * sympy.sqrt(longest) * random * noise
+    # Extra updates to first order: descent loses α·P·ε + α²·L·√D·V·N + 4ρGα²·D·N², at the best rate without delay.
+    steady, random, longest, bend, order = sympy.symbols("P V D rhoG o", positive=True)
+    loss = a * steady * e + a**2 * (smooth * sympy.sqrt(longest) * random * noise + 4 * bend * longest * noise**2)
     rate = e / (smooth * noise**2)
     descent = rate * (e - rate * smooth / 2 * noise**2 - order * loss.subs(a, rate))
     extra = sympy.diff(gap / descent, order).subs(order, 0)
-    assert sympy.simplify(extra - 4 * gap * (steady + sympy.sqrt(longest) * random / noise) / e) == 0
+    each = steady + sympy.sqrt(longest) * random / noise + 4 * bend * longest / smooth
+    assert sympy.simplify(extra - 4 * gap * each / e) == 0
 
 
 @dataclass
@@ -380,13 +381,13 @@ def test_the_updates_to_an_error_are_those_of_the_best_rate(saturation, stalenes
 
 
 def test_delay_adds_updates_in_proportion_to_staleness_and_leaves_the_dominant_term():
-    """Compare with 4Δ(P + √D·V/N)/ε, which is 8ΔL'd/ε for one layer."""
+    """Compare with 4Δ(P + √D·V/N + 4ρGD/L)/ε, which is 4Δ(2L' + 4ρG/L)d/ε for one layer."""
     problem = Problem(3.0, 2.0, 0.7, 0.0)
-    for error, staleness in product((1e-4, 1e-5), (1, 3, 9)):
+    for error, staleness, bend in product((1e-4, 1e-5), (1, 3, 9), (0.0, 0.5)):
         alone = theory.updates_bound(error, problem).updates
-        extra = theory.updates_bound(error, problem, [Layer(staleness, 1.5, 0.7)], bend=0.0).updates - alone
-        assert extra == pytest.approx(8 * 3 * 1.5 * staleness / error, rel=0.1)
-        assert extra / alone < 0.01
+        extra = theory.updates_bound(error, problem, [Layer(staleness, 1.5, 0.7)], bend).updates - alone
+        assert extra == pytest.approx(4 * 3 * (2 * 1.5 + 4 * bend / 2) * staleness / error, rel=0.1)
+        assert extra / alone < 0.02
 
 
 def test_delay_costs_more_near_the_asymptotic_error():
