@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, override
+from typing import Any, get_args, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -25,7 +25,7 @@ from aimc_pl.cost.report import (
 from aimc_pl.cost.trace import trace_events, write_trace
 from aimc_pl.cost.work import Work
 from aimc_pl.errors import UsageError
-from aimc_pl.schedule import Schedule
+from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.training_cli import AnalogCLI
 
@@ -139,7 +139,7 @@ def cost(args: Sequence[str]) -> None:
 def _schedules(own: Schedule) -> list[Schedule]:
     """Return the built-in schedules, and the user's own if it is another one."""
     size = own.num_stages, own.num_microbatches
-    built_in = [Schedule(name, *size) for name in ("none", "sync", "1f1b", "async")]
+    built_in = [Schedule(name, *size) for name in get_args(ScheduleName)]
     built_in.append(Schedule("async", *size, duplex="full"))
     return built_in if own in built_in else [*built_in, own]
 

@@ -90,6 +90,8 @@ def stage_times(stages: Sequence[StageCost], hardware: Hardware) -> list[StageTi
             link_cost(returned, hardware).seconds,
             stage.kept,
             stage.pending,
+            stage.gradient.seconds,
+            stage.deferred,
         )
         for stage, returned in zip(stages, back, strict=False)
     ]
@@ -130,6 +132,8 @@ class Meter:
     def clock(self, operations: Sequence[Operation]) -> None:
         """Count the operations of one clock."""
         for kind, index, _ in operations:
+            if kind == "W":
+                continue  # its energy is a part of the backward's
             stage = self._stages[index]
             own = stage.forward if kind == "F" else stage.backward + stage.update
             bits = stage.sent if kind == "F" else self._back[index]

@@ -15,7 +15,7 @@ from aimc_pl.schedule import Schedule
 
 Event = dict[str, Any]
 
-_NAMES = {"F": "forward", "B": "backward", "U": "update"}
+_NAMES = {"F": "forward", "B": "backward", "W": "gradient", "U": "update"}
 
 
 def planned(schedule: Schedule, num_microbatches: int) -> Timeline:
@@ -40,7 +40,8 @@ def planned_and_simulated(schedule: Schedule) -> list[Event]:
 
     A clock cycle is a microsecond.
     """
-    run = simulate(schedule, [StageTimes()] * schedule.num_stages)
+    equal = StageTimes(backward=2.0, gradient=1.0) if schedule.splits_backward else StageTimes()
+    run = simulate(schedule, [equal] * schedule.num_stages)
     return trace_events({"planned": planned(schedule, schedule.num_microbatches), "simulated": run}, seconds=1e-6)
 
 
@@ -95,7 +96,7 @@ def _arrows(timeline: Timeline, process: int, seconds: float) -> Iterator[Event]
     spans = {(span.kind, span.stage, span.microbatch): span for span in timeline.spans}
     for number, ((kind, stage, k), span) in enumerate(spans.items()):
         after = spans.get((kind, stage + (1 if kind == "F" else -1), k))
-        if kind == "U" or after is None:
+        if kind in "WU" or after is None:
             continue
         common = {"name": "activations" if kind == "F" else "errors", "cat": "link", "pid": process}
         for phase, end in (("s", span), ("f", after)):

@@ -28,7 +28,15 @@ def fit(clock, schedule, num_stages, duplex="half", ckpt_path=None, val=False, *
 
 
 @pytest.mark.parametrize(
-    ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("schedule", "duplex"),
+    [
+        ("none", "half"),
+        ("sync", "half"),
+        ("1f1b", "half"),
+        ("zero_bubble", "half"),
+        ("async", "half"),
+        ("async", "full"),
+    ],
 )
 @pytest.mark.parametrize(
     "num_stages", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
@@ -42,14 +50,16 @@ def test_counts_are_the_closed_forms(schedule, duplex, num_stages):
         ("none", "half"): 2 * 2 * m * 11,
         ("sync", "half"): 2 * 2 * sum(m + b - 1 for b in (4, 4, 3)),
         ("1f1b", "half"): 2 * 2 * sum(m + b - 1 for b in (4, 4, 3)),
+        ("zero_bubble", "half"): 2 * sum(max(3 * b + m, 2 * (m + b)) - 1 for b in (4, 4, 3)),
         ("async", "half"): 2 * 2 * (11 + m - 1),
         ("async", "full"): 2 * 2 * (11 + 2 * m - 2),
     }[schedule, duplex]
     assert clock.cycles == cycles
-    assert clock.operations == 2 * 2 * m * 11
+    kinds = 3 if schedule == "zero_bubble" else 2
+    assert clock.operations == 2 * kinds * m * 11
     assert clock.samples == 38
-    assert clock.speedup == pytest.approx(2 * 2 * m * 11 / cycles)
-    assert clock.density == pytest.approx(2 * 2 * 11 / cycles)
+    assert clock.speedup == pytest.approx(2 * kinds * m * 11 / cycles)
+    assert clock.density == pytest.approx(2 * kinds * 11 / cycles)
     assert trainer.callback_metrics["clock/cycles"] == cycles
     assert trainer.callback_metrics["clock/samples_per_cycle"] == pytest.approx(38 / cycles)
 
@@ -110,7 +120,15 @@ def test_tensorboard(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("schedule", "duplex"),
+    [
+        ("none", "half"),
+        ("sync", "half"),
+        ("1f1b", "half"),
+        ("zero_bubble", "half"),
+        ("async", "half"),
+        ("async", "full"),
+    ],
 )
 def test_seconds_and_joules_are_those_of_an_estimate(schedule, duplex):
     """Check runs without validation, whose micro-batches are all of one size."""

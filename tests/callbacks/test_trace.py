@@ -24,7 +24,8 @@ def trace(schedule, duplex="half", **kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "duplex"), [("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("schedule", "duplex"),
+    [("sync", "half"), ("1f1b", "half"), ("zero_bubble", "half"), ("async", "half"), ("async", "full")],
 )
 def test_every_operation_of_a_run_is_shown_in_order(schedule, duplex):
     events = trace(schedule, duplex)

@@ -28,7 +28,7 @@ def test_the_cost_of_a_config(command, capsys):
     assert "async on rasch_2024: 4 stages, 4 mini-batches of 4 micro-batches of 8 samples" in printed
     stages = re.findall(r"^(\d)  +(\S+|the step) +1 ", printed, re.MULTILINE)
     assert stages == [("0", "the step"), ("1", "network.3"), ("2", "network.5"), ("3", "network.7")]
-    for name in ("none", "sync", "1f1b", "async", "async, full duplex", *PRESETS):
+    for name in ("none", "sync", "1f1b", "zero_bubble", "async", "async, full duplex", *PRESETS):
         assert re.search(rf"^{name} +[\d.]+ [nµm]s ", printed, re.MULTILINE), name
     shares = re.findall(r" ([\d.]+) %", next(line for line in printed.splitlines() if line.startswith("energy: ")))
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)

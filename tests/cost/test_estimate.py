@@ -9,7 +9,14 @@ from aimc_pl.cost import ISAAC_2016, RASCH_2024, Matrix, Quantity, Work, estimat
 from aimc_pl.cost.estimate import Meter, states_of
 from aimc_pl.schedule import Schedule
 
-KINDS = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+KINDS = [
+    ("none", "half"),
+    ("sync", "half"),
+    ("1f1b", "half"),
+    ("zero_bubble", "half"),
+    ("async", "half"),
+    ("async", "full"),
+]
 
 
 def works(num_stages=3):

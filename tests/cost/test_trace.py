@@ -11,7 +11,14 @@ from aimc_pl.cost.trace import planned, planned_and_simulated, trace_events, wri
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule
 
-KINDS = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+KINDS = [
+    ("none", "half"),
+    ("sync", "half"),
+    ("1f1b", "half"),
+    ("zero_bubble", "half"),
+    ("async", "half"),
+    ("async", "full"),
+]
 REQUIRED = {"M": {"args"}, "X": {"ts", "dur", "cat"}, "s": {"ts", "id", "cat"}, "f": {"ts", "id", "cat", "bp"}}
 """The fields that each phase needs, besides name, process and thread."""
 
@@ -56,11 +63,13 @@ def check_format(events):
 @pytest.mark.parametrize(("name", "duplex"), KINDS)
 def test_a_trace_of_the_table_and_of_a_run(name, duplex):
     schedule = Schedule(name, 4, 3, duplex)
+    operations = 3 if name == "zero_bubble" else 2
     events = planned_and_simulated(schedule)
     assert check_format(events) == 2 * 2 * 3 * 3  # two processes, forward and backward, three links, micro-batches
     for process in range(2):
         slices = [event for event in events if (event["ph"], event["pid"]) == ("X", process)]
-        assert len(slices) == 2 * 4 * 3
+        assert len(slices) == operations * 4 * 3
+        assert {event["name"][0] for event in slices} == set("FBW"[:operations])
         assert max(event["ts"] + event["dur"] for event in slices) == pytest.approx(schedule.num_cycles())
 
 
