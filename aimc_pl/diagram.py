@@ -71,7 +71,7 @@ def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: in
         yticks=[stage + 0.5 for stage in range(stages)],
         yticklabels=[f"stage {stage}" for stage in range(stages)],
     )
-    third = ", gradient of weights (green)" if schedule.splits_backward else ""
+    third = ", gradient (green)" if schedule.splits_backward else ""
     axes.set_title(f"{schedule.name}: forward (blue), backward (orange){third}", fontsize=10)
     axes.set_facecolor("whitesmoke")
     axes.grid(visible=False)
