@@ -1,10 +1,13 @@
 """These tests compare clock tables with closed forms, with drawings, and with rules that hold for every pipeline."""
 
 from collections import Counter, defaultdict
+from itertools import accumulate
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.pipelining import ScheduleInterleavedZeroBubble
 
 from aimc_pl.diagram import draw_text
 from aimc_pl.schedule import Schedule, check_order
@@ -109,6 +112,16 @@ def test_zero_bubble_is_1f1b_with_a_gradient_in_every_free_clock(up_to):
                     most[stage] = max(most[stage], waiting[stage])
             # What waits between B and W, as docs/SCHEDULES.md says.
             assert most == {stage: max(total - (stages - 1 - stage), 1) for stage in range(stages)}
+
+
+@pytest.mark.parametrize(("stages", "total"), [(2, 2), (2, 6), (3, 9), (4, 8), (8, 16)])
+def test_zero_bubble_takes_the_clock_cycles_of_torchs_schedule(stages, total):
+    """Compare with torch's own table, one stage per rank, and count what its ranks hold from forward to gradient."""
+    stage = MagicMock(group_size=stages, group_rank=0, num_stages=stages, stage_index=0, has_backward=True)
+    for table in ScheduleInterleavedZeroBubble([stage], total).pipeline_order.values():
+        assert len(table) == Schedule("zero_bubble", stages, total).num_cycles()
+        changes = [{"F": 1, "I": 0, "W": -1}[str(action).strip("0123456789")] for action in table if action]
+        assert max(accumulate(changes)) == stages
 
 
 @pytest.mark.parametrize(("duplex", "ways"), [("half", 1), ("full", 2)])
