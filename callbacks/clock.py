@@ -101,12 +101,13 @@ class ClockMonitor(Callback, Observer):
         self.cycles += self._schedule.cycles_per_clock
         self.operations += len(operations)
         if self._meter is not None:
-            self._meter.clock(operations)
+            assert self._strategy.pipeline is not None
+            self._meter.clock(operations, self._strategy.pipeline.running)
 
     @override
     def on_update(self, event: Event) -> None:
         if self._meter is not None:
-            self._meter.update(event.stage.index)
+            self._meter.update(event.stage.index, event.since_fill)
 
     @override
     def on_train_batch_start(

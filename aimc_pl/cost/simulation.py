@@ -160,6 +160,7 @@ class Simulation:
         check_number("latency", latency, at_least=0)
         self.seconds = 0.0
         self._schedule = schedule
+        self._accumulate = schedule.accumulate
         self._stages = stages
         self._latency = latency
         self._keeps_timeline = keeps_timeline
@@ -180,8 +181,15 @@ class Simulation:
         self._entered = 0
         """The number of micro-batches since the last fill."""
 
-    def clock(self, operations: Sequence[Operation]) -> None:
-        """Simulate one clock. Clocks follow one another as the schedule yields them, from fill to drain."""
+    def clock(self, operations: Sequence[Operation], running: Schedule | None = None) -> None:
+        """Simulate one clock. Clocks follow one another as the schedule yields them, from fill to drain.
+
+        Args:
+            operations: the operations of the clock.
+            running: the schedule of the mini-batch that runs, if it is not the simulation's: the same table, in which
+                updates are made from another number of micro-batches (see :attr:`aimc_pl.pipeline.Pipeline.running`).
+        """
+        self._accumulate = (running or self._schedule).accumulate
         if Operation("F", 0, 0) in operations:
             self._first += self._entered
             self._entered = 0
@@ -213,6 +221,10 @@ class Simulation:
         if end > start:
             self._note(Span("U", index, waiting[-1], start, end))
         waiting.clear()
+
+    def awaits_update(self, index: int, microbatch: int) -> bool:
+        """Return whether the last backward of a stage was that of ``microbatch``, and no update has followed yet."""
+        return self._waiting[index][-1:] == [self._first + microbatch]
 
     def timeline(self) -> Timeline:
         """Return all that has happened. Stages release memory before they take more at the same time."""
@@ -253,7 +265,7 @@ class Simulation:
         self._waiting[index].append(self._first + k)
         if index:
             self._send(Operation("B", index - 1, k), (index, index - 1), end, times.send_back)
-        if self._schedule.is_async and (k + 1) % self._schedule.accumulate == 0:
+        if self._schedule.is_async and (k + 1) % self._accumulate == 0:
             self.update(index)
 
     def _weight_gradient(self, operation: Operation) -> None:

@@ -58,12 +58,13 @@ def test_a_meter_that_runs_along_gives_the_estimate(name, duplex):
     meter = Meter(works(), schedule, hardware, 1)
     for fill in [8] if schedule.is_async else [4, 4]:
         for operations in schedule.clocks(fill):
-            meter.clock(operations)
+            # As a pipeline does, which tells of updates before it tells of their clock.
             for operation in operations:
                 if schedule.is_async and operation.kind == "B":
-                    meter.update(operation.stage)
+                    meter.update(operation.stage, operation.microbatch)
+            meter.clock(operations)
         for stage in () if schedule.is_async else range(3):
-            meter.update(stage)
+            meter.update(stage, fill - 1)
     found = estimate(works(), schedule, hardware, optimizer_states=1, num_minibatches=2)
     assert meter.seconds == pytest.approx(found.timeline.makespan)
     assert meter.joules == pytest.approx(8 * found.joules_per_sample)
