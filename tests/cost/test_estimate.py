@@ -70,6 +70,17 @@ def test_a_meter_that_runs_along_gives_the_estimate(name, duplex):
     assert meter.joules == pytest.approx(8 * found.joules_per_sample)
 
 
+def test_gradients_of_digital_weights_fill_idle_time():
+    """Check three equal stages and four micro-batches, with products for W as long as those of F and of B."""
+    works = [Work(forward_flops=1e6, backward_flops=2e6, gradient_flops=1e6, kept=10, gradient_numbers=4)] * 3
+    hardware = replace(RASCH_2024, link_latency=Quantity(0.0, "s", "test"))
+    product = 1e6 / hardware.digital_rate.value
+    for name, products, held in (("1f1b", 6 * 3, [30, 20, 10]), ("zero_bubble", 3 * 4 + 2, [34, 28, 22])):
+        timeline = estimate(works, Schedule(name, 3, 4), hardware).timeline
+        assert timeline.makespan == pytest.approx(products * product)
+        assert timeline.peaks == [8 * numbers for numbers in held]
+
+
 def test_slower_links_and_stages_make_a_run_longer():
     schedule = Schedule("async", 3, 4)
     before = estimate(works(), schedule, RASCH_2024).timeline.makespan
