@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, override
+from typing import Any, get_args, override
 
 import yaml
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -28,6 +28,7 @@ from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import TRAINING
 from aimc_pl.errors import PeerError, UsageError
+from aimc_pl.schedule import ScheduleName
 
 # This import registers the strategy's names, such as "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
@@ -120,9 +121,10 @@ class AnalogCLI(CheckpointReadingCLI):
         except ValueError as error:
             name = self._get(self.config, "trainer.strategy")
             if "invalid strategy name" in str(error):
+                known = ", ".join(f"aimc_{schedule}" for schedule in get_args(ScheduleName))
                 raise UsageError(
-                    f"unknown strategy {shown(name)}: choose aimc_none, aimc_sync, aimc_1f1b, aimc_async, or the path "
-                    "of a class, such as aimc_pl.strategies.AnalogPipelineStrategy"
+                    f"unknown strategy {shown(name)}: choose {known}, or the path of a class, such as "
+                    "aimc_pl.strategies.AnalogPipelineStrategy"
                 ) from error
             raise UsageError(str(error)) from error
         for logger in self.trainer.loggers:

@@ -48,7 +48,7 @@ STRATEGY = "--trainer.strategy.init_args."
 COMMANDS = {
     "unknown schedule": (
         [STRATEGY + "schedule=fast"],
-        "schedule: expected one of ['none', 'sync', '1f1b', 'async'] or",
+        "schedule: expected one of ['none', 'sync', '1f1b', 'zero_bubble', 'async'] or",
     ),
     "no stages": (
         [STRATEGY + "num_stages=0"],
