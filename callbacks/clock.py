@@ -77,6 +77,13 @@ class ClockMonitor(Callback, Observer):
             f"speedup {self.speedup:.2f} over no pipeline"
         )
 
+    def progress(self, trainer: "pl.Trainer") -> dict[str, int]:
+        """Return what the run has spent so far, as steps for TensorBoard: clock cycles, epochs, and time and energy."""
+        spent = {"clock": self.cycles, "epoch": trainer.current_epoch + 1}
+        if self.hardware is not None:
+            spent |= {"time": round(1e9 * self.seconds), "energy": round(1e9 * self.joules)}
+        return spent
+
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         self._strategy = attach(self, trainer)
@@ -130,13 +137,10 @@ class ClockMonitor(Callback, Observer):
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if trainer.sanity_checking:
             return
-        steps = {"clock": self.cycles, "epoch": trainer.current_epoch + 1}
-        if self.hardware is not None:
-            steps |= {"time": round(1e9 * self.seconds), "energy": round(1e9 * self.joules)}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, value in epoch_metrics(trainer).items():
-                    for against, step in steps.items():
+                    for against, step in self.progress(trainer).items():
                         logger.experiment.add_scalar(f"by_{against}/{name}", value, step)
 
     @override
