@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from aimc_pl.arguments import listed, shown
 from aimc_pl.errors import UsageError
+from aimc_pl.stage_names import name_of
 
 History = Sequence[Mapping[str, float]]
 """A row for each step at which something was logged. A row has the values that were logged at its step."""
@@ -134,8 +135,6 @@ def _from_csv(path: Path) -> list[tuple[int, dict[str, float]]]:
 
 def _from_events(path: Path) -> list[tuple[int, dict[str, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from aimc_pl.callbacks.run_board import name_of
 
     if path.is_dir() and not [*path.glob("events.out.tfevents.*")]:
         raise UsageError(f"run {path} has no metrics.csv and no event files: was it trained with a logger?")

@@ -1,6 +1,5 @@
 """The logger in this module writes what a run logs for TensorBoard, all stages of a quantity into one chart."""
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-_OF_A_STAGE = re.compile(r"((?:staleness|devices)(?:/[a-z]+)?)[/_]stage_(\d+)")
+from aimc_pl.stage_names import tag_and_folder
 
 
 class RunBoard(TensorBoardLogger):
@@ -23,28 +22,28 @@ class RunBoard(TensorBoardLogger):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._writers: dict[int, Any] = {}
-        """torch's ``SummaryWriter`` of each stage."""
+        self._writers: dict[str, Any] = {}
+        """torch's ``SummaryWriter`` for the folder of each stage."""
 
     def writer_and_tag(self, name: str) -> tuple[Any, str]:
         """Return the ``SummaryWriter`` and the tag with which values of this name are written."""
-        if not (of_a_stage := _OF_A_STAGE.fullmatch(name)):
+        of_a_stage = tag_and_folder(name)
+        if of_a_stage is None:
             return self.experiment, name
-        tag, stage = of_a_stage[1], int(of_a_stage[2])
-        if stage not in self._writers:
+        tag, folder = of_a_stage
+        if folder not in self._writers:
             # This import takes a second, and only the process that logs needs it.
             from torch.utils.tensorboard import SummaryWriter
 
-            # With two digits, TensorBoard sorts the stages by their numbers.
-            self._writers[stage] = SummaryWriter(str(Path(self.log_dir, f"stage_{stage:02}")))
-        return self._writers[stage], tag
+            self._writers[folder] = SummaryWriter(str(Path(self.log_dir, folder)))
+        return self._writers[folder], tag
 
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        of_stages = [name for name in metrics if _OF_A_STAGE.fullmatch(name)]
+        of_stages = {name: place[1] for name in metrics if (place := tag_and_folder(name))}
         # TensorBoard lists the runs in the order of their first values.
-        for name in sorted(of_stages, key=lambda name: int(name.rpartition("_")[2])):
+        for name in sorted(of_stages, key=of_stages.__getitem__):
             writer, tag = self.writer_and_tag(name)
             writer.add_scalar(tag, metrics[name], step)
         super().log_metrics({name: value for name, value in metrics.items() if name not in of_stages}, step)
@@ -66,11 +65,6 @@ class RunBoard(TensorBoardLogger):
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_writers": {}}
-
-
-def name_of(tag: str, folder: str) -> str:
-    """Return the name of the values that have this tag in the folder of a stage."""
-    return f"{tag}{'_' if '/' in tag else '/'}stage_{int(folder.removeprefix('stage_'))}"
 
 
 @rank_zero_only
