@@ -1,7 +1,6 @@
 """The callbacks in this module prepare overviews for TensorBoard: a picture of the schedule, and a page of charts."""
 
 import re
-from collections.abc import Iterable
 from typing import Any, override
 
 import lightning.pytorch as pl
@@ -13,16 +12,15 @@ from aimc_pl.callbacks.attach import get_strategy
 from aimc_pl.callbacks.clock import ClockMonitor
 from aimc_pl.diagram import MAX_DRAWN_CLOCKS, MAX_DRAWN_STAGES, draw_thumbnail
 from aimc_pl.strategies import AnalogPipelineStrategy
-from aimc_pl.strategies.private_lightning import epoch_metrics, should_log
+from aimc_pl.strategies.private_lightning import should_log
 
 _CHARTS = {
     "Progress": {
         "validation metrics against clock cycles": r"by_clock/(?!.*loss)",
         "validation metrics against epochs": r"by_epoch/(?!.*loss)",
-        "validation loss against clock cycles": r"by_clock/.*loss",
-        "training loss against steps": r"(?!by_|val|test).*loss(_step)?$",
+        "validation loss against clock cycles": r"by_clock/(?!train_loss$).*loss",
+        "training loss against clock cycles": r"by_clock/train_loss$",
         "learning rate against steps": r"lr-",
-        "clock cycles against steps": r"clock/cycles$",
         "metrics against nanoseconds of the hardware": r"by_time/(?!.*loss)",
         "metrics against nanojoules of the hardware": r"by_energy/(?!.*loss)",
     },
@@ -85,23 +83,21 @@ class Dashboard(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if should_log(trainer):
-            self._lay_out(trainer, trainer.callback_metrics)
+            self._lay_out(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._lay_out(trainer, trainer.callback_metrics)
+        self._lay_out(trainer)
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not trainer.sanity_checking:
-            callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue], set later
-            clocks = [callback for callback in callbacks if isinstance(callback, ClockMonitor)]
-            spent = {against for clock in clocks for against in clock.progress(trainer)}
-            self._lay_out(trainer, [f"by_{against}/{name}" for against in spent for name in epoch_metrics(trainer)])
+        self._lay_out(trainer)
 
-    def _lay_out(self, trainer: "pl.Trainer", tags: Iterable[str]) -> None:
-        """Write the layout with the charts of these tags and of earlier ones, if it has become another."""
-        self._tags.update(tags)
+    def _lay_out(self, trainer: "pl.Trainer") -> None:
+        """Write the layout of all charts that have something to show, if it has become another."""
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue], set later
+        self._tags.update(trainer.callback_metrics)
+        self._tags.update(*(callback.tags for callback in callbacks if isinstance(callback, ClockMonitor)))
         layout = {
             part: {title: ["Multiline", [tag]] for title, tag in charts.items() if self._has(tag)}
             for part, charts in _CHARTS.items()

@@ -32,11 +32,10 @@ NOISE = '[{"class_path": "aimc_pl.callbacks.WriteNoise", "init_args": {"std": 0.
 @contextmanager
 def tensorboard(folder: str | Path) -> Iterator[str]:
     """Context manager in which TensorBoard serves the runs in a folder on a free port. It gives the address."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1", "--port", "0"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1", "--port", "0"]
+    # All data are read before the server starts. Otherwise a chart may be drawn too early, and stay empty.
+    command += ["--load_fast", "false", "--reload_interval", "0", "--reload_task", "blocking"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
         said = ""
@@ -59,7 +58,9 @@ def browser_page(width: int, height: int, scale: float = 1.0) -> Iterator[Page]:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         try:
-            yield browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
+            page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=scale)
+            page.set_default_timeout(120_000)  # milliseconds; a busy machine takes its time
+            yield page
         finally:
             browser.close()
 
@@ -90,7 +91,7 @@ def main() -> None:
     args = study_parser(__doc__).parse_args()
     path = args.folder.resolve() / "tensorboard.png"
     with TemporaryDirectory() as folder, chdir(folder):
-        train(2 if args.quick else 20)
+        train(3 if args.quick else 20)
         with tensorboard("logs/digits_async") as address, browser_page(1080, 1820, scale=1.5) as page:
             open_charts(page, address)
             page.screenshot(path=path)

@@ -96,6 +96,23 @@ def test_the_diagram_has_1_to_256_clocks(num_clocks):
     assert str(error.value) == f"num_clocks must be a whole number of at least 1 and at most 256, got {num_clocks}"
 
 
+def test_the_training_loss_is_written_against_clock_cycles(tmp_path):
+    """Check the loss that training returns, at every second step, in a run without validation."""
+    losses = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append((clock.cycles, outputs["loss"].item()))
+
+    clock, logger = ClockMonitor(), TensorBoardLogger(tmp_path)
+    fit(clock, "async", 3, callbacks=[clock, Losses()], logger=logger, log_every_n_steps=2)
+    events = EventAccumulator(logger.log_dir).Reload()
+    written = [(event.step, pytest.approx(event.value)) for event in events.Scalars("by_clock/train_loss")]
+    assert written == losses[1::2]
+    assert len(written) == 3
+    assert clock.tags == {"by_clock/train_loss"}
+
+
 def test_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     callbacks = [clock := ClockMonitor(), StalenessMonitor(), PipelineDiagram(), Dashboard()]

@@ -30,7 +30,6 @@ pytestmark = [
 
 NUM_STAGES = 4
 STAGES = [f"version_0/stage_{m:02}" for m in range(NUM_STAGES)]
-TIMEOUT = 60_000  # milliseconds; a busy machine takes its time
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +68,6 @@ def address(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(address):
     with browser_page(1300, 2000) as page:
-        page.set_default_timeout(TIMEOUT)
         yield page
 
 
@@ -100,8 +98,7 @@ def test_every_chart_has_a_title_and_lines_that_can_be_told_apart(page, address)
         "validation metrics against clock cycles",
         "validation metrics against epochs",
         "validation loss against clock cycles",
-        "training loss against steps",
-        "clock cycles against steps",
+        "training loss against clock cycles",
         "staleness of updates, per stage",
         "relative drift of weights, per stage",
         "use of the devices' range, per stage",
@@ -129,9 +126,7 @@ def test_the_schedules_picture_shows(page, address):
     page.goto(f"{address}#images")
     image = page.locator("tf-image-loader img")
     image.wait_for()
-    page.wait_for_function(
-        "image => image.complete && image.naturalWidth > 0", arg=image.element_handle(), timeout=TIMEOUT
-    )
+    page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=image.element_handle())
     assert image.evaluate("image => image.naturalWidth") == 640
     assert page.locator("tf-image-loader .name").inner_text() == "pipeline"
 
@@ -149,5 +144,5 @@ def test_no_page_has_a_chart_for_each_stage(page, address):
         charts[group.locator(".group-title").inner_text()] = int(number or 1)
     assert charts["staleness"] == 4
     assert charts["devices"] == 2 + NUM_STAGES
-    assert charts["by_clock"] == charts["by_epoch"] == 2
+    assert (charts["by_clock"], charts["by_epoch"]) == (3, 2)
     assert not [name for name in charts if "stage" in name]
