@@ -71,7 +71,10 @@ def draw_thumbnail(schedule: Schedule, num_microbatches: int, num_clocks: int) -
 
 
 def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: int, numbers: bool = True) -> None:
-    """Draw the table of :func:`draw_figure` into one part of a figure, ``axes``, as far as ``clocks`` clocks."""
+    """Draw the table of :func:`draw_figure` into one part of a figure, ``axes``, as far as ``clocks`` clocks.
+
+    The numbers of the micro-batches can be left out.
+    """
     stages = schedule.num_stages
     for (stage, clock), operations in _cells(schedule, num_microbatches).items():
         if clock >= clocks:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aimc_pl.callbacks import RunBoard
@@ -41,6 +42,16 @@ def test_it_goes_on_after_it_was_closed_and_copied(tmp_path):
     copied.save()
     events = EventAccumulator(f"{logger.log_dir}/stage_00").Reload()
     assert sorted(event.step for event in events.Scalars("staleness")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, RunBoard])
+def test_only_the_first_process_writes(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = kind(tmp_path)
+    add_histogram(SimpleNamespace(loggers=[logger], global_step=0), "devices/positions_stage_1", [-1.0, 1.0], [2])
+    logger.log_metrics({"staleness/stage_0": 1.0}, 0)
+    logger.finalize("success")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, RunBoard])
