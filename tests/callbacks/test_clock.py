@@ -102,6 +102,7 @@ def test_the_training_loss_is_written_against_clock_cycles(tmp_path):
 
     class Losses(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert isinstance(outputs, dict)
             losses.append((clock.cycles, outputs["loss"].item()))
 
     clock, logger = ClockMonitor(), TensorBoardLogger(tmp_path)
