@@ -11,6 +11,8 @@ import lightning as L
 import pytest
 import yaml
 
+from aimc_pl.strategies import AnalogPipelineStrategy
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PACKAGES = ("strategies", "callbacks", "devices", "data", "models", "cost")
@@ -26,6 +28,13 @@ def quiet_trainer(monkeypatch):
     L.seed_everything(0, verbose=False)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     monkeypatch.setattr(L, "Trainer", partial(L.Trainer, **options, enable_model_summary=False))
+
+
+def test_the_parts_of_the_page_on_tensorboard_exist():
+    (program,) = blocks("docs/TENSORBOARD.md")
+    names = {"L": L, "strategy": AnalogPipelineStrategy(2)}
+    exec(program, names)
+    assert names["trainer"].loggers[0].save_dir == "logs"
 
 
 @pytest.mark.slow
