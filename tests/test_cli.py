@@ -15,7 +15,7 @@ from matplotlib.pyplot import imread
 import aimc_pl.configs
 import aimc_pl.training_cli
 from aimc_pl.callbacks import ClockMonitor
-from aimc_pl.cli import COMMANDS, TRAINING, listed_devices, main
+from aimc_pl.cli import COMMANDS, ELSEWHERE, TRAINING, listed_devices, main
 from aimc_pl.config_files import with_kept_strategies
 from aimc_pl.devices import DEVICES
 from aimc_pl.errors import UsageError
@@ -287,7 +287,7 @@ def test_overview(command, capsys):
         command()
     assert stop.value.code in (0, None)
     printed = capsys.readouterr().out
-    for name in (*TRAINING, *COMMANDS):
+    for name in (*TRAINING, *COMMANDS, *ELSEWHERE):
         assert f"\n    {name} " in printed
     with pytest.raises(SystemExit):
         command("--help")
@@ -298,11 +298,10 @@ def test_overview(command, capsys):
 
 
 def test_completion_names_all_commands(command, capsys):
-    pytest.importorskip("shtab")
     with pytest.raises(SystemExit):
         command("--print_completion", "shtab-bash")
     printed = capsys.readouterr().out
-    assert f"({' '.join([*TRAINING, *COMMANDS])})" in printed
+    assert f"({' '.join([*TRAINING, *COMMANDS, *ELSEWHERE])})" in printed
     assert "--num_microbatches" in printed
 
 

@@ -26,7 +26,6 @@ def runs_in_a_moment(page):
     return not re.search(r"aimc-pl|\.fit\(|scripts/studies", code)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, id=page.stem, marks=() if runs_in_a_moment(page) else pytest.mark.slow) for page in PAGES],
