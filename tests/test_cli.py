@@ -110,19 +110,19 @@ def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch
     seen = []
     monkeypatch.setattr(aimc_pl.training_cli, "AnalogCLI", lambda: seen.append(sys.argv[1:]))
     (shipped,) = (Path(folder) / "digits_async.yaml" for folder in aimc_pl.configs.__path__)
+    Path("own").mkdir()
+    Path("own/digits_async.yaml").write_text("note: this file has a folder of its own")
     command("fit", "--config", "digits_async.yaml")
     command("fit", "-c", "digits_async.yaml")
     command("fit", "-c=digits_async.yaml")
     command("fit", "--config=digits_async.yaml", "--trainer.logger.save_dir=out/digits_async.yaml")
-    command("fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml")
-    command("fit", "--config=none.yaml")
+    command("fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "own/digits_async.yaml")
     assert seen == [
         ["fit", "--config", str(shipped)],
         ["fit", "-c", str(shipped)],
         ["fit", f"-c={shipped}"],
         ["fit", f"--config={shipped}", "--trainer.logger.save_dir=out/digits_async.yaml"],
-        ["fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml"],
-        ["fit", "--config=none.yaml"],
+        ["fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "own/digits_async.yaml"],
     ]
     Path("digits_async.yaml").write_text("note: a file of one's own comes first")
     command("fit", "--config", "digits_async.yaml")

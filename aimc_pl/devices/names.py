@@ -94,6 +94,8 @@ def get_device(device: Device) -> RPUConfigBase:
         device = DEVICES[device]()
     rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
     if not isinstance(rpu_config, RPUConfigBase):
+        if name := next((name for name, function in DEVICES.items() if function is device), None):
+            raise UsageError(f"device={name} is the function that makes a device: call it, device={name}()")
         raise UsageError(
             f"unknown device {shown(device)}: 'aimc-pl devices' lists the names; an aihwkit RPUConfig will do too"
         )
