@@ -189,7 +189,7 @@ def test_what_is_said_about_the_package_agrees():
 
 def test_the_newest_release_of_the_changelog_is_the_version():
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert [name for name in headings if name != "Unreleased"][0] == PROJECT["version"]
+    assert next(name for name in headings if name != "Unreleased") == PROJECT["version"]
     assert "Unreleased" not in headings[1:]
 
 
