@@ -119,3 +119,25 @@ def test_every_page_is_in_the_sites_table_of_contents():
     assert pages <= listed
     notebooks = {path.relative_to(DOCS).with_suffix(".md").as_posix() for path in DOCS.glob("notebooks/*.ipynb")}
     assert listed - pages == notebooks | {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+
+
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def anchors(page):
+    """Return the anchors of the headings of a page, as Python-Markdown and GitHub make them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page):
+    for path, anchor in LINK.findall(page.read_text()):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_every_picture_is_on_a_page():
+    shown = {(page.parent / path).resolve() for page in PAGES for path, _ in LINK.findall(page.read_text())}
+    assert set(DOCS.rglob("*.png")) <= shown

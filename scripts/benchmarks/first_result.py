@@ -1,8 +1,8 @@
 """This benchmark tells how long a newcomer waits for the first result.
 
 It runs what ``./scripts/demo`` runs after the installation, and the program of README.md, each in a new process with
-one thread. Besides the time by the clock it takes the processor time, in which the process computes. Other programs on the
-machine lengthen the former much, and the latter a little. The benchmark takes a minute on one core. Usage:
+one thread. It takes the time by the clock, and the processor time, in which the process computes: other programs on the
+machine lengthen the first much, and the second a little. The benchmark takes a minute on one core. Usage:
 
     .venv/bin/python scripts/benchmarks/first_result.py --folder docs/results
 """
