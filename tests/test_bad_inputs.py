@@ -407,7 +407,6 @@ MODULES = {
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),
-    "a function as device": (MLP, ASYNC | {"device": soft_bounds}, {}, "call it, device=soft_bounds()"),
     "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: 'aimc-pl devices' lists"),
     "device per stage without split": (MLP, ASYNC | {"device": {0: "ideal"}}, {}, "needs split_at"),
     "noise on an unknown layer": (

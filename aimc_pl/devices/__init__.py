@@ -48,6 +48,7 @@ from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
 from aimc_pl.devices.measured import piecewise_step
 from aimc_pl.devices.names import DEVICES, get_device
 from aimc_pl.devices.pulse_response import plot_response, pulse_response
+from aimc_pl.devices.scaling import weight_scaling
 
 __all__ = [
     "DEVICES",
@@ -94,4 +95,5 @@ __all__ = [
     "tiki_taka",
     "tiki_taka_v2",
     "to_mean_field",
+    "weight_scaling",
 ]

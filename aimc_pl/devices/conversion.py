@@ -78,7 +78,8 @@ def describe_layers(network: nn.Module) -> str:
     obstacles = _obstacles(network)
     reasons = {name: obstacles.get(name, "no device") for name in _digital_layers(network)}
     parameters = [parameter for parameter in network.parameters() if not is_lazy(parameter)]
-    share = read_weights(filter(is_analog, parameters)).numel() / read_weights(parameters).numel()
+    tiles = [tile.tile for layer in analog_layers(network) for tile in layer.analog_tiles()]
+    share = sum(tile.get_x_size() * tile.get_d_size() for tile in tiles) / read_weights(parameters).numel()
     line = (
         f"{counts.total()} of {counts.total() + len(reasons)} layers analog ({', '.join(names)}), "
         f"{100 * share:.1f} % of weights"

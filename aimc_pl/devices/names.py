@@ -40,6 +40,7 @@ from aimc_pl.devices.materials import (
     reram_sb,
 )
 from aimc_pl.devices.measured import piecewise_step
+from aimc_pl.devices.scaling import weight_scaling
 from aimc_pl.errors import UsageError
 
 DEVICES: dict[str, Callable[..., AnalogDevice]] = {
@@ -72,6 +73,7 @@ DEVICES: dict[str, Callable[..., AnalogDevice]] = {
         chopped_tiki_taka,
         agad,
         mixed_precision,
+        weight_scaling,
     )
 }
 """The devices by the names that ``device="name"`` accepts."""
@@ -94,8 +96,6 @@ def get_device(device: Device) -> RPUConfigBase:
         device = DEVICES[device]()
     rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
     if not isinstance(rpu_config, RPUConfigBase):
-        if name := next((name for name, function in DEVICES.items() if function is device), None):
-            raise UsageError(f"device={name} is the function that makes a device: call it, device={name}()")
         raise UsageError(
             f"unknown device {shown(device)}: 'aimc-pl devices' lists the names; an aihwkit RPUConfig will do too"
         )

@@ -1,5 +1,6 @@
 """This module estimates the mean of independent runs and the uncertainty of the mean."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,33 @@ def standard_error(values: ArrayLike) -> float:
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan")
     return float(sem(values))
+
+
+def half_width(values: ArrayLike, confidence: float = 0.95) -> float:
+    """Return half the width of Student's confidence interval for the mean of independent runs ``(runs,)``.
+
+    It is NaN if :func:`standard_error` is NaN.
+
+    Args:
+        values: one value per run.
+        confidence: confidence level of the interval.
+    """
+    values = np.asarray(values)
+    return standard_error(values) * float(t.ppf((1 + confidence) / 2, len(values) - 1))
+
+
+def extents(values: Iterable[np.ndarray]) -> np.ndarray:
+    """Return how far the smallest and the largest of some runs are from their mean, as bars for a figure.
+
+    Args:
+        values: for each point of the figure, one value per run.
+
+    Returns:
+        An array ``(2, points)``, with NaN for points with an infinite value.
+    """
+    finite = [each if np.isfinite(each).all() else np.full_like(each, np.nan) for each in values]
+    bars = np.array([(each.mean() - each.min(), each.max() - each.mean()) for each in finite]).T
+    return np.maximum(bars, 0)  # equal values may differ from their rounded mean
 
 
 class Estimate(NamedTuple):
@@ -33,6 +61,5 @@ def estimate(values: ArrayLike, confidence: float = 0.95) -> Estimate:
         confidence: confidence level of the interval.
     """
     values = np.asarray(values)
-    mean = float(values.mean())
-    low, high = t.interval(confidence, len(values) - 1, mean, standard_error(values))
-    return Estimate(mean, float(low), float(high))
+    mean, half = float(values.mean()), half_width(values, confidence)
+    return Estimate(mean, mean - half, mean + half)

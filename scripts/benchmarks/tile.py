@@ -6,7 +6,8 @@ with it aihwkit's time, depends on the learning rate. Usage:
 
     .venv/bin/python scripts/benchmarks/tile.py --folder docs/results
 
-On a GPU (``--device cuda``) there is one case, ResNet-18 at batch 128, and aihwkit is left out.
+On a GPU (``--device cuda``) there is one case, ResNet-18 at batch 128, aihwkit is left out, and the file is
+``tile_gpu.csv``.
 """
 
 import time
@@ -91,7 +92,8 @@ def run(name: str, perfect_io: bool, device: str, learning_rate: float, turns: i
             for number in range(WARM_UP + steps):
                 side.step(x, y, is_timed=number >= WARM_UP)
     times = {backend: median(side.times) for backend, side in sides.items()}
-    row = {"network": name, "perfect_io": perfect_io, "device": device}
+    processor = device if on_cpu else torch.cuda.get_device_name(device)
+    row = {"network": name, "perfect_io": perfect_io, "device": processor}
     row |= {f"{backend}_ms": round(value, 3) for backend, value in times.items()}
     row["over_torch"] = round(times["mean_field"] / times["torch"], 2)
     if on_cpu:
@@ -122,7 +124,7 @@ def main() -> None:
         run(name, perfect_io, args.device, args.learning_rate, turns, steps)
         for name, perfect_io in track(cases(args.device, args.quick))
     ]
-    write_measured(args.folder / "tile.csv", rows)
+    write_measured(args.folder / ("tile.csv" if args.device == "cpu" else "tile_gpu.csv"), rows)
     report(rows)
 
 

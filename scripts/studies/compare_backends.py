@@ -1,8 +1,10 @@
 """This study compares learning curves on the mean-field tile with those on aihwkit's tiles.
 
 It trains an MLP on handwritten digits and LeNet on MNIST, in 1, 4 and 8 stages under the asynchronous schedule. The
-updates of the first layer are then 0, 3 and 7 versions late, where a version is the number of updates so far. The study
-takes about 30 minutes on two cores. Runs that the CSV file already holds are not repeated. Usage:
+updates of the first layer are then 0, 3 and 7 versions late, where a version is the number of updates so far. A third
+problem is LeNet in one stage with perfect products (no converters, no noise), where only updates differ, and pulse
+trains that are drawn slot by slot (``bits``). The study takes about 50 minutes on two cores. Runs that the CSV file
+already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/compare_backends.py --mnist data --folder docs/results
 """
@@ -31,15 +33,18 @@ from aimc_pl.studies.statistics import standard_error
 from aimc_pl.studies.sweeps import sweep
 from aimc_pl.tasks import Classifier
 
+PERFECT = "mnist, perfect products"
 BACKENDS: tuple[Any, ...] = ("aihwkit", "mean_field")
-EPOCHS = {"digits": 20, "mnist": 8}
+EPOCHS = {"digits": 20, "mnist": 8, PERFECT: 8}
 DELAYS = (0, 3, 7)
 
 
 def cases(num_seeds: int, quick: bool, with_mnist: bool) -> list[dict[str, Any]]:
     """Return all combinations of problems, backends, delays and seeds."""
-    names = EPOCHS if with_mnist else ("digits",)
     delays = DELAYS[:1] if quick else DELAYS
+    grid = list(product(("digits", "mnist") if with_mnist else ("digits",), BACKENDS, delays))
+    if with_mnist:
+        grid += [(PERFECT, backend, 0) for backend in (*BACKENDS, "bits")]
     return [
         {
             "problem": problem,
@@ -48,7 +53,8 @@ def cases(num_seeds: int, quick: bool, with_mnist: bool) -> list[dict[str, Any]]
             "seed": seed,
             "epochs": 1 if quick else EPOCHS[problem],
         }
-        for problem, backend, delay, seed in product(names, BACKENDS, delays, range(num_seeds))
+        for problem, backend, delay in grid
+        for seed in range(num_seeds)
     ]
 
 
@@ -79,11 +85,11 @@ def digits(backend: Any, delay: int) -> tuple[nn.Module, Any, dict[str, Any]]:
     return network, Digits(batch_size=32), pipeline
 
 
-def mnist(backend: Any, delay: int, root: str) -> tuple[nn.Module, Any, dict[str, Any]]:
+def mnist(backend: Any, delay: int, root: str, perfect_io: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Return LeNet-5, its data, and the strategy's arguments for a pipeline with this delay."""
     splits = {0: [], 3: ["3", "7", "9"], 7: ["1", "3", "4", "7", "8", "9", "11"]}
     split_at = [f"network.{name}" for name in splits[delay]]
-    pipeline = {"split_at": split_at, "device": soft_bounds_reference(tau=0.8, backend=backend)}
+    pipeline = {"split_at": split_at, "device": soft_bounds_reference(tau=0.8, perfect_io=perfect_io, backend=backend)}
     return LeNet5(), MNIST(root, batch_size=32), pipeline
 
 
@@ -117,21 +123,26 @@ def run(problem: str, backend: str, delay: int, seed: int, epochs: int, root: st
     pl.seed_everything(seed, verbose=False)
     if problem == "digits":
         return train(*digits(backend, delay), epochs)
-    return train(*mnist(backend, delay, root), epochs, limit_train_batches=125, limit_val_batches=60)
+    return train(
+        *mnist(backend, delay, root, problem == PERFECT), epochs, limit_train_batches=125, limit_val_batches=60
+    )
 
 
-def grid_of(rows: Sequence[Row]) -> tuple[list[str], list[int]]:
-    """Return the problems and the delays of which there are rows."""
-    problems = [problem for problem in EPOCHS if select(rows, problem=problem)]
-    return problems, [delay for delay in DELAYS if select(rows, delay=delay)]
+def compared(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """Return the problems and delays of which there are rows."""
+    return [
+        (problem, delay) for problem, delay in product(EPOCHS, DELAYS) if select(rows, problem=problem, delay=delay)
+    ]
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the final accuracies and losses of both backends."""
-    for problem, delay in product(*grid_of(rows)):
+    """Print the final accuracies and losses of all backends."""
+    for problem, delay in compared(rows):
         of_each = []
-        for backend in BACKENDS:
+        for backend in (*BACKENDS, "bits"):
             of_backend = select(rows, problem=problem, backend=backend, delay=delay)
+            if not of_backend:
+                continue
             for metric in ("accuracy", "loss"):
                 last = curves(of_backend, metric)[:, -1]
                 of_each.append(f"{backend} {metric} {last.mean():.3f} ± {standard_error(last):.3f}")
@@ -140,21 +151,29 @@ def report(rows: Sequence[Row]) -> None:
 
 @styled
 def draw(rows: Sequence[Row]) -> Figure:
-    """Draw the training loss by epoch, mean and standard deviation over the seeds, with both backends in one plot."""
-    problems, delays = grid_of(rows)
+    """Draw the training loss by epoch, mean and standard deviation over the seeds, with all backends in one plot."""
+    panels = compared(rows)
+    problems = [problem for problem in EPOCHS if problem in dict(panels)]
     figure = Figure(figsize=(10, 2.8 * len(problems)), layout="constrained")
-    grid = figure.subplots(len(problems), len(delays), squeeze=False, sharey="row")
-    for (i, problem), (j, delay) in product(enumerate(problems), enumerate(delays)):
-        axes = grid[i, j]
-        for backend in BACKENDS:
-            losses = curves(select(rows, problem=problem, backend=backend, delay=delay), "loss")
+    grid = figure.subplots(len(problems), len(DELAYS), squeeze=False, sharey="row")
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for problem, delay in panels:
+        axes = grid[problems.index(problem), DELAYS.index(delay)]
+        axes.set_visible(True)
+        for backend in (*BACKENDS, "bits"):
+            of_backend = select(rows, problem=problem, backend=backend, delay=delay)
+            if not of_backend:
+                continue
+            losses = curves(of_backend, "loss")
             epochs, mean, std = np.arange(1, losses.shape[1] + 1), losses.mean(0), losses.std(0)
             style = {"color": BACKEND_COLORS[backend], "linestyle": "-" if backend == "aihwkit" else "--"}
             axes.plot(epochs, mean, label=backend.replace("_", "-"), **style)
             axes.fill_between(epochs, mean - std, mean + std, color=BACKEND_COLORS[backend], alpha=0.2, linewidth=0)
         axes.set(title=f"{problem}, first layer {delay} versions late", xlabel="epoch", ylabel="training loss")
         axes.set(yscale="log", xlim=(1, EPOCHS[problem]))
-    grid[0, 0].legend()
+    for row in grid:
+        row[0].legend()
     return figure
 
 

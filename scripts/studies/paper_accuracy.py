@@ -30,7 +30,7 @@ from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
-from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.statistics import extents, half_width
 from aimc_pl.studies.sweeps import sweep
 from aimc_pl.tasks import Classifier
 
@@ -48,6 +48,12 @@ SPLITS = {
 }
 TARGETS = (0.5, 0.6)
 """Accuracies to which the speedup is measured."""
+
+PAPER = {
+    "sync": {1: 1.0, 2: 1.77, 4: 2.91, 8: 4.25, 12: 5.05, 16: 5.56},
+    "async": {1: 1.0, 2: 1.88, 4: 3.9, 8: 7.5, 12: 5.8, 16: 7.75},
+}
+"""Speedups by stages in the paper's Figure 4, read off its pixels to ±0.05, with 8 micro-batches in a mini-batch."""
 
 
 def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
@@ -200,20 +206,18 @@ def report_length(rows: Sequence[Row]) -> None:
     """Print the report of the runs of one length."""
     for kind in sorted({row["kind"] for row in rows}):
         prompt = learning(rows, kind)[:, -1]
-        print(f"{kind:<8} none, sync      accuracy {prompt.mean():.4f} ± {standard_error(prompt):.4f}")
+        print(f"{kind:<8} none, sync      accuracy {prompt.mean():.4f} ± {half_width(prompt):.4f}")
         for num_stages in sorted({int(row["num_stages"]) for row in select(rows, kind=kind, schedule="async")}):
             last = learning(rows, kind, num_stages)[:, -1]
-            print(f"{kind:<8} async, M = {num_stages:<3} accuracy {last.mean():.4f} ± {standard_error(last):.4f}")
+            print(f"{kind:<8} async, M = {num_stages:<3} accuracy {last.mean():.4f} ± {half_width(last):.4f}")
             for metric, sign in (("accuracy", 1), ("loss", -1)):
                 prompt_end, own_end = (learning(rows, kind, m, metric)[:, -1] for m in (None, num_stages))
                 behind = sign * (prompt_end - own_end)
-                print(
-                    f"    {metric} behind sync: {behind.mean():.4f} ± {standard_error(behind):.4f}, {behind.round(4)}"
-                )
+                print(f"    {metric} behind sync: {behind.mean():.4f} ± {half_width(behind):.4f}, {behind.round(4)}")
             for target in TARGETS:
                 sync, ours = (speedups(rows, target, kind, schedule, num_stages) for schedule in ("sync", "async"))
                 print(
-                    f"    cycles to {target}: {ours.mean():.2f} ± {standard_error(ours):.2f} times fewer than none "
+                    f"    cycles to {target}: {ours.mean():.2f} ± {half_width(ours):.2f} times fewer than none "
                     f"({ours.mean() / num_stages:.2f} M), sync {sync.mean():.2f}"
                 )
 
@@ -239,9 +243,12 @@ def draw(rows: Sequence[Row], num_stages: int = 8) -> Figure:
     stages = list(SPLITS)
     for (target, style), schedule in product(zip(TARGETS, (":", "-"), strict=True), ("sync", "async")):
         values = [speedups(rows, target, "analog", schedule, m) for m in stages]
-        means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
+        means, errors = [v.mean() for v in values], extents(values)
         options: Any = {"color": COLORS[schedule], "linestyle": style, "marker": "."}
         by_stages.errorbar(stages, means, errors, label=f"analog, {schedule}, to {target:.0%}", **options)
+    for schedule, published in PAPER.items():
+        options = {"color": COLORS[schedule], "linestyle": "-.", "marker": "x", "linewidth": 1}
+        by_stages.plot(list(published), list(published.values()), label=f"the paper, {schedule}, B = 8", **options)
     by_stages.plot([1, *stages], [1, *stages], color=GREY, linewidth=1, label="number of stages")
     by_stages.set(xlabel="stages", ylabel="times fewer clock cycles", title="speedup over no pipeline", xticks=stages)
     for axes in (by_epoch, by_cycle, by_stages):

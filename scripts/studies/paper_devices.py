@@ -17,7 +17,7 @@ from paper_stages import EVERY, LEARNING_RATES, alone, relative, train, updates_
 from aimc_pl.figures import shade, styled
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row
-from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.statistics import extents, half_width
 from aimc_pl.studies.sweeps import sweep
 
 STAGES = (1, 4, 16)
@@ -59,7 +59,7 @@ def report(rows: Sequence[Row]) -> None:
             where = {"sweep": name, name: value}
             one = alone(rows, metric, target, **where)
             ratios = ((m, relative(rows, metric, target, m, **where)) for m in STAGES[1:])
-            line = ", ".join(f"{m} stages {r.mean():.2f} ± {standard_error(r):.2f} times" for m, r in ratios)
+            line = ", ".join(f"{m} stages {r.mean():.2f} ± {half_width(r):.2f} times" for m, r in ratios)
             print(f"{name:<14} {value:<8.4g} {metric} {target}  {one.mean():.0f} updates with one stage, {line}")
 
 
@@ -73,7 +73,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             for (metric, target), style in zip(TARGETS, ("-", "--"), strict=True):
                 where = {"sweep": name, "num_stages": num_stages}
                 updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
-                means, errors = [u.mean() for u in updates], [standard_error(u) for u in updates]
+                means, errors = [u.mean() for u in updates], extents(updates)
                 label = f"{num_stages} stage{'s' * (num_stages > 1)}, {metric} {target}"
                 axes.errorbar(
                     range(len(values)),
@@ -89,7 +89,8 @@ def draw(rows: Sequence[Row]) -> Figure:
         axes.set_xticks(range(len(values)), texts)
     for axes in grid[:, 0]:
         axes.set_ylabel("updates, best learning rate")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STAGES))
+    title = "bars show the range of the seeds"
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STAGES), title=title)
     return figure
 
 

@@ -28,7 +28,7 @@ from aimc_pl.figures import BLACK, ORANGE, RED, shade, styled
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.ensemble import Crossbars, EnsemblePipeline
 from aimc_pl.studies.rows import Row, curves, select
-from aimc_pl.studies.statistics import Estimate, estimate, standard_error
+from aimc_pl.studies.statistics import Estimate, estimate, half_width
 from aimc_pl.studies.sweeps import sweep
 from aimc_pl.studies.theory import asymptotic_error, fit_complexity, fit_exponent, stationary_error
 
@@ -237,7 +237,6 @@ def run(problem: str, num_stages: int, num_updates: int, num_seeds: int) -> list
         floor = {
             "floor": float(late[copy]),
             "floor_stationary": float(stationary[copy]),
-            "floor_bound": asymptotic_error(float(variance[copy]), float(saturation[copy])),
             "floor_learning_rate": rates[best],
             "variance": float(variance[copy]),
             "saturation": float(saturation[copy]),
@@ -291,6 +290,18 @@ def report(rows: Sequence[Row]) -> None:
                 f"{fits[:, 0].mean():.0f}/e^2 + {fits[:, 1].mean():.0f}/e: "
                 f"{shown(dominant)} times and {shown(extra, 0)} more than without delay"
             )
+    for problem, tau, noise in (
+        (name, *each) for name in problems(rows) for each in product(RANGES[name], NOISES[name])
+    ):
+        for num_stages in STAGES[problem]:
+            where: Any = {"problem": problem, "num_stages": num_stages, "tau": tau, "noise": noise}
+            mine = select(rows, **where)
+            measured, stationary, bound = (shown(estimate(values), 3) for values in floors(mine))
+            at_edge = np.mean([float(row["floor_learning_rate"]) <= min(LEARNING_RATES[problem]) for row in mine])
+            print(
+                f"{problem:<6} tau {tau:<4} noise {noise}  M = {num_stages}  last quarter {measured}, stationary "
+                f"{stationary}, bound {bound}; best with the smallest rate: {at_edge:.0%} of the seeds"
+            )
 
 
 def shown(value: Estimate, digits: int = 2) -> str:
@@ -336,7 +347,7 @@ def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
         (epsilon, ours), (_, prompt) = (reach(rows, problem, m, inf, SHOWN[problem]) for m in (num_stages, 1))
         points = min(ours.shape[1], prompt.shape[1])
         ratios = (ours[:, :points] / prompt[:, :points]).T
-        means, errors = [ratio.mean() for ratio in ratios], [standard_error(ratio) for ratio in ratios]
+        means, errors = [ratio.mean() for ratio in ratios], [half_width(ratio) for ratio in ratios]
         axes.errorbar(
             epsilon[:points],
             means,
@@ -352,19 +363,28 @@ def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     axes.legend()
 
 
+def floors(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return every seed's error in the last quarter, that where the expected motion vanishes, and the bound on it."""
+    measured, stationary, variance, saturation = (
+        curves(rows, field)[:, 0] for field in ("floor", "floor_stationary", "variance", "saturation")
+    )
+    bound = [asymptotic_error(q**2 * v, q) for v, q in zip(variance, saturation, strict=True)]
+    return measured, stationary, np.array(bound)
+
+
 def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
     """Draw the squared gradient norm that remains, measured and by theory, without delay and with the longest delay."""
     finite = [tau for tau in RANGES[problem] if np.isfinite(tau)]
-    kinds = {"floor": "measured", "floor_stationary": "expected motion vanishes", "floor_bound": "bound"}
-    for color, (field, label) in zip((RED, BLACK, ORANGE), kinds.items(), strict=True):
-        for num_stages, style in ((1, "o-"), (max(STAGES[problem]), "s--")):
-            where = {"problem": problem, "num_stages": num_stages, "noise": SHOWN[problem]}
-            values = [curves(select(rows, tau=tau, **where), field)[:, 0] for tau in finite]
-            means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
+    kinds = {"measured, smallest rate": RED, "expected motion vanishes": BLACK, "bound": ORANGE}
+    for num_stages, style in ((1, "o-"), (max(STAGES[problem]), "s--")):
+        where = {"problem": problem, "num_stages": num_stages, "noise": SHOWN[problem]}
+        by_range = [floors(select(rows, tau=tau, **where)) for tau in finite]
+        for (label, color), values in zip(kinds.items(), zip(*by_range, strict=True), strict=True):
+            means, errors = [v.mean() for v in values], [half_width(v) for v in values]
             axes.errorbar(finite, means, errors, fmt=style, color=color, label=label if num_stages == 1 else None)
     axes.set(xscale="log", yscale="log", xlabel="τ", ylabel="squared gradient norm\nin the last quarter")
     _label(axes.xaxis, finite)
-    axes.set_title(f"the floor (M = 1 and {max(STAGES[problem])})")
+    axes.set_title(f"the end (M = 1 and {max(STAGES[problem])})")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
 
 

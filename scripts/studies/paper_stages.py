@@ -24,7 +24,7 @@ from aimc_pl.schedule import Duplex, Schedule
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.ensemble import Crossbars, EnsemblePipeline
 from aimc_pl.studies.rows import Row, curves, select
-from aimc_pl.studies.statistics import estimate, standard_error
+from aimc_pl.studies.statistics import estimate, extents, half_width
 from aimc_pl.studies.sweeps import sweep
 
 MICROBATCH_SIZE = 8
@@ -210,16 +210,29 @@ def report(rows: Sequence[Row]) -> None:
     """Print the updates with one stage to every target, the ratios with more stages, and the cost of staleness."""
     for (metric, target), tau in product(all_targets(), RANGES):
         one = alone(rows, metric, target, tau=tau)
-        relatives = [
-            f"{m}{duplex[0]} {relative(rows, metric, target, m, duplex=duplex, tau=tau).mean():.2f}"
-            for m, duplex in PIPELINES[1:]
-        ]
-        print(f"{metric:<8} {target:<4} tau {tau:<4}  {one.mean():.0f} updates with one stage; {' '.join(relatives)}")
-        staleness = [Schedule("async", m, 1, duplex).max_staleness(0) for m, duplex in PIPELINES]
-        updates = [updates_to(rows, metric, target, num_stages=m, duplex=duplex, tau=tau) for m, duplex in PIPELINES]
-        if np.isfinite(updates).all():
+        print(f"{metric} {target}, tau {tau}: {one} updates with one stage; 95 % intervals")
+        staleness, updates = [], []
+        for m, duplex in PIPELINES:
+            where: Any = {"duplex": duplex, "tau": tau}
+            ours = updates_to(rows, metric, target, num_stages=m, **where)
+            if not np.isfinite(ours).all():
+                print(f"    {m} stages, {duplex} duplex: {np.isfinite(ours).sum()} of {len(ours)} seeds get there")
+                continue
+            staleness.append(Schedule("async", m, 1, duplex).max_staleness(0))
+            updates.append(ours)
+            if m > 1 and np.isfinite(one).all():
+                times = relative(rows, metric, target, m, **where)
+                fewer = saved(rows, metric, target, m, **where)
+                print(
+                    f"    {m} stages, {duplex} duplex: {times.mean():.2f} ± {half_width(times):.2f} times the updates, "
+                    f"{fewer.mean():.1f} ± {half_width(fewer):.1f} times fewer clock cycles"
+                )
+        if len(updates) > 2:
             cost = estimate(np.polyfit(staleness, np.array(updates), 1)[0])
-            print(f"    {cost.value:.2f} [{cost.low:.2f}, {cost.high:.2f}] more for each update of staleness")
+            print(
+                f"    {cost.value:.2f} [{cost.low:.2f}, {cost.high:.2f}] more for each update of staleness, "
+                f"in {len(updates)} of {len(PIPELINES)} pipelines"
+            )
 
 
 @styled
@@ -234,7 +247,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             label = f"loss {target}" if duplex == "half" else None
             for axes, quantity in ((ratios, relative), (savings, saved)):
                 values = [quantity(rows, "loss", target, m, duplex=duplex, tau=tau) for m in stages]
-                means, errors = [v.mean() for v in values], [standard_error(v) for v in values]
+                means, errors = [v.mean() for v in values], extents(values)
                 style = {"color": THINGS[color], "linestyle": "-" if duplex == "half" else "--", "marker": "."}
                 axes.errorbar(stages, means, errors, label=label, **style)
         savings.plot((1, 64), (1, 64), "k:", linewidth=1, label="number of stages")
@@ -246,7 +259,7 @@ def draw(rows: Sequence[Row]) -> Figure:
             axes.minorticks_off()
     grid[0, 0].set_ylabel("updates over those\nof one stage")
     grid[1, 0].set_ylabel("clock cycles of no pipeline\nover ours")
-    title = "half duplex (solid) and full duplex (dashed)"
+    title = "half duplex (solid) and full duplex (dashed); bars show the range of the seeds"
     figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title)
     return figure
 

@@ -9,7 +9,7 @@ from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsDevice
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from aimc_pl.devices import analog_layers, convert_to_analog, soft_bounds, to_mean_field
+from aimc_pl.devices import analog_layers, convert_to_analog, mixed_precision, soft_bounds, to_mean_field
 from aimc_pl.devices.conversion import describe_layers, describe_slow
 from aimc_pl.errors import UsageError
 
@@ -219,6 +219,12 @@ def test_description_names_devices_and_reasons():
     assert describe_layers(network) == (
         "9 of 9 layers analog (2 ecram, 1 soft_bounds(tau=4.0), 6 ideal), 80.0 % of weights"
     )
+
+
+def test_weights_in_mixed_precision_count_as_analog():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    convert_to_analog(network, mixed_precision(soft_bounds()))
+    assert describe_layers(network).endswith(", 80.0 % of weights")
 
 
 def test_a_configuration_on_the_slow_backend_is_told():

@@ -5,7 +5,7 @@ from math import inf, isnan
 import numpy as np
 import pytest
 
-from aimc_pl.studies.statistics import estimate, standard_error
+from aimc_pl.studies.statistics import estimate, extents, half_width, standard_error
 
 
 @pytest.mark.slow
@@ -23,9 +23,17 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
 
 def test_one_run_and_infinite_runs_have_no_error():
     assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
+    assert half_width([1.0, 3.0]) == pytest.approx(12.7062, rel=1e-5)  # Student's t of one degree of freedom
+    assert half_width([2.0, 2.0, 2.0]) == 0
     for values in ([1.0], [1.0, inf]):
         assert isnan(standard_error(values))
+        assert isnan(half_width(values))
         value, low, high = estimate(values)
         assert value == np.mean(values)
         assert isnan(low)
         assert isnan(high)
+
+
+def test_bars_reach_from_the_smallest_to_the_largest_run():
+    bars = extents([np.array([1.0, 2.0, 6.0]), np.array([1.0, inf, 2.0])])
+    np.testing.assert_allclose(bars, [[2.0, np.nan], [3.0, np.nan]])
