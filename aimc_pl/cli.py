@@ -43,7 +43,7 @@ def schedule(
     Args:
         num_stages: M, the number of stages of the pipeline, at most 32.
         num_microbatches: B, the number of micro-batches of a mini-batch, as many as fit into 256 clocks.
-        schedule: none, sync, 1f1b or async.
+        schedule: none, sync, 1f1b, zero_bubble or async.
         duplex: for async, one operation of a stage in a clock (half), or a forward and a backward (full).
         png: the file to draw into instead of printing, in the format that the file's name ends with.
         trace: a file for a trace that https://ui.perfetto.dev opens: the table, and a run of it in which every stage

@@ -37,7 +37,7 @@ def draw_text(schedule: Schedule, num_microbatches: int) -> str:
 
 @styled
 def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | None = None) -> Figure:
-    """Return the clock table as a figure, with the number of the micro-batch in each forward and backward.
+    """Return the clock table as a figure, with the number of the micro-batch in each operation.
 
     Args:
         schedule: the schedule to draw.
@@ -71,7 +71,8 @@ def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: in
         yticks=[stage + 0.5 for stage in range(stages)],
         yticklabels=[f"stage {stage}" for stage in range(stages)],
     )
-    axes.set_title(f"{schedule.name}: forward (blue), backward (orange)", fontsize=10)
+    third = ", gradient (green)" if schedule.splits_backward else ""
+    axes.set_title(f"{schedule.name}: forward (blue), backward (orange){third}", fontsize=10)
     axes.set_facecolor("whitesmoke")
     axes.grid(visible=False)
     axes.tick_params(length=0)

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 BLACK, ORANGE, SKY, GREEN = "#222222", "#E69F00", "#56B4E9", "#009E73"
 BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 
-SCHEDULES = {"none": GREY, "sync": BLUE, "1f1b": SKY, "async": RED}
+SCHEDULES = {"none": GREY, "sync": BLUE, "1f1b": SKY, "zero_bubble": PURPLE, "async": RED}
 """Colours of schedules."""
 
-OPERATIONS = {"F": SKY, "B": ORANGE}
-"""Colours of forwards and backwards."""
+OPERATIONS = {"F": SKY, "B": ORANGE, "W": GREEN}
+"""Colours of forwards, backwards and gradients of weights."""
 
 BACKENDS = {"aihwkit": BLACK, "mean_field": RED, "bits": GREEN}
 """Colours of what simulates a device."""

@@ -68,7 +68,14 @@ class Observer:
     def on_backward(self, event: Event) -> None:
         """Handle the end of a micro-batch's backward at a stage.
 
-        The parameters have the gradients now, and have not been updated from them yet.
+        The parameters have the gradients now, and have not been updated from them yet. This holds under
+        ``"zero_bubble"`` too: a run computes the gradients of weights in the backward.
+        """
+
+    def on_weight_gradient(self, event: Event) -> None:
+        """Handle the clock in which a stage computes the gradient of its weights from a micro-batch.
+
+        Only ``"zero_bubble"`` has such clocks.
         """
 
     def on_update(self, event: Event) -> None:
@@ -111,6 +118,7 @@ class Pipeline:
         self._operations = lru_cache(maxsize=1024)(schedule.operations)
         self._update = update
         self._own = {stage.index: stage for stage in stages}
+        self._run_one = {"F": self._forward, "B": self._backward, "W": self._weight_gradient}
         self._infos = {stage.index: stage.info() for stage in stages}
         self._contributions: dict[int, tuple[int, int, int]] = {}
         """For each stage with gradients: the last micro-batch that added to them, counted over the run and in the fill,
@@ -212,7 +220,7 @@ class Pipeline:
             operations = self._operations(self._clock_since_fill, self._num_since_fill)
             own = [operation for operation in operations if operation.stage in self._own]
             for operation in own:
-                (self._forward if operation.kind == "F" else self._backward)(operation)
+                self._run_one[operation.kind](operation)
             if self.schedule.is_async:
                 for operation in own:
                     if operation.kind == "B" and (operation.microbatch + 1) % self.running.accumulate == 0:
@@ -241,6 +249,13 @@ class Pipeline:
         self._contributions[index] = self._first + k, k, min(seen, oldest)
         for observer in self.observers:
             observer.on_backward(self._event(stage, self._first + k, k, seen))
+
+    def _weight_gradient(self, operation: Operation) -> None:
+        _, index, k = operation
+        stage = self._own[index]
+        *_, oldest = self._contributions[index]
+        for observer in self.observers:
+            observer.on_weight_gradient(self._event(stage, self._first + k, k, oldest))
 
     def _update_one(self, stage: Stage) -> None:
         self._update(stage)

@@ -13,16 +13,28 @@ stride s. In the tables below, ``F2`` is the forward and ``B2`` the backward of 
                             stage 2        F0 F1 F2 B0 B1 B2
                             stage 1     F0 F1 F2       B0 B1 B2
                             stage 0  F0 F1 F2             B0 B1 B2
+
+Under ``"zero_bubble"`` a backward has two parts. ``B2`` computes the error that the stage before needs, and ``W2`` the
+gradient of the weights, which no other stage waits for. Forwards and B come in the clocks of ``"1f1b"``, and W in the
+clocks that these leave free::
+
+    zero_bubble, M = 3, B = 3  clock  0  1  2  3  4  5  6  7  8  9 10
+                             stage 2        F0 B0 F1 B1 F2 B2 W0 W1 W2
+                             stage 1     F0    F1 B0 F2 B1 W0 B2 W1 W2
+                             stage 0  F0    F1    F2 B0 W0 B1 W1 B2 W2
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import ceil
 from typing import Literal, NamedTuple, get_args
 
-ScheduleName = Literal["none", "sync", "1f1b", "async"]
+ScheduleName = Literal["none", "sync", "1f1b", "zero_bubble", "async"]
+OperationKind = Literal["F", "B", "W"]
 Duplex = Literal["half", "full"]
 
 MAX_STAGES = 1000
@@ -31,9 +43,12 @@ MAX_MICROBATCHES = 100_000
 
 
 class Operation(NamedTuple):
-    """The forward (``"F"``) or backward (``"B"``) of one micro-batch at one stage."""
+    """What one stage does for one micro-batch: the forward (``"F"``), the backward (``"B"``) or ``"W"``.
 
-    kind: Literal["F", "B"]
+    ``"W"`` is the gradient of the weights. Where a table has no ``"W"``, it is a part of the backward.
+    """
+
+    kind: OperationKind
     stage: int
     microbatch: int
 
@@ -44,8 +59,9 @@ class Schedule:
 
     Args:
         name: ``"none"`` (one stage works at a time), ``"sync"`` (fill-drain), ``"1f1b"`` (the same clocks as
-            ``"sync"``, fewer activations in flight) or ``"async"`` (every stage updates after each of its backwards
-            and the pipeline stays full from one mini-batch to the next).
+            ``"sync"``, fewer activations in flight), ``"zero_bubble"`` (``"1f1b"`` with backwards in two parts, the
+            second of which fills idle clocks) or ``"async"`` (every stage updates after each of its backwards and the
+            pipeline stays full from one mini-batch to the next).
         num_stages: M, from 1 to 1,000.
         num_microbatches: B, from 1 to 100,000.
         duplex: for ``"async"`` only. ``"half"``: a stage does one forward or one backward in a clock. ``"full"``: it
@@ -54,7 +70,8 @@ class Schedule:
             their gradients. The last update before a drain may have fewer.
 
     A custom schedule is a subclass that overrides :meth:`forward_clock`, :meth:`backward_clock` and, if necessary,
-    :attr:`stride`. The tables are computed from these three.
+    :attr:`stride`. The tables are computed from these three. If it has the name ``"zero_bubble"``, it may also override
+    :meth:`weight_clock`.
 
     A pipeline fills when micro-batches enter it while it is empty, and drains when the last of them leave it. Methods
     count clocks and micro-batches from the last fill. K is the number of micro-batches that enter between a fill and
@@ -97,14 +114,24 @@ class Schedule:
         return self.name == "async"
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether the error and the gradient of the weights are separate operations, ``"B"`` and ``"W"``."""
+        return self.name == "zero_bubble"
+
+    @property
+    def num_operations(self) -> int:
+        """The number of operations of a micro-batch at a stage: 3 if backwards are split, else 2."""
+        return 3 if self.splits_backward else 2
+
+    @property
     def cycles_per_clock(self) -> int:
-        """The clock cycles that one clock of the table lasts. A clock cycle is the time of a forward or a backward."""
+        """The clock cycles that one clock of the table lasts. A clock cycle is the time of one operation."""
         return 2 if self.duplex == "full" else 1
 
     @property
     def stride(self) -> int:
         """The number of clocks between two successive micro-batches at one stage."""
-        return 2 if self.name == "1f1b" or (self.is_async and self.duplex == "half") else 1
+        return 2 if self.name in ("1f1b", "zero_bubble") or (self.is_async and self.duplex == "half") else 1
 
     def forward_clock(self, stage: int, microbatch: int, num_microbatches: int | None = None) -> int:
         """Return the clock of F(stage, microbatch), the forward of a micro-batch at a stage, counted from the fill."""
@@ -125,15 +152,26 @@ class Schedule:
             offset = self.num_stages - 1 + to_last + (self.duplex == "half")
         return offset + self.stride * microbatch
 
+    def weight_clock(self, stage: int, microbatch: int, num_microbatches: int | None = None) -> int:
+        """Return the clock of W(stage, microbatch), the gradient of a stage's weights, counted from the fill.
+
+        A free clock follows each of the last M−1−m backwards of stage m, because no forward is left for it. After the
+        last backward all clocks are free.
+        """
+        batches = self.num_microbatches if num_microbatches is None else num_microbatches
+        between = min(self.num_stages - 1 - stage, batches - 1)
+        first = self.backward_clock(stage, batches - 1 - between, batches) + 1
+        return first + microbatch + min(microbatch, between)
+
     def operations(self, clock: int, num_microbatches: int | None = None) -> list[Operation]:
-        """Return the operations of ``clock``: first the forwards, then the backwards, each by ascending stage.
+        """Return the operations of ``clock``: forwards, backwards, gradients of weights, each by ascending stage.
 
         Args:
             clock: the clock, counted from the fill.
             num_microbatches: K; ``None`` while the number of micro-batches is not yet known (``"async"`` only).
         """
         operations = []
-        passes: tuple[tuple[Literal["F", "B"], Callable[..., int]], ...] = (
+        passes: tuple[tuple[OperationKind, Callable[..., int]], ...] = (
             ("F", self.forward_clock),
             ("B", self.backward_clock),
         )
@@ -143,6 +181,13 @@ class Schedule:
                 microbatch, between = divmod(since_first, self.stride)
                 if since_first >= 0 and not between and (num_microbatches is None or microbatch < num_microbatches):
                     operations.append(Operation(kind, stage, microbatch))
+        if self.splits_backward:
+            batches = self.num_microbatches if num_microbatches is None else num_microbatches
+            for stage in range(self.num_stages):
+                clock_of = partial(self.weight_clock, stage, num_microbatches=batches)
+                microbatch = bisect_left(range(batches), clock, key=clock_of)
+                if microbatch < batches and clock_of(microbatch) == clock:
+                    operations.append(Operation("W", stage, microbatch))
         return operations
 
     def clocks(self, num_microbatches: int | None = None) -> Iterator[list[Operation]]:
@@ -154,7 +199,8 @@ class Schedule:
     def num_clocks(self, num_microbatches: int | None = None) -> int:
         """Return the number of clocks from the fill to the end of the drain of K micro-batches."""
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
-        return max(self.backward_clock(stage, batches - 1, batches) for stage in range(self.num_stages)) + 1
+        last_clock = self.weight_clock if self.splits_backward else self.backward_clock
+        return max(last_clock(stage, batches - 1, batches) for stage in range(self.num_stages)) + 1
 
     @property
     def forwards_first(self) -> bool:
@@ -167,7 +213,8 @@ class Schedule:
         """Return the number of clock cycles from the fill to the end of the drain of K micro-batches.
 
         This is 2MK with ``"none"``, 2(M+K−1) with ``"sync"``, ``"1f1b"`` and ``"async"``, and 2(K+2M−2) in full
-        duplex.
+        duplex. It is 3K+M−1 with ``"zero_bubble"``, or 2(M+K)−1 if K is less than M. Only ``"zero_bubble"`` counts
+        cycles for the gradients of weights.
         """
         return self.num_clocks(num_microbatches) * self.cycles_per_clock
 
@@ -178,10 +225,13 @@ class Schedule:
         is one clock cycle of one accelerator.
         """
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
-        return 2 * batches / self.num_cycles(batches)
+        return self.num_operations * batches / self.num_cycles(batches)
 
     def speedup(self, num_microbatches: int | None = None) -> float:
-        """Return how many times fewer clock cycles the pipeline needs than one accelerator with all stages (2MK)."""
+        """Return how many times fewer clock cycles the pipeline needs than one accelerator with all stages.
+
+        One accelerator needs 2MK clock cycles, and 3MK if the gradients of weights are counted (``"zero_bubble"``).
+        """
         return self.num_stages * self.density(num_microbatches)
 
     def max_staleness(self, stage: int) -> int:
@@ -212,7 +262,8 @@ class Schedule:
         """Return the largest number of micro-batches whose activations ``stage`` holds at the same time.
 
         This is K, the number of micro-batches between fill and drain, with ``"none"`` and ``"sync"``. It is at most
-        M−m with ``"1f1b"`` and ``"async"``, and at most 2(M−1−m)+1 in full duplex.
+        M−m with ``"1f1b"``, ``"zero_bubble"`` and ``"async"``, and at most 2(M−1−m)+1 in full duplex. What ``"W"``
+        needs of a micro-batch is held for longer.
         """
         batches = self.num_microbatches if num_microbatches is None else num_microbatches
         before_backward = self.backward_clock(stage, 0, batches) - self.forward_clock(stage, 0, batches)
@@ -240,11 +291,14 @@ def check_order(schedule: Schedule) -> None:
     for k in range(total):
         path = [Operation("F", stage, k) for stage in range(last + 1)]
         path += [Operation("B", stage, k) for stage in reversed(range(last + 1))]
-        for before, after in pairwise(path):
+        steps = [*pairwise(path)]
+        if schedule.splits_backward:
+            steps += [(Operation("B", stage, k), Operation("W", stage, k)) for stage in range(last + 1)]
+        for before, after in steps:
             if missing := [operation for operation in (before, after) if operation not in clocks]:
                 raise ValueError(f"{type(schedule).__name__} has no clock for {_shown(missing[0])}")
             # Forwards run before backwards within a clock, so the two of one stage may share a clock.
-            turns_around = before.stage == after.stage
+            turns_around = before.stage == after.stage and after.kind == "B"
             if clocks[after] < clocks[before] + (not turns_around):
                 raise ValueError(
                     f"{type(schedule).__name__} has {_shown(after)} in clock {clocks[after]}, and {_shown(before)}, "

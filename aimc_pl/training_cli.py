@@ -11,7 +11,7 @@ from inspect import signature
 from pathlib import Path
 from shutil import rmtree
 from traceback import walk_tb
-from typing import Any, override
+from typing import Any, get_args, override
 
 import yaml
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -31,6 +31,7 @@ from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import TRAINING
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
+from aimc_pl.schedule import ScheduleName
 
 # This import registers the strategy's names, such as "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -125,9 +126,10 @@ class AnalogCLI(CheckpointReadingCLI):
         except ValueError as error:
             name = self._get(self.config, "trainer.strategy")
             if "invalid strategy name" in str(error):
+                known = ", ".join(f"aimc_{schedule}" for schedule in get_args(ScheduleName))
                 raise UsageError(
-                    f"unknown strategy {shown(name)}: choose aimc_none, aimc_sync, aimc_1f1b, aimc_async, or the path "
-                    "of a class, such as aimc_pl.strategies.AnalogPipelineStrategy"
+                    f"unknown strategy {shown(name)}: choose {known}, or the path of a class, such as "
+                    "aimc_pl.strategies.AnalogPipelineStrategy"
                 ) from error
             raise UsageError(str(error)) from error
         for logger in self.trainer.loggers:

@@ -20,8 +20,9 @@ from aimc_pl.strategies.private_lightning import epoch_metrics
 class ClockMonitor(Callback, Observer):
     """A callback that counts the clock cycles of the pipeline.
 
-    A clock cycle is the time of one forward or one backward of a micro-batch on an accelerator. At the end of every
-    epoch the callback logs ``clock/cycles``, ``clock/density`` (the busy fraction of all accelerator-cycles),
+    A clock cycle is the time of one forward or one backward of a micro-batch on an accelerator. Under schedule
+    ``"zero_bubble"`` the gradient of the weights from a micro-batch takes another cycle. At the end of every epoch the
+    callback logs ``clock/cycles``, ``clock/density`` (the busy fraction of all accelerator-cycles),
     ``clock/samples_per_cycle`` and ``clock/speedup`` (over a run without a pipeline). It also writes every validation
     metric to TensorBoard as ``by_clock/…``, with the clock cycle as the step, and as ``by_epoch/…``, with the epoch.
 
@@ -34,7 +35,8 @@ class ClockMonitor(Callback, Observer):
 
     Attributes:
         cycles: the number of clock cycles so far, including those before a resumed checkpoint.
-        operations: the number of forwards and backwards so far. Each keeps one accelerator busy for one cycle.
+        operations: the number of operations in the schedule's table so far: forwards, backwards and, under
+            ``"zero_bubble"``, gradients of weights. Each keeps one accelerator busy for one cycle.
         samples: the number of training samples so far.
 
     Raises:
@@ -99,12 +101,13 @@ class ClockMonitor(Callback, Observer):
         self.cycles += self._schedule.cycles_per_clock
         self.operations += len(operations)
         if self._meter is not None:
-            self._meter.clock(operations)
+            assert self._strategy.pipeline is not None
+            self._meter.clock(operations, self._strategy.pipeline.running)
 
     @override
     def on_update(self, event: Event) -> None:
         if self._meter is not None:
-            self._meter.update(event.stage.index)
+            self._meter.update(event.stage.index, event.since_fill)
 
     @override
     def on_train_batch_start(

@@ -22,7 +22,8 @@ class TraceWriter(Callback, Observer):
 
     An operation is shown from the end of the one before in the same process, or from the begin of the mini-batch, to
     its own end. Where stages are processes, this includes waiting for neighbours. Schedules that update all stages at
-    once show the time of the update at the first stage.
+    once show the time of the update at the first stage. A run computes the gradients of weights in the backward, under
+    ``"zero_bubble"`` too, and they have no slices of their own.
 
     Args:
         path: the file to write at the end of the fit.

@@ -1,7 +1,7 @@
 """This package holds the Lightning strategy ``AnalogPipelineStrategy``, and loads its checkpoints without a Trainer.
 
-Importing the package registers the names ``aimc_none``, ``aimc_sync``, ``aimc_1f1b`` and ``aimc_async`` for
-``Trainer(strategy=...)``. A strategy of such a name has the default arguments, so it makes no layer analog.
+Importing the package registers a name for every schedule, ``aimc_async`` for example, for ``Trainer(strategy=...)``. A
+strategy of such a name has the default arguments, so it makes no layer analog.
 """
 
 from lightning.pytorch.strategies import StrategyRegistry

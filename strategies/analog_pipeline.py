@@ -67,9 +67,10 @@ class AnalogPipelineStrategy(ProcessStrategy):
     Args:
         num_stages: M, the number of accelerators.
         schedule: ``"none"`` (no pipeline), ``"sync"`` (fill-drain), ``"1f1b"`` (the updates and clock cycles of
-            ``"sync"`` with fewer activations in flight) or ``"async"`` (every stage updates after each micro-batch,
-            with stale weights and without weight stashing). A class or a function also works, if it takes M and B and
-            returns a :class:`~aimc_pl.schedule.Schedule`.
+            ``"sync"`` with fewer activations in flight), ``"zero_bubble"`` (the updates of ``"sync"``; the gradients of
+            weights fill idle clocks) or ``"async"`` (every stage updates after each micro-batch, with stale weights and
+            without weight stashing). A class or a function also works, if it takes M and B and returns a
+            :class:`~aimc_pl.schedule.Schedule`.
         num_microbatches: B, the number of micro-batches of a mini-batch.
         device: the analog device of the module's Linear and Conv layers: a name that ``aimc-pl devices`` lists, or an
             aihwkit RPUConfig. A mapping chooses a device per layer. Its keys are patterns of layer names, or stage

@@ -30,6 +30,7 @@ SCHEDULES = {
     "none": {"schedule": "none"},
     "sync": {"schedule": "sync"},
     "1f1b": {"schedule": "1f1b"},
+    "zero_bubble": {"schedule": "zero_bubble"},
     "async": {"schedule": "async"},
     "async, full duplex": {"schedule": "async", "duplex": "full"},
     "async, stashing": {"schedule": "async", "weight_stashing": True},
@@ -215,6 +216,7 @@ CASES |= {
     "mean field, remedies": (2, analog(2, "async, remedies", soft_bounds)),
     "mean field, sync": (2, analog(2, "sync", soft_bounds)),
     "mean field, mixed precision": (3, analog(3, "async", mixed_precision, "adamw", gradient_clip_val=0.1)),
+    "mean field, zero_bubble": (2, analog(2, "zero_bubble", soft_bounds)),
     "mean field, mixed precision, sync": (2, analog(2, "sync", mixed_precision, gradient_clip_val=0.1)),
     "floating point": (4, analog(4, "async", ideal)),
 }

@@ -50,7 +50,7 @@ STRATEGY = "--trainer.strategy.init_args."
 COMMANDS = {
     "unknown schedule": (
         [STRATEGY + "schedule=fast"],
-        "schedule: expected one of none, sync, 1f1b, async or the name of a class, got fast",
+        "schedule: expected one of none, sync, 1f1b, zero_bubble, async or the name of a class, got fast",
     ),
     "no stages": (
         [STRATEGY + "num_stages=0"],

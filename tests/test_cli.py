@@ -245,7 +245,7 @@ def test_schedule_prints_and_draws(command, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "16 clock cycles, computation density 0.625, speedup over one accelerator 2.50" in printed
     assert printed.count("F0") == 4
-    for schedule in ("none", "sync", "1f1b", "async"):
+    for schedule in ("none", "sync", "1f1b", "zero_bubble", "async"):
         command("schedule", f"--schedule={schedule}", f"--png={tmp_path / schedule}.png")
         assert has_colours(tmp_path / f"{schedule}.png")
 

@@ -10,7 +10,15 @@ from aimc_pl.schedule import Schedule
 
 
 @pytest.mark.parametrize(
-    ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("name", "duplex"),
+    [
+        ("none", "half"),
+        ("sync", "half"),
+        ("1f1b", "half"),
+        ("zero_bubble", "half"),
+        ("async", "half"),
+        ("async", "full"),
+    ],
 )
 def test_every_operation_is_a_box_in_its_clock_and_on_its_stages_row(name, duplex):
     schedule = Schedule(name, 3, 4, duplex)

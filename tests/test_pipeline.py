@@ -218,7 +218,7 @@ def test_observed_versions_and_staleness_are_the_closed_forms(num_stages, duplex
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b", "zero_bubble"])
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 1), (2, 4), (3, 2), (4, 5), (8, 3)])
 def test_gradients_equal_those_of_the_whole_batch(name, num_stages, num_microbatches):
     (x, target), *_ = make_batches(1)
@@ -233,15 +233,13 @@ def test_gradients_equal_those_of_the_whole_batch(name, num_stages, num_microbat
         pipeline.run(to_flights(step, (x, target), num_microbatches))
     pipeline.updated()
     assert pipeline.is_empty
-    assert pipeline.clock == 2 * (
-        num_stages * num_microbatches if name == "none" else num_stages + num_microbatches - 1
-    )
+    assert pipeline.clock == schedule.num_cycles()
     assert [event.staleness for event in recorder.updates] == [0] * num_stages
     for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b", "zero_bubble"])
 def test_observed_versions_are_the_closed_form_with_uneven_minibatches(name):
     """Check mini-batches of 3, 2 and 1 samples, which are split into as many micro-batches."""
     schedule, recorder = Schedule(name, 3, num_microbatches=2), Recorder()
@@ -274,7 +272,15 @@ def test_an_observer_hears_what_happens_after_it_was_added():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("name", "duplex"),
+    [
+        ("none", "half"),
+        ("sync", "half"),
+        ("1f1b", "half"),
+        ("zero_bubble", "half"),
+        ("async", "half"),
+        ("async", "full"),
+    ],
 )
 def test_stages_hold_no_more_than_the_closed_form(name, duplex):
     schedule = Schedule(name, 4, 6, duplex)
@@ -325,7 +331,15 @@ class Held(torch.autograd.Function):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("name", "duplex"),
+    [
+        ("none", "half"),
+        ("sync", "half"),
+        ("1f1b", "half"),
+        ("zero_bubble", "half"),
+        ("async", "half"),
+        ("async", "full"),
+    ],
 )
 def test_graphs_alive_are_the_closed_form(name, duplex):
     """Check that autograd holds only what the micro-batches in flight need, and nothing in the end."""
@@ -429,7 +443,7 @@ def test_abandon_forgets_what_is_in_flight():
     assert [stage.version for stage in step.stages] == [2] * 4
 
 
-@pytest.mark.parametrize("name", ["none", "sync", "1f1b", "async"])
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b", "zero_bubble", "async"])
 def test_events_count_micro_batches_over_the_whole_run(name):
     """Check that an update once per mini-batch has the number of its last micro-batch, also after a drain."""
     batches, recorder = make_batches(3), Recorder()
@@ -462,10 +476,13 @@ class Idle:
 
 
 @pytest.mark.parametrize("resumed", [{}, {"clock": 7, "num_entered": 2}])
-@pytest.mark.parametrize(("name", "duplex"), [("none", "half"), ("sync", "half"), ("async", "half"), ("async", "full")])
+@pytest.mark.parametrize(
+    ("name", "duplex"),
+    [("none", "half"), ("sync", "half"), ("zero_bubble", "half"), ("async", "half"), ("async", "full")],
+)
 def test_observers_hear_every_clock_of_the_table(name, duplex, resumed):
     """Check the middle stage in two fills. The observer hears the clocks of all stages and the events of this one."""
-    started, clocks, events = [], [], []
+    started, clocks, events, entered = [], [], [], resumed.get("num_entered", 0)
 
     class Listening(Recorder):
         def on_start(self, stages):
@@ -480,6 +497,11 @@ def test_observers_hear_every_clock_of_the_table(name, duplex, resumed):
         def on_backward(self, event):
             events.append(("B", event.clock, event.microbatch, event.in_flight))
 
+        def on_weight_gradient(self, event):
+            assert (event.version, event.staleness, event.predicted) == (0, 0, 0)
+            assert event.since_fill == (event.microbatch - entered) % 4
+            events.append(("W", event.clock, event.microbatch, event.in_flight))
+
     schedule, stage = Schedule(name, 3, 4, duplex), Stage(1, make_network()[0].parameters())
     pipeline = Pipeline([stage], schedule, lambda stage: None, [Listening()], **resumed)
     for _ in range(2):
@@ -490,10 +512,10 @@ def test_observers_hear_every_clock_of_the_table(name, duplex, resumed):
     assert started == [[stage.info()]]
     of_stage = [(each.kind, clock) for clock, operations in expected for each in operations if each.stage == 1]
     assert [event[:2] for event in events] == of_stage
-    entered = resumed.get("num_entered", 0)
-    for kind in "FB":
+    for kind in "FBW" if name == "zero_bubble" else "FB":
         assert [k for each, _, k, _ in events if each == kind] == [*range(entered, entered + 8)]
-    assert [event[3] for event in events] == [*accumulate(1 if kind == "F" else -1 for kind, _ in of_stage)]
+    changes = {"F": 1, "B": -1, "W": 0}
+    assert [event[3] for event in events] == [*accumulate(changes[kind] for kind, _ in of_stage)]
 
 
 def test_the_oldest_version_seen_counts_for_an_update_from_several_micro_batches():

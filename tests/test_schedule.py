@@ -1,15 +1,25 @@
 """These tests compare clock tables with closed forms, with drawings, and with rules that hold for every pipeline."""
 
 from collections import Counter, defaultdict
+from itertools import accumulate
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.pipelining import ScheduleInterleavedZeroBubble
 
 from aimc_pl.diagram import draw_text
 from aimc_pl.schedule import Schedule, check_order
 
-SCHEDULES = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+SCHEDULES = [
+    ("none", "half"),
+    ("sync", "half"),
+    ("1f1b", "half"),
+    ("zero_bubble", "half"),
+    ("async", "half"),
+    ("async", "full"),
+]
 SIZES = pytest.mark.parametrize("up_to", [4, pytest.param(16, marks=pytest.mark.slow)])
 UP_TO_16 = st.integers(1, 16)
 schedules = st.builds(
@@ -42,6 +52,15 @@ def test_sync_draws_as_in_the_paper():
     ]
 
 
+def test_gradients_of_weights_fill_the_clocks_that_1f1b_leaves_free():
+    assert draw_text(Schedule("zero_bubble", 3, 4), 4).splitlines() == [
+        "clock     0  1  2  3  4  5  6  7  8  9 10 11 12 13",
+        "stage 2        F0 B0 F1 B1 F2 B2 F3 B3 W0 W1 W2 W3",
+        "stage 1     F0    F1 B0 F2 B1 F3 B2 W0 B3 W1 W2 W3",
+        "stage 0  F0    F1    F2 B0 F3 B1 W0 B2 W1 B3 W2 W3",
+    ]
+
+
 def test_full_duplex_turns_around_in_the_last_stage():
     assert draw_text(Schedule("async", 2, 3, "full"), 3).splitlines() == [
         "clock        0     1     2     3     4",
@@ -63,13 +82,64 @@ def test_closed_forms_for_all_sizes(name, duplex, total):
             ("none", "half"): 2 * stages * total,
             ("sync", "half"): 2 * (stages + total - 1),
             ("1f1b", "half"): 2 * (stages + total - 1),
+            ("zero_bubble", "half"): max(3 * total + stages - 1, 2 * (stages + total) - 1),
             ("async", "half"): 2 * total + 2 * (stages - 1),
             ("async", "full"): 2 * (total + 2 * stages - 2),
         }[name, duplex]
         assert cycles == expected == schedule.num_cycles(total)
-        assert busy == 2 * stages * total
+        assert busy == (3 if name == "zero_bubble" else 2) * stages * total
         assert schedule.density(total) == pytest.approx(busy / (stages * cycles), rel=1e-12)
-        assert schedule.speedup(total) == pytest.approx(2 * stages * total / cycles, rel=1e-12)
+        assert schedule.speedup(total) == pytest.approx(busy / cycles, rel=1e-12)
+
+
+@SIZES
+def test_zero_bubble_is_1f1b_with_a_gradient_in_every_free_clock(up_to):
+    """Check the two tables against each other, and that no gradient could come in an earlier clock of its stage."""
+    for stages in range(1, up_to + 1):
+        for total in range(1, up_to + 1):
+            rows = [*Schedule("zero_bubble", stages, total).clocks()]
+            of_1f1b = [*Schedule("1f1b", stages, total).clocks()]
+            assert [[each for each in row if each.kind != "W"] for row in rows[: len(of_1f1b)]] == of_1f1b
+            waiting, most = Counter(), Counter()
+            for row in rows:
+                at = {stage: kind for kind, stage, _ in row}
+                for stage in range(stages):
+                    kind = at.get(stage, "")
+                    if kind == "W":
+                        waiting[stage] -= 1
+                    assert kind or not waiting[stage]
+                    waiting[stage] += kind == "B"
+                    most[stage] = max(most[stage], waiting[stage])
+            # What waits between B and W, as docs/SCHEDULES.md says.
+            assert most == {stage: max(total - (stages - 1 - stage), 1) for stage in range(stages)}
+
+
+@pytest.mark.parametrize(("stages", "total"), [(2, 2), (2, 6), (3, 9), (4, 8), (8, 16)])
+def test_zero_bubble_takes_the_clock_cycles_of_torchs_schedule(stages, total):
+    """Compare with torch's own table, one stage per rank, and count what its ranks hold from forward to gradient."""
+    stage = MagicMock(group_size=stages, group_rank=0, num_stages=stages, stage_index=0, has_backward=True)
+    for table in ScheduleInterleavedZeroBubble([stage], total).pipeline_order.values():
+        assert len(table) == Schedule("zero_bubble", stages, total).num_cycles()
+        changes = [{"F": 1, "I": 0, "W": -1}[str(action).strip("0123456789")] for action in table if action]
+        assert max(accumulate(changes)) == stages
+
+
+@pytest.mark.parametrize(("duplex", "ways"), [("half", 1), ("full", 2)])
+@pytest.mark.parametrize("later", [0, 1, 2, 5])
+def test_staleness_grows_by_the_backwards_that_an_update_waits_for(duplex, ways, later):
+    """Check docs/SCHEDULES.md against the table: updates that come `later` backwards after their own."""
+    for stages in range(1, 10):
+        updates, seen = Counter(), {}
+        for row in Schedule("async", stages, 1, duplex).clocks(40):
+            for kind, stage, k in row:
+                if kind == "F":
+                    seen[stage, k] = updates[stage]
+            for kind, stage, k in row:
+                # B(stage, k) is over, and the update from micro-batch k - later follows.
+                if kind == "B" and k >= later:
+                    staleness = updates[stage] - seen[stage, k - later]
+                    assert staleness == min(k - later, ways * (stages - 1 - stage) + later)
+                    updates[stage] += 1
 
 
 @pytest.mark.parametrize(("name", "duplex"), SCHEDULES)
@@ -91,7 +161,8 @@ def test_by_default_the_pipeline_drains_after_a_mini_batch(name, duplex):
 
     expected = numbers(Schedule(name, 3, 5, duplex))
     assert numbers(Schedule(name, 3, 2, duplex), 5) == numbers(Schedule(name, 3, 9, duplex), 5) == expected
-    assert Counter(operation.kind for row in expected[0] for operation in row) == {"F": 15, "B": 15}
+    kinds = "FBW" if name == "zero_bubble" else "FB"
+    assert Counter(operation.kind for row in expected[0] for operation in row) == dict.fromkeys(kinds, 15)
 
 
 @SIZES
@@ -103,7 +174,7 @@ def test_in_flight_counted(name, duplex, up_to):
             held, most = Counter(), Counter()
             for row in schedule.clocks(total):
                 for kind, stage, _ in row:
-                    held[stage] += 1 if kind == "F" else -1
+                    held[stage] += {"F": 1, "B": -1, "W": 0}[kind]
                     most[stage] = max(most[stage], held[stage])
             assert most == {stage: schedule.in_flight(stage, total) for stage in range(stages)}
 
@@ -147,7 +218,7 @@ def test_staleness_counted_where_stages_accumulate(duplex, a):
             backwards.update(stage for kind, stage, _ in row if kind == "B")
 
 
-@pytest.mark.parametrize("name", ["none", "sync", "1f1b"])
+@pytest.mark.parametrize("name", ["none", "sync", "1f1b", "zero_bubble"])
 def test_one_update_per_minibatch_has_no_staleness(name):
     schedule = Schedule(name, 4, 3)
     assert {schedule.version(m, k) for m in range(4) for k in range(3)} == {0}
@@ -155,7 +226,7 @@ def test_one_update_per_minibatch_has_no_staleness(name):
 
 
 class Shifted(Schedule):
-    """A schedule in which the forwards or the backwards of one stage come ``early`` clocks too soon."""
+    """A schedule in which the forwards, backwards or gradients of one stage come ``early`` clocks too soon."""
 
     early = 0
     kind = "B"
@@ -168,6 +239,10 @@ class Shifted(Schedule):
     def backward_clock(self, stage, microbatch, num_microbatches=None):
         early = self.early * (("B", stage) == (self.kind, self.stage))
         return super().backward_clock(stage, microbatch, num_microbatches) - early
+
+    def weight_clock(self, stage, microbatch, num_microbatches=None):
+        early = self.early * (("W", stage) == (self.kind, self.stage))
+        return super().weight_clock(stage, microbatch, num_microbatches) - early
 
 
 @SIZES
@@ -213,7 +288,26 @@ def test_clocks_out_of_order_are_refused(kind, stage, early, message):
         check_order(schedule)
 
 
-@pytest.mark.parametrize(("name", "length"), [("none", 3), ("sync", 3), ("1f1b", 3), ("async", 3 + 2 * 4)])
+@pytest.mark.parametrize(
+    ("early", "message"),
+    [
+        (1, r"Shifted has B\(stage 0, micro-batch 1\) and W\(stage 0, micro-batch 0\) in clock 7, and in half duplex"),
+        (3, r"Shifted has W\(stage 0, micro-batch 0\) in clock 5, and B\(stage 0, micro-batch 0\), which it needs"),
+    ],
+)
+def test_gradients_out_of_order_are_refused(early, message):
+    """Check stage 0 of 3: B of 4 micro-batches in clocks 5, 7, 9 and 11, and W in 8, 10, 12 and 13."""
+    schedule = Shifted("zero_bubble", 3, 4)
+    check_order(schedule)
+    for name, value in {"kind": "W", "stage": 0, "early": early}.items():
+        object.__setattr__(schedule, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_order(schedule)
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [("none", 3), ("sync", 3), ("1f1b", 3), ("zero_bubble", 3), ("async", 3 + 2 * 4)]
+)
 def test_the_table_is_checked_up_to_its_length(name, length):
     class Forgetful(Schedule):
         """A schedule without one of its micro-batches."""
@@ -231,7 +325,8 @@ def test_the_table_is_checked_up_to_its_length(name, length):
 @given(schedules, st.integers(1, 48))
 def test_every_forward_has_its_backward(schedule, total):
     counts = Counter(operation for row in schedule.clocks(total) for operation in row)
-    expected = {(kind, m, k) for kind in "FB" for m in range(schedule.num_stages) for k in range(total)}
+    kinds = "FBW" if schedule.splits_backward else "FB"
+    expected = {(kind, m, k) for kind in kinds for m in range(schedule.num_stages) for k in range(total)}
     assert set(counts) == expected
     assert set(counts.values()) == {1}
 
@@ -246,6 +341,8 @@ def test_nothing_arrives_before_it_was_sent(schedule, total):
             assert clock["B", m + 1, k] < at
         if kind == "B" and m == schedule.num_stages - 1:
             assert clock["F", m, k] < at or (schedule.duplex == "full" and clock["F", m, k] == at)
+        if kind == "W":
+            assert clock["B", m, k] < at
 
 
 @given(schedules, st.integers(1, 48))
@@ -255,7 +352,7 @@ def test_a_stage_does_one_thing_in_a_clock(schedule, total):
         for kind, stage, _ in row:
             at_stage[stage].append(kind)
         for kinds in at_stage.values():
-            assert kinds in (["F"], ["B"]) or (schedule.duplex == "full" and kinds == ["F", "B"])
+            assert kinds in (["F"], ["B"], ["W"]) or (schedule.duplex == "full" and kinds == ["F", "B"])
 
 
 @given(schedules, st.integers(1, 48))
@@ -269,7 +366,7 @@ def test_open_ended_table_is_the_same_until_the_drain(schedule, total):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fast", 2), "unknown schedule 'fast': choose one of none, sync, 1f1b, async$"),
+        (("fast", 2), "unknown schedule 'fast': choose one of none, sync, 1f1b, zero_bubble, async$"),
         (("sync", 0), "num_stages must be"),
         (("sync", 1001), "num_stages must be"),
         (("sync", 2, 100_001), "num_microbatches must be"),

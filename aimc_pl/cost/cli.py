@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, override
+from typing import Any, get_args, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -26,7 +26,7 @@ from aimc_pl.cost.report import (
 from aimc_pl.cost.trace import trace_events, write_trace
 from aimc_pl.cost.work import Work
 from aimc_pl.errors import UsageError
-from aimc_pl.schedule import Schedule
+from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.training_cli import AnalogCLI, silence
 
@@ -127,6 +127,8 @@ def cost(args: Sequence[str]) -> None:
         f"{schedule_name(own)} on {hardware.name}: {own.num_stages} stages, {minibatches} mini-batches of "
         f"{own.num_microbatches} micro-batches of {counted.samples:g} samples\n"
     )
+    if any(remedy.runs_in_sync(0) for remedy in strategy.settings.remedies):
+        print("Left out are the first mini-batches, which a remedy runs in sync: they cost what 1f1b costs.\n")
     print(stages_table(chosen))
     print(f"\n{energy_line(chosen)}\n")
     print(comparison_table([estimated(schedule, hardware) for schedule in _schedules(own)], "schedule"))
@@ -142,7 +144,7 @@ def cost(args: Sequence[str]) -> None:
 def _schedules(own: Schedule) -> list[Schedule]:
     """Return the built-in schedules, and the user's own if it is another one."""
     size = own.num_stages, own.num_microbatches
-    built_in = [Schedule(name, *size) for name in ("none", "sync", "1f1b", "async")]
+    built_in = [Schedule(name, *size) for name in get_args(ScheduleName)]
     built_in.append(Schedule("async", *size, duplex="full"))
     return built_in if own in built_in else [*built_in, own]
 

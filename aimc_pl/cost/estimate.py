@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from torch.optim import Optimizer
 
@@ -65,7 +66,7 @@ def estimate(
     stages = with_spills(stages, schedule, hardware)
     timeline = simulate(schedule, stage_times(stages, hardware), hardware.link_latency.value, num_minibatches)
     microbatches = num_minibatches * schedule.num_microbatches
-    steps = microbatches if schedule.is_async else num_minibatches
+    steps = ceil(microbatches / schedule.accumulate) if schedule.is_async else num_minibatches
     static = Cost(0.0, {"static": hardware.static_power.value * timeline.makespan})
     back = [0.0, *(stage.returned for stage in stages)]
     energies = [
@@ -90,6 +91,8 @@ def stage_times(stages: Sequence[StageCost], hardware: Hardware) -> list[StageTi
             link_cost(returned, hardware).seconds,
             stage.kept,
             stage.pending,
+            stage.gradient.seconds,
+            stage.deferred,
         )
         for stage, returned in zip(stages, back, strict=False)
     ]
@@ -127,19 +130,28 @@ class Meter:
         """The energy until now, of all stages."""
         return self._energy + len(self._stages) * self._hardware.static_power.value * self.seconds
 
-    def clock(self, operations: Sequence[Operation]) -> None:
-        """Count the operations of one clock."""
+    def clock(self, operations: Sequence[Operation], running: Schedule | None = None) -> None:
+        """Count the operations of one clock (see :meth:`aimc_pl.cost.simulation.Simulation.clock`)."""
         for kind, index, _ in operations:
+            if kind == "W":
+                continue  # its energy is a part of the backward's
             stage = self._stages[index]
             own = stage.forward if kind == "F" else stage.backward + stage.update
             bits = stage.sent if kind == "F" else self._back[index]
             self._energy += own.energy + link_cost(bits, self._hardware).energy
-        self._simulation.clock(operations)
+        self._simulation.clock(operations, running)
 
-    def update(self, index: int) -> None:
-        """Count an update of a stage."""
+    def update(self, index: int, microbatch: int) -> None:
+        """Count an update of a stage.
+
+        Args:
+            index: the stage.
+            microbatch: the last micro-batch of the update, counted from the fill.
+        """
         self._energy += self._stages[index].step.energy
-        self._simulation.update(index)
+        # A pipeline tells of an update within a clock before it tells of the clock, whose simulation makes the update.
+        if self._simulation.awaits_update(index, microbatch):
+            self._simulation.update(index)
 
 
 def states_of(optimizer: Optimizer) -> int:

@@ -105,7 +105,7 @@ def _draw_timeline(axes: Axes, estimate: Estimate) -> None:
     schedule = estimate.schedule
     shown = _SHARE_IN_PICTURE * schedule.num_microbatches
     spans = [span for span in estimate.timeline.spans if span.microbatch < shown]
-    colours, hatches = colormaps["tab20"], {"F": None, "B": "////", "U": "xxxx"}
+    colours, hatches = colormaps["tab20"], {"F": None, "B": "////", "W": "....", "U": "xxxx"}
     for span in spans:
         axes.add_patch(
             Rectangle(
@@ -126,7 +126,9 @@ def _draw_timeline(axes: Axes, estimate: Estimate) -> None:
         yticklabels=[f"stage {stage}" for stage in range(len(estimate.stages))],
     )
     axes.xaxis.set_major_formatter(EngFormatter("s"))
-    axes.set_title(f"{schedule_name(schedule)} on {estimate.hardware.name} (backward hatched, update crossed)")
+    third = ", gradient of weights dotted" if schedule.splits_backward else ""
+    title = f"{schedule_name(schedule)} on {estimate.hardware.name} (backward hatched{third}, update crossed)"
+    axes.set_title(title)
 
 
 def _draw_energy(axes: Axes, estimate: Estimate) -> None:

@@ -7,8 +7,11 @@ before it is over and what it needs has arrived. Two schedules are defined by mo
 - in full duplex a stage alternates between a slot for a forward and a slot for a backward. A slot in which the table
   has no operation (while the pipeline fills and drains) lasts as long as one with an operation.
 
-An update follows the last backward that it needs, at once. With equal stages, updates that take no time and links that
-take no time, the operations end with the clock cycles of the table.
+An update follows the last operation that it needs, at once. Where the table has gradients of weights as operations of
+their own, a backward takes only the rest of its time.
+
+With equal stages, updates that take no time and links that take no time, the operations end with the clock cycles of
+the table.
 """
 
 from collections import defaultdict
@@ -19,7 +22,7 @@ from typing import Literal
 
 from aimc_pl.arguments import check_number
 from aimc_pl.errors import UsageError
-from aimc_pl.schedule import Operation, Schedule
+from aimc_pl.schedule import Operation, OperationKind, Schedule
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,11 @@ class StageTimes:
         send_back: the time for which the errors of a backward occupy the link to the stage before.
         kept: the memory that a micro-batch takes from the begin of its forward to the end of its backward.
         pending: the memory that it takes from then to its update.
+        gradient: the part of the time of a backward in which the gradients of weights are computed.
+        deferred: the memory that a micro-batch takes from its backward until then, if this is an operation of its own.
 
     Raises:
-        UsageError: if a number is not finite, or below 0.
+        UsageError: if a number is not finite, or below 0, or if ``gradient`` is above ``backward``.
     """
 
     forward: float = 1.0
@@ -48,10 +53,13 @@ class StageTimes:
     send_back: float = 0.0
     kept: float = 0.0
     pending: float = 0.0
+    gradient: float = 0.0
+    deferred: float = 0.0
 
     def __post_init__(self) -> None:
         for each in fields(self):
             check_number(f"{each.name} of a stage", getattr(self, each.name), at_least=0)
+        check_number("gradient of a stage, a part of its backward,", self.gradient, at_least=0, at_most=self.backward)
 
 
 @dataclass(frozen=True)
@@ -59,14 +67,14 @@ class Span:
     """One operation of a stage with its begin and its end.
 
     Attributes:
-        kind: ``"F"``, ``"B"`` or ``"U"``, an update.
+        kind: ``"F"``, ``"B"``, ``"W"`` or ``"U"``, an update.
         stage: the stage at work.
         microbatch: the micro-batch, counted from the start; of an update, the last of its micro-batches.
         start: the time at which the operation begins.
         end: the time at which it is over.
     """
 
-    kind: Literal["F", "B", "U"]
+    kind: OperationKind | Literal["U"]
     stage: int
     microbatch: int
     start: float
@@ -152,6 +160,7 @@ class Simulation:
         check_number("latency", latency, at_least=0)
         self.seconds = 0.0
         self._schedule = schedule
+        self._accumulate = schedule.accumulate
         self._stages = stages
         self._latency = latency
         self._keeps_timeline = keeps_timeline
@@ -172,8 +181,15 @@ class Simulation:
         self._entered = 0
         """The number of micro-batches since the last fill."""
 
-    def clock(self, operations: Sequence[Operation]) -> None:
-        """Simulate one clock. Clocks follow one another as the schedule yields them, from fill to drain."""
+    def clock(self, operations: Sequence[Operation], running: Schedule | None = None) -> None:
+        """Simulate one clock. Clocks follow one another as the schedule yields them, from fill to drain.
+
+        Args:
+            operations: the operations of the clock.
+            running: the schedule of the mini-batch that runs, if it is not the simulation's: the same table, in which
+                updates are made from another number of micro-batches (see :attr:`aimc_pl.pipeline.Pipeline.running`).
+        """
+        self._accumulate = (running or self._schedule).accumulate
         if Operation("F", 0, 0) in operations:
             self._first += self._entered
             self._entered = 0
@@ -186,8 +202,10 @@ class Simulation:
                 self._free[index] += idle
             elif kind == "F":
                 self._forward(operation)
-            else:
+            elif kind == "B":
                 self._backward(operation)
+            else:
+                self._weight_gradient(operation)
 
     def update(self, index: int) -> None:
         """Update a stage from all backwards since its last update, if there are any.
@@ -203,6 +221,10 @@ class Simulation:
         if end > start:
             self._note(Span("U", index, waiting[-1], start, end))
         waiting.clear()
+
+    def awaits_update(self, index: int, microbatch: int) -> bool:
+        """Return whether the last backward of a stage was that of ``microbatch``, and no update has followed yet."""
+        return self._waiting[index][-1:] == [self._first + microbatch]
 
     def timeline(self) -> Timeline:
         """Return all that has happened. Stages release memory before they take more at the same time."""
@@ -236,14 +258,23 @@ class Simulation:
         _, index, k = operation
         times = self._stages[index]
         start = self._start(index, self._ready.pop(operation))
-        end = start + times.backward
+        splits = self._schedule.splits_backward
+        end = start + times.backward - (times.gradient if splits else 0.0)
         self._note(Span("B", index, self._first + k, start, end))
-        self._changes[index].append((end, times.pending - times.kept))
+        self._changes[index].append((end, times.pending + (times.deferred if splits else 0.0) - times.kept))
         self._waiting[index].append(self._first + k)
         if index:
             self._send(Operation("B", index - 1, k), (index, index - 1), end, times.send_back)
-        if self._schedule.is_async and (k + 1) % self._schedule.accumulate == 0:
+        if self._schedule.is_async and (k + 1) % self._accumulate == 0:
             self.update(index)
+
+    def _weight_gradient(self, operation: Operation) -> None:
+        _, index, k = operation
+        times, start = self._stages[index], self._free[index]
+        end = start + times.gradient
+        self._changes[index].append((end, -times.deferred))
+        if end > start:
+            self._note(Span("W", index, self._first + k, start, end))
 
     def _send(self, needed_by: Operation, link: tuple[int, int], start: float, duration: float) -> None:
         """Send a result to a neighbour over a link, which carries one at a time."""

@@ -61,11 +61,14 @@ class StageCost:
         num_tiles: the number of tiles that hold its weights.
         forward: the cost of a forward of one micro-batch.
         backward: the cost of a backward of one micro-batch.
+        gradient: the part of it that computes gradients of weights digitally, for which no other stage waits.
         update: the cost of the updates from one micro-batch.
         step: the further cost of every update, from however many micro-batches: the optimizer, some transfers.
         resident: the bits of the buffer that digital parameters and the optimizer's numbers take.
         kept: the bits that are kept of a micro-batch from its forward to its backward.
         pending: the bits that are kept of it from its backward to its update: inputs and errors of layers on tiles.
+        deferred: the bits that are kept of it until its gradient has been computed, where this is no part of the
+            backward: inputs and errors of the other layers with weights.
         sent: the bits that go to the next stage with every forward.
         returned: the bits that come back from it with every backward.
     """
@@ -74,11 +77,13 @@ class StageCost:
     num_tiles: int
     forward: Cost
     backward: Cost
+    gradient: Cost
     update: Cost
     step: Cost
     resident: float = 0.0
     kept: float = 0.0
     pending: float = 0.0
+    deferred: float = 0.0
     sent: float = 0.0
     returned: float = 0.0
 
@@ -103,7 +108,8 @@ def stage_cost(work: Work, hardware: Hardware, optimizer_states: int = 0) -> Sta
 
     both = _moved(work.moved, hardware) + stored(weights)
     forward = both + _digital(work.forward_flops, hardware) + _off_chip(work.batch * bits, hardware)
-    backward = both + _digital(work.backward_flops, hardware)
+    backward = both + _digital(work.backward_flops - work.gradient_flops, hardware)
+    gradient, deferred = _digital(work.gradient_flops, hardware), work.gradient_numbers
     step = _digital(work.parameters * (2 + 5 * optimizer_states), hardware)
     step += stored(2 * resident)
     update, pending = Cost(), 0
@@ -113,7 +119,8 @@ def stage_cost(work: Work, hardware: Hardware, optimizer_states: int = 0) -> Sta
         if matrix.returns:
             backward += _products(matrix, hardware, backward=True)
         if learning.is_digital:  # the sum of the gradients changes no weight, so it need not wait
-            backward += _gradient(matrix, hardware)
+            gradient += _gradient(matrix, hardware)
+            deferred += matrix.numbers_in + matrix.vectors * matrix.rows
         else:
             update += _pulses(matrix, hardware)
             pending += matrix.numbers_in + matrix.vectors * matrix.rows
@@ -123,12 +130,14 @@ def stage_cost(work: Work, hardware: Hardware, optimizer_states: int = 0) -> Sta
         work.name,
         sum(_tiles(matrix, hardware) * matrix.learning.crossbars for matrix in work.matrices),
         forward,
-        backward,
+        backward + gradient,
+        gradient,
         update,
         step,
         on_chip * resident,
         work.kept * bits,
         pending * bits,
+        deferred * bits,
         work.sent * bits,
         work.returned * bits,
     )
@@ -160,7 +169,8 @@ def memory_bound(stage: StageCost, schedule: Schedule, index: int) -> float:
     if schedule.is_async:
         return in_flight * stage.kept
     others = schedule.num_microbatches - in_flight
-    return max(in_flight * stage.kept + others * stage.pending, schedule.num_microbatches * stage.pending)
+    waiting = stage.pending + (stage.deferred if schedule.splits_backward else 0.0)
+    return max(in_flight * stage.kept + others * waiting, schedule.num_microbatches * waiting)
 
 
 def link_cost(bits: float, hardware: Hardware) -> Cost:

@@ -15,7 +15,7 @@ from aimc_pl.schedule import Schedule
 
 Event = dict[str, Any]
 
-_NAMES = {"F": "forward", "B": "backward", "U": "update"}
+_NAMES = {"F": "forward", "B": "backward", "W": "gradient", "U": "update"}
 
 
 def planned(schedule: Schedule, num_microbatches: int) -> Timeline:
@@ -40,7 +40,8 @@ def planned_and_simulated(schedule: Schedule) -> list[Event]:
 
     A clock cycle is a microsecond.
     """
-    run = simulate(schedule, [StageTimes()] * schedule.num_stages)
+    equal = StageTimes(backward=2.0, gradient=1.0) if schedule.splits_backward else StageTimes()
+    run = simulate(schedule, [equal] * schedule.num_stages)
     return trace_events({"planned": planned(schedule, schedule.num_microbatches), "simulated": run}, seconds=1e-6)
 
 
@@ -91,14 +92,19 @@ def _slice(span: Span, process: int, seconds: float) -> Event:
 
 
 def _arrows(timeline: Timeline, process: int, seconds: float) -> Iterator[Event]:
-    """Yield the begin and the end of each arrow. Both lie in the middle of an operation, to which the viewer binds."""
+    """Yield the begin and the end of each arrow. Both lie inside of an operation, to which the viewer binds them.
+
+    In a trace of processes, an operation may include waiting for the other one, so that the two overlap. An arrow
+    never leads back in time.
+    """
     spans = {(span.kind, span.stage, span.microbatch): span for span in timeline.spans}
     for number, ((kind, stage, k), span) in enumerate(spans.items()):
         after = spans.get((kind, stage + (1 if kind == "F" else -1), k))
-        if kind == "U" or after is None:
+        if kind in "WU" or after is None:
             continue
         common = {"name": "activations" if kind == "F" else "errors", "cat": "link", "pid": process}
-        for phase, end in (("s", span), ("f", after)):
-            middle = 1e6 * seconds * (end.start + end.end) / 2
-            event = {"ph": phase, **common, "id": f"{process}.{number}", "tid": end.stage, "ts": middle}
+        leaves = (span.start + min(span.end, after.end)) / 2
+        arrives = (max(leaves, after.start) + after.end) / 2
+        for phase, stage, time in (("s", span.stage, leaves), ("f", after.stage, arrives)):
+            event = {"ph": phase, **common, "id": f"{process}.{number}", "tid": stage, "ts": 1e6 * seconds * time}
             yield event | ({"bp": "e"} if phase == "f" else {})

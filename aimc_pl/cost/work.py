@@ -76,6 +76,8 @@ class Work:
         forward_flops: the FLOP of everything else in the forward.
         backward_flops: the same in the backward. Products of two tensors that both need gradients count twice, all
             other operations as in the forward.
+        gradient_flops: the part of it in the products that compute gradients of digital weights.
+        gradient_numbers: the numbers that these products read: the inputs and errors of layers with digital weights.
         moved: the numbers that these operations of the forward read and write.
         kept: the numbers that are kept from the forward to the backward.
         parameters: the number of digital parameters.
@@ -88,6 +90,8 @@ class Work:
     matrices: list[Matrix] = field(default_factory=list)
     forward_flops: float = 0.0
     backward_flops: float = 0.0
+    gradient_flops: float = 0.0
+    gradient_numbers: int = 0
     moved: int = 0
     kept: int = 0
     parameters: int = 0
@@ -190,6 +194,9 @@ class _Counter(TorchDispatchMode):
         if operation in flop_registry:
             flops = flop_registry[operation](*args, **kwargs, out_val=out)
             back = flops * min(2, sum(tensor.ndim > 1 for tensor in learning))
+            if any(tensor.ndim > 1 and _storage(tensor) in self._digital for tensor in learning):
+                work.gradient_flops += flops
+                work.gradient_numbers += sum(tensor.numel() for tensor in moved if tensor.ndim > 1)
         else:
             elements = max((tensor.numel() for tensor in moved), default=0)
             flops = elements * FLOPS_PER_ELEMENT.get(operation.__name__, 1)

@@ -8,7 +8,7 @@ Usage:
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from matplotlib.axes import Axes
@@ -19,14 +19,14 @@ from aimc_pl.diagram import draw_table, draw_text
 from aimc_pl.figures import BLUE, RED, styled
 from aimc_pl.flight import Flight, StagedStep
 from aimc_pl.pipeline import Event, Observer, Pipeline
-from aimc_pl.schedule import Operation, Schedule
+from aimc_pl.schedule import Operation, Schedule, ScheduleName
 from aimc_pl.stage import Stage
 from aimc_pl.studies.arguments import study_parser
 from aimc_pl.studies.rows import Row
 from aimc_pl.studies.sweeps import sweep
 
 FIGURE_2 = (Schedule("none", 4, 4), Schedule("sync", 4, 5), Schedule("async", 4, 4))
-KINDS = (("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full"))
+KINDS = (*((name, "half") for name in get_args(ScheduleName)), ("async", "full"))
 STAGES = (1, 2, 4, 8, 16)
 MICROBATCHES = (1, 4, 8, 32)
 

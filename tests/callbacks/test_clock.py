@@ -12,15 +12,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from aimc_pl.callbacks import ClockMonitor, Dashboard, PipelineDiagram, StalenessMonitor
 from aimc_pl.cost import MARINELLA_2018, count_work, estimate
 from aimc_pl.errors import UsageError
-from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, SyncStart
 
 SPLIT = {1: [], 3: ["l2", "l4"], 4: ["l2", "l3", "l4"]}
 
 
-def fit(clock, schedule, num_stages, duplex="half", ckpt_path=None, val=False, **kwargs):
+def fit(clock, schedule, num_stages, duplex="half", ckpt_path=None, val=False, remedies=(), **kwargs):
     L.seed_everything(0)
     module = Attributes().double()
-    strategy = AnalogPipelineStrategy(num_stages, schedule, 4, duplex=duplex, split_at=SPLIT[num_stages])
+    split_at = SPLIT[num_stages]
+    strategy = AnalogPipelineStrategy(num_stages, schedule, 4, duplex=duplex, split_at=split_at, remedies=remedies)
     trainer = make_trainer(strategy, **{"callbacks": [clock], **kwargs})
     data = loader(module, shuffle=False)
     trainer.fit(module, data, data if val else None, ckpt_path=ckpt_path)
@@ -28,7 +29,15 @@ def fit(clock, schedule, num_stages, duplex="half", ckpt_path=None, val=False, *
 
 
 @pytest.mark.parametrize(
-    ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("schedule", "duplex"),
+    [
+        ("none", "half"),
+        ("sync", "half"),
+        ("1f1b", "half"),
+        ("zero_bubble", "half"),
+        ("async", "half"),
+        ("async", "full"),
+    ],
 )
 @pytest.mark.parametrize(
     "num_stages", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
@@ -42,14 +51,16 @@ def test_counts_are_the_closed_forms(schedule, duplex, num_stages):
         ("none", "half"): 2 * 2 * m * 11,
         ("sync", "half"): 2 * 2 * sum(m + b - 1 for b in (4, 4, 3)),
         ("1f1b", "half"): 2 * 2 * sum(m + b - 1 for b in (4, 4, 3)),
+        ("zero_bubble", "half"): 2 * sum(max(3 * b + m, 2 * (m + b)) - 1 for b in (4, 4, 3)),
         ("async", "half"): 2 * 2 * (11 + m - 1),
         ("async", "full"): 2 * 2 * (11 + 2 * m - 2),
     }[schedule, duplex]
     assert clock.cycles == cycles
-    assert clock.operations == 2 * 2 * m * 11
+    kinds = 3 if schedule == "zero_bubble" else 2
+    assert clock.operations == 2 * kinds * m * 11
     assert clock.samples == 38
-    assert clock.speedup == pytest.approx(2 * 2 * m * 11 / cycles)
-    assert clock.density == pytest.approx(2 * 2 * 11 / cycles)
+    assert clock.speedup == pytest.approx(2 * kinds * m * 11 / cycles)
+    assert clock.density == pytest.approx(2 * kinds * 11 / cycles)
     assert trainer.callback_metrics["clock/cycles"] == cycles
     assert trainer.callback_metrics["clock/samples_per_cycle"] == pytest.approx(38 / cycles)
 
@@ -110,12 +121,21 @@ def test_tensorboard(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "duplex"), [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+    ("schedule", "duplex", "remedies"),
+    [
+        ("none", "half", ()),
+        ("sync", "half", ()),
+        ("1f1b", "half", ()),
+        ("zero_bubble", "half", ()),
+        ("async", "half", ()),
+        ("async", "full", ()),
+        ("async", "half", [Accumulation(3)]),
+    ],
 )
-def test_seconds_and_joules_are_those_of_an_estimate(schedule, duplex):
+def test_seconds_and_joules_are_those_of_an_estimate(schedule, duplex, remedies):
     """Check runs without validation, whose micro-batches are all of one size."""
     clock = ClockMonitor("marinella_2018")
-    trainer = fit(clock, schedule, 3, duplex, max_epochs=1, limit_train_batches=2)
+    trainer = fit(clock, schedule, 3, duplex, max_epochs=1, limit_train_batches=2, remedies=remedies)
     L.seed_everything(0)
     module = Attributes().double()
     x, y = next(iter(loader(module, shuffle=False)))
@@ -130,6 +150,20 @@ def test_seconds_and_joules_are_those_of_an_estimate(schedule, duplex):
     assert clock.joules == pytest.approx(8 * expected.joules_per_sample)
     assert trainer.callback_metrics["clock/seconds"] == pytest.approx(clock.seconds)
     assert trainer.callback_metrics["clock/joules"] == pytest.approx(clock.joules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2])
+def test_mini_batches_in_sync_cost_what_1f1b_costs(steps):
+    """Check that SyncStart costs what 1f1b does, and what async does from then on."""
+
+    def cost(schedule, limit, remedies=()):
+        clock = ClockMonitor("marinella_2018")
+        fit(clock, schedule, 3, max_epochs=1, limit_train_batches=limit, remedies=remedies)
+        return clock.seconds, clock.joules
+
+    parts = [cost("1f1b", steps), cost("async", 1)] if steps == 1 else [cost("1f1b", steps)]
+    assert cost("async", 2, [SyncStart(steps)]) == pytest.approx([sum(part) for part in zip(*parts, strict=True)])
 
 
 @pytest.mark.slow

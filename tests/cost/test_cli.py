@@ -28,7 +28,7 @@ def test_the_cost_of_a_config(command, capsys):
     assert "async on rasch_2024: 4 stages, 4 mini-batches of 4 micro-batches of 8 samples" in printed
     stages = re.findall(r"^(\d)  +(\S+|the step) +1 ", printed, re.MULTILINE)
     assert stages == [("0", "the step"), ("1", "network.3"), ("2", "network.5"), ("3", "network.7")]
-    for name in ("none", "sync", "1f1b", "async", "async, full duplex", *PRESETS):
+    for name in ("none", "sync", "1f1b", "zero_bubble", "async", "async, full duplex", *PRESETS):
         assert re.search(rf"^{name} +[\d.]+ [nµm]s ", printed, re.MULTILINE), name
     shares = re.findall(r" ([\d.]+) %", next(line for line in printed.splitlines() if line.startswith("energy: ")))
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
@@ -45,9 +45,12 @@ def test_the_cost_of_a_config(command, capsys):
 @pytest.mark.slow
 def test_stages_without_names_are_balanced_by_the_model(command, capsys):
     options = ("--config=digits_async.yaml", "--trainer.strategy.init_args.split_at=null", "--num_minibatches=1")
-    command("cost", *options)
+    remedies = [{"class_path": "aimc_pl.strategies.SyncStart", "init_args": {"steps": 3}}]
+    command("cost", *options, f"--trainer.strategy.init_args.remedies={json.dumps(remedies)}")
     # Four layers, four stages.
-    assert re.findall(r"^\d  +(\S+|the step) +1 ", capsys.readouterr().out, re.MULTILINE)[0] == "the step"
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\d  +(\S+|the step) +1 ", printed, re.MULTILINE)[0] == "the step"
+    assert "Left out are the first mini-batches, which a remedy runs in sync: they cost what 1f1b costs." in printed
 
 
 def test_without_a_config_the_constants_are_listed(command, capsys):

@@ -49,3 +49,12 @@ def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["aimc-pl"])
     main(command.split()[1:])
     assert capsys.readouterr().out.strip() == printed.strip()
+
+
+@pytest.mark.slow
+def test_the_page_says_what_zero_bubble_saves_in_mixed_precision(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["aimc-pl"])
+    main(["cost", "--config=digits_async.yaml", "--trainer.strategy.init_args.device=mixed_precision"])
+    times = dict(re.findall(r"^(\w+) +([\d.]+ ns) ", capsys.readouterr().out, re.MULTILINE))
+    said = f"`1f1b` takes {times['1f1b']} for a sample and `zero_bubble` {times['zero_bubble']}."
+    assert said in " ".join(PAGE.split())

@@ -9,7 +9,14 @@ from aimc_pl.cost import ISAAC_2016, RASCH_2024, Matrix, Quantity, Work, estimat
 from aimc_pl.cost.estimate import Meter, states_of
 from aimc_pl.schedule import Schedule
 
-KINDS = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+KINDS = [
+    ("none", "half"),
+    ("sync", "half"),
+    ("1f1b", "half"),
+    ("zero_bubble", "half"),
+    ("async", "half"),
+    ("async", "full"),
+]
 
 
 def works(num_stages=3):
@@ -51,15 +58,27 @@ def test_a_meter_that_runs_along_gives_the_estimate(name, duplex):
     meter = Meter(works(), schedule, hardware, 1)
     for fill in [8] if schedule.is_async else [4, 4]:
         for operations in schedule.clocks(fill):
-            meter.clock(operations)
+            # As a pipeline does, which tells of updates before it tells of their clock.
             for operation in operations:
                 if schedule.is_async and operation.kind == "B":
-                    meter.update(operation.stage)
+                    meter.update(operation.stage, operation.microbatch)
+            meter.clock(operations)
         for stage in () if schedule.is_async else range(3):
-            meter.update(stage)
+            meter.update(stage, fill - 1)
     found = estimate(works(), schedule, hardware, optimizer_states=1, num_minibatches=2)
     assert meter.seconds == pytest.approx(found.timeline.makespan)
     assert meter.joules == pytest.approx(8 * found.joules_per_sample)
+
+
+def test_gradients_of_digital_weights_fill_idle_time():
+    """Check three equal stages and four micro-batches, with products for W as long as those of F and of B."""
+    works = [Work(forward_flops=1e6, backward_flops=2e6, gradient_flops=1e6, kept=10, gradient_numbers=4)] * 3
+    hardware = replace(RASCH_2024, link_latency=Quantity(0.0, "s", "test"))
+    product = 1e6 / hardware.digital_rate.value
+    for name, products, held in (("1f1b", 6 * 3, [30, 20, 10]), ("zero_bubble", 3 * 4 + 2, [34, 28, 22])):
+        timeline = estimate(works, Schedule(name, 3, 4), hardware).timeline
+        assert timeline.makespan == pytest.approx(products * product)
+        assert timeline.peaks == [8 * numbers for numbers in held]
 
 
 def test_slower_links_and_stages_make_a_run_longer():

@@ -3,7 +3,7 @@
 import random
 from collections import Counter, deque
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import count, pairwise, product
 
 import pytest
 
@@ -11,18 +11,28 @@ from aimc_pl.cost import StageTimes, simulate
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule
 
-KINDS = [("none", "half"), ("sync", "half"), ("1f1b", "half"), ("async", "half"), ("async", "full")]
+KINDS = [
+    ("none", "half"),
+    ("sync", "half"),
+    ("1f1b", "half"),
+    ("zero_bubble", "half"),
+    ("async", "half"),
+    ("async", "full"),
+]
 
 
 @pytest.mark.parametrize(("name", "duplex"), KINDS)
 def test_equal_stages_and_free_links_give_the_clock_cycles_and_memory_of_the_table(name, duplex):
     for num_stages, size, minibatches in product(range(1, 9), range(1, 8), (1, 3)):
         schedule = Schedule(name, num_stages, size, duplex)
-        timeline = simulate(schedule, [StageTimes(kept=1)] * num_stages, num_minibatches=minibatches)
+        # A backward of two cycles, one of which is for the gradient of the weights, where this is an operation.
+        operations = 3 if name == "zero_bubble" else 2
+        times = StageTimes(backward=operations - 1, gradient=operations - 2, kept=1)
+        timeline = simulate(schedule, [times] * num_stages, num_minibatches=minibatches)
         fill = minibatches * size if schedule.is_async else size
         cycles = schedule.num_cycles(fill) * (1 if schedule.is_async else minibatches)
         assert timeline.makespan == cycles
-        assert timeline.utilization == pytest.approx(2 * minibatches * size / cycles)
+        assert timeline.utilization == pytest.approx(operations * minibatches * size / cycles)
         assert timeline.peaks == [schedule.in_flight(stage, fill) for stage in range(num_stages)]
 
 
@@ -41,11 +51,23 @@ class Ticks:
         self.working_until = 0
 
     def operations(self, stage, first, fill):
-        """Return what a stage does from a fill to a drain: by clock, the forward before the backward."""
+        """Return what a stage does from a fill to a drain: by clock, the forward before the backward.
+
+        Gradients of weights, where they are operations, take the clocks that are left, in order.
+        """
         schedule = self.schedule
         forwards = {schedule.forward_clock(stage, k, fill): k for k in range(fill)}
         backwards = {schedule.backward_clock(stage, k, fill): k for k in range(fill)}
         full = schedule.duplex == "full"
+        if schedule.name == "zero_bubble":
+            free = (clock for clock in count(min(backwards)) if clock not in {*forwards, *backwards})
+            gradients = {clock: k for k, clock in zip(range(fill), free, strict=False)}
+            table = [(clock, "F", k) for clock, k in forwards.items()]
+            table += [(clock, "B", k) for clock, k in backwards.items()]
+            table += [(clock, "W", k) for clock, k in gradients.items()]
+            for clock, kind, k in sorted(table):
+                yield kind, first + k, fill * (clock == max(gradients)), (first, clock)
+            return
         for clock in range(schedule.num_clocks(fill)):
             for kind, clocks in (("F", forwards), ("B", backwards)):
                 if clock in clocks:
@@ -86,6 +108,8 @@ class Ticks:
     def can_begin(self, stage, kind, k, tick):
         if k is None:
             return True
+        if kind == "W":
+            return True  # its backward has run, in the order of the stage's list
         source = stage - 1 if kind == "F" else stage + 1
         ready = not 0 <= source < len(self.stages) or self.arrived.get((kind, stage, k), tick + 1) <= tick
         return ready and (kind == "F" or self.done.get((stage, k), tick + 1) <= tick)
@@ -93,15 +117,16 @@ class Ticks:
     def begin(self, stage, kind, k, number, tick):
         """Return when the stage is free again, and whether it worked."""
         times = self.stages[stage]
-        end = tick + (times.forward if kind == "F" else times.backward)
-        updated = end + (number * times.update + times.step if kind == "B" and number else 0)
+        error = times.backward - times.gradient if self.schedule.name == "zero_bubble" else times.backward
+        end = tick + {"F": times.forward, "B": error, "W": times.gradient}[kind]
+        updated = end + (number * times.update + times.step if kind != "F" and number else 0)
         if k is None:
             return updated, False
         self.working_until = max(self.working_until, end)
         if kind == "F":
             self.done[stage, k] = end
         target = stage + 1 if kind == "F" else stage - 1
-        if 0 <= target < len(self.stages):
+        if kind != "W" and 0 <= target < len(self.stages):
             leaves = max(end, self.wires.get((stage, target), 0))
             self.wires[stage, target] = leaves + (times.send if kind == "F" else times.send_back)
             self.arrived[kind, target, k] = self.wires[stage, target] + self.latency
@@ -110,10 +135,11 @@ class Ticks:
 
 def uneven(num_stages, seed, least=1):
     rng = random.Random(seed)
-    return [
+    stages = [
         StageTimes(*(rng.randint(least, 6) for _ in range(2)), *(rng.randint(0, 3) for _ in range(4)))
         for _ in range(num_stages)
     ]
+    return [replace(stage, gradient=rng.randint(0, int(stage.backward))) for stage in stages]
 
 
 @pytest.mark.parametrize(("name", "duplex"), KINDS)
@@ -153,10 +179,13 @@ def test_every_operation_runs_once_and_after_what_it_needs(name, duplex):
     kinds = Counter(kind for kind, *_ in spans)
     assert len(spans) == len(timeline.spans)
     updates = sum(stage.update + stage.step > 0 for stage in stages) * (15 if schedule.is_async else 3)
-    assert kinds == Counter(F=60, B=60, U=updates)
+    gradients = 15 * sum(stage.gradient > 0 for stage in stages) if name == "zero_bubble" else 0
+    assert kinds == Counter(F=60, B=60, U=updates, W=gradients)
     for (kind, stage, k), span in spans.items():
         if kind == "F" and stage:
             assert span.start >= spans["F", stage - 1, k].end + stages[stage - 1].send + 2
+        if kind == "W":
+            assert span.start >= spans["B", stage, k].end
         if kind == "B":
             assert span.start >= spans["F", stage, k].end
             if stage < 3:
@@ -182,6 +211,36 @@ def test_forwards_and_backwards_of_different_lengths(num_stages, size):
     assert makespan("1f1b") == pytest.approx(makespan("sync"))
     # Under async every micro-batch more takes what the stages work for it.
     assert makespan("async", 9) - makespan("async", 8) == pytest.approx(size * (f + b + u + s))
+
+
+@pytest.mark.parametrize(("num_stages", "size"), [(1, 1), (1, 4), (3, 3), (4, 9), (6, 7)])
+def test_zero_bubble_shortens_the_way_back_by_the_gradients(num_stages, size):
+    """Check the closed forms of docs/COST.md: with gradients of weights shorter and longer than other operations."""
+    u, s = 0.5, 0.25
+    for f, b, w in product((0.5, 1, 2), (0.5, 1, 3), (0, 0.25, 1, 2, 5)):
+        stages = [StageTimes(f, b + w, u, s, gradient=w)] * num_stages
+
+        def makespan(name, minibatches=1, stages=stages):
+            return simulate(Schedule(name, num_stages, size), stages, num_minibatches=minibatches).makespan
+
+        update = size * u + s
+        expected = size * (f + b + w) + (num_stages - 1) * max(f, b, f + b - w) + update
+        assert makespan("zero_bubble") == pytest.approx(expected)
+        # The next mini-batch begins when stage 0 is updated. A later stage may still be at work.
+        first = size * (f + b + w) + (num_stages - 1) * max(b, f + b - w) + update
+        assert makespan("zero_bubble", 3) == pytest.approx(2 * first + expected)
+        assert makespan("1f1b") == pytest.approx((num_stages + size - 1) * (f + b + w) + update)
+        # Without gradients that may wait, as on crossbars that learn by pulses, nothing is gained.
+        assert w or makespan("zero_bubble") == pytest.approx(makespan("1f1b"))
+
+
+def test_what_a_gradient_needs_is_kept_until_then():
+    """Check 3 stages and 5 micro-batches. Of stage 0, in its own clocks: F F F B F B F B W B W B W W W."""
+    times = StageTimes(backward=2, gradient=1, kept=10, deferred=4)
+    assert simulate(Schedule("1f1b", 3, 5), [times] * 3, num_minibatches=2).peaks == [30, 20, 10]
+    # Stage 0 holds three micro-batches and two that wait, stage 1 two and three, stage 2 one and four.
+    peaks = simulate(Schedule("zero_bubble", 3, 5), [times] * 3, num_minibatches=2).peaks
+    assert peaks == [30 + 2 * 4, 20 + 3 * 4, 10 + 4 * 4]
 
 
 @pytest.mark.parametrize("num_stages", [2, 5])
@@ -244,3 +303,5 @@ def test_wrong_arguments_are_refused(change, message):
         simulate(Schedule("sync", 2, 2), **{"stages": [StageTimes()] * 2, **change})
     with pytest.raises(UsageError, match="forward of a stage must be a finite number of at least 0, got nan"):
         StageTimes(float("nan"))
+    with pytest.raises(UsageError, match=r"gradient of a stage, a part of its backward, .* at most 1.0, got 2"):
+        StageTimes(gradient=2)

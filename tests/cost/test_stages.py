@@ -44,6 +44,8 @@ def test_update_times_that_a_paper_prints(device, change, printed):
     cost = cost_of(vectors=100, learning=learning_of(config, 512, 100))
     # Mixed precision adds up gradients in the backward.
     gradient = cost.backward.seconds - 100 * 40e-9
+    assert cost.gradient.seconds == pytest.approx(gradient, abs=1e-15)
+    assert (cost.deferred, cost.pending) == ((512 + 51200) * 8, 0) if gradient > 1e-12 else (0, (512 + 51200) * 8)
     assert (cost.update.seconds + cost.step.seconds + gradient) / 100 == pytest.approx(printed, rel=2e-3)
 
 
@@ -126,11 +128,22 @@ def test_residual_learning_reads_two_crossbars_at_once():
 
 @pytest.mark.parametrize("states", [0, 1, 2])
 def test_digital_work(states):
-    work = Work(forward_flops=7e6, backward_flops=9e6, moved=3000, parameters=100, batch=50, kept=20, sent=10)
+    work = Work(
+        forward_flops=7e6,
+        backward_flops=9e6,
+        gradient_flops=4e6,
+        gradient_numbers=30,
+        moved=3000,
+        parameters=100,
+        batch=50,
+        kept=20,
+        sent=10,
+    )
     cost = stage_cost(work, RASCH_2024, states)
     memory = RASCH_2024.memory_bandwidth.value
     assert cost.forward.seconds == pytest.approx(7e6 / 0.7e12 + 50 * 8 / memory)
     assert cost.backward.seconds == pytest.approx(9e6 / 0.7e12)
+    assert (cost.gradient.seconds, cost.deferred) == (pytest.approx(4e6 / 0.7e12), 30 * 8)
     assert cost.step.seconds == pytest.approx(100 * (2 + 5 * states) / 0.7e12)
     assert (cost.kept, cost.sent, cost.resident) == (20 * 8, 10 * 8, 100 * 32 * (1 + states))
     assert cost.forward.joules["buffers"] == pytest.approx((3000 * 8 + 3200) * 20.45e-12 / 256)
@@ -147,10 +160,17 @@ def test_parameters_that_exceed_the_buffer_live_off_chip():
 
 @pytest.mark.parametrize(
     ("schedule", "held"),
-    [("none", [8, 8, 8]), ("sync", [8, 8, 8]), ("1f1b", [3 + 0.5 * 5, 2 + 0.5 * 6, 1 + 0.5 * 7]), ("async", [3, 2, 1])],
+    [
+        ("none", [8, 8, 8]),
+        ("sync", [8, 8, 8]),
+        ("1f1b", [3 + 0.5 * 5, 2 + 0.5 * 6, 1 + 0.5 * 7]),
+        ("zero_bubble", [3 + 0.75 * 5, 2 + 0.75 * 6, 1 + 0.75 * 7]),
+        ("async", [3, 2, 1]),
+    ],
 )
 def test_what_exceeds_the_buffer_is_spilled(schedule, held):
-    work = Work(kept=100, matrices=[Matrix("", 30, 20, 1, 20)])  # an input and an error make half of what is kept
+    # Inputs and errors make half of what is kept on crossbars, and a quarter in digital layers.
+    work = Work(kept=100, matrices=[Matrix("", 30, 20, 1, 20)], gradient_numbers=25)
     table = Schedule(schedule, 3, 8)
     stage = stage_cost(work, RASCH_2024)
     assert [memory_bound(stage, table, index) for index in range(3)] == pytest.approx([800 * n for n in held])

@@ -44,7 +44,9 @@ def test_a_linear_layer_and_an_activation(batch):
 def test_the_backward_of_a_layer_whose_input_needs_a_gradient_takes_twice_the_products():
     network = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False))
     first, second = count(network, torch.randn(4, 5), ["1"])
-    assert first.forward_flops == first.backward_flops == 2 * 4 * 5 * 7
+    assert first.forward_flops == first.backward_flops == first.gradient_flops == 2 * 4 * 5 * 7
+    assert second.gradient_flops == 2 * 4 * 7 * 3
+    assert (first.gradient_numbers, second.gradient_numbers) == (4 * (5 + 7), 4 * (7 + 3))  # inputs and errors
     assert second.forward_flops == 2 * 4 * 7 * 3 + 4 * 3
     assert second.backward_flops == 2 * 2 * 4 * 7 * 3 + 4 * 3
 
@@ -54,6 +56,8 @@ def test_a_convolution(stride):
     (work,) = count(nn.Conv2d(3, 8, 3, stride, padding=1, bias=False), torch.randn(2, 3, 16, 16))
     positions = (16 // stride) ** 2
     assert work.forward_flops == 2 * 2 * positions * 8 * 27 + 2 * 8 * positions
+    assert work.gradient_flops == 2 * 2 * positions * 8 * 27
+    assert work.gradient_numbers == 2 * (3 * 16 * 16 + 8 * positions)
 
 
 def test_attention():
@@ -61,6 +65,7 @@ def test_attention():
     x = torch.randn(3, heads, length, size, requires_grad=True)
     (work,) = count_work(nn.Identity(), lambda: F.scaled_dot_product_attention(x, x, x).sum())
     assert work.forward_flops == 2 * 2 * 3 * heads * length**2 * size + x.numel()
+    assert work.gradient_flops == work.gradient_numbers == 0  # no product has weights
 
 
 def test_a_norm_takes_eight_flop_for_each_element():
@@ -142,6 +147,7 @@ def test_layers_on_crossbars(device):
     # What the simulation of a tile computes is no work of the digital unit. The bias is.
     assert first.forward_flops == 2 * 8 * 36 + 2 * 8 * 36
     assert first.parameters == 8
+    assert first.gradient_flops == second.gradient_flops == 0
     # Activations, and what crosses the boundary, are the same as in the digital network.
     for analog, same in zip((first, second), digital, strict=True):
         for name in ("kept", "sent", "returned", "batch"):

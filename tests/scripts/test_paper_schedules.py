@@ -13,6 +13,7 @@ def test_cycles_of_eight_stages_and_eight_microbatches():
         ("none", "half"): 128,
         ("sync", "half"): 30,
         ("1f1b", "half"): 30,
+        ("zero_bubble", "half"): 31,
         ("async", "half"): 30,
         ("async", "full"): 44,
     }

@@ -216,7 +216,7 @@ def check_fit(module, schedule, callbacks=(), accumulate=1, precision=None):
     check_module(trainer, Schedule(schedule, 2, 2))
 
 
-SYNC, ALL = {"none", "sync"}, {"none", "sync", "1f1b", "async"}
+SYNC, ALL = {"none", "sync"}, {"none", "sync", "1f1b", "zero_bubble", "async"}
 ACCUMULATES = "accumulate_grad_batches contradicts schedule='async', which updates after every micro-batch"
 
 

@@ -8,15 +8,18 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.demos.transformer import LightningTransformer
-from lightning_modules import MLP, Attributes, ConvNet, DictBatch, TorchvisionResNet, loader, make_trainer
+from lightning_modules import MLP, Attributes, ConvNet, DictBatch, Samples, TorchvisionResNet, loader, make_trainer
 from reference import delayed_updates
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from aimc_pl.analog import is_analog
+from aimc_pl.devices import soft_bounds
 from aimc_pl.microbatch import split_batch
 from aimc_pl.models import ResNet
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.tasks import Classifier
+from aimc_pl.weights import read_weights
 
 
 def fit(make_module, strategy, optimizer="momentum", data=None, **kwargs):
@@ -45,10 +48,42 @@ def test_sync_equals_plain_lightning(make_module, optimizer):
         ("sync", 3, 4),
         ("sync", 4, 8),
         ("1f1b", 4, 3),
+        ("zero_bubble", 4, 5),
     ]:
         module, trainer = fit(make_module, AnalogPipelineStrategy(num_stages, schedule, num_microbatches), optimizer)
         assert trainer.global_step == 6
         assert_same_weights(module, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reference", "device", "num_microbatches"),
+    [
+        ("sync", None, 1),
+        ("sync", None, 5),
+        ("sync", soft_bounds(perfect_io=True), 3),
+        # Converters draw noise in the order of the forwards and backwards, which is that of 1f1b.
+        ("1f1b", "soft_bounds", 3),
+        ("1f1b", "mixed_precision", 5),
+    ],
+)
+def test_zero_bubble_equals_other_schedules_bit_for_bit(reference, device, num_microbatches):
+    """Check digital layers in float64, and layers on crossbars, over two epochs of three mini-batches."""
+
+    def train(schedule):
+        L.seed_everything(7)
+        dtype, precision = (torch.float64, "64-true") if device is None else (torch.float32, "32-true")
+        module, samples = Attributes().to(dtype), Samples()
+        data = DataLoader(TensorDataset(samples.x.to(dtype), samples.y), 8, shuffle=True)
+        strategy = AnalogPipelineStrategy(3, schedule, num_microbatches, device, ["l2", "l4"])
+        make_trainer(strategy, precision=precision).fit(module, data)
+        assert [stage.version for stage in strategy.pipeline.stages] == [6, 6, 6]
+        return module
+
+    theirs, ours = train(reference), train("zero_bubble")
+    assert torch.equal(read_weights(ours.parameters()), read_weights(theirs.parameters()))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert is_analog(a) or torch.equal(a, b)
 
 
 @pytest.mark.slow
@@ -60,7 +95,7 @@ def test_torchvision_resnet_equals_plain_lightning(optimizer):
         assert_same_weights(module, plain)
 
 
-@pytest.mark.parametrize(("schedule", "num_microbatches"), [("none", 3), ("sync", 4), ("1f1b", 2)])
+@pytest.mark.parametrize(("schedule", "num_microbatches"), [("none", 3), ("sync", 4), ("1f1b", 2), ("zero_bubble", 3)])
 def test_lightning_demo_module_equals_plain_lightning(schedule, num_microbatches):
     """Check BoringModel, which has one layer, a loss that makes its own targets, and a step scheduler."""
 

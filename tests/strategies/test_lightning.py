@@ -499,7 +499,7 @@ def test_validate_loads_an_analog_checkpoint(tmp_path):
 # ------------------------------------------------------------------ the strategy
 
 
-@pytest.mark.parametrize("name", ["aimc_none", "aimc_sync", "aimc_1f1b", "aimc_async"])
+@pytest.mark.parametrize("name", ["aimc_none", "aimc_sync", "aimc_1f1b", "aimc_zero_bubble", "aimc_async"])
 def test_strategies_by_name(name):
     trainer = fit(seeded(Attributes), name)
     assert trainer.strategy.schedule.name == name.removeprefix("aimc_")
@@ -515,7 +515,7 @@ def test_strategies_are_registered():
             (f"aimc_{name}", AnalogPipelineStrategy),
             {"description": f"analog pipeline, schedule {name}", "schedule": name},
         )
-        for name in ("none", "sync", "1f1b", "async")
+        for name in ("none", "sync", "1f1b", "zero_bubble", "async")
     ]
 
 

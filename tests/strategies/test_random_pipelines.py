@@ -209,7 +209,7 @@ def runs(draw: Any, schedules: Sequence[str]) -> Run:
 
 @st.composite
 def fits(draw: Any) -> Fit:
-    learning = draw(learnings(["none", "sync", "1f1b", "async", "async", "async"]))
+    learning = draw(learnings(["none", "sync", "1f1b", "zero_bubble", "async", "async", "async"]))
     batch_size = draw(st.integers(max(2, learning.num_microbatches), 8))
     num_samples = batch_size + draw(st.integers(0, 3 * batch_size))  # The first mini-batch must be a whole one.
     num_batches = -(-num_samples // batch_size)
@@ -574,7 +574,7 @@ def test_random_asynchronous_pipelines_equal_the_recomputation(run):
 
 @pytest.mark.slow
 @examples(0.3)
-@given(runs(["none", "sync", "1f1b"]))
+@given(runs(["none", "sync", "1f1b", "zero_bubble"]))
 def test_random_pipelines_with_one_update_per_mini_batch_equal_plain_training(run):
     check_core(run)
 
