@@ -8,7 +8,6 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from textwrap import dedent
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -23,8 +22,8 @@ QUICK = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "lim
 """What a Trainer of a page gets, so that its program takes seconds."""
 
 _BLOCK = re.compile(
-    r"^(?: *<!-- not run: (?P<reason>[^\n]*?) -->\n)?"
-    r'(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]*)")?\n(?P<text>.*?)^(?P=indent)```$',
+    r"^(?:<!-- not run: (?P<reason>[^\n]*?) -->\n)?"
+    r'```(?P<language>\w*)(?: title="(?P<title>[^"]*)")?\n(?P<text>.*?)^```$',
     re.M | re.S,
 )
 
@@ -42,8 +41,7 @@ class Block(NamedTuple):
 
 def blocks(page, language=None):
     """Return the blocks of a page, from top to bottom."""
-    matches = _BLOCK.finditer(page.read_text())
-    found = (Block(m["language"], m["title"], dedent(m["text"]), m["reason"]) for m in matches)
+    found = (Block(m["language"], m["title"], m["text"], m["reason"]) for m in _BLOCK.finditer(page.read_text()))
     return [block for block in found if language in (None, block.language)]
 
 

@@ -41,7 +41,7 @@ def test_every_block_of_the_page_runs(page, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_says_what_it_is(page):
     """Check that no code escapes the test above: every block names its language, and a file is used by a command."""
-    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
     assert not re.findall(r"^\n(?: {4,}|\t)\S.*", text, re.M)  # Markdown's other way to write code
     assert "```" not in text
     for block in blocks(page):
