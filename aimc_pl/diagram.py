@@ -51,8 +51,30 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
     return figure
 
 
-def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: int) -> None:
-    """Draw the table of :func:`draw_figure` into one part of a figure, ``axes``, as far as ``clocks`` clocks."""
+@styled
+def draw_thumbnail(schedule: Schedule, num_microbatches: int, num_clocks: int) -> Figure:
+    """Return the clock table as a figure that can be read at a width of 300 pixels.
+
+    The figure has no numbers if there is no room for them. The arguments are those of :func:`draw_figure`.
+    """
+    stages = schedule.num_stages
+    figure = Figure(figsize=(3.2, max(1.7, min(0.19 * stages, 3.0) + 0.75)), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    draw_table(axes, schedule, num_microbatches, num_clocks, numbers=max(num_clocks, stages) <= 16)
+    axes.set_title(axes.get_title(loc="left"), fontsize=7.5, fontweight="normal")
+    axes.tick_params(labelsize=7)
+    axes.xaxis.label.set_fontsize(8)
+    every = -(-stages // 8)
+    axes.set_yticks([stage + 0.5 for stage in range(0, stages, every)])
+    axes.set_yticklabels([f"stage {stage}" for stage in range(0, stages, every)])
+    return figure
+
+
+def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: int, numbers: bool = True) -> None:
+    """Draw the table of :func:`draw_figure` into one part of a figure, ``axes``, as far as ``clocks`` clocks.
+
+    The numbers of the micro-batches can be left out.
+    """
     stages = schedule.num_stages
     for (stage, clock), operations in _cells(schedule, num_microbatches).items():
         if clock >= clocks:
@@ -60,10 +82,10 @@ def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: in
         height = 1 / len(operations)
         for row, (kind, k) in enumerate(operations):
             bottom = stage + row * height
-            axes.add_patch(
-                Rectangle((clock, bottom), 1, height, facecolor=OPERATIONS[kind], edgecolor="white", linewidth=1.5)
-            )
-            axes.text(clock + 0.5, bottom + height / 2, str(k), ha="center", va="center", fontsize=8)
+            line = {"edgecolor": "white", "linewidth": 1.5 if numbers else 0.5}
+            axes.add_patch(Rectangle((clock, bottom), 1, height, facecolor=OPERATIONS[kind], **line))
+            if numbers:
+                axes.text(clock + 0.5, bottom + height / 2, str(k), ha="center", va="center", fontsize=8)
     axes.set(
         xlim=(0, clocks),
         ylim=(0, stages),

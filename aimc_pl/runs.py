@@ -1,6 +1,7 @@
 """This module reads what finished and stopped runs have logged, as tables, and draws runs side by side."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from aimc_pl.arguments import listed, shown
 from aimc_pl.errors import UsageError
+from aimc_pl.stage_names import name_of
 
 History = Sequence[Mapping[str, float]]
 """A row for each step at which something was logged. A row has the values that were logged at its step."""
@@ -136,11 +138,14 @@ def _from_events(path: Path) -> list[tuple[int, dict[str, float]]]:
 
     if path.is_dir() and not [*path.glob("events.out.tfevents.*")]:
         raise UsageError(f"run {path} has no metrics.csv and no event files: was it trained with a logger?")
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-    events.Reload()
-    # The tags by_clock/… and by_epoch/… repeat metrics, with another meaning of the step.
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("by_clock/", "by_epoch/"))]
-    scalars: list[tuple[str, Any]] = [(tag, event) for tag in tags for event in events.Scalars(tag)]
+    scalars: list[tuple[str, Any]] = []
+    for stage in (None, *path.glob("stage_*[0-9]")):  # RunBoard writes the values of stages into folders of their own.
+        events = EventAccumulator(str(stage or path), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            # The tags by_clock/… and others repeat metrics, with another meaning of the step.
+            if not re.match("by_(clock|epoch|time|energy)/", tag):
+                name = name_of(tag, stage.name) if stage else tag
+                scalars += [(name, event) for event in events.Scalars(tag)]
     start = min((event.wall_time for _, event in scalars), default=0.0)
     scalars.sort(key=lambda scalar: scalar[1].wall_time)
-    return [(event.step, {tag: event.value, "time": event.wall_time - start}) for tag, event in scalars]
+    return [(event.step, {name: event.value, "time": event.wall_time - start}) for name, event in scalars]

@@ -53,9 +53,12 @@ class _RunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         for logger in trainer.loggers:
-            # Without metrics TensorBoard would get a chart of a constant, hp_metric.
-            no_metrics: list[Any] = [{}] if isinstance(logger, TensorBoardLogger) else []
-            logger.log_hyperparams(config, *no_metrics)
+            if isinstance(logger, TensorBoardLogger):
+                # Without metrics TensorBoard would get a chart of a constant, hp_metric.
+                logger.log_hyperparams(config, {})
+                logger.experiment.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}```")
+            else:
+                logger.log_hyperparams(config)
 
 
 class AnalogCLI(CheckpointReadingCLI):

@@ -1,11 +1,12 @@
 """The callback in this module counts clock cycles, and logs how well they are used."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from aimc_pl.callbacks.attach import attach
 from aimc_pl.cost import find_hardware
@@ -14,7 +15,7 @@ from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.schedule import Operation
 from aimc_pl.stage import StageInfo
-from aimc_pl.strategies.private_lightning import epoch_metrics
+from aimc_pl.strategies.private_lightning import epoch_metrics, should_log
 
 
 class ClockMonitor(Callback, Observer):
@@ -25,6 +26,7 @@ class ClockMonitor(Callback, Observer):
     callback logs ``clock/cycles``, ``clock/density`` (the busy fraction of all accelerator-cycles),
     ``clock/samples_per_cycle`` and ``clock/speedup`` (over a run without a pipeline). It also writes every validation
     metric to TensorBoard as ``by_clock/…``, with the clock cycle as the step, and as ``by_epoch/…``, with the epoch.
+    At logged steps it writes the training loss as ``by_clock/train_loss``.
 
     With ``hardware`` it also logs ``clock/seconds`` and ``clock/joules``, which the run would take on this hardware
     (see :mod:`aimc_pl.cost`), and writes the metrics as ``by_time/…`` and ``by_energy/…``, with nanoseconds and
@@ -38,6 +40,7 @@ class ClockMonitor(Callback, Observer):
         operations: the number of operations in the schedule's table so far: forwards, backwards and, under
             ``"zero_bubble"``, gradients of weights. Each keeps one accelerator busy for one cycle.
         samples: the number of training samples so far.
+        tags: the tags of what it has written to TensorBoard by itself.
 
     Raises:
         UsageError: if the hardware is unknown, or if the stages run in several processes.
@@ -47,6 +50,7 @@ class ClockMonitor(Callback, Observer):
         self.cycles = 0
         self.operations = 0
         self.samples = 0
+        self.tags: set[str] = set()
         self.hardware = None if hardware is None else find_hardware(hardware)
         self._before = 0.0, 0.0
         """The seconds and the joules before the pipeline of this fit."""
@@ -130,17 +134,31 @@ class ClockMonitor(Callback, Observer):
         pl_module.log_dict(values)
 
     @override
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Lightning gives callbacks a dictionary, which is empty if the step had no loss.
+        if should_log(trainer) and isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
+            self._write(trainer, {"train_loss": outputs["loss"]}, self._spent())
+
+    @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.sanity_checking:
-            return
-        steps = {"clock": self.cycles, "epoch": trainer.current_epoch + 1}
-        if self.hardware is not None:
-            steps |= {"time": round(1e9 * self.seconds), "energy": round(1e9 * self.joules)}
+        if not trainer.sanity_checking:
+            self._write(trainer, epoch_metrics(trainer), {**self._spent(), "epoch": trainer.current_epoch + 1})
+
+    def _spent(self) -> dict[str, int]:
+        """Return what the run has spent so far, as steps for TensorBoard."""
+        if self.hardware is None:
+            return {"clock": self.cycles}
+        return {"clock": self.cycles, "time": round(1e9 * self.seconds), "energy": round(1e9 * self.joules)}
+
+    def _write(self, trainer: "pl.Trainer", values: Mapping[str, Any], spent: Mapping[str, int]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for name, value in epoch_metrics(trainer).items():
-                    for against, step in steps.items():
+                for name, value in values.items():
+                    for against, step in spent.items():
                         logger.experiment.add_scalar(f"by_{against}/{name}", value, step)
+                        self.tags.add(f"by_{against}/{name}")
 
     @override
     def state_dict(self) -> dict[str, Any]:

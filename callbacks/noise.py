@@ -27,6 +27,7 @@ class DeviceNoise(Callback, Observer):
 
     The callback logs, as ``noise/<layer>``, how far the noise has moved the weights of a layer since the last log,
     relative to their norm. The value is the root mean square over the updates or, for read noise, over the products.
+    ``devices/noise_stage_m`` is the root mean square over the layers of stage m.
 
     Args:
         noise: the kinds of noise to inject, in order, or one kind.
@@ -159,8 +160,13 @@ class DeviceNoise(Callback, Observer):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if should_log(trainer):
-            for name, square in means(merged(self._strategy.gather(self._moved))).items():
-                pl_module.log(f"noise/{name}", square**0.5, on_step=True, on_epoch=False)
+            squares = means(merged(self._strategy.gather(self._moved)))
+            own_layers = {stage: [*layers] for stage, layers in self._targets.items()}
+            values = {f"noise/{name}": square**0.5 for name, square in squares.items()}
+            for stage, layers in merged(self._strategy.gather(own_layers)).items():
+                if of_stage := [squares[name] for name in layers if name in squares]:
+                    values[f"devices/noise_stage_{stage}"] = (sum(of_stage) / len(of_stage)) ** 0.5
+            pl_module.log_dict(values, on_step=True, on_epoch=False)
             self._moved.clear()
 
     @override

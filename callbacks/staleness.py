@@ -8,12 +8,12 @@ from typing import Any, override
 import lightning.pytorch as pl
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from aimc_pl.arguments import check_flag
 from aimc_pl.callbacks.attach import attach, gathered, merged
 from aimc_pl.callbacks.recent import Recent, means, note
+from aimc_pl.callbacks.run_board import add_histogram
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import StageInfo
@@ -28,12 +28,12 @@ class StalenessMonitor(Callback, Observer):
     update from it. The callback logs for each stage m:
 
     - ``staleness/stage_m``: the mean over the updates since the last log, and ``staleness/max_stage_m``, the maximum.
-    - ``staleness/predicted_stage_m``: the schedule's closed form for a full pipeline.
     - ``staleness/drift_stage_m``: the norm of the weights' change between the forward of a micro-batch and its update,
       relative to the norm of the weights.
     - ``staleness/cosine_stage_m``, with ``cosine=True``.
 
-    TensorBoard also shows a histogram of the staleness, ``staleness/counts_stage_m``, for every epoch.
+    At the end of every epoch TensorBoard also gets a histogram, ``staleness/counts``, of all updates of all stages so
+    far. The first update whose staleness is not the schedule's closed form is warned about.
 
     Args:
         cosine: whether to log the cosine between two gradients of a stage: the one that it holds after a backward, and
@@ -44,7 +44,7 @@ class StalenessMonitor(Callback, Observer):
 
     Attributes:
         counts: for each stage, how often each staleness was measured.
-        mismatches: the number of updates whose staleness was not the closed form. The first one is warned about.
+        mismatches: the number of updates whose staleness was not the closed form.
     """
 
     def __init__(self, cosine: bool = False) -> None:
@@ -131,7 +131,6 @@ class StalenessMonitor(Callback, Observer):
         recent: Recent = merged(self._strategy.gather(self._recent))
         values = means(recent)
         for stage in range(self._schedule.num_stages):
-            values[f"predicted_stage_{stage}"] = float(self._schedule.max_staleness(stage))
             if measured := recent.get(f"stage_{stage}"):
                 _, _, values[f"max_stage_{stage}"] = measured
         pl_module.log_dict({f"staleness/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
@@ -142,10 +141,11 @@ class StalenessMonitor(Callback, Observer):
         counts = merged(self._strategy.gather(self._counts_here()))
         # Between processes a Counter becomes a plain dictionary.
         self.counts.update({stage: Counter(times) for stage, times in counts.items()})
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for stage, counts in self.counts.items():
-                    _add_histogram(logger, f"staleness/counts_stage_{stage}", counts, trainer.global_step)
+        total = sum(self.counts.values(), Counter())
+        if total:
+            bars = range(max(total) + 1)
+            edges = [-0.5, *(staleness + 0.5 for staleness in bars)]
+            add_histogram(trainer, "staleness/counts", edges, [total[staleness] for staleness in bars])
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -174,19 +174,3 @@ class StalenessMonitor(Callback, Observer):
         part, batch_idx = self._samples[event.microbatch]
         current = self._strategy.gradients(part, batch_idx, event.stage.parameters)
         return F.cosine_similarity(stale, current, 0).item()
-
-
-def _add_histogram(logger: TensorBoardLogger, name: str, counts: Counter[int], step: int) -> None:
-    """Add a histogram with a bin for every staleness from 0 on."""
-    bins = range(max(counts, default=0) + 1)
-    logger.experiment.add_histogram_raw(
-        name,
-        min=min(counts, default=0),
-        max=bins[-1],
-        num=counts.total(),
-        sum=sum(value * times for value, times in counts.items()),
-        sum_squares=sum(value**2 * times for value, times in counts.items()),
-        bucket_limits=[value + 0.5 for value in bins],
-        bucket_counts=[counts[value] for value in bins],
-        global_step=step,
-    )

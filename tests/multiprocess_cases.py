@@ -22,7 +22,7 @@ from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
 
-from aimc_pl.callbacks import ClockMonitor, DeviceNoise, DeviceVariation, StalenessMonitor, StuckAt
+from aimc_pl.callbacks import ClockMonitor, DeviceMonitor, DeviceNoise, DeviceVariation, StalenessMonitor, StuckAt
 from aimc_pl.devices import ideal, mixed_precision, soft_bounds
 from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, StageLearningRate, SyncStart
 
@@ -151,7 +151,14 @@ def fit(
         strategy=AnalogPipelineStrategy(
             num_stages, num_microbatches=3, split_at=SPLITS[type(module)][num_stages], **settings
         ),
-        callbacks=[clock, staleness, held, ModelCheckpoint(folder, filename="last"), *(make() for make in callbacks)],
+        callbacks=[
+            clock,
+            staleness,
+            DeviceMonitor(),
+            held,
+            ModelCheckpoint(folder, filename="last"),
+            *(make() for make in callbacks),
+        ],
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,

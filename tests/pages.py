@@ -76,6 +76,7 @@ def run_command(words):
     - ``aimc-pl sweep`` takes the first value of each axis, in this process.
     - Of the project's Python scripts, the parser of arguments runs. Of its shell scripts, the syntax is checked.
     - Of ``torchrun`` and ``srun`` the options are parsed. SLURM need not be installed.
+    - ``tensorboard`` lists what is in the folder, and ends.
     """
     program, *arguments = words
     if program == "aimc-pl":
@@ -88,6 +89,9 @@ def run_command(words):
         assert Path(arguments[0]).exists(), "no block of the page has the script as its title"
     elif program == "torchrun":
         get_args_parser().parse_args(arguments)
+    elif program == "tensorboard":
+        server = [sys.executable, "-m", "tensorboard.main", *arguments, "--inspect"]
+        subprocess.run(server, check=True, capture_output=True)
     elif program == "srun":
         slurm = argparse.ArgumentParser(exit_on_error=False)
         for option in ("--nodes", "--ntasks-per-node"):

@@ -507,7 +507,7 @@ RANGES = [
     ),
     (DeviceNoise, {"noise": ([], "WriteNoise", [0.1], 3)}),
     (StalenessMonitor, {"cosine": ("no", 1, None)}),
-    (PipelineDiagram, {"num_clocks": (0, -3, 10**9, *HALVES)}),
+    (PipelineDiagram, {"num_clocks": (0, -3, 10**9, 1.5, NAN, "9", True)}),
     (
         AnalogPipelineStrategy,
         {

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from aimc_pl.diagram import draw_figure
+from aimc_pl.diagram import draw_figure, draw_thumbnail
 from aimc_pl.figures import OPERATIONS
 from aimc_pl.schedule import Schedule
 
@@ -39,3 +39,19 @@ def test_only_the_first_clocks_are_drawn():
     (axes,) = draw_figure(Schedule("async", 3), 20, num_clocks=6).axes
     assert max(box.get_x() for box in axes.patches) == 5
     assert axes.get_xlim() == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_clocks", "texts"), [(4, 12, 36), pytest.param(32, 96, 0, marks=pytest.mark.slow)]
+)
+def test_a_thumbnail_has_numbers_where_there_is_room_and_nothing_is_cut(num_stages, num_clocks, texts):
+    figure = draw_thumbnail(Schedule("async", num_stages), num_clocks, num_clocks)
+    (axes,) = figure.axes
+    assert len(axes.texts) == texts
+    assert len(axes.get_yticklabels()) <= 8
+    figure.canvas.draw()
+    width, height = figure.get_size_inches() * figure.dpi
+    assert width == 640
+    box = axes.get_tightbbox()
+    assert 0 <= box.x0 < box.x1 <= width
+    assert 0 <= box.y0 < box.y1 <= height

@@ -23,7 +23,7 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 def runs_in_a_moment(page):
     """Return whether a page has nothing that trains or imports a command."""
     code = "".join(block.text for block in blocks(page) if block.language in ("python", "bash"))
-    return not re.search(r"aimc-pl|\.fit\(|scripts/studies", code)
+    return not re.search(r"aimc-pl|\.fit\(|scripts/studies|tensorboard", code)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_modules import make_trainer
 
-from aimc_pl.callbacks import ClockMonitor, RunTable, StalenessMonitor
+from aimc_pl.callbacks import ClockMonitor, RunBoard, RunTable, StalenessMonitor
 from aimc_pl.data import Digits
 from aimc_pl.errors import UsageError
 from aimc_pl.models import MLP
@@ -20,7 +20,7 @@ from aimc_pl.tasks import Classifier
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Train for two epochs of 12 mini-batches of 4 micro-batches in 2 stages, with three loggers."""
+    """Train for two epochs of 12 mini-batches of 4 micro-batches in 2 stages, with four loggers."""
     folder = tmp_path_factory.mktemp("logs")
     torch.manual_seed(0)
     trainer = make_trainer(
@@ -28,7 +28,12 @@ def folder(tmp_path_factory):
         max_epochs=2,
         limit_train_batches=12,
         log_every_n_steps=5,
-        logger=[TensorBoardLogger(folder, "tensorboard"), CSVLogger(folder, "csv"), RunTable(folder, "tensorboard")],
+        logger=[
+            TensorBoardLogger(folder, "tensorboard"),
+            CSVLogger(folder, "csv"),
+            RunTable(folder, "tensorboard"),
+            RunBoard(folder, "board"),
+        ],
         callbacks=[ClockMonitor(), StalenessMonitor()],
     )
     trainer.fit(Classifier(MLP([64, 8, 10])), Digits())
@@ -46,9 +51,11 @@ def test_the_table_has_steps_metrics_cycles_and_staleness(folder):
     assert all("time" not in row for row in rows)
 
 
-@pytest.mark.parametrize("only", ["metrics.csv", "events.*"])
-def test_every_logger_gives_the_same_table(only, folder, tmp_path):
-    for path in Path(folder, "tensorboard", "version_0").glob(only):
+@pytest.mark.parametrize(
+    ("name", "only"), [("tensorboard", "metrics.csv"), ("tensorboard", "events.*"), ("board", "*")]
+)
+def test_every_logger_gives_the_same_table(name, only, folder, tmp_path):
+    for path in Path(folder, name, "version_0").glob(only):
         (tmp_path / path.name).symlink_to(path)
     rows, expected = history(tmp_path), history(folder / "csv")
     assert [row["step"] for row in rows if "step" in row] == [row["step"] for row in expected]

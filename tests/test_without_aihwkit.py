@@ -47,14 +47,14 @@ assert losses[-1] < 0.1 * losses[0], losses
 
 STRATEGY = """
 import torch
-from aimc_pl.callbacks import ClockMonitor, DeviceNoise, StalenessMonitor, WriteNoise
+from aimc_pl.callbacks import ClockMonitor, DeviceMonitor, DeviceNoise, StalenessMonitor, WriteNoise
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 from lightning_modules import MLP, loader, make_trainer
 
 module = MLP().double()
 before = [parameter.detach().clone() for parameter in module.parameters()]
-callbacks = [ClockMonitor(), DeviceNoise([WriteNoise(0.01)]), StalenessMonitor()]
+callbacks = [ClockMonitor(), DeviceMonitor(), DeviceNoise([WriteNoise(0.01)]), StalenessMonitor()]
 trainer = make_trainer(AnalogPipelineStrategy(3, "async", 4), callbacks=callbacks, max_epochs=1)
 trainer.fit(module, loader(module))
 trainer.save_checkpoint("one.ckpt")

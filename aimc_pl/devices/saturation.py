@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from aimc_pl.devices.mean_field import MeanFieldTile
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
@@ -14,20 +15,33 @@ _ENOUGH = 20
 """The number of updates over which the mean of what is lost says something. The first gradients may be large."""
 
 
+def positions(layer: Any) -> list[Tensor]:
+    """Return where an analog layer's weights are in their devices' range: -1 at the lower bound, 1 at the upper one.
+
+    Args:
+        layer: an analog layer. Only its mean-field tiles count.
+
+    Returns:
+        a vector for each crossbar. It is 1 for a cross-point whose weight cannot change.
+    """
+    found = []
+    for crossbar in (crossbar for tile in _mean_field_tiles(layer) for crossbar in tile.crossbars):
+        weight = crossbar.weight
+        lower, upper = (torch.as_tensor(bound, device=weight.device) for bound in crossbar.bounds)
+        position = (2 * weight - lower - upper) / (upper - lower)
+        found.append(torch.where(upper > lower, position, 1.0).flatten())
+    return found
+
+
 def saturated_fraction(layer: Any) -> float:
     """Return the fraction of an analog layer's weights that are at a bound of their device, or close to one.
 
     Args:
         layer: an analog layer. Only its mean-field tiles count; without any, the fraction is 0.
     """
-    near, total = 0, 0
-    for crossbar in (crossbar for tile in _mean_field_tiles(layer) for crossbar in tile.crossbars):
-        weight = crossbar.weight
-        lower, upper = (torch.as_tensor(bound, device=weight.device) for bound in crossbar.bounds)
-        margin = _MARGIN * (upper - lower)
-        near += int(((weight <= lower + margin) | (weight >= upper - margin)).sum())
-        total += weight.numel()
-    return near / max(total, 1)
+    found = positions(layer)
+    near = sum(int((position.abs() >= 1 - 2 * _MARGIN).sum()) for position in found)
+    return near / max(sum(position.numel() for position in found), 1)
 
 
 def cut_fraction(layer: Any) -> float:

@@ -74,19 +74,26 @@ def test_counts_go_on_after_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "arguments", "expected"),
-    [("async", {}, 32), ("async", {"num_clocks": 1}, 1), ("sync", {}, 2 * (4 + 3 - 1)), ("sync", {"num_clocks": 5}, 5)],
+    ("pipeline", "arguments", "expected"),
+    [
+        (("async", 3), {}, 12),
+        (("async", 5), {}, 15),
+        pytest.param(("async", 40), {}, 96, marks=pytest.mark.slow),
+        (("async", 3), {"num_clocks": 1}, 1),
+        (("sync", 3), {"num_clocks": 50}, 2 * (4 + 3 - 1)),
+        (("sync", 3), {"num_clocks": 5}, 5),
+    ],
 )
-def test_the_diagram_shows_the_first_clocks(schedule, arguments, expected):
+def test_the_diagram_shows_the_first_clocks(pipeline, arguments, expected):
     """Check the number of clocks in the picture. A drained pipeline of 3 stages needs 2·(4 + 3 - 1) of them."""
-    pictures = []
+    (schedule, num_stages), pictures = pipeline, []
 
     class Logger(TensorBoardLogger):
         @property
         def experiment(self):
             return SimpleNamespace(add_figure=lambda name, figure: pictures.append((name, figure)))
 
-    trainer = SimpleNamespace(strategy=AnalogPipelineStrategy(3, schedule, 4), loggers=[Logger(".")])
+    trainer = SimpleNamespace(strategy=AnalogPipelineStrategy(num_stages, schedule, 4), loggers=[Logger(".")])
     PipelineDiagram(**arguments).on_fit_start(trainer, None)
     ((name, figure),) = pictures
     assert name == "pipeline"
@@ -98,6 +105,24 @@ def test_the_diagram_has_1_to_256_clocks(num_clocks):
     with pytest.raises(UsageError) as error:
         PipelineDiagram(num_clocks)
     assert str(error.value) == f"num_clocks must be a whole number of at least 1 and at most 256, got {num_clocks}"
+
+
+def test_the_training_loss_is_written_against_clock_cycles(tmp_path):
+    """Check the loss that training returns, at every second step, in a run without validation."""
+    losses = []
+
+    class Losses(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            assert isinstance(outputs, dict)
+            losses.append((clock.cycles, outputs["loss"].item()))
+
+    clock, logger = ClockMonitor(), TensorBoardLogger(tmp_path)
+    fit(clock, "async", 3, callbacks=[clock, Losses()], logger=logger, log_every_n_steps=2)
+    events = EventAccumulator(logger.log_dir).Reload()
+    written = [(event.step, pytest.approx(event.value)) for event in events.Scalars("by_clock/train_loss")]
+    assert written == losses[1::2]
+    assert len(written) == 3
+    assert clock.tags == {"by_clock/train_loss"}
 
 
 def test_tensorboard(tmp_path):
@@ -112,11 +137,11 @@ def test_tensorboard(tmp_path):
     assert [event.value for event in by_clock] == [event.value for event in events.Scalars("val_loss")]
     assert events.Tags()["images"] == ["pipeline"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    # The bins are for staleness 0, 1 and 2. The first two micro-batches of each epoch are less stale.
-    last = events.Histograms("staleness/counts_stage_0")[-1].histogram_value
-    assert (last.bucket_limit, last.bucket) == ([0.5, 1.5, 2.5], [2.0, 2.0, 18.0])
-    assert (last.min, last.max, last.num, last.sum, last.sum_squares) == (0, 2, 22, 38, 74)
-    assert events.Histograms("staleness/counts_stage_2")[-1].histogram_value.bucket == [22.0]
+    # The bars are for staleness 0, 1 and 2. Stage m makes 22 updates. Two of each epoch are less stale in stage 0, and
+    # one in stage 1.
+    last = events.Histograms("staleness/counts")[-1].histogram_value
+    assert (last.bucket_limit, last.bucket) == ([0.5, 1.5, 2.5], [2 + 2 + 22, 2 + 20, 18])
+    assert (last.min, last.max, last.num, last.sum, last.sum_squares) == (-0.5, 2.5, 66, 58, 94)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import sys
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_modules import make_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,9 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from aimc_pl.callbacks import (
     ClockMonitor,
     Dashboard,
+    DeviceMonitor,
     DeviceNoise,
     PipelineDiagram,
     ReadNoise,
+    RunBoard,
     StalenessMonitor,
     WriteNoise,
 )
@@ -74,6 +75,7 @@ def test_nothing_grows_with_the_updates(log_every_n_steps, tmp_path):
         monitor,
         DeviceNoise([WriteNoise(0.01), ReadNoise(0.01)]),
         ClockMonitor(),
+        DeviceMonitor(),
         PipelineDiagram(),
         Dashboard(),
         memory,
@@ -82,7 +84,7 @@ def test_nothing_grows_with_the_updates(log_every_n_steps, tmp_path):
         AnalogPipelineStrategy(3, "async", 2, split_at=["net.2", "net.4"]),
         max_epochs=-(-NUM_UPDATES // UPDATES_PER_EPOCH),
         precision="32-true",
-        logger=TensorBoardLogger(tmp_path) if log_every_n_steps else False,
+        logger=RunBoard(tmp_path) if log_every_n_steps else False,
         log_every_n_steps=log_every_n_steps,
         limit_val_batches=1,
         callbacks=callbacks,

@@ -155,6 +155,15 @@ def test_logs_how_far_weights_were_moved():
     assert trainer.logged_metrics["noise/l1"] == pytest.approx(1.0)
 
 
+def test_the_noise_of_a_stage_is_the_root_mean_square_over_its_layers():
+    _, trainer = fit(DeviceNoise([WriteNoise(0.1)]), max_epochs=1)
+    logged = trainer.logged_metrics
+    assert logged["noise/l1"] != logged["noise/l2"]
+    for stage, layers in enumerate([["l1"], ["l2", "l3"], ["l4"]]):
+        squares = [logged[f"noise/{name}"] ** 2 for name in layers]
+        assert logged[f"devices/noise_stage_{stage}"] == pytest.approx((sum(squares) / len(squares)) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -342,7 +351,8 @@ def test_read_noise_changes_the_weights_of_products(layer, shape, options, facto
     (in_weight,) = torch.autograd.grad(product(layer, x, weight), weight, error)
     torch.testing.assert_close(seen["gradients"], [in_x, in_weight])
     # The log has the noise of the forward, relative to the weight.
-    assert trainer.logged_metrics == ({} if factors == (1.0, 1.0) else {"noise/net.0": pytest.approx(0.5)})
+    names = () if factors == (1.0, 1.0) else ("noise/net.0", "devices/noise_stage_0")
+    assert trainer.logged_metrics == {name: pytest.approx(0.5) for name in names}
 
 
 @pytest.mark.parametrize("after_a_fit", [False, True])
