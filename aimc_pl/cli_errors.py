@@ -4,6 +4,7 @@ If an argument may have one of several types, jsonargparse says for every type w
 repeats all values around the argument. Only one of these reasons helps: the first that says more than "Expected a …".
 """
 
+import ast
 import re
 import textwrap
 from collections.abc import Sequence
@@ -12,13 +13,21 @@ _UNION = re.compile(r"^Does not validate against any of the Union subtypes\n.*?^
 _PATH = re.compile(r"^(?:Parser key \"(?P<key>[^\"]*)\":|Problem with given class_path '[^']*':) *\n*")
 _EXPECTED = re.compile(
     r"^Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|(?P<text>[^\n:]*?))"
-    r"(?:: [^\n]*)?(?:\. Got value: (?P<given>.*))?$"
+    r"(?:: (?P<word>[^\n]*?))?(?:\. Got value: (?P<given>.*))?$"
 )
 _NOT_MEANT = re.compile(r"^(Import path .* does not correspond to a subclass of|Expected a path but) ")
 _GIVEN = re.compile(r"^ *Given value: (.*)", re.M | re.S)
 _NESTED = re.compile(r"NestedArg\(key='([^']*)'")
+_CLASS_PATH = re.compile(r"NestedArg\(key='(?P<key>[^']*class_path)', val='(?P<given>[^']*)'\)")
+_NO_CLASS = "'NoneType' object has no attribute 'get'"
+"""What jsonargparse says of a ``class_path`` of an argument of a class that names nothing."""
 _CALLABLE = re.compile(r"^Type \S*Callable\[.*\] expects a function or a callable class:\s*(?=Parser key)")
-_WORDS = {"NoneType": "null", "dot import path string": "the name of a class"}
+_WORDS = {
+    "NoneType": "null",
+    "dot import path string": "the name of a class",
+    "Sequence": "a list",
+    "Iterable": "a list",
+}
 
 
 def one_line(message: str) -> str:
@@ -40,6 +49,9 @@ def one_line(message: str) -> str:
         reason = f"give its class before --{argument}.{nested[1]}, such as --{argument}=CLASS or a --config with one"
     elif callable_type := _CALLABLE.match(reason):
         return one_line(f'Parser key "{".".join(keys)}":\n{reason[callable_type.end() :]}')
+    elif reason.startswith(_NO_CLASS) and (unknown := _CLASS_PATH.search(message)):
+        keys.append(unknown["key"])
+        reason = f"{unknown['given']} is no class or function that can be imported"
     if wrong := _EXPECTED.match(reason):
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")
@@ -67,6 +79,15 @@ def _telling(text: str, indent: int) -> str:
 
 
 def _expected(types: Sequence[re.Match[str]], given: str | None) -> str:
-    names = dict.fromkeys(match["name"] or match["text"] for match in types)
-    words = [_WORDS.get(name, name).replace("typing.Literal", "one of ") for name in names]
-    return f"expected {' or '.join(words)}{f', got {given}' if given else ''}"
+    """Return what was expected: the names of types, and the values of all literals as one list."""
+    names, values = dict[str, None](), dict[str, None]()
+    for match in types:
+        name = match["name"] or match["text"]
+        if name.startswith("typing.Literal"):
+            values |= dict.fromkeys(map(str, ast.literal_eval(name.removeprefix("typing.Literal"))))
+            name = "values"
+        names[_WORDS.get(name, name)] = None
+    one_of = f"{'one of ' if len(values) > 1 else ''}{', '.join(values)}"
+    expected = " or ".join(one_of if name == "values" else name for name in names)
+    given = given or next((match["word"] for match in types if match["word"]), None)
+    return f"expected {expected}{f', got {given}' if given else ''}"

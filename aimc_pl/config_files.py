@@ -4,6 +4,7 @@ They also keep a strategy that is named on the command line from dropping the ar
 """
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib.resources import as_file, files
 from itertools import pairwise
 from pathlib import Path
@@ -85,12 +86,20 @@ def _strategy(path: Path) -> Any:
 
 
 def _config_path(name: str) -> str:
-    """Return the path of a config: a file of that name, or else the config of that name that the package ships."""
-    shipped = files("aimc_pl.configs") / name
+    """Return the path of a config: a file of that name, or else the config of that name that the package ships.
+
+    Raises:
+        UsageError: if the name ends as those of configs do, and there is none.
+    """
+    shipped = {file.name: file for file in files("aimc_pl.configs").iterdir() if file.name.endswith(".yaml")}
     check_config(Path(name))
-    if Path(name).exists() or Path(name).name != name or not shipped.is_file():
+    if Path(name).exists() or not name.endswith((".yaml", ".yml")):
         return name
-    with as_file(shipped) as path:
+    if name not in shipped:
+        alike = get_close_matches(Path(name).name, shipped, n=1)
+        hint = f": the package has {alike[0]}" if alike else ""
+        raise UsageError(f"config {name} does not exist{hint}")
+    with as_file(shipped[name]) as path:
         return str(path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from aimc_pl.config_files import with_shipped_configs
 from aimc_pl.runs import draw_runs, history, names_of
 from aimc_pl.studies.arguments import at_least_one
 from aimc_pl.studies.grids import draw_grid, run_grid
@@ -68,6 +69,7 @@ def sweep(args: Sequence[str]) -> None:
     parser.add_argument("--jobs", type=at_least_one, help="runs at a time; one on each core by default")
     parser.add_argument("--metric", default="test/accuracy", help="what the figure shows; test/accuracy by default")
     options = parser.parse_args(args)
+    with_shipped_configs(["--config", options.config])  # refuses a config that does not exist
     folder = options.folder or Path("sweeps", Path(options.config).stem)
     try:
         rows = run_grid(options.config, dict(options.grid), folder, options.jobs)

@@ -71,7 +71,18 @@ class Classifier(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels)
+        if logits.shape[1:] != (accuracy.num_classes,):
+            raise UsageError(
+                f"network returns {tuple(logits.shape[1:])} numbers per image, and num_classes is "
+                f"{accuracy.num_classes}: let both be the number of classes of the data"
+            )
+        try:
+            loss = F.cross_entropy(logits, labels)
+        except IndexError as error:  # on a GPU torch reports this otherwise
+            raise UsageError(
+                f"num_classes={accuracy.num_classes} is too small for the data, which has the label {labels.max()}: "
+                "set num_classes, and the last layer of the network"
+            ) from error
         accuracy(logits, labels)
         self.log(f"{stage}/loss", loss, on_step=stage == "train", on_epoch=True)
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)

@@ -7,8 +7,10 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from inspect import signature
 from pathlib import Path
 from shutil import rmtree
+from traceback import walk_tb
 from typing import Any, get_args, override
 
 import yaml
@@ -19,7 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch.distributed import DistNetworkError
@@ -27,13 +29,14 @@ from torch.distributed import DistNetworkError
 from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import TRAINING
+from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import ScheduleName
 
 # This import registers the strategy's names, such as "aimc_async".
-from aimc_pl.strategies import AnalogPipelineStrategy as AnalogPipelineStrategy
+from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
-from aimc_pl.strategies.checks import OTHER_PACKAGE
+from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 
 _MORE_HELP = """\
@@ -83,8 +86,10 @@ class AnalogCLI(CheckpointReadingCLI):
                     **{name: {"description": line, "epilog": _MORE_HELP} for name, line in TRAINING.items()},
                 },
             )
-        except (UsageError, MisconfigurationException):
+        except (UsageError, MisconfigurationException, ValueError) as error:
             self._remove_new_folders()
+            if self._another_process_says(error):
+                sys.exit(1)
             raise
 
     @override
@@ -138,6 +143,27 @@ class AnalogCLI(CheckpointReadingCLI):
                     _check_folder(path, new)
                 self._new_folders += new
 
+    def _another_process_says(self, error: Exception) -> bool:
+        """Return whether another process of this machine ends with the same error, and has been the first to do so."""
+        strategy = self.trainer.strategy if hasattr(self, "trainer") else None
+        processes = strategy.processes if isinstance(strategy, AnalogPipelineStrategy) else None
+        return processes is not None and self.trainer.num_nodes == 1 and not processes.is_first(str(error))
+
+    def before_fit(self) -> None:
+        """Refuse, before further processes start, mini-batches that would be too small for their micro-batches."""
+        strategy, data = self.trainer.strategy, self.datamodule
+        if isinstance(strategy, AnalogPipelineStrategy) and isinstance(data, InMemoryImages | PydocText):
+            is_custom = strategy.settings.split_batch is not None or hasattr(self.model, "split_batch")
+            if not is_custom and data.batch_size < strategy.schedule.num_microbatches:
+                raise too_few_samples(data.batch_size, strategy.schedule.num_microbatches)
+
+    def before_validate(self) -> None:
+        """Say so if no checkpoint is given. (Lightning calls this method and the next two by their names.)"""
+        if not self._get(self.config, "ckpt_path"):
+            rank_zero_info("--ckpt_path is not set: the weights are those that the module begins with")
+
+    before_test = before_predict = before_validate
+
     def _remove_new_folders(self) -> None:
         """Remove the folders that a run refused before its first step has created, unless other runs use them."""
         if self._new_folders and self.trainer.is_global_zero and not self.trainer.global_step:
@@ -175,12 +201,12 @@ def train() -> None:
     """
     # Python finds modules beside a script. The user's are in the current folder, and the script is this command.
     sys.path.append(os.getcwd())
-    _silence()
+    silence()
     try:
         AnalogCLI()
     except ArgumentError as error:
-        if "does not correspond to a subclass of Lightning" in str(error) and "pytorch_lightning" in sys.modules:
-            raise UsageError(OTHER_PACKAGE) from error
+        if remedy := _remedy(str(error)):
+            raise UsageError(remedy) from error
         raise
     except DistNetworkError as error:
         reason = str(error).partition("\n")[0]
@@ -189,9 +215,31 @@ def train() -> None:
         ) from error
     except (MisconfigurationException, OmegaConfBaseException) as error:
         raise UsageError(str(error)) from error
+    except ValueError as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("lightning."):
+            raise
+        # Lightning itself refuses an argument. Its first sentence says why, and the place in its code helps nobody.
+        raise UsageError(str(error).strip().partition(". ")[0]) from error
 
 
-def _silence() -> None:
+def _remedy(message: str) -> str | None:
+    """Return what to write instead of arguments that the parser does not understand, for the usual mistakes."""
+    _, _, unknown = message.partition("unrecognized arguments: ")
+    word = unknown.partition(" ")[0]
+    name = word.removeprefix("--").partition("=")[0]
+    if word.endswith((".yaml", ".yml")) and not word.startswith("-"):
+        return f"write --config {word}: a config has no place of its own among the arguments"
+    if word.startswith("--") and name in signature(Trainer).parameters:
+        return f"write --trainer.{name}: --{name} is an argument of the Trainer"
+    if "arguments are required: fit.model" in message:
+        return "what to train? Add --config with a file, such as --config digits_async.yaml, or --model with a class"
+    if "does not correspond to a subclass of Lightning" in message and "pytorch_lightning" in sys.modules:
+        return OTHER_PACKAGE
+    return None
+
+
+def silence() -> None:
     """Keep Lightning from printing what is of no use to the users of this command."""
     # Lightning advertises other packages.
     for handler in logging.getLogger("lightning.pytorch").handlers:

@@ -187,7 +187,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             check_module(trainer, self.schedule)
-            check_split(self._module, self.settings.split_at)
+            check_split(self._module, self.settings.split_at, self.schedule.num_stages)
         if self.is_multiprocess:
             self.share_start(self._module)
             evaluate_without_inference_mode(trainer)

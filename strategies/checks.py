@@ -220,8 +220,8 @@ def check_updates(module: nn.Module, optimizer: Optimizer) -> None:
     parameters = set(map(id, module.parameters()))
     if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
         raise UsageError(
-            "configure_optimizers returns no optimizer of the module's parameters, and hooks cannot update them in the "
-            "pipeline's backward: return one"
+            "the optimizer updates no parameter of the module: make it within configure_optimizers, when layers are "
+            "analog already (on the command line: by --model.optimizer, not by --optimizer)"
         )
 
 
@@ -313,13 +313,27 @@ def warn_about_other_package() -> None:
         rank_zero_warn(OTHER_PACKAGE)
 
 
-def check_split(module: nn.Module, split_at: Sequence[str] | None) -> None:
-    """Check that every name in ``split_at`` is the name of a submodule.
+def too_few_samples(samples: int, num_microbatches: int) -> UsageError:
+    """Return the error to raise when a mini-batch has fewer samples than it should have micro-batches."""
+    return UsageError(
+        f"a mini-batch of {samples} samples cannot be split into num_microbatches={num_microbatches} micro-batches: "
+        "lower num_microbatches, or raise the batch size"
+    )
+
+
+def check_split(module: nn.Module, split_at: Sequence[str] | None, num_stages: int) -> None:
+    """Check that every name in ``split_at`` is the name of a submodule, and that there are submodules for all stages.
 
     Raises:
-        UsageError: with the first name that is not, and with the name that was probably meant.
+        UsageError: with the first name that is not, and with the name that was probably meant; or with the number of
+            submodules.
     """
     known = [name for name, _ in module.named_modules() if name]
+    if len(known) < num_stages - 1:
+        raise UsageError(
+            f"num_stages={num_stages} needs {num_stages - 1} submodules for stages to begin at, and "
+            f"{type(module).__name__} has {len(known)}: lower num_stages"
+        )
     for name in split_at or ():
         if name in known:
             continue

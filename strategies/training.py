@@ -11,15 +11,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from aimc_pl.analog import is_analog, reset_pending_updates
 from aimc_pl.boundaries import Calls, find
 from aimc_pl.cost import Hardware, Work, count_work
-from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import MicroBatch, Observer, Pipeline
 from aimc_pl.stage import Stage
 from aimc_pl.strategies.batches import Batches
+from aimc_pl.strategies.checks import too_few_samples
 from aimc_pl.strategies.logbook import Logbook, discard, logging_to
 from aimc_pl.strategies.number_check import NumberCheck
 from aimc_pl.strategies.placement import Placement
@@ -205,10 +206,7 @@ class Training:
     def _begin(self, steps: Sequence[TrainingStep], batch: Any, args: tuple[Any, ...]) -> Pipeline | None:
         schedule = self._settings.schedule
         if len(steps) < schedule.num_microbatches:
-            raise UsageError(
-                f"a mini-batch of {self.batches.size(batch)} samples cannot be split into num_microbatches="
-                f"{schedule.num_microbatches} micro-batches: lower num_microbatches, or raise the batch size"
-            )
+            raise too_few_samples(self.batches.size(batch), schedule.num_microbatches)
         trained = self._trained_besides()
         gradients = [tensor.grad for tensor in trained]
         with logging_to(self._module, discard), without_loggers(self._trainer):
@@ -229,6 +227,8 @@ class Training:
         for microbatch in steps:
             microbatch.start_anew()
         if step is None:
+            if schedule.is_async:  # under other schedules Lightning warns
+                rank_zero_warn("training_step returns no loss for this mini-batch, so nothing is updated: return it")
             return None
         self.split_at = [*step.boundaries]
         stages = self._number_check.stages = self._placement.place(step, self._trainer.optimizers)

@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,13 +43,14 @@ from aimc_pl.schedule import Schedule
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.training import Training
 from aimc_pl.tasks import Classifier, LanguageModel
+from aimc_pl.training_cli import AnalogCLI
 
 STRATEGY = "--trainer.strategy.init_args."
 
 COMMANDS = {
     "unknown schedule": (
         [STRATEGY + "schedule=fast"],
-        "schedule: expected one of ['none', 'sync', '1f1b', 'zero_bubble', 'async'] or",
+        "schedule: expected one of none, sync, 1f1b, zero_bubble, async or the name of a class, got fast",
     ),
     "no stages": (
         [STRATEGY + "num_stages=0"],
@@ -116,7 +118,38 @@ COMMANDS = {
     ),
     "unknown callback": (["--trainer.callbacks+=Foo"], "trainer.callbacks: expected the name of a class or null, got"),
     "a number as callback": (["--trainer.callbacks=[1]"], "callbacks: Not a valid subclass of Callback. Got value: 1"),
-    "unknown optimizer": (["--model.init_args.optimizer=Adamm"], "model.optimizer: expected the name of a class"),
+    "unknown optimizer": (
+        ["--model.init_args.optimizer=Adamm"],
+        "model.optimizer: expected the name of a class, got Adamm",
+    ),
+    "an unknown word as precision": (
+        ["--trainer.precision=8"],
+        "precision: expected one of 64, 32, 16, transformer-engine,",
+    ),
+    "a class path to no device": (
+        [STRATEGY + "device.class_path=aimc_pl.devices.gold"],
+        "strategy.device.class_path: aimc_pl.devices.gold is no class or function that can be imported",
+    ),
+    "a word as split_at": ([STRATEGY + "split_at=network.3"], "expected a list or cost or null, got network.3"),
+    "a thousand stages": (
+        [STRATEGY + "num_stages=1000", STRATEGY + "split_at=null"],
+        "num_stages=1000 needs 999 submodules for stages to begin at, and Classifier has 12: lower num_stages",
+    ),
+    "too few classes": (
+        ["--model.init_args.num_classes=5"],
+        "network returns (10,) numbers per image, and num_classes is",
+    ),
+    "more labels than classes": (
+        ["--model.init_args.num_classes=5", "--model.init_args.network.init_args.sizes=[64,9,9,9,5]"],
+        "num_classes=5 is too small for the data, which has the label 9",
+    ),
+    "an optimizer that Lightning makes": (["--optimizer=SGD"], "by --model.optimizer, not by --optimizer"),
+    "too few batches for a validation": (
+        ["--trainer.val_check_interval=1000"],
+        "(1000) must be less than or equal to the number of the training batches (41)",
+    ),
+    "an argument of the Trainer": (["--max_epochs=1"], "write --trainer.max_epochs: --max_epochs is an argument of"),
+    "a config without a name": (["digits_sync.yaml"], "write --config digits_sync.yaml: a config has no place"),
     "a word as timeout": ([STRATEGY + "timeout=soon"], "trainer.strategy.timeout: expected float, got soon"),
     "a word as number of stages": ([STRATEGY + "num_stages=four"], "strategy.num_stages: expected int, got four"),
     "unknown strategy": (["--trainer.strategy=aimc_fast"], "unknown strategy 'aimc_fast': choose aimc_none, aimc_sync"),
@@ -193,7 +226,58 @@ def assert_one_line(text, *parts):
 FILES = {"text.ckpt": "a letter", "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}"}
 
 
+OTHER_MISTAKES = {
+    "nothing to train": (["fit"], "what to train? Add --config with a file, such as --config digits_async.yaml"),
+    "a config that is nowhere": (
+        ["fit", "--config", "digits_asynk.yaml"],
+        "config digits_asynk.yaml does not exist: the package has digits_async.yaml",
+    ),
+    "a config that nothing is like": (["cost", "--config=x.yml"], "config x.yml does not exist"),
+    "a sweep over nothing": (["sweep", "nope.yaml", "--grid=seed_everything=[0]"], "config nope.yaml does not exist"),
+    "hardware that nobody knows": (["cost", "--hardware=gpu"], "unknown hardware 'gpu': choose rasch_2024"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_MISTAKES)
+def test_other_mistakes(case, monkeypatch):
+    arguments, message = OTHER_MISTAKES[case]
+    monkeypatch.setattr(sys, "argv", ["aimc-pl"])
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert_one_line(stop.value.code, message)
+    assert not [*Path().iterdir()]
+
+
 @pytest.mark.slow
+def test_a_new_module_is_evaluated_with_a_remark(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "argv", ["aimc-pl"])
+    caplog.set_level("INFO")
+    main(["test", "--config=digits_sync.yaml", "--trainer.logger=false", "--trainer.limit_test_batches=1"])
+    assert "--ckpt_path is not set: the weights are those that the module begins with" in caplog.text
+
+
+@pytest.mark.parametrize(("is_first", "num_nodes"), [(True, 1), (False, 1), (False, 2)])
+def test_processes_of_one_machine_print_an_error_once(is_first, num_nodes):
+    strategy = AnalogPipelineStrategy(2)
+    strategy.processes = SimpleNamespace(is_first=lambda error: is_first)
+    cli = AnalogCLI.__new__(AnalogCLI)
+    assert not cli._another_process_says(UsageError("before there is a trainer"))
+    cli.trainer = SimpleNamespace(strategy=strategy, num_nodes=num_nodes)
+    assert cli._another_process_says(UsageError("a")) == (not is_first and num_nodes == 1)
+
+
+def test_a_step_without_a_loss_is_told_of():
+    class Forgets(MLP):
+        def training_step(self, batch):
+            super().training_step(batch)
+
+    trainer = make_trainer(AnalogPipelineStrategy(2, "async", 2, split_at=["net.4"]), max_epochs=1)
+    with pytest.warns(UserWarning, match="training_step returns no loss for this mini-batch, so nothing is updated"):
+        trainer.fit(module := Forgets(), loader(module))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.Classifier.configure_optimizers. will be overridden")  # by --optimizer
 @pytest.mark.parametrize("case", COMMANDS)
 def test_command_line(case, monkeypatch):
     """Check for exit code 1 and one line on standard error, without an update before."""

@@ -15,7 +15,7 @@ from matplotlib.pyplot import imread
 import aimc_pl.configs
 import aimc_pl.training_cli
 from aimc_pl.callbacks import ClockMonitor
-from aimc_pl.cli import COMMANDS, TRAINING, listed_devices, main
+from aimc_pl.cli import COMMANDS, ELSEWHERE, TRAINING, listed_devices, main
 from aimc_pl.config_files import with_kept_strategies
 from aimc_pl.devices import DEVICES
 from aimc_pl.errors import UsageError
@@ -110,19 +110,19 @@ def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch
     seen = []
     monkeypatch.setattr(aimc_pl.training_cli, "AnalogCLI", lambda: seen.append(sys.argv[1:]))
     (shipped,) = (Path(folder) / "digits_async.yaml" for folder in aimc_pl.configs.__path__)
+    Path("own").mkdir()
+    Path("own/digits_async.yaml").write_text("note: this file has a folder of its own")
     command("fit", "--config", "digits_async.yaml")
     command("fit", "-c", "digits_async.yaml")
     command("fit", "-c=digits_async.yaml")
     command("fit", "--config=digits_async.yaml", "--trainer.logger.save_dir=out/digits_async.yaml")
-    command("fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml")
-    command("fit", "--config=none.yaml")
+    command("fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "own/digits_async.yaml")
     assert seen == [
         ["fit", "--config", str(shipped)],
         ["fit", "-c", str(shipped)],
         ["fit", f"-c={shipped}"],
         ["fit", f"--config={shipped}", "--trainer.logger.save_dir=out/digits_async.yaml"],
-        ["fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "wrong_folder/digits_async.yaml"],
-        ["fit", "--config=none.yaml"],
+        ["fit", "--trainer.logger.save_dir", "digits_async.yaml", "--config", "own/digits_async.yaml"],
     ]
     Path("digits_async.yaml").write_text("note: a file of one's own comes first")
     command("fit", "--config", "digits_async.yaml")
@@ -287,7 +287,7 @@ def test_overview(command, capsys):
         command()
     assert stop.value.code in (0, None)
     printed = capsys.readouterr().out
-    for name in (*TRAINING, *COMMANDS):
+    for name in (*TRAINING, *COMMANDS, *ELSEWHERE):
         assert f"\n    {name} " in printed
     with pytest.raises(SystemExit):
         command("--help")
@@ -298,11 +298,10 @@ def test_overview(command, capsys):
 
 
 def test_completion_names_all_commands(command, capsys):
-    pytest.importorskip("shtab")
     with pytest.raises(SystemExit):
         command("--print_completion", "shtab-bash")
     printed = capsys.readouterr().out
-    assert f"({' '.join([*TRAINING, *COMMANDS])})" in printed
+    assert f"({' '.join([*TRAINING, *COMMANDS, *ELSEWHERE])})" in printed
     assert "--num_microbatches" in printed
 
 

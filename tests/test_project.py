@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LIGHTNING_ALLOWED = {"cli.py", "training_cli.py", "tasks.py", "images.py", "text.py"}
 
 
@@ -82,7 +84,7 @@ def test_the_installed_wheel_trains(wheel, tmp_path):
 @pytest.mark.slow
 def test_wheel_installs_nothing_but_aimc_pl(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"aimc_pl", "aimc_pl-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"aimc_pl", f"aimc_pl-{PROJECT['version']}.dist-info"}
     for expected in ("strategies/analog_pipeline.py", "callbacks/clock.py", "configs/digits_async.yaml", "py.typed"):
         assert f"aimc_pl/{expected}" in names
     sources = {p.relative_to(ROOT).as_posix() for folder in ("aimc_pl",) for p in (ROOT / folder).rglob("*.py")}
@@ -176,14 +178,35 @@ def test_callbacks_learn_from_events_only(path):
 
 
 def test_what_is_said_about_the_package_agrees():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
     tested = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
-    classified = [text.split()[-1] for text in project["classifiers"] if "Python :: 3." in text]
+    classified = [text.split()[-1] for text in PROJECT["classifiers"] if "Python :: 3." in text]
     assert tested == classified == ["3.12", "3.13"]
-    assert project["requires-python"] == ">=3.12,<3.14"
+    assert PROJECT["requires-python"] == ">=3.12,<3.14"
+
+
+def test_the_newest_release_of_the_changelog_is_the_version():
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert next(name for name in headings if name != "Unreleased") == PROJECT["version"]
+    assert "Unreleased" not in headings[1:]
+
+
+def test_a_release_has_the_text_of_its_section():
+    def notes(tag):
+        script = [sys.executable, ROOT / "scripts" / "release_notes.py", tag]
+        return subprocess.run(script, capture_output=True, text=True)
+
+    printed = notes(f"v{PROJECT['version']}").stdout
+    assert printed.startswith("- ")
+    assert printed in (ROOT / "CHANGELOG.md").read_text()
+    assert "\n## " not in printed
+    for wrong in ("v0.0.1", PROJECT["version"]):
+        assert notes(wrong).returncode == 1
+        assert f"give the tag v{PROJECT['version']}, got {wrong}" in notes(wrong).stderr
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    assert any("scripts/release_notes.py" in step.get("run", "") for step in workflow["jobs"]["release"]["steps"])
 
 
 def test_no_file_names_a_registry():

@@ -1,6 +1,5 @@
-"""These tests run the programs that pages of docs/ show, as they stand there."""
+"""These tests check what the programs of two pages compute. The tests in test_pages.py run all blocks of all pages."""
 
-import re
 import subprocess
 import sys
 from functools import partial
@@ -9,24 +8,24 @@ from pathlib import Path
 import lightning as L
 import pytest
 from lightning_modules import make_trainer
+from pages import blocks
 
 from aimc_pl.callbacks import StalenessMonitor
-from aimc_pl.cli import main
 from aimc_pl.data import Digits
 from aimc_pl.models import MLP
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.tasks import Classifier
 
-ROOT = Path(__file__).parents[1]
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-def blocks(page="STUDY.md"):
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+def programs(page="STUDY.md"):
+    return [block.text for block in blocks(DOCS / page, "python")]
 
 
 @pytest.mark.slow
 def test_the_study_runs(tmp_path):
-    program = "".join(blocks()[:2]).replace("EPOCHS = 20", "EPOCHS = 1").replace("1.0, 2.0, 4.0, ", "")
+    program = "".join(programs()[:2]).replace("EPOCHS = 20", "EPOCHS = 1").replace("1.0, 2.0, 4.0, ", "")
     (tmp_path / "range_study.py").write_text(program.replace("range(3)", "range(2)"))
     script = [sys.executable, "range_study.py"]
     subprocess.run(script, cwd=tmp_path, check=True, capture_output=True, env={})
@@ -38,7 +37,7 @@ def test_the_study_runs(tmp_path):
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_the_schedule_of_ones_own_runs(num_stages):
     names = {}
-    exec(blocks()[2], names)
+    exec(programs()[2], names)
     assert names["strategy"].schedule.num_cycles() == 2 * (8 + 3) + 2 * 2 * 3  # two more clocks a link, both ways
     monitor = StalenessMonitor()
     split_at = ["network.3", "network.5", "network.7"][: num_stages - 1]
@@ -55,7 +54,7 @@ def test_the_schedule_of_ones_own_runs(num_stages):
 
 def test_the_observer_counts():
     names = {}
-    exec(blocks()[3], names)
+    exec(programs()[3], names)
     strategy = AnalogPipelineStrategy(2, "async", 4, split_at=["network.3"])
     strategy.observers.append(lateness := names["Lateness"]())
     make_trainer(strategy, max_epochs=1, limit_train_batches=3, limit_val_batches=0).fit(
@@ -70,21 +69,6 @@ def test_the_modules_of_the_training_step_page_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(L, "Trainer", partial(L.Trainer, logger=False, enable_progress_bar=False))
     names = {}
-    for block in blocks("TRAINING_STEP.md"):
+    for block in programs("TRAINING_STEP.md"):
         exec(block, names)
         assert names["strategy"].pipeline.num_entered == 4 * 4
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export
-def test_the_page_on_what_comes_after_training_runs(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["aimc-pl"])
-    main(["fit", "--config=digits_async.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=3"])
-    names = {}
-    for block in blocks("AFTER_TRAINING.md"):
-        exec(block.replace("repeats=3", "times=[60], repeats=2"), names)
-    assert [(row["compensated"], row["repeats"]) for row in names["rows"]] == [(False, 2), (True, 2)]
-    assert Path("digits.pt2").exists()
-    assert Path("drift.png").exists()
-    assert [row["clock/cycles"] for row in names["table"] if "clock/cycles" in row] == [2 * 12 + 6]
-    assert Path("compare.png").exists()

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, override
 
@@ -27,7 +28,7 @@ from aimc_pl.cost.work import Work
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
-from aimc_pl.training_cli import AnalogCLI
+from aimc_pl.training_cli import AnalogCLI, silence
 
 _WITHOUT_A_RUN = ["--trainer.devices=1", "--trainer.logger=false", "--trainer.num_sanity_val_steps=0"]
 
@@ -88,9 +89,11 @@ def cost(args: Sequence[str]) -> None:
     Raises:
         UsageError: if an argument is wrong, or if the run would be refused.
     """
+    hardware = find_hardware(_option(args, "--hardware", "rasch_2024"))
     if not any(argument.startswith(("--config", "-c", "--model")) for argument in args):
-        print(constants_table(find_hardware(_option(args, "--hardware", "rasch_2024"))))
+        print(constants_table(hardware))
         return
+    silence()
     sys.argv[1:] = [*args, *_WITHOUT_A_RUN]
     cli = CostCLI()
     config = cli.config
@@ -148,7 +151,7 @@ def _schedules(own: Schedule) -> list[Schedule]:
 
 def _option(args: Sequence[str], name: str, default: str) -> str:
     """Return the value of an option among arguments."""
-    for argument, after in zip(args, [*args[1:], default], strict=True):
+    for argument, after in pairwise([*args, default]):
         if argument == name:
             return after
         if argument.startswith(f"{name}="):

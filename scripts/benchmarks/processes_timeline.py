@@ -170,6 +170,8 @@ def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int
         schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
         shown = clocks // schedule.cycles_per_clock
         draw_table(axes[0], schedule, 32 if schedule.is_async else NUM_MICROBATCHES, shown)
+        for number in axes[0].texts:
+            number.set_fontsize(6)  # numbers of two digits would touch each other
         axes[0].set_title(f"{name}, {duplex} duplex: the plan")
         mine = select(operations, schedule=name, duplex=duplex, num_stages=num_stages)
         zero = min(float(o["start"]) for o in mine)

@@ -45,11 +45,10 @@ def test_the_page_lists_the_constants_of_the_code():
 
 @pytest.mark.slow
 def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
-    (shown,) = re.findall(r"    \$ (aimc-pl cost --config .*)\n((?:    .*\n|\n)+)", PAGE)
+    ((command, printed),) = re.findall(r"```bash\n(aimc-pl .*)\n```\n\nprints\n\n```text\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.setattr(sys, "argv", ["aimc-pl"])
-    main(shown[0].split()[1:])
-    expected = "\n".join(line.removeprefix("    ") for line in shown[1].splitlines()).strip()
-    assert capsys.readouterr().out.strip() == expected
+    main(command.split()[1:])
+    assert capsys.readouterr().out.strip() == printed.strip()
 
 
 @pytest.mark.slow

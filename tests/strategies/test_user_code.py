@@ -301,7 +301,7 @@ CASES = {
     "containers of its own": Case(u.ContainersOfItsOwn),
     "backward in the step": Case(u.BackwardInTheStep, *["calls backward itself"] * 3),
     "writes into the data set": Case(u.WritesIntoTheDataSet, *["writes into the data set"] * 3),
-    "updates in the backward": Case(u.UpdatesInTheBackward, *["no optimizer"] * 3),
+    "updates in the backward": Case(u.UpdatesInTheBackward, *["updates no parameter"] * 3),
 }
 
 WORDS = (EQUAL, MICRO, RUNS, STILL)
