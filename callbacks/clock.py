@@ -6,6 +6,7 @@ from typing import Any, override
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from aimc_pl.callbacks.attach import attach
@@ -143,7 +144,7 @@ class ClockMonitor(Callback, Observer):
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._write(trainer, epoch_metrics(trainer), {**self._spent(), "epoch": trainer.current_epoch + 1})
 
     def _spent(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Any, override
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from aimc_pl.arguments import check_number
 from aimc_pl.callbacks.attach import get_strategy
@@ -91,7 +92,8 @@ class Dashboard(Callback):
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._lay_out(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._lay_out(trainer)
 
     def _lay_out(self, trainer: "pl.Trainer") -> None:
         """Write the layout of all charts that have something to show, if it has become another."""

@@ -101,6 +101,23 @@ def scalars(events):
     return events.Tags()["scalars"]
 
 
+def test_an_evaluation_alone_writes_no_charts(tmp_path):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=AnalogPipelineStrategy(2, "async", 2, soft_bounds(), split_at=["network.3"]),
+        callbacks=all_callbacks(),
+        logger=RunBoard(tmp_path, "run"),
+        limit_val_batches=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.validate(Classifier(MLP([64, 8, 10])), Digits(batch_size=8), verbose=False)
+    events = EventAccumulator(str(trainer.log_dir)).Reload()
+    assert "val/accuracy" in scalars(events)
+    assert not [tag for tag in scalars(events) if tag.startswith("by_")]
+    assert "custom_scalars__config__" not in events.Tags()["tensors"]
+
+
 def test_no_tag_is_of_two_kinds(run):
     kinds = {}
     for events in events_of(run).values():
