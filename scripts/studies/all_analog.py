@@ -1,0 +1,113 @@
+"""This study trains the shipped configs whose layers are all analog, and the same networks with digital layers.
+
+It runs ``aimc-pl fit`` with ``convnet_cifar10_async.yaml`` and ``gpt_text_mixed_precision_async.yaml``. All runs
+together take about an hour on two cores. Runs that the CSV file already holds are not repeated. Usage:
+
+    .venv/bin/python scripts/studies/all_analog.py --cifar10 data --folder docs/results
+
+Without ``--cifar10``, only the GPT is trained.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from aimc_pl.cli import main as aimc_pl
+from aimc_pl.figures import BLUE, ORANGE, styled
+from aimc_pl.runs import history
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.statistics import half_width
+from aimc_pl.studies.sweeps import sweep
+
+NETWORKS = {
+    "ConvNet on CIFAR-10": ("convnet_cifar10_async.yaml", "accuracy"),
+    "GPT on text": ("gpt_text_mixed_precision_async.yaml", "bits"),
+}
+"""The config of each network, and its metric."""
+
+LAYERS = {"analog": [], "digital": ["--trainer.strategy.init_args.device=null"]}
+"""The overrides of the config for each kind of layers."""
+
+COLORS = {"analog": ORANGE, "digital": BLUE}
+
+
+def cases(num_seeds: int, quick: bool, with_cifar10: bool) -> list[dict[str, Any]]:
+    """Return the networks, each with analog and with digital layers."""
+    networks = [*NETWORKS] if with_cifar10 else ["GPT on text"]
+    epochs = 1 if quick else 10
+    return [
+        {"network": network, "layers": layers, "seed": seed, "epochs": epochs}
+        for seed in range(num_seeds)
+        for network in networks
+        for layers in LAYERS
+    ]
+
+
+def run(network: str, layers: str, seed: int, epochs: int, root: str | None, quick: bool) -> list[dict[str, Any]]:
+    """Train once, and return the metric of every epoch on the validation set, and at the end on the test set."""
+    config, metric = NETWORKS[network]
+    options = [f"--config={config}", f"--seed_everything={seed}", f"--trainer.max_epochs={epochs}", *LAYERS[layers]]
+    options += [] if root is None or metric == "bits" else [f"--data.init_args.root={root}"]
+    options += ["--trainer.enable_progress_bar=false"]
+    options += [f"--trainer.limit_{part}_batches=2" for part in ("train", "val", "test")] if quick else []
+    with TemporaryDirectory() as folder:
+        aimc_pl(["fit", *options, f"--trainer.logger.save_dir={folder}"])
+        (logged,) = Path(folder).iterdir()
+        return rows_of(logged, metric)
+
+
+def rows_of(folder: Path, metric: str) -> list[dict[str, Any]]:
+    """Return a row for each epoch of a run, and one for its test, by the run's folder."""
+    logged = history(folder)
+    epochs = [row for row in logged if f"val/{metric}" in row]
+    (tested,) = (row for row in logged if f"test/{metric}" in row)
+    validated = [
+        {"epoch": number, "part": "val", "value": row[f"val/{metric}"]} for number, row in enumerate(epochs, 1)
+    ]
+    return [*validated, {"epoch": len(epochs), "part": "test", "value": tested[f"test/{metric}"]}]
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print the metric on the test set, with 95 % intervals where there are several seeds."""
+    for network, (_, metric) in NETWORKS.items():
+        for layers in LAYERS:
+            if of_both := select(rows, network=network, layers=layers, part="test"):
+                values = curves(of_both, "value")[:, -1]
+                interval = f" ± {half_width(values):.4f}" if len(values) > 1 else ""
+                print(f"{network}, {layers}: test {metric} {values.mean():.4f}{interval}")
+
+
+@styled
+def draw(rows: Sequence[Row]) -> Figure:
+    """Draw the metric on the validation set by epoch, a line for each run."""
+    networks = [network for network in NETWORKS if select(rows, network=network)]
+    figure = Figure(figsize=(5 * len(networks), 3.2), layout="constrained")
+    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        for layers, color in COLORS.items():
+            lines = curves(select(rows, network=network, layers=layers, part="val"), "value")
+            epochs = range(1, lines.shape[1] + 1)
+            axes.plot(epochs, lines.T, color=color, marker=".", label=[layers, *["_"] * (len(lines) - 1)])
+        axes.set(title=network, xlabel="epoch", ylabel=f"validation {NETWORKS[network][1]}")
+        axes.legend()
+    return figure
+
+
+def main() -> None:
+    """Run the missing cases, print the report and draw the figure."""
+    parser = sweep_parser(__doc__, seeds=1)
+    parser.add_argument("--cifar10", metavar="ROOT", help="folder that holds CIFAR-10 in torchvision's layout")
+    args = parser.parse_args()
+    settings = cases(args.seeds, args.quick, with_cifar10=bool(args.cifar10))
+    path = args.folder / "all_analog.csv"
+    rows = sweep(partial(run, root=args.cifar10, quick=args.quick), settings, path, args.jobs)
+    report(rows)
+    draw(rows).savefig(args.folder / "all_analog.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
