@@ -208,6 +208,9 @@ OTHER_VALUES: dict[str, tuple[Quantity, ...]] = {
         Quantity(3.9e-12, "J/bit", f"{_NEUROSIM}: HBM2"),
         Quantity(14e-12, "J/bit", f"{_NEUROSIM}: GDDR5"),
     ),
+    "link_latency": (
+        Quantity(34e-9, "s", "PUMA's simulator: 29 ns on the chips under light load, and 5 ns between them"),
+    ),
     "link_energy": (
         Quantity(1e-5 * 1e-9, "J/bit", f"{_SIMULATOR}, on a chip"),
         Quantity(20.74e-12 / 256, "J/bit", f"{_ISAAC}, derived in {_CIMLOOP}: its router, on a chip"),

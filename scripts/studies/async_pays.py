@@ -292,7 +292,7 @@ def report(rows: Sequence[Row], limits: Sequence[Row]) -> None:
     pairs = [*product(NETWORKS, hardware_in(rows))]
     report_algorithms(rows, pairs)
     report_knobs(rows, pairs)
-    report_links(limits)
+    report_links(rows, limits, pairs)
     report_accuracy(rows, pairs)
 
 
@@ -325,14 +325,19 @@ def report_knobs(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def report_links(limits: Sequence[Row]) -> None:
-    """Print at which latency and bandwidth links no longer can be ignored."""
+def report_links(rows: Sequence[Row], limits: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> None:
+    """Print at which latency and bandwidth links no longer can be ignored, and their share of the energy."""
     print("\nlatency and bandwidth at which a sample takes 5 % more time, latency at which async gains 5 % less")
     for row in limits:
         units = {"latency": "s", "bandwidth": "bit/s", "latency_of_speedup": "s"}
         found = {key: engineering(float(row[key]), unit) for key, unit in units.items() if isfinite(float(row[key]))}
         texts = "".join(f"{found.get(key, '-'):>16}" for key in units)
         print(f"{row['network']:<9} {row['hardware']:<14} {row['schedule']:<18}{texts}")
+    for network, hardware in pairs:
+        bits = sum(stage.sent + stage.returned for stage in stages_of(network, hardware, "soft_bounds"))
+        case = select(rows, network=network, hardware=hardware, device="soft_bounds", knob="none", schedule="async")
+        share = bits * PRESETS[hardware].link_energy.value / float(case[0]["joules"])
+        print(f"{network:<9} {hardware:<14} {share:.1%} of the energy")
 
 
 def report_accuracy(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> None:
