@@ -94,6 +94,8 @@ _APPENDIX_I = "arXiv 2510.02516, appendix I"
 _ISAAC = "ISAAC 2016, table 1"
 _SIMULATOR = "defaults of IBM's simulator of 3D in-memory computing (Büchel 2024)"
 _HOROWITZ = "Horowitz 2014, 45 nm"
+_CIMLOOP = "CiMLoop's library of components"
+_SIMBA = "Simba 2019, links of 11 to 25 Gbit/s a pin between chips of a package: 0.82 to 1.75 pJ/bit"
 _MLP_WEIGHTS = 785 * 250 + 250 * 10
 _IN_PRODUCT = "counted in the energy of a product"
 
@@ -105,12 +107,12 @@ _AROUND_CROSSBARS: dict[str, Quantity] = {
     ),
     "weight_bits": Quantity(32, "bit", "float32, as networks are trained here"),
     "buffer_capacity": Quantity(168 * 64 * 1024 * 8, "bit", f"{_ISAAC}: 168 eDRAM buffers of 64 KiB on a chip"),
-    "buffer_energy": Quantity(20.45e-12 / 256, "J/bit", f"{_ISAAC}, derived in its open models: 20.45 pJ per 256 bits"),
+    "buffer_energy": Quantity(20.45e-12 / 256, "J/bit", f"{_ISAAC}, derived in {_CIMLOOP}: 20.45 pJ per 256 bits"),
     "memory_bandwidth": Quantity(5.332e9 * 8, "bit/s", f"{_SIMULATOR}: 5.332 GB/s"),
     "memory_energy": Quantity(0.2467 / (5.332e9 * 8), "J/bit", f"{_SIMULATOR}, derived: 0.2467 W at 5.332 GB/s"),
     "link_latency": Quantity(10e-9, "s", _SIMULATOR),
     "link_bandwidth": Quantity(6.4e9 * 8, "bit/s", f"{_ISAAC}: 6.4 GB/s from chip to chip"),
-    "link_energy": Quantity(26e-12 / 128, "J/bit", "open models of ISAAC 2016: 26 pJ per 128 bits"),
+    "link_energy": Quantity(1.75e-12, "J/bit", f"{_SIMBA}, the most"),
     "static_power": Quantity(0, "W", "not given by the sources of the crossbars: left out"),
 }
 
@@ -170,13 +172,17 @@ ISAAC_2016 = Hardware(
     forward_energy=Quantity(2.4e-3 * 1.6e-6 / 128**2, "J", f"{_IMA}: crossbars of 2.4 mW"),
     backward_energy=Quantity(2.4e-3 * 1.6e-6 / 128**2, "J", f"{_IMA}: crossbars of 2.4 mW"),
     update_energy=Quantity(0, "J", f"{_PIPELAYER}: all of it is in the pulses"),
-    pulse_energy=Quantity(3.91e-9 / 128**2, "J", f"{_PIPELAYER}, derived: 3.91 nJ over 128 × 128 weights"),
+    pulse_energy=Quantity(
+        3.91e-9 / 128**2, "J", f"{_PIPELAYER}, derived: 3.91 nJ a spike, taken as a write of 128 × 128 weights"
+    ),
     dac_energy=Quantity(4e-3 * 1.6e-6 / 128, "J", f"{_IMA}: DACs of 4 mW for 128 inputs"),
-    adc_energy=Quantity(8 * 16 * 1.67e-12, "J", f"{_IMA}: 1.67 pJ a conversion, 8 crossbars, 16 cycles"),
+    adc_energy=Quantity(16e-3 * 1.6e-6 / 128, "J", f"{_IMA}: ADCs of 16 mW for 128 outputs"),
     activation_bits=Quantity(16, "bit", _ISAAC),
     **_AROUND_CROSSBARS,
 )
 """Crossbars whose converters dominate, with the bits of an input one after the other; updates as in PipeLayer."""
+
+_NEUROSIM = "source code of DNN+NeuroSim V2.1"
 
 PRESETS = {hardware.name: hardware for hardware in (RASCH_2024, MARINELLA_2018, ISAAC_2016)}
 """The hardware that the package knows, by name."""
@@ -187,19 +193,28 @@ OTHER_VALUES: dict[str, tuple[Quantity, ...]] = {
         Quantity(64 * 256**2 * 2 / 63.1e12, "s", "Hermes, derived: 64 tiles of 256 × 256 at 63.1 TOPS"),
         Quantity(100e-9, "s", _SIMULATOR),
     ),
-    "pulse_time": (Quantity(50e-9, "s", "DNN+NeuroSim V2.1, default write pulse"),),
+    "pulse_time": (Quantity(50e-9, "s", f"{_NEUROSIM}: a write pulse"),),
     "forward_energy": (
         Quantity(2 / 84e12, "J", "Gokmen and Vlasov 2016, derived: 84,000 GOPS/W"),
         Quantity(2 / 9.76e12, "J", "Hermes, derived: 9.76 TOPS/W"),
     ),
-    "buffer_energy": (Quantity(10e-12 / 64, "J/bit", f"{_HOROWITZ}: 10 pJ for 64 bits of 8 KiB"),),
+    "buffer_energy": (
+        Quantity(10e-12 / 64, "J/bit", f"{_HOROWITZ}: 10 pJ for 64 bits of 8 KiB"),
+        Quantity(20.7e-3 * 100e-9 / 8192, "J/bit", f"{_ISAAC}, derived: 20.7 mW, 1 KiB in a cycle of 100 ns"),
+    ),
     "memory_energy": (
         Quantity(1.3e-9 / 64, "J/bit", f"{_HOROWITZ}: 1.3 nJ for 64 bits, the least"),
         Quantity(2.6e-9 / 64, "J/bit", f"{_HOROWITZ}: 2.6 nJ for 64 bits, the most"),
+        Quantity(3.9e-12, "J/bit", f"{_NEUROSIM}: HBM2"),
+        Quantity(14e-12, "J/bit", f"{_NEUROSIM}: GDDR5"),
+    ),
+    "link_latency": (
+        Quantity(34e-9, "s", "PUMA's simulator: 29 ns on the chips under light load, and 5 ns between them"),
     ),
     "link_energy": (
         Quantity(1e-5 * 1e-9, "J/bit", f"{_SIMULATOR}, on a chip"),
-        Quantity(20.74e-12 / 256, "J/bit", "open models of ISAAC 2016: its router, on a chip"),
+        Quantity(20.74e-12 / 256, "J/bit", f"{_ISAAC}, derived in {_CIMLOOP}: its router, on a chip"),
+        Quantity(0.82e-12, "J/bit", f"{_SIMBA}, the least"),
         Quantity(10.4 / (4 * 6.4e9 * 8), "J/bit", f"{_ISAAC}: 10.4 W for four links of 6.4 GB/s, always on"),
     ),
     "static_power": (Quantity(5, "W", f"{_SIMULATOR}: 1 W for each of 5 digital units"),),

@@ -63,6 +63,20 @@ def estimate(
         num_minibatches: the number of mini-batches. An asynchronous pipeline drains after the last of them only.
     """
     stages = [stage_cost(work, hardware, optimizer_states) for work in works]
+    return estimate_stages(stages, schedule, hardware, samples_per_microbatch, num_minibatches)
+
+
+def estimate_stages(
+    stages: Sequence[StageCost],
+    schedule: Schedule,
+    hardware: Hardware,
+    samples_per_microbatch: float = 1.0,
+    num_minibatches: int = 1,
+) -> Estimate:
+    """Estimate the cost of training some mini-batches, from the costs of stages whose activations all fit.
+
+    The arguments are those of :func:`estimate`.
+    """
     stages = with_spills(stages, schedule, hardware)
     timeline = simulate(schedule, stage_times(stages, hardware), hardware.link_latency.value, num_minibatches)
     microbatches = num_minibatches * schedule.num_microbatches
