@@ -5,7 +5,7 @@ from typing import Any, override
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import NAdam, Optimizer
 
 from aimc_pl.arguments import check_number
 
@@ -67,3 +67,66 @@ class SpikeCompensatedSGD(Optimizer):
         parameter.add_(velocity, alpha=-group["lr"] * delayed)
         if delayed != 1:
             parameter.add_(gradient, alpha=-group["lr"] * (1 - delayed) / (1 - momentum))
+
+
+class AsyncNAdam(NAdam):
+    """``torch.optim.NAdam`` whose momentum grows with the staleness of the gradient (AsyncPP, arXiv 2505.01099).
+
+    Nesterov's momentum looks ahead along the last steps, and counts a new gradient by 1−γ only. A stale gradient thus
+    corrects a direction that goes on meanwhile. An update of staleness d in a pipeline of M stages has the momentum::
+
+        γ = γ₀ + (γ₁ − γ₀)·d/M
+
+    This is the rule of the authors' program. They also keep a copy of the weights of each micro-batch in flight, which
+    a crossbar cannot do, and which is left out here. Under ``schedule="async"`` the strategy sets d in the entry
+    ``"staleness"`` of the parameter groups. Without staleness this is NAdam with γ₀.
+
+    Args:
+        params: the parameters, or dicts that define parameter groups.
+        num_stages: M.
+        lr: the learning rate.
+        momentum: γ₀, at least 0 and below 1.
+        stale_momentum: γ₁, at least γ₀ and below 1.
+        beta2: the decay of the running mean of squared gradients.
+        weight_decay: the decoupled weight decay, in units of the learning rate.
+
+    Raises:
+        UsageError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        num_stages: int,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        stale_momentum: float = 0.99,
+        beta2: float = 0.999,
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_number("num_stages", num_stages, at_least=1, whole=True)
+        check_number("lr", lr, at_least=0)
+        check_number("momentum", momentum, at_least=0, below=1)
+        check_number("stale_momentum", stale_momentum, at_least=momentum, below=1)
+        check_number("beta2", beta2, at_least=0, below=1)
+        check_number("weight_decay", weight_decay, at_least=0)
+        super().__init__(params, lr, (momentum, beta2), weight_decay=weight_decay, decoupled_weight_decay=True)
+        self._momenta = momentum, stale_momentum
+        self._num_stages = num_stages
+        for group in self.param_groups:
+            group["staleness"] = 0
+
+    # torch's overloads of this method cannot be repeated by one signature.
+    @override
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make a step.
+
+        Args:
+            closure: computes the loss and the gradients again, and returns the loss.
+        """
+        least, most = self._momenta
+        for group in self.param_groups:
+            momentum = least + (most - least) * group["staleness"] / self._num_stages
+            if momentum != group["betas"][0]:
+                group["betas"] = momentum, group["betas"][1]
+        return super().step(closure)

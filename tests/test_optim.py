@@ -8,7 +8,7 @@ from lightning_modules import Attributes, loader, make_trainer
 from torch import nn
 
 from aimc_pl.errors import UsageError
-from aimc_pl.optim import SpikeCompensatedSGD
+from aimc_pl.optim import AsyncNAdam, SpikeCompensatedSGD
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 
@@ -78,6 +78,61 @@ def test_stages_step_with_their_staleness():
 
     assert sorted(run("async")) == sorted(min(k, 2 - stage) for stage in range(3) for k in range(8))
     assert set(run("sync")) == {0}
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_momentum_grows_with_staleness(delay, numbers):
+    """Compare with torch's NAdam of the momentum that the formula gives, and with the formula of NAdam."""
+
+    def delayed(parameters):
+        optimizer = AsyncNAdam(parameters, 4, 0.01, momentum=0.8, stale_momentum=0.96, weight_decay=0.1)
+        optimizer.param_groups[0]["staleness"] = delay
+        return optimizer
+
+    momentum = 0.8 + 0.16 * delay / 4
+    ours = train(delayed, *numbers)
+    options = {"betas": (momentum, 0.999), "weight_decay": 0.1, "decoupled_weight_decay": True}
+    theirs = train(lambda p: torch.optim.NAdam(p, 0.01, **options), *numbers)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+    gradients, weight = (tensor.numpy() for tensor in numbers)
+    first, second, product = np.zeros_like(weight), np.zeros_like(weight), 1.0
+    for t, g in enumerate(gradients, 1):
+        now, following = (momentum * (1 - 0.5 * 0.96 ** (0.004 * n)) for n in (t, t + 1))
+        product *= now
+        first = momentum * first + (1 - momentum) * g
+        second = 0.999 * second + 0.001 * g**2
+        step = following * first / (1 - product * following) + (1 - now) * g / (1 - product)
+        weight = weight * (1 - 0.01 * 0.1) - 0.01 * step / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(ours, weight, rtol=1e-6)  # torch keeps the product of the momenta in float32
+
+
+def test_every_stage_has_its_own_momentum():
+    """Check the momentum of each update of three stages, and that each stage makes the steps of torch's NAdam."""
+    momenta = []
+
+    class Noting(AsyncNAdam):
+        def step(self, closure=None):
+            result = super().step(closure)
+            momenta.append(round(self.param_groups[0]["betas"][0], 6))
+            return result
+
+    class Noted(Attributes):
+        def configure_optimizers(self):
+            return Noting(self.parameters(), 3, 0.05)
+
+    L.seed_everything(1)
+    module = Noted().double()
+    strategy = AnalogPipelineStrategy(3, "async", 4, split_at=["l2", "l4"])
+    make_trainer(strategy, max_epochs=1).fit(module, loader(module, length=16))
+    expected = [round(0.9 + 0.09 * min(k, 2 - stage) / 3, 6) for stage in range(3) for k in range(8)]
+    assert sorted(momenta) == sorted(expected)
+
+
+@pytest.mark.parametrize("options", [{"num_stages": 0}, {"lr": -1.0}, {"stale_momentum": 0.5}, {"momentum": 1.0}])
+def test_arguments_of_nadam_out_of_range_are_refused(options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        AsyncNAdam([nn.Parameter(torch.ones(1))], **{"num_stages": 4} | options)
 
 
 @pytest.mark.parametrize("options", [{"momentum": 1.0}, {"lr": -1.0}, {"weight_decay": -1.0}])
