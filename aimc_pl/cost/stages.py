@@ -162,12 +162,16 @@ def with_spills(stages: Sequence[StageCost], schedule: Schedule, hardware: Hardw
 def memory_bound(stage: StageCost, schedule: Schedule, index: int) -> float:
     """Return the most bits that a stage holds at the same time, whatever the times of the stages.
 
-    Under ``async`` these are the activations of the micro-batches in flight. The other schedules update once per
-    mini-batch. Until then the stage also holds the inputs and errors of the micro-batches whose backward is over.
+    These are the activations of the micro-batches in flight. Until an update the stage also holds the inputs and errors
+    of those micro-batches of the update whose backward is over. Under ``async`` an update has ``accumulate``
+    micro-batches, and under the other schedules all of the mini-batch.
     """
     in_flight = schedule.in_flight(index)
     if schedule.is_async:
-        return in_flight * stage.kept
+        last = schedule.accumulate
+        return max(
+            in_flight * stage.kept + (last - 1) * stage.pending, (in_flight - 1) * stage.kept + last * stage.pending
+        )
     others = schedule.num_microbatches - in_flight
     waiting = stage.pending + (stage.deferred if schedule.splits_backward else 0.0)
     return max(in_flight * stage.kept + others * waiting, schedule.num_microbatches * waiting)

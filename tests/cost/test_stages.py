@@ -15,6 +15,8 @@ from aimc_pl.cost import (
     count_work,
     stage_cost,
 )
+from aimc_pl.cost.estimate import stage_times
+from aimc_pl.cost.simulation import simulate
 from aimc_pl.cost.stages import Cost, memory_bound, with_spills
 from aimc_pl.devices import convert_to_analog
 from aimc_pl.schedule import Schedule
@@ -107,6 +109,16 @@ def test_parameters_that_exceed_the_buffer_live_off_chip():
     assert cost.forward.joules["memory"] == pytest.approx(3000 * RASCH_2024.memory_energy.value)
     assert cost.forward.seconds == pytest.approx(3000 / RASCH_2024.memory_bandwidth.value)
     assert cost.step.joules["memory"] == pytest.approx(6000 * RASCH_2024.memory_energy.value)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 5])
+@pytest.mark.parametrize("kept", [10, 1000])
+def test_no_simulation_holds_more_than_the_bound_under_async(num_microbatches, kept):
+    """Check that it holds exactly so much, with updates from one micro-batch and from several."""
+    schedule = Schedule("async", 3, 4).accumulating(num_microbatches)
+    stage = stage_cost(Work(kept=kept, matrices=[Matrix("", 30, 20, 1, 20)], gradient_numbers=25), RASCH_2024)
+    simulated = simulate(schedule, stage_times([stage] * 3, RASCH_2024), num_minibatches=10)
+    assert simulated.peaks == pytest.approx([memory_bound(stage, schedule, index) for index in range(3)])
 
 
 @pytest.mark.parametrize(
