@@ -154,6 +154,7 @@ def error_bound(
     smallest = largest
     while excess(smallest) > 0 and smallest > 1e-30:
         smallest /= 4
+    # scipy's annotations give brentq another type than it has with full_output=False.
     return float(brentq(excess, smallest, largest, xtol=1e-14 * largest))  # pyright: ignore[reportArgumentType]
 
 

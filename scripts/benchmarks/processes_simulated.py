@@ -77,6 +77,7 @@ class _Sleep(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
+    # torch's signature is (ctx, *gradients), and apply returns Any.
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         time.sleep(ctx.seconds)
         return error, None, None

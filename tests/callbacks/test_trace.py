@@ -55,7 +55,7 @@ class LateStart(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 0 and trainer.global_rank == 1:
-            time.sleep(0.3)
+            time.sleep(0.3)  # so that the processes wait for each other
 
 
 @pytest.mark.slow

@@ -39,7 +39,10 @@ def test_scalar_inequalities():
     g = rng.standard_normal((INSTANCES, 6)) * rng.lognormal(0, 1, (INSTANCES, 6)) + rng.normal(0, 2, (INSTANCES, 1))
     extra = rng.exponential(1, g.shape) * rng.integers(0, 2, (INSTANCES, 1))
     share = rng.dirichlet(np.ones(6), INSTANCES)
-    mean = lambda values: (share * values).sum(1)  # noqa: E731
+
+    def mean(values):
+        return (share * values).sum(1)
+
     s, weight = np.abs(g) + extra, q * rng.choice([-1, 1], INSTANCES)
     variance, decay_variance = mean(g**2) - mean(g) ** 2, mean(s**2) - mean(g) ** 2
     at_most(variance, decay_variance)
@@ -459,7 +462,10 @@ def test_constants_of_a_chain_of_rotations(depth):
     root = torch.matrix_exp((skew - skew.T) / 9)
     target = torch.linalg.matrix_power(root, depth)
     at = root.expand(depth, 8, 8).reshape(-1)
-    chain = lambda w: torch.linalg.multi_dot([torch.eye(8, dtype=w.dtype), *w.view(depth, 8, 8)])  # noqa: E731
+
+    def chain(w):
+        return torch.linalg.multi_dot([torch.eye(8, dtype=w.dtype), *w.view(depth, 8, 8)])
+
     hessian = torch.autograd.functional.hessian(lambda w: (chain(w) - target).square().sum() / 2, at)
     assert float(torch.linalg.eigvalsh(hessian)[-1]) == pytest.approx(depth)
     # The gradient of a sample (x, Rx + νz) is the Jacobian times νzxᵀ, whose covariance for Gaussian x and z is ν².
