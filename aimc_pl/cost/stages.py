@@ -12,7 +12,7 @@ from math import ceil
 
 from aimc_pl.cost.constants import Hardware
 from aimc_pl.cost.work import Matrix, Work
-from aimc_pl.schedule import Schedule
+from aimc_pl.schedule import MAX_MICROBATCHES, Schedule
 
 PARTS = {
     "crossbars": "crossbars",
@@ -166,12 +166,14 @@ def memory_bound(stage: StageCost, schedule: Schedule, index: int) -> float:
     of those micro-batches of the update whose backward is over. Under ``async`` an update has ``accumulate``
     micro-batches, and under the other schedules all of the mini-batch.
     """
-    in_flight = schedule.in_flight(index)
     if schedule.is_async:
+        # The pipeline stays full, so more micro-batches than those of a mini-batch may be in flight.
+        in_flight = schedule.in_flight(index, MAX_MICROBATCHES)
         last = schedule.accumulate
         return max(
             in_flight * stage.kept + (last - 1) * stage.pending, (in_flight - 1) * stage.kept + last * stage.pending
         )
+    in_flight = schedule.in_flight(index)
     others = schedule.num_microbatches - in_flight
     waiting = stage.pending + (stage.deferred if schedule.splits_backward else 0.0)
     return max(in_flight * stage.kept + others * waiting, schedule.num_microbatches * waiting)

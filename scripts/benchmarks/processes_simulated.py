@@ -70,6 +70,11 @@ def cases(quick: bool) -> list[Case]:
 
 
 class _Sleep(torch.autograd.Function):
+    """Sleep in the forward and in the backward, in place of computing.
+
+    torch declares ``backward`` with any gradients and ``apply`` without a result, against which the checker is told.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
         ctx.seconds = backward
@@ -77,7 +82,6 @@ class _Sleep(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    # torch's signature is (ctx, *gradients), and apply returns Any.
     def backward(ctx: Any, error: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         time.sleep(ctx.seconds)
         return error, None, None
