@@ -8,6 +8,7 @@ from aimc_pl.devices.algorithms import (
     dynamic_transfer,
     mixed_precision,
     residual_learning,
+    symmetric_point_tracking,
     tiki_taka,
     tiki_taka_v2,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "residual_learning",
     "soft_bounds",
     "soft_bounds_reference",
+    "symmetric_point_tracking",
     "tiki_taka",
     "tiki_taka_v2",
     "to_mean_field",

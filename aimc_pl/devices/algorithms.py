@@ -27,6 +27,7 @@ from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagem
 from aimc_pl.arguments import check_flag, check_number
 from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, described, simulated, soft_bounds
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
+from aimc_pl.devices.mean_field.tracking import TrackingCompound
 from aimc_pl.errors import UsageError
 
 Material = Literal["ReRamES", "ReRamSB", "Capacitor", "EcRam", "EcRamMO", "Idealized"]
@@ -62,8 +63,7 @@ def residual_learning(
         UsageError: if an argument is out of range, or if the device has no pulsed updates of its own.
     """
     check_number("gamma", gamma, at_least=0, at_most=1)
-    check_number("transfer_lr", transfer_lr, above=0)
-    check_number("transfer_every", transfer_every, above=0)
+    _check_transfers(transfer_lr, transfer_every)
     check_number("n_reads_per_transfer", n_reads_per_transfer, at_least=1, whole=True)
     check_flag("digital_buffer", digital_buffer)
     config = _pulsed(device, "residual_learning")
@@ -134,6 +134,55 @@ def dynamic_transfer(
     check_number("chop_prob", chop_prob, above=0, at_most=1)
     compound = DynamicTransferCompound(in_chop_prob=chop_prob, **_accumulation(fast_lr, transfer_lr, transfer_every))
     return _of_two(_pulsed(device, "dynamic_transfer"), compound)
+
+
+@described
+def symmetric_point_tracking(
+    device: AnalogDevice | None = None,
+    gamma: float = 0.1,
+    transfer_lr: float = 1.0,
+    transfer_every: float = 1.0,
+    chop_prob: float = 0.1,
+    tracking_rate: float = 0.1,
+) -> AnalogDevice:
+    """E-RIDER (arXiv 2602.21321): residual learning that estimates the symmetric points of P, and takes them away.
+
+    The symmetric point of a cross-point is the weight where its steps up and down are equal. Noise pulls P there, and
+    residual learning transfers this to W as if it were a gradient. Here a digital Q follows P, gradients move P with
+    signs c that flip from time to time, W moves by lr·β·c·(P − Q), and the products see W + γ·c·(P − Q).
+
+    The source gives these formulas, with Q ← (1 − η)·Q + η·P, and flips of c with a probability. It is our choice that
+    transfers go column by column, as in :func:`residual_learning`; that every column has a sign of its own, which may
+    flip after the column has been read; that W moves before Q does; that Q begins at 0; and so are the defaults. With
+    η = 0 and ``chop_prob=0`` this is :func:`residual_learning`.
+
+    Args:
+        device: the device of both crossbars, of the catalogue and with pulsed updates; ``soft_bounds`` by default.
+        gamma: γ, the weight of P − Q in the products.
+        transfer_lr: β, the rate of transfers in units of the learning rate.
+        transfer_every: number of mini-batches from one transfer of a column to the next.
+        chop_prob: the probability that the sign of a column flips after the column has been read.
+        tracking_rate: η, the share of a read of P in the new Q.
+
+    Raises:
+        UsageError: if an argument is out of range, or if the device has no pulsed updates of its own, or is simulated
+            by aihwkit, which has no such algorithm.
+    """
+    check_number("gamma", gamma, at_least=0, at_most=1)
+    _check_transfers(transfer_lr, transfer_every)
+    config = _pulsed(device, "symmetric_point_tracking")
+    if not isinstance(config, MeanFieldRPUConfig):
+        raise UsageError(
+            "aihwkit has no symmetric_point_tracking: choose backend='mean_field' or 'bits' for its device"
+        )
+    compound = TrackingCompound(
+        gamma=gamma,
+        transfer_lr=transfer_lr,
+        transfer_every=transfer_every,
+        chop_prob=chop_prob,
+        tracking_rate=tracking_rate,
+    )
+    return _of_two(config, compound)
 
 
 @described
@@ -250,8 +299,7 @@ def _of_two(config: Any, compound: TransferCompound, transfer_update: UpdatePara
 
 def _accumulation(fast_lr: float, transfer_lr: float, transfer_every: float) -> dict[str, Any]:
     check_number("fast_lr", fast_lr, above=0)
-    check_number("transfer_lr", transfer_lr, above=0)
-    check_number("transfer_every", transfer_every, above=0)
+    _check_transfers(transfer_lr, transfer_every)
     return {
         "fast_lr": fast_lr,
         "transfer_lr": transfer_lr,
@@ -259,6 +307,11 @@ def _accumulation(fast_lr: float, transfer_lr: float, transfer_every: float) -> 
         "auto_scale": True,
         "forget_buffer": False,
     }
+
+
+def _check_transfers(transfer_lr: float, transfer_every: float) -> None:
+    check_number("transfer_lr", transfer_lr, above=0)
+    check_number("transfer_every", transfer_every, above=0)
 
 
 def _read(forward: IOParameters) -> IOParameters:

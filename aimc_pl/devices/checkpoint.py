@@ -65,6 +65,7 @@ _NAMES = {
         "MeanFieldTile",
         "MeanFieldTileArray",
     ),
+    "aimc_pl.devices.mean_field.tracking": ("TrackingCompound", "TrackingSimulatorTile"),
     "aimc_pl.devices.mean_field.transfer": ("BufferedTransferSimulatorTile", "TransferSimulatorTile"),
 }
 

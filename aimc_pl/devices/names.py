@@ -13,6 +13,7 @@ from aimc_pl.devices.algorithms import (
     dynamic_transfer,
     mixed_precision,
     residual_learning,
+    symmetric_point_tracking,
     tiki_taka,
     tiki_taka_v2,
 )
@@ -68,6 +69,7 @@ DEVICES: dict[str, Callable[..., AnalogDevice]] = {
         residual_learning,
         chopped_transfer,
         dynamic_transfer,
+        symmetric_point_tracking,
         tiki_taka,
         tiki_taka_v2,
         chopped_tiki_taka,

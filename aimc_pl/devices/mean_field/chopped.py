@@ -4,6 +4,7 @@ Gradients send pulses to the first crossbar with the choppers' signs, and transf
 on the gradients, such as the drift of asymmetric devices to the point of equal steps, changes its sign with every flip.
 """
 
+from collections.abc import Iterable
 from math import ceil
 from typing import Any
 
@@ -43,32 +44,25 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
         self._counters: dict[str, float] = {"cycles": 0, "rate": 0.0, "x_largest": 0.0, "error_largest": 0.0}
         """Transfers of the last column, the last rate of pulses, and running means of the largest input and error."""
 
-    def set_weights(self, weight: Tensor) -> None:
-        """Program the last crossbar, and forget all that has been learnt."""
-        for state in self._states().values():
-            state.zero_()
-        self._in_signs.fill_(1.0)
-        self._out_signs.fill_(1.0)
-        self._counters = dict.fromkeys(self._counters, 0)
-        super().set_weights(weight)
-
     def dump_extra(self) -> dict[str, Any]:
         """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
-        states = {name: state.clone() for name, state in self._states().items()}
-        return super().dump_extra() | states | {"counters": {**self._counters}}
+        return super().dump_extra() | {"counters": {**self._counters}}
 
     def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
         """See :meth:`MeanFieldSimulatorTile.load_extra`."""
-        for name, state in self._states().items():
-            state.copy_(extra[name])
         self._counters = {**extra["counters"]}
         super().load_extra(extra, strict)
 
     def _states(self) -> dict[str, Tensor]:
         return {"buffer": self._held, "in_signs": self._in_signs, "out_signs": self._out_signs}
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._in_signs.fill_(1.0)
+        self._out_signs.fill_(1.0)
+        self._counters = dict.fromkeys(self._counters, 0)
+
     def _signs(self) -> Tensor | None:
-        """Return the signs of all cross-points ``(out, in)``, or ``None`` if they never change."""
         if self._chopped.in_chop_prob <= 0 and self._chopped.out_chop_prob <= 0:
             return None
         return torch.outer(self._out_signs, self._in_signs)
@@ -126,15 +120,12 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
     def _is_last_of_period(self) -> bool:
         return self._counters["cycles"] % self._period() + 1 == self._period()
 
-    def _is_drawn(self) -> bool:
-        return float(torch.rand((), generator=self._generator)) < self._chopped.in_chop_prob
-
     def _flips(self) -> bool:
         """Return whether the sign of the input that has just been read flips."""
         compound = self._chopped
         if compound.in_chop_prob <= 0:
             return False
-        return self._is_drawn() if compound.in_chop_random else self._is_last_of_period()
+        return self._happens(compound.in_chop_prob) if compound.in_chop_random else self._is_last_of_period()
 
     def _end_transfer(self, column: int, flips: bool) -> None:
         if flips:
@@ -146,13 +137,9 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
             drawn = torch.rand(self.d_size, generator=self._generator) < self._chopped.out_chop_prob
             self._out_signs[drawn.to(self._out_signs.device)] *= -1
 
-    def _add_up(self) -> None:
-        signs = self._signs()
-        if signs is None:
-            super()._add_up()
-        elif self._gammas[0]:
-            fast, slow = self.crossbars
-            torch.addcmul(slow.weight * self._gammas[1], signs, fast.weight, value=self._gammas[0], out=self._sum)
+    def _residuals(self) -> Iterable[Tensor]:
+        signs, fast = self._signs(), self.crossbar.weight
+        return [fast if signs is None else fast * signs]
 
 
 class DynamicTransferSimulatorTile(ChoppedTransferSimulatorTile):
@@ -200,5 +187,5 @@ class DynamicTransferSimulatorTile(ChoppedTransferSimulatorTile):
         self._end_transfer(column, flips)
 
     def _flips(self) -> bool:
-        drawn = self._dynamic.in_chop_random and self._is_drawn()
+        drawn = self._dynamic.in_chop_random and self._happens(self._dynamic.in_chop_prob)
         return self._is_last_of_period() or drawn

@@ -108,7 +108,8 @@ class Crossbar(nn.Module):
             vectors: how the vectors are arranged in the tensors.
             learning_rate: the learning rate.
             update: the parameters of the pulse trains.
-            signs: −1 at cross-points ``(out, in)`` whose pulses change their direction, and 1 at the others.
+            signs: −1 at cross-points ``(out, in)`` whose pulses change their direction, and 1 at the others. One row of
+                signs ``(1, in)`` is for all outputs.
         """
         if learning_rate == 0:
             return

@@ -14,10 +14,12 @@ from aihwkit.simulator.configs.compounds import (
 )
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, PulseType
 
+from aimc_pl.arguments import check_number
 from aimc_pl.devices.mean_field.chopped import ChoppedTransferSimulatorTile, DynamicTransferSimulatorTile
 from aimc_pl.devices.mean_field.mixed_precision import MixedPrecisionSimulatorTile, MixedPrecisionTile
 from aimc_pl.devices.mean_field.response import SUPPORTED_DEVICES
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile, MeanFieldTile
+from aimc_pl.devices.mean_field.tracking import TrackingCompound, TrackingSimulatorTile
 from aimc_pl.devices.mean_field.transfer import BufferedTransferSimulatorTile, TransferSimulatorTile
 from aimc_pl.errors import UsageError
 
@@ -65,6 +67,7 @@ _COMPOUNDS: dict[type, type[MeanFieldSimulatorTile]] = {
     BufferedTransferCompound: BufferedTransferSimulatorTile,
     ChoppedTransferCompound: ChoppedTransferSimulatorTile,
     DynamicTransferCompound: DynamicTransferSimulatorTile,
+    TrackingCompound: TrackingSimulatorTile,
 }
 """The tiles that simulate devices of several crossbars."""
 
@@ -120,6 +123,8 @@ def check_support(config: _Config) -> None:
         _check(device, _OFF["compound"], {})
         if isinstance(device, ChoppedTransferCompound):
             _check_choppers(device)
+        if isinstance(device, TrackingCompound):
+            _check_tracking(device)
     if isinstance(device, MixedPrecisionCompound):
         devices = [device.device]
         _check(device, _OFF["mixed precision"], {})
@@ -147,6 +152,13 @@ def _check_choppers(compound: ChoppedTransferCompound) -> None:
         _check(compound, _OFF["dynamic"], {})
         if compound.in_chop_prob <= 0:
             raise UsageError(f"in_chop_prob must be above 0, got {compound.in_chop_prob}")
+
+
+def _check_tracking(compound: TrackingCompound) -> None:
+    check_number("chop_prob", compound.chop_prob, at_least=0, at_most=1)
+    check_number("tracking_rate", compound.tracking_rate, at_least=0, at_most=1)
+    if len(compound.unit_cell_devices) != 2:
+        raise UsageError(f"a TrackingCompound has two crossbars, got {len(compound.unit_cell_devices)}")
 
 
 def _check(section: Any, off: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:

@@ -4,7 +4,7 @@ A transfer reads columns of one crossbar, and writes them to the next crossbar b
 version 1, residual learning, and Tiki-Taka version 2, which has a digital buffer between the crossbars.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import ceil, prod
 from typing import Any
 
@@ -62,13 +62,12 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         return self._sum if any(self._gammas[:-1]) else self.crossbars[-1].weight
 
     def set_weights(self, weight: Tensor) -> None:
-        """Program the last crossbar, and set the weights of the others to zero."""
+        """Program the last crossbar, set the weights of the others to zero, and forget all that has been learnt."""
         *others, last = self.crossbars
         for crossbar in others:
             crossbar.write(torch.zeros_like(crossbar.weight))
         last.write(weight / self._gammas[-1])
-        self._num_vectors = 0
-        self._columns = [0] * len(self._columns)
+        self._forget()
         self._add_up()
 
     def decay(self) -> None:
@@ -98,7 +97,7 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
             "num_vectors": self._num_vectors,
             "columns": [*self._columns],
             "crossbars": [{"weight": one.weight.clone()} | one.extra() for one in self.crossbars],
-        }
+        } | {name: state.clone() for name, state in self._states().items()}
 
     def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
         """See :meth:`MeanFieldSimulatorTile.load_extra`."""
@@ -108,7 +107,20 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         for crossbar, state in zip(self.crossbars, extra["crossbars"], strict=True):
             crossbar.weight.copy_(state["weight"])
             crossbar.load_extra(state)
+        for name, state in self._states().items():
+            state.copy_(extra[name])
         self._add_up()
+
+    def _states(self) -> dict[str, Tensor]:
+        """Return the digital numbers of the tile, by their names in a checkpoint."""
+        return {}
+
+    def _forget(self) -> None:
+        """Set all that is not on a crossbar to its state in a new tile."""
+        self._num_vectors = 0
+        self._columns = [0] * len(self._columns)
+        for state in self._states().values():
+            state.zero_()
 
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
         if self.learning_rate == 0:
@@ -137,7 +149,11 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
 
     def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, batch: int) -> None:
         """Send pulses to the first crossbar, for a part of a mini-batch of ``batch`` vectors."""
-        self.crossbar.pulse(x, error, vectors, self._fast_rate(), self._config.update)
+        self.crossbar.pulse(x, error, vectors, self._fast_rate(), self._config.update, self._signs())
+
+    def _signs(self) -> Tensor | None:
+        """Return the signs of the cross-points of the first crossbar, or ``None`` if they are all 1."""
+        return None
 
     def _fast_rate(self) -> float:
         compound = self._compound
@@ -175,6 +191,9 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         """Add rate·values to a column of the crossbar after ``source``."""
         self.crossbars[source + 1].pulse_column(column, -values, rate, self._compound.transfer_update)
 
+    def _happens(self, probability: float) -> bool:
+        return float(torch.rand((), generator=self._generator)) < probability
+
     def _seen(self, source: int) -> float:
         """Return γₙ/γₙ₊₁, or 1 if the products do not see crossbar n."""
         ours, theirs = self._gammas[source : source + 2]
@@ -189,10 +208,14 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
 
     def _add_up(self) -> None:
         if any(self._gammas[:-1]):
-            *others, last = self.crossbars
+            last = self.crossbars[-1]
             total = last.weight if self._gammas[-1] == 1 else last.weight * self._gammas[-1]
-            for gamma, crossbar in zip(self._gammas, others, strict=False):
-                total = torch.add(total, crossbar.weight, alpha=gamma, out=self._sum)
+            for gamma, residual in zip(self._gammas, self._residuals(), strict=False):
+                total = torch.add(total, residual, alpha=gamma, out=self._sum)
+
+    def _residuals(self) -> Iterable[Tensor]:
+        """Return what the products see of all crossbars but the last, without the weights γₙ."""
+        return [crossbar.weight for crossbar in self.crossbars[:-1]]
 
 
 class BufferedTransferSimulatorTile(TransferSimulatorTile):
@@ -211,19 +234,8 @@ class BufferedTransferSimulatorTile(TransferSimulatorTile):
         self._buffered: BufferedTransferCompound = compound
         self.register_buffer("_digital", torch.zeros(len(self._chain) - 1, x_size, d_size), persistent=False)
 
-    def set_weights(self, weight: Tensor) -> None:
-        """Program the last crossbar, and set the weights of the others and the buffers to zero."""
-        super().set_weights(weight)
-        self._digital.zero_()
-
-    def dump_extra(self) -> dict[str, Any]:
-        """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
-        return super().dump_extra() | {"digital": self._digital.clone()}
-
-    def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
-        """See :meth:`MeanFieldSimulatorTile.load_extra`."""
-        super().load_extra(extra, strict)
-        self._digital.copy_(extra["digital"])
+    def _states(self) -> dict[str, Tensor]:
+        return {"digital": self._digital}
 
     def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
         compound, target = self._buffered, self.crossbars[source + 1]
