@@ -15,7 +15,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from aimc_pl.analog import analog_layers
-from aimc_pl.devices import DEVICES, convert_to_analog, make_analog_aware, residual_learning, soft_bounds
+from aimc_pl.devices import (
+    DEVICES,
+    convert_to_analog,
+    make_analog_aware,
+    residual_learning,
+    soft_bounds,
+    symmetric_point_tracking,
+)
 from aimc_pl.errors import UsageError
 from aimc_pl.export import to_digital
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -32,6 +39,7 @@ DEVICES_OF_TESTS = {
     "mean field": soft_bounds(tau=3.0, perfect_io=True),
     "aihwkit": soft_bounds(tau=3.0, perfect_io=True, backend="aihwkit"),
     "residual learning": residual_learning(soft_bounds(tau=3.0, perfect_io=True), gamma=0.3),
+    "tracking": symmetric_point_tracking(soft_bounds(tau=3.0, perfect_io=True), gamma=0.3, chop_prob=0.5),
     "residual learning, aihwkit": residual_learning(soft_bounds(3.0, perfect_io=True, backend="aihwkit"), gamma=0.3),
 }
 MAPPINGS = {

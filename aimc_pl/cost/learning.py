@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from aimc_pl.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Learning:
@@ -42,6 +44,9 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
         rpu_config: the configuration of the layer's tiles.
         columns: the number of inputs of a tile.
         vectors: the number of pairs of an input and an error in a micro-batch.
+
+    Raises:
+        UsageError: if products see the digital numbers of ``symmetric_point_tracking``.
     """
     from aihwkit.simulator.configs.compounds import (
         BufferedTransferCompound,
@@ -50,6 +55,8 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
         TransferCompound,
     )
 
+    from aimc_pl.devices.mean_field.tracking import TrackingCompound
+
     device = getattr(rpu_config, "device", None)
     pulses = _train_length(getattr(rpu_config, "update", None))
     if isinstance(device, MixedPrecisionCompound):
@@ -57,15 +64,23 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
         return Learning(pulses, transfers_per_call=written, transfer_pulses=1, is_digital=True)
     if not isinstance(device, TransferCompound):
         return Learning(pulses)
+    all_seen = device.gamma or any(device.gamma_vec)
+    if isinstance(device, TrackingCompound) and all_seen:
+        raise UsageError(
+            "the cost of products with W + γc(P - Q) is unknown, because Q is digital: set gamma=0 in "
+            "symmetric_point_tracking, for the estimate"
+        )
     transfers = device.n_reads_per_transfer / device.transfer_every if device.transfer_every else 0.0
     return Learning(
         pulses,
         crossbars=len(device.unit_cell_devices),
-        crossbars_in_products=len(device.unit_cell_devices) if device.gamma or any(device.gamma_vec) else 1,
+        crossbars_in_products=len(device.unit_cell_devices) if all_seen else 1,
         transfers_per_vector=0.0 if device.units_in_mbatch else transfers,
         transfers_per_call=transfers if device.units_in_mbatch else 0.0,
         transfer_pulses=_train_length(device.transfer_update),
-        transfers_are_buffered=isinstance(device, BufferedTransferCompound | ChoppedTransferCompound),
+        transfers_are_buffered=isinstance(
+            device, BufferedTransferCompound | ChoppedTransferCompound | TrackingCompound
+        ),
     )
 
 

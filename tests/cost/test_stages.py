@@ -16,9 +16,11 @@ from aimc_pl.cost import (
     stage_cost,
 )
 from aimc_pl.cost.estimate import stage_times
+from aimc_pl.cost.learning import learning_of
 from aimc_pl.cost.simulation import simulate
 from aimc_pl.cost.stages import Cost, memory_bound, with_spills
-from aimc_pl.devices import convert_to_analog
+from aimc_pl.devices import chopped_transfer, convert_to_analog, symmetric_point_tracking
+from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule
 
 
@@ -77,6 +79,14 @@ def test_residual_learning_reads_two_crossbars_at_once():
     # A transfer reads a column and writes it by pulses, once for every update.
     assert (two.update.seconds, two.update.energy) == (one.update.seconds, one.update.energy)
     assert two.step.seconds == pytest.approx(40e-9 + 5 * 5e-9)
+
+
+def test_tracking_transfers_through_digital_numbers_and_products_with_these_are_refused():
+    hidden = learning_of(symmetric_point_tracking(gamma=0.0, transfer_every=2.0).rpu_config, 64, 10)
+    assert hidden == learning_of(chopped_transfer(transfer_every=2.0).rpu_config, 64, 10)
+    assert hidden == Learning(crossbars=2, transfers_per_call=0.5, transfers_are_buffered=True)
+    with pytest.raises(UsageError, match=r"the cost of products with .* is unknown.* set gamma=0"):
+        learning_of(symmetric_point_tracking().rpu_config, 64, 10)
 
 
 @pytest.mark.parametrize("states", [0, 1, 2])

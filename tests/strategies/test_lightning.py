@@ -17,7 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from aimc_pl import boundaries
-from aimc_pl.devices import analog_layers, dynamic_transfer, residual_learning, soft_bounds
+from aimc_pl.devices import (
+    analog_layers,
+    dynamic_transfer,
+    residual_learning,
+    soft_bounds,
+    symmetric_point_tracking,
+)
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 
@@ -410,6 +416,7 @@ def test_a_fit_goes_on_with_the_counts_and_the_split_of_its_checkpoint(validates
         residual_learning(soft_bounds(device_to_device=0.2, write_noise=3.0), n_reads_per_transfer=3),
         residual_learning(gamma=0.0, digital_buffer=True),
         dynamic_transfer(soft_bounds(device_to_device=0.2), chop_prob=1.0, transfer_every=0.25),
+        symmetric_point_tracking(soft_bounds(device_to_device=0.2), chop_prob=0.5, transfer_every=0.25),
     ],
 )
 def test_analog_resume_goes_on_updating_the_tiles(schedule, device, tmp_path):

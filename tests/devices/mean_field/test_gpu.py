@@ -20,6 +20,7 @@ from aimc_pl.devices import (
     residual_learning,
     soft_bounds,
     soft_bounds_reference,
+    symmetric_point_tracking,
     weight_scaling,
 )
 
@@ -37,6 +38,7 @@ DEVICES = {
     "with a buffer": residual_learning(soft_bounds(), digital_buffer=True),
     "choppers": chopped_transfer(soft_bounds()),
     "AGAD": dynamic_transfer(soft_bounds(), chop_prob=0.5, transfer_every=0.005),
+    "tracking": symmetric_point_tracking(soft_bounds(), gamma=0.4, chop_prob=0.5, transfer_every=0.1),
     "mixed precision": mixed_precision(soft_bounds()),
     "quantized": noisy_quantized(std=0.01, bits=6),
 }

@@ -38,6 +38,7 @@ from aimc_pl.devices import (
     residual_learning,
     soft_bounds,
     soft_bounds_reference,
+    symmetric_point_tracking,
     to_mean_field,
 )
 from aimc_pl.devices.mean_field import MeanFieldTile, MeanFieldTileArray
@@ -296,7 +297,7 @@ def test_converted_convolutions_train_as_aihwkits_unfolding_ones(name, max_size)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("algorithm", ["analog SGD", "residual learning", "choppers"])
+@pytest.mark.parametrize("algorithm", ["analog SGD", "residual learning", "choppers", "tracking"])
 def test_seeds_copies_pickles_and_state_dicts(name, algorithm):
     layer_of, shape = LAYERS[name]
     device = soft_bounds_reference(device_to_device=0.3, write_noise=5.0)
@@ -304,6 +305,7 @@ def test_seeds_copies_pickles_and_state_dicts(name, algorithm):
         "analog SGD": lambda: device,
         "residual learning": lambda: residual_learning(device, digital_buffer=name == "conv2d"),
         "choppers": lambda: dynamic_transfer(device, chop_prob=1.0),
+        "tracking": lambda: symmetric_point_tracking(device, chop_prob=0.5),
     }[algorithm]().rpu_config
     x = torch.randn(shape)
     layer, again, other = (trained(config, layer_of, x, seed=seed) for seed in (0, 0, 1))
