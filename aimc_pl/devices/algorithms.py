@@ -145,7 +145,7 @@ def symmetric_point_tracking(
     chop_prob: float = 0.1,
     tracking_rate: float = 0.1,
 ) -> AnalogDevice:
-    """E-RIDER (arXiv 2602.21321): residual learning that estimates the symmetric points of P, and takes them away.
+    """E-RIDER (arXiv 2602.21321): residual learning that estimates where asymmetry pulls P, and subtracts it.
 
     The symmetric point of a cross-point is the weight where its steps up and down are equal. Noise pulls P there, and
     residual learning transfers this to W as if it were a gradient. Here a digital Q follows P, gradients move P with
@@ -159,8 +159,8 @@ def symmetric_point_tracking(
     Args:
         device: the device of both crossbars, of the catalogue and with pulsed updates; ``soft_bounds`` by default.
         gamma: γ, the weight of P − Q in the products.
-        transfer_lr: β, the rate of transfers in units of the learning rate.
-        transfer_every: number of mini-batches from one transfer of a column to the next.
+        transfer_lr: see :func:`residual_learning`.
+        transfer_every: see :func:`residual_learning`.
         chop_prob: the probability that the sign of a column flips after the column has been read.
         tracking_rate: η, the share of a read of P in the new Q.
 

@@ -1,8 +1,8 @@
-"""The tile in this module tracks the symmetric points of a crossbar, and takes them away from what it has learnt.
+"""The tile in this module tracks the symmetric points of a crossbar, and subtracts them from what it has learnt.
 
-At its symmetric point, a cross-point moves up and down by equal steps. The noise of gradients pulls every weight there,
-so that a crossbar that should hold gradients holds its symmetric points besides. A running mean of its weights, over
-gradients whose signs flip from time to time, is an estimate of them.
+At its symmetric point, a cross-point moves up and down by equal steps. The noise of gradients pulls every weight there.
+So a crossbar that receives gradients holds their sum, and its symmetric points. The signs of the gradients flip from
+time to time, so that gradients cancel in a running mean of the weights, and the symmetric points remain.
 """
 
 from collections.abc import Iterable
