@@ -67,6 +67,8 @@ class Crossbar(nn.Module):
             hidden = hidden.expand(-1, d_size, x_size)
         self.register_buffer("weight", torch.zeros(d_size, x_size), persistent=False)
         self.register_buffer("hidden", hidden.clone(), persistent=False)
+        if self._write_noise > 0:
+            self._persistent.zero_()  # aihwkit draws these without the construction's seed
         self.num_updates = 0
         self.cut: Tensor | float = 0.0
         self._responses: dict[int | None, Response] = {}

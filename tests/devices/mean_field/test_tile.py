@@ -347,6 +347,24 @@ def test_devices_are_those_that_aihwkit_draws():
     torch.testing.assert_close(mine.get_weights()[0], theirs.get_weights()[0])
 
 
+@pytest.mark.parametrize("algorithm", [None, residual_learning])
+def test_write_noise_of_a_tile_that_was_never_programmed_is_seeded(algorithm):
+    """Check that the weights without write noise begin at 0, as the weights do. aihwkit draws them without a seed."""
+    device = soft_bounds(write_noise=5.0)
+    config = (algorithm(device) if algorithm else device).rpu_config
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        tile = config.tile_class(4, 5, config, False)
+        for crossbar in tile.tile.crossbars:
+            assert not crossbar.extra()["persistent_weights"].any()
+        for _ in range(5):
+            tile.update(torch.ones(2, 5), torch.ones(2, 4))
+        weights.append(torch.stack([crossbar.weight for crossbar in tile.tile.crossbars]))
+    assert weights[0].any()
+    assert torch.equal(*weights)
+
+
 def test_write_noise_shows_where_pulses_came():
     """Check where write noise appears, and that the persistent weights stay without it.
 
