@@ -44,10 +44,14 @@ def trained(schedule, device, accelerator):
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "zero_bubble", "async"])
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 def test_a_pipeline_on_a_gpu_is_that_on_the_cpu(schedule, device, monkeypatch):
-    """Check that the weights are equal, except for the few pulses on which the last digits of sums decide."""
+    """Check that digital weights are equal, and that analog ones have had the same updates but for their noise.
+
+    The last digits of sums decide on a few pulses, and from then on the tiles may draw other random numbers. A missing or
+    a wrong update makes a difference of 1 or more.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     before, on_cpu = trained(schedule, device, "cpu")
     _, on_gpu = trained(schedule, device, "gpu")
     change = (on_cpu - before).abs().mean()
     assert change > 1e-4
-    assert (on_gpu - on_cpu).abs().mean() < 0.02 * change
+    assert (on_gpu - on_cpu).abs().mean() < (1e-3 if device is None else 0.7) * change
