@@ -46,7 +46,7 @@ def trained(schedule, device, accelerator):
 def test_a_pipeline_on_a_gpu_is_that_on_the_cpu(schedule, device, monkeypatch):
     """Check that digital weights are equal, and that analog ones have had the same updates but for their noise.
 
-    The last digits of sums decide on a few pulses, and from then on the tiles may draw other random numbers. A missing or
+    The last digits of sums decide on a few pulses. From then on, the tiles may draw other random numbers. A missing or
     a wrong update makes a difference of 1 or more.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
