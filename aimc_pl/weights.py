@@ -59,7 +59,9 @@ def gradients_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[
 def _values(parameter: Any) -> Tensor:
     if not is_analog(parameter):
         return parameter
-    return parameter.analog_tile.get_weights()[0] if learns_by_pulses(parameter) else torch.empty(0)
+    # A tile returns a copy on the CPU.
+    weights = parameter.analog_tile.get_weights()[0] if learns_by_pulses(parameter) else torch.empty(0)
+    return weights.to(parameter.device)
 
 
 def _pending_gradient(layer: Any, context: Any) -> Tensor:
@@ -88,9 +90,10 @@ def write_weight(layer: Any, weight: Tensor) -> None:
 
 
 def layer_weight(layer: Any) -> Tensor:
-    """Return a copy of a layer's weight."""
-    weight = layer.get_weights()[0] if is_analog(layer) else layer.weight
-    return weight.detach().clone()
+    """Return a copy of a layer's weight, on the layer's device."""
+    if is_analog(layer):
+        return layer.get_weights()[0].detach().to(next(layer.analog_tiles()).device)
+    return layer.weight.detach().clone()
 
 
 def product(layer: Any, x: Tensor, weight: Tensor) -> Tensor:

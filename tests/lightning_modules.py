@@ -1,5 +1,6 @@
 """LightningModules that were written without a pipeline in mind, and their data."""
 
+import os
 from itertools import pairwise
 
 import lightning as L
@@ -134,7 +135,7 @@ def loader(module, batch_size=8, shuffle=True, length=19):
 def make_trainer(strategy="auto", **kwargs):
     defaults = {
         "max_epochs": 2,
-        "accelerator": "cpu",
+        "accelerator": os.environ.get("TEST_ACCELERATOR", "cpu"),
         "precision": "64-true",
         "logger": False,
         "enable_checkpointing": False,

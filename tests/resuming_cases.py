@@ -121,7 +121,7 @@ def train(folder, schedule, network, interruption=None, ckpt_path=None, **proces
     savers = {"every_n_train_steps": 2, "save_on_exception": True}, {"every_n_epochs": 1}
     clock, staleness = ClockMonitor(), StalenessMonitor()
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=os.environ.get("TEST_ACCELERATOR", "cpu"),
         max_epochs=2,
         log_every_n_steps=3,
         **processes,

@@ -1,6 +1,7 @@
 """These tests check the LightningModules of the package."""
 
 import math
+import os
 
 import lightning.pytorch as pl
 import pytest
@@ -19,7 +20,9 @@ def table():
 
 
 def trainer(**options):
-    return pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **options)
+    accelerator = os.environ.get("TEST_ACCELERATOR", "cpu")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(accelerator=accelerator, **quiet, **options)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)`")  # there is no trainer

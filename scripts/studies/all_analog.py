@@ -5,7 +5,9 @@ together take about an hour on two cores. Runs that the CSV file already holds a
 
     .venv/bin/python scripts/studies/all_analog.py --cifar10 data --folder docs/results
 
-Without ``--cifar10``, only the GPT is trained.
+Without ``--cifar10``, only the GPT is trained. With ``--wide``, only a ConvNet of twice the width is trained, without a
+pipeline and in larger batches, which suits a GPU. It takes a few minutes there, and its files are
+``all_analog_wide.csv`` and ``all_analog_wide.png``.
 """
 
 from collections.abc import Sequence
@@ -27,8 +29,21 @@ from aimc_pl.studies.sweeps import sweep
 NETWORKS = {
     "ConvNet on CIFAR-10": ("convnet_cifar10_async.yaml", "accuracy"),
     "GPT on text": ("gpt_text_mixed_precision_async.yaml", "bits"),
+    "wide ConvNet on CIFAR-10": ("convnet_cifar10_async.yaml", "accuracy"),
 }
 """The config of each network, and its metric."""
+
+WIDE = [
+    "--trainer.accelerator=auto",
+    "--trainer.strategy.init_args.schedule=none",
+    "--trainer.strategy.init_args.num_stages=1",
+    "--trainer.strategy.init_args.num_microbatches=1",
+    "--trainer.strategy.init_args.split_at=null",
+    "--model.init_args.network.init_args.widths=[64, 128, 256]",
+    "--model.init_args.optimizer.init_args.lr=0.06",
+    "--data.init_args.batch_size=512",
+]
+"""The overrides of the config for the wide ConvNet."""
 
 LAYERS = {"analog": [], "digital": ["--trainer.strategy.init_args.device=null"]}
 """The overrides of the config for each kind of layers."""
@@ -36,10 +51,9 @@ LAYERS = {"analog": [], "digital": ["--trainer.strategy.init_args.device=null"]}
 COLORS = {"analog": ORANGE, "digital": BLUE}
 
 
-def cases(num_seeds: int, quick: bool, with_cifar10: bool) -> list[dict[str, Any]]:
+def cases(num_seeds: int, quick: bool, networks: Sequence[str], epochs: int) -> list[dict[str, Any]]:
     """Return the networks, each with analog and with digital layers."""
-    networks = [*NETWORKS] if with_cifar10 else ["GPT on text"]
-    epochs = 1 if quick else 10
+    epochs = 1 if quick else epochs
     return [
         {"network": network, "layers": layers, "seed": seed, "epochs": epochs}
         for seed in range(num_seeds)
@@ -52,6 +66,7 @@ def run(network: str, layers: str, seed: int, epochs: int, root: str | None, qui
     """Train once, and return the metric of every epoch on the validation set, and at the end on the test set."""
     config, metric = NETWORKS[network]
     options = [f"--config={config}", f"--seed_everything={seed}", f"--trainer.max_epochs={epochs}", *LAYERS[layers]]
+    options += WIDE if network.startswith("wide") else []
     options += [] if root is None or metric == "bits" else [f"--data.init_args.root={root}"]
     options += ["--trainer.enable_progress_bar=false"]
     options += [f"--trainer.limit_{part}_batches=2" for part in ("train", "val", "test")] if quick else []
@@ -101,12 +116,19 @@ def main() -> None:
     """Run the missing cases, print the report and draw the figure."""
     parser = sweep_parser(__doc__, seeds=1)
     parser.add_argument("--cifar10", metavar="ROOT", help="folder that holds CIFAR-10 in torchvision's layout")
+    parser.add_argument("--wide", action="store_true", help="train the wide ConvNet only, on a GPU if there is one")
     args = parser.parse_args()
-    settings = cases(args.seeds, args.quick, with_cifar10=bool(args.cifar10))
-    path = args.folder / "all_analog.csv"
+    if args.wide and not args.cifar10:
+        parser.error("--wide needs --cifar10 ROOT")
+    if args.wide:
+        settings, name = cases(args.seeds, args.quick, ["wide ConvNet on CIFAR-10"], epochs=30), "all_analog_wide"
+    else:
+        networks = ["ConvNet on CIFAR-10", "GPT on text"] if args.cifar10 else ["GPT on text"]
+        settings, name = cases(args.seeds, args.quick, networks, epochs=10), "all_analog"
+    path = args.folder / f"{name}.csv"
     rows = sweep(partial(run, root=args.cifar10, quick=args.quick), settings, path, args.jobs)
     report(rows)
-    draw(rows).savefig(args.folder / "all_analog.png", dpi=120)
+    draw(rows).savefig(path.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

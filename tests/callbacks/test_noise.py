@@ -297,7 +297,7 @@ def test_read_noise_in_both_products():
     start = weights(module)
     strategy = AnalogPipelineStrategy(1, "async", 1)
     noise = DeviceNoise([ReadNoise(0.05)], layers=["net.1"])
-    fit(noise, strategy, module, DataLoader([x], batch_size=None), max_epochs=1)
+    fit(noise, strategy, module, DataLoader([x], batch_size=None), max_epochs=1, accelerator="cpu")
     assert all(torch.equal(weight, start[name]) for name, weight in weights(module).items())
     hidden, weight = F.linear(x, module.net[0].weight), module.net[1].weight
     forward = (seen["out"] - F.linear(hidden, weight))[0] / (0.05 * hidden.norm())
@@ -343,7 +343,8 @@ def test_read_noise_changes_the_weights_of_products(layer, shape, options, facto
     data = DataLoader([torch.randn(shape).double()], batch_size=None)
     clean = layer_weight(layer)
     strategy = AnalogPipelineStrategy(1, "async", 1)
-    _, trainer = fit(DeviceNoise([Known(0.0)], **options), strategy, module, data, max_epochs=1)
+    noise = DeviceNoise([Known(0.0)], **options)
+    _, trainer = fit(noise, strategy, module, data, max_epochs=1, accelerator="cpu")
     x, weight = seen["x"].detach().requires_grad_(), clean.requires_grad_()
     torch.testing.assert_close(seen["out"], product(layer, x, factors[0] * weight))
     error = 2 * seen["out"].detach()

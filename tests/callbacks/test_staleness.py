@@ -302,7 +302,7 @@ def test_analog_network_with_cosine():
     data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
     monitor = StalenessMonitor(cosine=True)
     strategy = AnalogPipelineStrategy(5, "async", 4, device="ideal")
-    trainer = fit(monitor, strategy, module, data, precision="32-true", max_epochs=1)
+    trainer = fit(monitor, strategy, module, data, precision="32-true", max_epochs=1, accelerator="cpu")
     # In the last stage only the input is stale.
     assert trainer.logged_metrics["staleness/cosine_stage_4"] > 0.5
 
