@@ -81,9 +81,13 @@ def is_copy(name: str) -> bool:
     return name in _COPIES
 
 
-def is_unknown(name: str) -> bool:
-    """Return whether an operation takes more than a FLOP for each element, and it is not known how many."""
-    return name.startswith(_UNKNOWN) and name not in _KNOWN_SMALL
+def is_unknown(operation: Any) -> bool:
+    """Return whether an operation may take more than a FLOP for each element, and it is not known how many.
+
+    Such are the operations of other packages.
+    """
+    name = name_of(operation)
+    return operation.namespace != "aten" or (name.startswith(_UNKNOWN) and name not in _KNOWN_SMALL)
 
 
 def flops_of(

@@ -4,10 +4,9 @@ The step runs forward once. Hooks on modules see the layers on crossbars, and a 
 of torch. The backward follows from the forward.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +140,7 @@ def count_work(
         )
     if counter.unknown:
         warnings.warn(
-            "the cost model takes these operations for one FLOP for each element, which is too little: "
+            "the cost model counts one FLOP for each element of these operations, which may be too little: "
             f"{listed(sorted(counter.unknown))}",
             stacklevel=2,
         )
@@ -157,7 +156,7 @@ class _Uses:
         self.learning: set[int] = set()
         self.batch, self.kept, self.sent, self.returned = Distinct(), Distinct(), Distinct(), Distinct()
         self.matrices: dict[int, Matrix] = {}
-        """The layers on crossbars, by the identity of the module."""
+        """The layers on crossbars, by the identity of their first tile."""
 
 
 class _Counter(TorchDispatchMode):
@@ -224,7 +223,9 @@ class _Counter(TorchDispatchMode):
             self._read(inputs)
             if not computes_nothing(name):
                 self._count(name, args, kwargs, out, inputs, outputs)
-            self._made(outputs, inputs, is_copy=is_copy(name))
+                if is_unknown(func) and any(tensor.numel() for tensor in outputs):
+                    self.unknown.add(name)
+            self._made(outputs, inputs, learn=any(map(self._learns, inputs)), is_copy=is_copy(name))
         return out
 
     def _count(self, name: str, args: Any, kwargs: Any, out: Any, inputs: Any, outputs: Any) -> None:
@@ -237,15 +238,13 @@ class _Counter(TorchDispatchMode):
         flops = flops_of(name, args, kwargs, out, elements, self._learns)
         gradients = [(factor, cost) for factor, cost in flops.factors if self._learns(factor)]
         weights = [cost for factor, cost in gradients if self._is_weight(factor)]
-        if is_unknown(name):
-            self.unknown.add(name)
         work.forward_flops += flops.forward
         work.moved += numbers
         if weights:
             work.gradient_flops += sum(weights)
             read = (*(factor for factor, _ in flops.factors), out)
             work.gradient_numbers += sum(tensor.numel() for tensor in read if not self._is_weight(tensor))
-        learn = any(map(self._learns, inputs))
+        learn = any(map(self._learns, inputs)) and any(map(torch.is_floating_point, outputs))
         if learn:
             work.backward_flops += flops.backward + sum(cost for _, cost in gradients)
         if again := is_checkpointing():
@@ -256,9 +255,13 @@ class _Counter(TorchDispatchMode):
 
     def _learns(self, tensor: Tensor) -> bool:
         """Return whether the backward computes the gradient of an operation's input."""
-        if self._made_inside is not None:  # gradients are disabled inside of a custom function
-            return tensor.requires_grad or storage_of(tensor) in self._made_inside
-        return tensor.requires_grad and torch.is_grad_enabled()
+        made_inside = self._made_inside is not None and storage_of(tensor) in self._made_inside
+        return made_inside or (tensor.requires_grad and self._differentiates)
+
+    @property
+    def _differentiates(self) -> bool:
+        """Whether there is a backward. Inside of a custom autograd function gradients are disabled nevertheless."""
+        return torch.is_grad_enabled() or self._made_inside is not None
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return storage_of(tensor) in self._originals
@@ -282,19 +285,18 @@ class _Counter(TorchDispatchMode):
                 if tensor.requires_grad:
                     self.works[part].returned += self._uses[part].returned.add(tensor)
 
-    def _made(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, is_copy: bool = False) -> None:
+    def _made(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, learn: bool, is_copy: bool = False) -> None:
         """Note that this part has computed tensors, unless they are views of tensors that it has only read.
 
-        A copy of a parameter, in the type of autocast for example, is the parameter.
+        A copy of a parameter, in the type of autocast for example, is the parameter, unless it is expanded.
         """
         given = {storage_of(tensor) for tensor in inputs}
-        learn = any(map(self._learns, inputs))
         for tensor in outputs:
             storage = storage_of(tensor)
             if storage in given:
                 continue
             self._alive.append(tensor)
-            if is_copy and self._is_weight(inputs[0]) and tensor.numel() == inputs[0].numel():
+            if is_copy and self._is_weight(inputs[0]) and 0 not in inputs[0].stride():
                 self._originals[storage] = self._originals[storage_of(inputs[0])]
                 continue
             self._made_in[storage] = self._part
@@ -342,17 +344,17 @@ class _Counter(TorchDispatchMode):
         work, uses, (x, *_) = self.works[self._part], self._uses[self._part], _tensors((args, kwargs))
         self._read([x])
         tiles, again = [*module.analog_tiles()], is_checkpointing()
-        matrix = uses.matrices.setdefault(id(module), self._matrix(module, tiles))
+        matrix = uses.matrices.setdefault(id(tiles[0]), self._matrix(module, tiles))
+        learn = self._differentiates and any(tile.analog_ctx.requires_grad for tile in tiles)
         vectors = out.numel() // matrix.rows
         matrix.vectors += vectors
         matrix.vectors_again += vectors * again
-        if torch.is_grad_enabled():
-            matrix.vectors_back += vectors * x.requires_grad
-            if any(tile.analog_ctx.requires_grad for tile in tiles):
-                matrix.vectors_learning += vectors
-                matrix.numbers_in += x.numel()
-                if not again:
-                    work.kept += uses.kept.add(x)
+        matrix.vectors_back += vectors * self._learns(x)
+        if learn:
+            matrix.vectors_learning += vectors
+            matrix.numbers_in += x.numel()
+            if not again:
+                work.kept += uses.kept.add(x)
         columns = min(matrix.columns, self._tile_size)
         matrix.learning = learning_of(tiles[0].rpu_config, columns, matrix.vectors_learning)
         if matrix.vectors_learning and not matrix.learning.is_digital and not learns_by_pulses(tiles[0].analog_ctx):
@@ -363,13 +365,12 @@ class _Counter(TorchDispatchMode):
         for name, parameter in module.named_parameters():
             # A digital bias, or a scale, of every output. In mixed precision there are the weights of tiles, too.
             if not is_analog(parameter) and not name.endswith("shared_weights"):
-                learn = parameter.requires_grad and torch.is_grad_enabled()
                 self._read([parameter])
                 if again:
                     uses.parameters_back.add(storage_of(parameter))
                 work.forward_flops += out.numel()
-                work.backward_flops += out.numel() * (learn + again)
-        self._made([out], [x])
+                work.backward_flops += out.numel() * (self._learns(parameter) + again)
+        self._made([out], [x], learn=learn or self._learns(x))
 
     def _matrix(self, module: Any, tiles: Sequence[Any]) -> Matrix:
         # An analog bias is one more column.
@@ -382,17 +383,14 @@ _apply: Any = vars(Function)["apply"]
 
 @contextmanager
 def _without_fused_operations() -> Iterator[None]:
-    """Context manager in which torch computes recurrent layers and encoders, and compiled functions, step by step.
+    """Context manager in which torch computes recurrent layers and encoders step by step.
 
-    Which of them it fuses depends on the machine.
+    Whether it fuses them otherwise depends on the machine. It runs no compiled code in a dispatch mode.
     """
     before: Any = mkldnn.enabled, cudnn.enabled, mha.get_fastpath_enabled()
-    # importing the compiler takes seconds
-    uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
         _set_fused(False, False, False)
-        with uncompiled:
-            yield
+        yield
     finally:
         _set_fused(*before)
 

@@ -152,6 +152,14 @@ def test_copies_of_weights_in_autocast_are_weights(layers):
     assert work.gradient_flops == layers * 2 * batch * width**2
 
 
+def test_a_weight_for_every_sample_is_an_activation():
+    token = nn.Linear(4, 1)
+    (work,) = count_work(
+        token, lambda: (token.weight.expand(5, 4).clone() * torch.zeros(5, 4, requires_grad=True)).sum()
+    )
+    assert work.kept == 2 * 5 * 4
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_region_is_computed_again(reentrant):
     network = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))

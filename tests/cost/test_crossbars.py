@@ -58,8 +58,12 @@ def test_layers_that_share_a_crossbar_are_one():
     network = analog(nn.Linear(6, 6, bias=False))
     network.append(network[0])
     work = count(network, lambda: network(torch.ones(3, 6)).sum())
-    assert [matrix.name for matrix in work.matrices] == ["0"]
+    assert [(matrix.name, matrix.vectors) for matrix in work.matrices] == [("0", 6)]
     assert stage_cost(work, RASCH_2024).num_tiles == 1
+    other = analog(nn.Linear(6, 6, bias=False))
+    other[0].analog_module = network[0].analog_module
+    both = nn.Sequential(network[0], other[0])
+    assert count(both, lambda: both(torch.ones(3, 6)).sum()).matrices == work.matrices
 
 
 def test_crossbars_in_several_stages_count_in_each():
@@ -100,24 +104,41 @@ def test_layers_without_gradients_only_multiply():
     assert work.kept == 4 * 6
 
 
+class Region(torch.autograd.Function):
+    """A region that a user's own function computes without gradients."""
+
+    @staticmethod
+    def forward(ctx, network, x, weight):
+        return network(x)
+
+
+def test_layers_in_a_custom_function_learn():
+    network = analog(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 7))
+    learning = next(network.parameters())
+    inside = count(network, lambda: Region.apply(network, torch.ones(4, 5), learning).sum())
+    plain = count(network, lambda: network(torch.ones(4, 5)).sum())
+    assert inside.matrices == plain.matrices
+    assert inside.backward_flops == plain.backward_flops
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_products_of_a_checkpointed_region_are_made_again(reentrant):
     network = analog(nn.Linear(5, 6), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
 
     def step():
         x = network[0](torch.ones(4, 5))
-        return network[3](checkpoint(network[1:3], x, use_reentrant=reentrant)).sum()
+        return checkpoint(network[1:], x, use_reentrant=reentrant).sum()
 
     work = count(network, step)
-    assert [matrix.vectors_again for matrix in work.matrices] == [0, 4, 0]
+    assert [matrix.vectors_again for matrix in work.matrices] == [0, 4, 4]
     assert [matrix.vectors for matrix in work.matrices] == [4, 4, 4]
     assert [matrix.vectors_learning for matrix in work.matrices] == [4, 4, 4]
     assert [matrix.vectors_back for matrix in work.matrices] == [0, 4, 4]
-    assert work.kept == 4 * (5 + 6 + 7)
+    assert work.kept == 4 * (5 + 6)  # the inputs of the first layer and of the region
     plain = count(network, lambda: network(torch.ones(4, 5)).sum())
-    assert work.backward_flops == plain.backward_flops + 4 * 7 + 4 * 7  # the bias and the activation again
+    assert work.backward_flops == plain.backward_flops + 4 * (7 + 7 + 3)  # the biases and the activation again
     costs = [stage_cost(each, RASCH_2024) for each in (work, plain)]
-    assert costs[0].backward.seconds - costs[1].backward.seconds == pytest.approx(4 * 40e-9 + 8 * 7 / 0.7e12)
+    assert costs[0].backward.seconds - costs[1].backward.seconds == pytest.approx(2 * 4 * 40e-9 + 4 * 17 / 0.7e12)
     assert costs[0].forward == costs[1].forward
 
 
