@@ -244,7 +244,9 @@ class _Counter(TorchDispatchMode):
             work.gradient_flops += sum(weights)
             read = (*(factor for factor, _ in flops.factors), out)
             work.gradient_numbers += sum(tensor.numel() for tensor in read if not self._is_weight(tensor))
-        learn = any(map(self._learns, inputs)) and any(map(torch.is_floating_point, outputs))
+        learn = any(map(self._learns, inputs)) and any(
+            each.is_floating_point() or each.is_complex() for each in outputs
+        )
         if learn:
             work.backward_flops += flops.backward + sum(cost for _, cost in gradients)
         if again := is_checkpointing():

@@ -50,7 +50,8 @@ N, M, P, B = 3, 5, 4, 2
         # sums over bags of M, differences to their power that are added up
         (lambda: F.embedding_bag(torch.zeros(B, M, dtype=torch.int64), parameter(9, P)), B * M * P, B * M * P),
         (lambda: torch.cdist(parameter(N, P), torch.ones(M, P)), 3 * N * M * P, 3 * N * M * P),
-        # an index has no gradient
+        # a complex number has a gradient, an index has none
+        (lambda: torch.zeros(N, dtype=torch.complex64, requires_grad=True) * 2, N, N),
         (lambda: parameter(N).argmax(), N, 0),
         # copies
         (lambda: torch.cat([parameter(N), parameter(M)]).repeat(2).flip(0), 0, 0),
