@@ -100,7 +100,7 @@ def stage_cost(work: Work, hardware: Hardware, optimizer_states: float = 0) -> S
     bits, weight_bits = hardware.activation_bits.value, hardware.weight_bits.value
     # In mixed precision the optimizer also learns from the gradients of crossbars.
     written = sum(each.rows * each.columns for each in work.matrices if each.learning.is_digital and _learns(each))
-    states = optimizer_states * (work.learning + written)
+    states = optimizer_states * (work.trained + written)
     resident = (work.parameters + states) * weight_bits
     on_chip = min(1.0, hardware.buffer_capacity.value / resident) if resident else 1.0
 
@@ -114,7 +114,7 @@ def stage_cost(work: Work, hardware: Hardware, optimizer_states: float = 0) -> S
     backward = _moved(work.moved_back, hardware) + stored(work.parameters_back)
     backward += _digital(work.backward_flops - work.gradient_flops, hardware)
     gradient, deferred = _digital(work.gradient_flops, hardware), work.gradient_numbers
-    step = _digital(2 * work.learning + 5 * states, hardware) + stored(2 * (work.learning + states))
+    step = _digital(2 * work.trained + 5 * states, hardware) + stored(2 * (work.trained + states))
     update, pending = Cost(), 0
     for matrix in work.matrices:
         learning = matrix.learning

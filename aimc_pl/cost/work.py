@@ -77,7 +77,7 @@ class Work:
         kept: the numbers that are kept from the forward to the backward.
         parameters: the number of digital parameters that the forward reads.
         parameters_back: the number of them that the backward reads.
-        learning: the number of them that learn.
+        trained: the number of them that learn.
         batch: the numbers of the micro-batch itself that the part reads.
         sent: the numbers that the part sends to the next one in the forward, those that it passes on included.
         returned: the numbers that the part gets back from the next one in the backward.
@@ -94,7 +94,7 @@ class Work:
     kept: int = 0
     parameters: int = 0
     parameters_back: int = 0
-    learning: int = 0
+    trained: int = 0
     batch: int = 0
     sent: int = 0
     returned: int = 0
@@ -153,7 +153,7 @@ class _Uses:
     def __init__(self) -> None:
         self.parameters: set[int] = set()
         self.parameters_back: set[int] = set()
-        self.learning: set[int] = set()
+        self.trained: set[int] = set()
         self.batch, self.kept, self.sent, self.returned = Distinct(), Distinct(), Distinct(), Distinct()
         self.matrices: dict[int, Matrix] = {}
         """The layers on crossbars, by the identity of their first tile."""
@@ -209,9 +209,9 @@ class _Counter(TorchDispatchMode):
             yield
         for work, uses in zip(self.works, self._uses, strict=True):
             work.matrices = [*uses.matrices.values()]
-            work.parameters, work.parameters_back, work.learning = (
+            work.parameters, work.parameters_back, work.trained = (
                 sum(self._digital[storage] for storage in storages)
-                for storages in (uses.parameters, uses.parameters_back, uses.learning)
+                for storages in (uses.parameters, uses.parameters_back, uses.trained)
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -276,7 +276,7 @@ class _Counter(TorchDispatchMode):
             if storage in self._originals:
                 uses.parameters.add(self._originals[storage])
                 if self._learns(tensor):
-                    uses.learning.add(self._originals[storage])
+                    uses.trained.add(self._originals[storage])
                 continue
             self._alive.append(tensor)
             if storage not in self._made_in:

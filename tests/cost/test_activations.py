@@ -132,7 +132,7 @@ def test_what_networks_keep(make, monkeypatch):
     (work,) = count_work(network, step)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # it would hide the inside of an LSTM
     assert work.kept == kept_by(step, network)
-    assert work.parameters == work.learning == sum(p.numel() for p in network.parameters())
+    assert work.parameters == work.trained == sum(p.numel() for p in network.parameters())
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -172,7 +172,7 @@ def test_a_checkpointed_region_is_computed_again(reentrant):
     assert found.forward_flops == plain.forward_flops
     assert found.backward_flops == plain.backward_flops + again
     assert found.moved_back == plain.moved_back + 4 * (6 + 7) + 2 * 4 * 7
-    assert (found.parameters, found.parameters_back, found.learning) == (plain.parameters,) * 3
+    assert (found.parameters, found.parameters_back, found.trained) == (plain.parameters,) * 3
     # The input of the region is kept, and so is its output, as the input of the last layer. The first layer's, too.
     assert found.kept == 4 * (5 + 6 + 7)
 
@@ -193,7 +193,7 @@ def test_tied_weights_count_once_in_a_stage():
         return network["head"](network["mix"](network["tokens"](torch.arange(4)))).sum()
 
     (whole,) = count_work(network, step)
-    assert whole.parameters == whole.learning == 60 + 42
+    assert whole.parameters == whole.trained == 60 + 42
     # Stages that share it each have a copy.
     assert [work.parameters for work in count_work(network, step, ["mix", "head"])] == [60, 42, 60]
 
@@ -204,7 +204,7 @@ def test_weights_that_share_one_storage_count_all():
     network[0].weight = nn.Parameter(flat[:12].view(4, 3))
     network[1].weight = nn.Parameter(flat[12:].view(2, 4))
     (work,) = count_work(network, lambda: network[1](network[0](torch.ones(1, 3))).sum())
-    assert work.parameters == work.learning == 20
+    assert work.parameters == work.trained == 20
 
 
 def test_what_is_frozen_or_without_gradients_does_not_learn():
@@ -219,7 +219,7 @@ def test_what_is_frozen_or_without_gradients_does_not_learn():
     (work,) = count_work(network, step)
     assert work.parameters == 16 + 25 + 12
     # The second layer has no backward: nothing before it learns.
-    assert work.parameters_back == work.learning == 12
+    assert work.parameters_back == work.trained == 12
     assert work.backward_flops == 2 * 2 * 5 * 2 + 2 * 2
     assert work.moved_back == 2 * (5 + 2) + 2 * 2 + 1
     assert work.kept == 2 * 5

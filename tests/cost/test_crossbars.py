@@ -82,7 +82,7 @@ def test_frozen_layers_send_errors_and_no_pulses(device):
     assert (first.vectors_learning, first.vectors_back) == (4, 0)
     assert (second.vectors_learning, second.vectors_back, second.numbers_in) == (0, 4, 0)
     assert work.kept == 4 * 5  # the input of the layer that learns
-    assert (work.parameters, work.learning) == (6 + 7, 6)  # the digital biases
+    assert (work.parameters, work.trained) == (6 + 7, 6)  # the digital biases
     cost, other = (stage_cost(Work(matrices=[each]), RASCH_2024, 2) for each in (second, first))
     assert cost.update.energy == cost.step.energy == cost.gradient.energy == cost.pending == cost.deferred == 0
     assert cost.backward.joules["crossbars"] > 0
@@ -148,7 +148,7 @@ def test_mixed_precision_has_a_digital_bias_only_if_it_has_one(bias):
     work = count(network, lambda: network(torch.ones(4, 5)).sum())
     outputs = 4 * 6
     assert work.forward_flops == work.backward_flops == outputs * (1 + bias)  # the sum, and the bias
-    assert work.parameters == work.learning == 6 * bias
+    assert work.parameters == work.trained == 6 * bias
 
 
 @pytest.mark.parametrize("states", [0, 1, 2])

@@ -29,7 +29,7 @@ def works(num_stages=3):
             kept=3000,
             parameters=70,
             parameters_back=60,
-            learning=50,
+            trained=50,
             batch=400 * (m == 0),
             sent=900 * (m < num_stages - 1),
             returned=900 * (m < num_stages - 1),

@@ -134,7 +134,7 @@ def test_recurrent_layers(batch):
         errors = 2 * (length - 1) * batch * gates * hidden * hidden
         assert work.gradient_flops == products
         assert products + errors < work.backward_flops < (products + errors) * 1.2
-        assert work.parameters == work.learning == sum(p.numel() for p in layer.parameters())
+        assert work.parameters == work.trained == sum(p.numel() for p in layer.parameters())
 
 
 def test_encoders_without_gradients_are_no_single_operation():

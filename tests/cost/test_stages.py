@@ -93,7 +93,7 @@ def test_digital_work(states):
         moved_back=5000,
         parameters=100,
         parameters_back=70,
-        learning=60,
+        trained=60,
         batch=50,
         kept=20,
         sent=10,
@@ -115,7 +115,7 @@ def test_digital_work(states):
 
 def test_parameters_that_exceed_the_buffer_live_off_chip():
     small = replace(RASCH_2024, buffer_capacity=Quantity(1000, "bit", "test"))
-    cost = stage_cost(Work(parameters=125, learning=125), small)  # 4,000 bits, a quarter of which fits
+    cost = stage_cost(Work(parameters=125, trained=125), small)  # 4,000 bits, a quarter of which fits
     assert cost.resident == pytest.approx(1000)
     assert cost.forward.joules["memory"] == pytest.approx(3000 * RASCH_2024.memory_energy.value)
     assert cost.forward.seconds == pytest.approx(3000 / RASCH_2024.memory_bandwidth.value)

@@ -78,6 +78,6 @@ def test_autocast_and_dictionaries_change_no_counts(make, numbers):
         found = [sum(work.batch for work in each) for each in count.works[::2]]
         assert found == [8 * numbers, 8 * numbers, 3 * numbers]
     full, mixed = works[0][0], works[1][0]
-    for name in ("gradient_flops", "parameters", "learning", "kept"):
+    for name in ("gradient_flops", "parameters", "trained", "kept"):
         assert sum(getattr(work, name) for work in full) == sum(getattr(work, name) for work in mixed), name
-    assert sum(work.learning for work in full) == sum(parameter.numel() for parameter in module.parameters())
+    assert sum(work.trained for work in full) == sum(parameter.numel() for parameter in module.parameters())
