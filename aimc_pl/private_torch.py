@@ -230,6 +230,19 @@ def show_steps_to_schedulers(optimizer: Optimizer) -> None:
     optimizer.step = step
 
 
+def attributes_of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the attributes of an optimizer without its hooks, its parameters and its state.
+
+    A wrapper of ``step``, which learning-rate schedulers set as an attribute, is left out, too.
+    """
+    others = ("step", "param_groups", "state")
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in others and not (name.startswith("_optimizer_") and name.endswith("_hooks"))
+    }
+
+
 def has_backward_hooks(module: nn.Module) -> bool:
     """Return whether a module has backward hooks, which it attaches to the graph of its inputs and outputs."""
     return bool(module._backward_hooks or module._backward_pre_hooks)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aimc_pl.callbacks.attach import attach
 from aimc_pl.cost import find_hardware
-from aimc_pl.cost.estimate import Meter, states_of
+from aimc_pl.cost.estimate import Meter
+from aimc_pl.cost.states import states_of
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.schedule import Operation

@@ -24,6 +24,7 @@ from aimc_pl.private_torch import (
     LEAF,
     Loss,
     TorchDispatchMode,
+    attributes_of_optimizer,
     base_of,
     call_of,
     count_function_modes,
@@ -190,6 +191,22 @@ def test_function_modes():
         torch.ones(1)
         assert seen == ["inner", "outer"]
     assert count_function_modes() == 0
+
+
+def test_attributes_of_an_optimizer_are_without_hooks():
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    optimizer.register_step_pre_hook(print)
+    optimizer.register_step_post_hook(print)
+    optimizer.own = 3
+    left_out = {*vars(optimizer)} - {*attributes_of_optimizer(optimizer)}
+    assert {
+        name for name, value in vars(optimizer).items() if isinstance(value, dict) and print in value.values()
+    } <= left_out
+    assert {"param_groups", "state"} < left_out
+    assert attributes_of_optimizer(optimizer)["own"] == 3
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert "step" in vars(optimizer)
+    assert "step" not in attributes_of_optimizer(optimizer)
 
 
 def test_is_checkpointing():

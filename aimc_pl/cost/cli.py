@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from aimc_pl.arguments import check_number
 from aimc_pl.cli import check_picture, save
 from aimc_pl.cost.constants import PRESETS
-from aimc_pl.cost.estimate import Estimate, estimate, states_of
+from aimc_pl.cost.estimate import Estimate, estimate
 from aimc_pl.cost.hardware_files import find_hardware
 from aimc_pl.cost.report import (
     comparison_table,
@@ -23,6 +23,7 @@ from aimc_pl.cost.report import (
     schedule_name,
     stages_table,
 )
+from aimc_pl.cost.states import states_of
 from aimc_pl.cost.trace import trace_events, write_trace
 from aimc_pl.cost.work import Work
 from aimc_pl.errors import UsageError
@@ -58,7 +59,7 @@ class CountWork(Callback):
 
     works: Sequence[Work] = ()
     samples: float = 1.0
-    optimizer_states = 0
+    optimizer_states = 0.0
 
     def __init__(self, strategy: AnalogPipelineStrategy, hardware_name: str) -> None:
         self._strategy = strategy

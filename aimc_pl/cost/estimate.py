@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from torch.optim import Optimizer
-
 from aimc_pl.cost.constants import Hardware
 from aimc_pl.cost.simulation import Simulation, StageTimes, Timeline, simulate
 from aimc_pl.cost.stages import Cost, StageCost, link_cost, stage_cost, with_spills
@@ -49,7 +47,7 @@ def estimate(
     schedule: Schedule,
     hardware: Hardware,
     samples_per_microbatch: float = 1.0,
-    optimizer_states: int = 0,
+    optimizer_states: float = 0,
     num_minibatches: int = 1,
 ) -> Estimate:
     """Estimate the cost of training some mini-batches.
@@ -59,7 +57,7 @@ def estimate(
         schedule: the schedule.
         hardware: the constants of the hardware.
         samples_per_microbatch: the number of samples in a micro-batch.
-        optimizer_states: the numbers that the optimizer keeps for each digital parameter.
+        optimizer_states: the numbers that the optimizer keeps for each digital parameter that learns.
         num_minibatches: the number of mini-batches. An asynchronous pipeline drains after the last of them only.
     """
     stages = [stage_cost(work, hardware, optimizer_states) for work in works]
@@ -121,11 +119,11 @@ class Meter:
         works: what each stage does for one micro-batch.
         schedule: the schedule.
         hardware: the constants of the hardware.
-        optimizer_states: the numbers that the optimizer keeps for each digital parameter.
+        optimizer_states: the numbers that the optimizer keeps for each digital parameter that learns.
     """
 
     def __init__(
-        self, works: Sequence[Work], schedule: Schedule, hardware: Hardware, optimizer_states: int = 0
+        self, works: Sequence[Work], schedule: Schedule, hardware: Hardware, optimizer_states: float = 0
     ) -> None:
         self._stages = with_spills([stage_cost(work, hardware, optimizer_states) for work in works], schedule, hardware)
         self._back = [0.0, *(stage.returned for stage in self._stages)]
@@ -166,8 +164,3 @@ class Meter:
         # A pipeline tells of an update within a clock before it tells of the clock, whose simulation makes the update.
         if self._simulation.awaits_update(index, microbatch):
             self._simulation.update(index)
-
-
-def states_of(optimizer: Optimizer) -> int:
-    """Return how many numbers an optimizer keeps for each parameter: 2 like Adam, 1 with momentum, or 0."""
-    return 2 if "betas" in optimizer.defaults else int(bool(optimizer.defaults.get("momentum")))

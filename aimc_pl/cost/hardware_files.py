@@ -15,6 +15,8 @@ from aimc_pl.errors import UsageError
 def find_hardware(name: str) -> Hardware:
     """Return the hardware of a name: a preset, or a YAML file that changes some constants of a preset.
 
+    The hardware of a file is named as the file is, so it cannot be taken for a preset.
+
     A file has the name of the preset as ``base``, and for each constant that it changes a value, a unit and a source::
 
         base: rasch_2024
@@ -38,13 +40,15 @@ def find_hardware(name: str) -> Hardware:
         if constant not in known:
             raise UsageError(f"hardware {path} sets {shown(constant)}, which is no constant: they are {listed(known)}")
     quantities = {constant: _quantity(path, constant, value) for constant, value in changes.items()}
-    return replace(PRESETS[base], name=path.stem, **quantities)
+    return replace(PRESETS[base], name=name, **quantities)
 
 
 def _quantity(path: Path, constant: str, value: Any) -> Quantity:
     if not isinstance(value, dict) or value.keys() != {"value", "unit", "source"}:
         raise UsageError(f"hardware {path} needs value, unit and source of {constant}, got {shown(value)}")
     try:
+        if isinstance(value["value"], bool):
+            raise TypeError
         number = float(value["value"])  # YAML takes 1e-6, without a point, for text
     except (TypeError, ValueError) as error:
         raise UsageError(f"hardware {path}: the value of {constant} is no number: {shown(value['value'])}") from error

@@ -87,8 +87,10 @@ def energy_line(estimate: Estimate) -> str:
 
 
 def schedule_name(schedule: Schedule) -> str:
-    """Return the name of a schedule, with its duplex if it is full."""
-    return f"{schedule.name}, full duplex" if schedule.duplex == "full" else schedule.name
+    """Return the name of a schedule, with its duplex if it is full, and how many micro-batches an update sums up."""
+    duplex = ", full duplex" if schedule.duplex == "full" else ""
+    accumulation = f", updates from {schedule.accumulate}" if schedule.accumulate > 1 else ""
+    return f"{schedule.name}{duplex}{accumulation}"
 
 
 def draw_estimate(estimate: Estimate) -> Figure:

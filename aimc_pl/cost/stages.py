@@ -88,43 +88,49 @@ class StageCost:
     returned: float = 0.0
 
 
-def stage_cost(work: Work, hardware: Hardware, optimizer_states: int = 0) -> StageCost:
+def stage_cost(work: Work, hardware: Hardware, optimizer_states: float = 0) -> StageCost:
     """Return the cost of a stage whose activations all fit into its buffer.
 
     Args:
         work: what the stage does for one micro-batch.
         hardware: the constants.
-        optimizer_states: the numbers that the optimizer keeps for each digital parameter: 0 for SGD, 1 with momentum,
-            2 for Adam. An update takes 2 FLOP, and 5 for each of these numbers.
+        optimizer_states: the numbers that the optimizer keeps for each parameter that learns: 0 for SGD, 1 with
+            momentum, 2 for Adam. An update takes 2 FLOP, and 5 for each of these numbers.
     """
-    bits = hardware.activation_bits.value
-    weights = work.parameters * hardware.weight_bits.value
-    resident = weights * (1 + optimizer_states)
+    bits, weight_bits = hardware.activation_bits.value, hardware.weight_bits.value
+    # In mixed precision the optimizer also learns from the gradients of crossbars.
+    written = sum(each.rows * each.columns for each in work.matrices if each.learning.is_digital and _learns(each))
+    states = optimizer_states * (work.trained + written)
+    resident = (work.parameters + states) * weight_bits
     on_chip = min(1.0, hardware.buffer_capacity.value / resident) if resident else 1.0
 
-    def stored(amount: float) -> Cost:
+    def stored(numbers: float) -> Cost:
         """Return the cost of reading or writing digital parameters where they are kept."""
+        amount = numbers * weight_bits
         return _on_chip(on_chip * amount, hardware) + _off_chip((1 - on_chip) * amount, hardware)
 
-    both = _moved(work.moved, hardware) + stored(weights)
-    forward = both + _digital(work.forward_flops, hardware) + _off_chip(work.batch * bits, hardware)
-    backward = both + _digital(work.backward_flops - work.gradient_flops, hardware)
+    forward = _moved(work.moved, hardware) + stored(work.parameters)
+    forward += _digital(work.forward_flops, hardware) + _off_chip(work.batch * bits, hardware)
+    backward = _moved(work.moved_back, hardware) + stored(work.parameters_back)
+    backward += _digital(work.backward_flops - work.gradient_flops, hardware)
     gradient, deferred = _digital(work.gradient_flops, hardware), work.gradient_numbers
-    step = _digital(work.parameters * (2 + 5 * optimizer_states), hardware)
-    step += stored(2 * resident)
+    step = _digital(2 * work.trained + 5 * states, hardware) + stored(2 * (work.trained + states))
     update, pending = Cost(), 0
     for matrix in work.matrices:
         learning = matrix.learning
-        forward += _products(matrix, hardware, backward=False)
-        if matrix.returns:
-            backward += _products(matrix, hardware, backward=True)
+        forward += _product(matrix, hardware, backward=False) * matrix.vectors
+        backward += _product(matrix, hardware, backward=True) * matrix.vectors_back
+        backward += _product(matrix, hardware, backward=False) * matrix.vectors_again
+        if not _learns(matrix):
+            continue
+        numbers = matrix.numbers_in + matrix.vectors_learning * matrix.rows
         if learning.is_digital:  # the sum of the gradients changes no weight, so it need not wait
             gradient += _gradient(matrix, hardware)
-            deferred += matrix.numbers_in + matrix.vectors * matrix.rows
+            deferred += numbers
         else:
             update += _pulses(matrix, hardware)
-            pending += matrix.numbers_in + matrix.vectors * matrix.rows
-        update += _transfer(matrix, hardware) * (learning.transfers_per_vector * matrix.vectors)
+            pending += numbers
+        update += _transfer(matrix, hardware) * (learning.transfers_per_vector * matrix.vectors_learning)
         step += _transfer(matrix, hardware) * learning.transfers_per_call
     return StageCost(
         work.name,
@@ -188,8 +194,12 @@ def _tiles(matrix: Matrix, hardware: Hardware) -> int:
     return ceil(matrix.rows / hardware.tile_size.value) * ceil(matrix.columns / hardware.tile_size.value)
 
 
-def _products(matrix: Matrix, hardware: Hardware, *, backward: bool) -> Cost:
-    """Return the cost of the products of a layer in a forward or a backward."""
+def _learns(matrix: Matrix) -> bool:
+    return matrix.vectors_learning > 0
+
+
+def _product(matrix: Matrix, hardware: Hardware, *, backward: bool) -> Cost:
+    """Return the cost of the product of a layer with one vector, in a forward or a backward."""
     inputs, outputs = (matrix.rows, matrix.columns) if backward else (matrix.columns, matrix.rows)
     seconds = hardware.backward_time if backward else hardware.forward_time
     per_weight = hardware.backward_energy if backward else hardware.forward_energy
@@ -201,7 +211,7 @@ def _products(matrix: Matrix, hardware: Hardware, *, backward: bool) -> Cost:
     }
     # Tiles that share an output each give a part of it, and a digital unit adds these up.
     sums = _digital(outputs * (tiles_in - 1), hardware, tiles_in * tiles_out)
-    return (Cost(seconds.value, conversions) + sums + _moved(inputs + outputs, hardware)) * matrix.vectors
+    return Cost(seconds.value, conversions) + sums + _moved(inputs + outputs, hardware)
 
 
 def _pulses(matrix: Matrix, hardware: Hardware) -> Cost:
@@ -212,13 +222,13 @@ def _pulses(matrix: Matrix, hardware: Hardware) -> Cost:
     numbers = matrix.rows + matrix.columns
     pulses = _written(matrix.rows * matrix.columns, matrix.learning.pulses, hardware)
     search = _digital(numbers, hardware, _tiles(matrix, hardware))
-    return (pulses + search + _moved(numbers, hardware)) * matrix.vectors
+    return (pulses + search + _moved(numbers, hardware)) * matrix.vectors_learning
 
 
 def _gradient(matrix: Matrix, hardware: Hardware) -> Cost:
     """Return the cost of adding up a layer's gradient digitally, in a buffer that is read and written once."""
     weights = matrix.rows * matrix.columns
-    product = _digital(2 * weights * matrix.vectors, hardware, _tiles(matrix, hardware))
+    product = _digital(2 * weights * matrix.vectors_learning, hardware, _tiles(matrix, hardware))
     return product + _on_chip(2 * weights * hardware.weight_bits.value, hardware)
 
 

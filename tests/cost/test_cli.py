@@ -9,6 +9,8 @@ import pytest
 
 from aimc_pl.cli import main
 from aimc_pl.cost import PRESETS
+from aimc_pl.cost.report import schedule_name
+from aimc_pl.schedule import Schedule
 
 
 @pytest.fixture
@@ -88,3 +90,9 @@ def test_a_schedule_is_traced(command, capsys):
     assert names == ["planned", "simulated"]
     with pytest.raises(SystemExit, match=r"trace=nowhere/sync.json cannot be written"):
         command("schedule", "--trace=nowhere/sync.json")
+
+
+def test_schedules_that_differ_have_different_names():
+    plain = Schedule("async", 3, 4)
+    names = [schedule_name(plain), schedule_name(plain.accumulating(3)), schedule_name(Schedule("async", 3, 4, "full"))]
+    assert names == ["async", "async, updates from 3", "async, full duplex"]

@@ -65,7 +65,7 @@ def test_a_file_changes_constants_of_a_preset():
     )
     hardware = find_hardware("board.yaml")
     changes = {"link_latency": Quantity(1e-6, "s", "my board"), "tile_size": Quantity(256, "", "my chip")}
-    assert hardware == replace(PRESETS["marinella_2018"], name="board", **changes)
+    assert hardware == replace(PRESETS["marinella_2018"], name="board.yaml", **changes)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,10 @@ def test_a_file_changes_constants_of_a_preset():
         ("base: rasch_2024\nspeed: 3\n", "sets 'speed', which is no constant: they are tile_size"),
         ("base: rasch_2024\nlink_latency: 3\n", "needs value, unit and source of link_latency, got 3"),
         ("base: rasch_2024\nlink_latency: {value: x, unit: s, source: me}\n", "the value of link_latency is no number"),
+        (
+            "base: rasch_2024\nlink_latency: {value: true, unit: s, source: me}\n",
+            "the value of link_latency is no number: True",
+        ),
         ("base: rasch_2024\nbase: rasch_2024\n", "has 'base' twice"),
     ],
 )
@@ -83,6 +87,12 @@ def test_wrong_files_are_refused_in_one_line(text, message):
     with pytest.raises(UsageError, match=message) as refused:
         find_hardware("board.yaml")
     assert len(str(refused.value)) <= 200
+
+
+def test_a_file_that_is_named_like_a_preset_stands_beside_it():
+    Path("isaac_2016.yaml").write_text("base: rasch_2024\n")
+    assert find_hardware("isaac_2016.yaml").name not in PRESETS
+    assert find_hardware("isaac_2016") is PRESETS["isaac_2016"]
 
 
 def test_unknown_hardware_is_refused():

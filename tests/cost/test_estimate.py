@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from aimc_pl.cost import ISAAC_2016, RASCH_2024, Matrix, Quantity, Work, estimate, stage_cost
-from aimc_pl.cost.estimate import Meter, states_of
+from aimc_pl.cost.estimate import Meter
 from aimc_pl.schedule import Schedule
 
 KINDS = [
@@ -22,12 +21,15 @@ KINDS = [
 def works(num_stages=3):
     return [
         Work(
-            matrices=[Matrix("", 40 + 30 * m, 50, 8, 400, bool(m))],
+            matrices=[Matrix("", 40 + 30 * m, 50, 8, 400, 8 * (m > 0), 8)],
             forward_flops=1e4 * (m + 1),
             backward_flops=2e4,
             moved=500,
+            moved_back=600,
             kept=3000,
             parameters=70,
+            parameters_back=60,
+            trained=50,
             batch=400 * (m == 0),
             sent=900 * (m < num_stages - 1),
             returned=900 * (m < num_stages - 1),
@@ -88,15 +90,3 @@ def test_slower_links_and_stages_make_a_run_longer():
     assert estimate(works(), schedule, slow).timeline.makespan > before + 4 * 0.9e-6
     narrow = replace(RASCH_2024, link_bandwidth=Quantity(1e6, "bit/s", "test"))
     assert estimate(works(), schedule, narrow).timeline.makespan > 4 * 900 * 8 / 1e6
-
-
-@pytest.mark.parametrize(
-    ("make", "states"),
-    [
-        (lambda p: torch.optim.SGD(p), 0),
-        (lambda p: torch.optim.SGD(p, momentum=0.9), 1),
-        (lambda p: torch.optim.AdamW(p), 2),
-    ],
-)
-def test_numbers_that_an_optimizer_keeps(make, states):
-    assert states_of(make([torch.nn.Parameter(torch.ones(1))])) == states

@@ -7,15 +7,16 @@ Marinella 2018 and the counts of PipeLayer are no such numbers.
 from dataclasses import replace
 
 import pytest
+from matrices import trained
 from torch import nn, zeros
 
-from aimc_pl.cost import ISAAC_2016, MARINELLA_2018, RASCH_2024, Matrix, Quantity, Work, count_work, stage_cost
+from aimc_pl.cost import ISAAC_2016, MARINELLA_2018, RASCH_2024, Quantity, Work, count_work, stage_cost
 from aimc_pl.cost.learning import learning_of
 from aimc_pl.devices import convert_to_analog, get_device
 
 
 def cost_of(hardware, rows, columns, vectors=1, **matrix):
-    return stage_cost(Work(matrices=[Matrix("", rows, columns, vectors, columns, **matrix)]), hardware)
+    return stage_cost(Work(matrices=[trained(rows, columns, vectors, columns, **matrix)]), hardware)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +42,7 @@ def test_update_times_that_a_paper_prints(device, change, printed):
 
 def test_energies_that_a_paper_prints():
     """Compare with arXiv 2510.02516, appendix I: a network of 785-250-10."""
-    size = {"vectors": 1, "numbers_in": 1}
-    layers = [Matrix("0", 250, 785, **size), Matrix("1", 10, 250, **size)]
-    cost = stage_cost(Work(matrices=layers), RASCH_2024)
+    cost = stage_cost(Work(matrices=[trained(250, 785, 1, 1), trained(10, 250, 1, 1)]), RASCH_2024)
     assert cost.forward.joules["crossbars"] == pytest.approx(7.29e-9)
     assert cost.backward.joules["crossbars"] == pytest.approx(2.15e-9)
     assert cost.update.joules["crossbars"] == pytest.approx(5.53e-9)
@@ -152,7 +151,7 @@ class TestNeuroSim:
         hardware = replace(RASCH_2024, tile_size=size, forward_time=read, backward_time=read, pulse_time=write)
         config = get_device("mixed_precision")
         matrices = [
-            Matrix("", rows, columns, 200 * n, 200 * n * columns, learning=learning_of(config, 128, 200 * n))
+            trained(rows, columns, 200 * n, 200 * n * columns, learning=learning_of(config, 128, 200 * n))
             for rows, columns, n in self.LAYERS
         ]
         cost = stage_cost(Work(matrices=matrices), hardware)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from matrices import trained
 from torch import nn, randn
 
 from aimc_pl.cost import (
@@ -25,8 +26,8 @@ from aimc_pl.schedule import Schedule
 
 
 def cost_of(hardware=RASCH_2024, **matrix):
-    size = {"name": "", "rows": 512, "columns": 512, "vectors": 1, "numbers_in": 512, **matrix}
-    return stage_cost(Work(matrices=[Matrix(**size)]), hardware)
+    size = {"rows": 512, "columns": 512, "vectors": 1, "numbers_in": 512, **matrix}
+    return stage_cost(Work(matrices=[trained(**size)]), hardware)
 
 
 @pytest.mark.parametrize("hardware", PRESETS.values(), ids=PRESETS)
@@ -57,8 +58,10 @@ def test_products_and_pulses_are_the_closed_forms(hardware, rows, columns, vecto
 
 
 def test_the_first_layer_returns_no_error():
-    assert cost_of(returns=False).backward == Cost(0.0, cost_of(returns=False).backward.joules)
-    assert cost_of(returns=False).backward.energy == 0
+    cost = stage_cost(Work(matrices=[Matrix("", 512, 512, 1, 512, vectors_learning=1)]), RASCH_2024)
+    assert cost.backward == Cost(0.0, cost.backward.joules)
+    assert cost.backward.energy == 0
+    assert cost.update == cost_of().update
 
 
 def test_the_length_of_trains_is_the_devices_unless_it_adapts_them():
@@ -97,7 +100,10 @@ def test_digital_work(states):
         gradient_flops=4e6,
         gradient_numbers=30,
         moved=3000,
+        moved_back=5000,
         parameters=100,
+        parameters_back=70,
+        trained=60,
         batch=50,
         kept=20,
         sent=10,
@@ -107,14 +113,19 @@ def test_digital_work(states):
     assert cost.forward.seconds == pytest.approx(7e6 / 0.7e12 + 50 * 8 / memory)
     assert cost.backward.seconds == pytest.approx(9e6 / 0.7e12)
     assert (cost.gradient.seconds, cost.deferred) == (pytest.approx(4e6 / 0.7e12), 30 * 8)
-    assert cost.step.seconds == pytest.approx(100 * (2 + 5 * states) / 0.7e12)
-    assert (cost.kept, cost.sent, cost.resident) == (20 * 8, 10 * 8, 100 * 32 * (1 + states))
-    assert cost.forward.joules["buffers"] == pytest.approx((3000 * 8 + 3200) * 20.45e-12 / 256)
+    assert cost.step.seconds == pytest.approx(60 * (2 + 5 * states) / 0.7e12)
+    assert (cost.kept, cost.sent, cost.resident) == (20 * 8, 10 * 8, 32 * (100 + 60 * states))
+    for bits, part in (
+        (3000 * 8 + 100 * 32, cost.forward),
+        (5000 * 8 + 70 * 32, cost.backward),
+        (2 * 60 * (1 + states) * 32, cost.step),
+    ):
+        assert part.joules["buffers"] == pytest.approx(bits * 20.45e-12 / 256)
 
 
 def test_parameters_that_exceed_the_buffer_live_off_chip():
     small = replace(RASCH_2024, buffer_capacity=Quantity(1000, "bit", "test"))
-    cost = stage_cost(Work(parameters=125), small)  # 4,000 bits, a quarter of which fits
+    cost = stage_cost(Work(parameters=125, trained=125), small)  # 4,000 bits, a quarter of which fits
     assert cost.resident == pytest.approx(1000)
     assert cost.forward.joules["memory"] == pytest.approx(3000 * RASCH_2024.memory_energy.value)
     assert cost.forward.seconds == pytest.approx(3000 / RASCH_2024.memory_bandwidth.value)
@@ -127,7 +138,7 @@ def test_parameters_that_exceed_the_buffer_live_off_chip():
 def test_a_simulation_holds_as_much_as_the_bound_under_async(size, num_microbatches, kept):
     """Check mini-batches of 1 and 4 micro-batches, with updates from one micro-batch and from several."""
     schedule = Schedule("async", 3, size).accumulating(num_microbatches)
-    stage = stage_cost(Work(kept=kept, matrices=[Matrix("", 30, 20, 1, 20)], gradient_numbers=25), RASCH_2024)
+    stage = stage_cost(Work(kept=kept, matrices=[trained(30, 20, 1, 20)], gradient_numbers=25), RASCH_2024)
     simulated = simulate(schedule, stage_times([stage] * 3, RASCH_2024), num_minibatches=40)
     assert simulated.peaks == pytest.approx([memory_bound(stage, schedule, index) for index in range(3)])
 
@@ -144,7 +155,7 @@ def test_a_simulation_holds_as_much_as_the_bound_under_async(size, num_microbatc
 )
 def test_what_exceeds_the_buffer_is_spilled(schedule, held):
     # Inputs and errors make half of what is kept on crossbars, and a quarter in digital layers.
-    work = Work(kept=100, matrices=[Matrix("", 30, 20, 1, 20)], gradient_numbers=25)
+    work = Work(kept=100, matrices=[trained(30, 20, 1, 20)], gradient_numbers=25)
     table = Schedule(schedule, 3, 8)
     stage = stage_cost(work, RASCH_2024)
     assert [memory_bound(stage, table, index) for index in range(3)] == pytest.approx([800 * n for n in held])

@@ -64,7 +64,11 @@ def test_attention():
     heads, length, size = 2, 12, 16
     x = torch.randn(3, heads, length, size, requires_grad=True)
     (work,) = count_work(nn.Identity(), lambda: F.scaled_dot_product_attention(x, x, x).sum())
-    assert work.forward_flops == 2 * 2 * 3 * heads * length**2 * size + x.numel()
+    scores = 3 * heads * length**2
+    softmax = 5 * scores
+    assert work.forward_flops == 2 * 2 * scores * size + softmax + x.numel()
+    # The backward computes the scores again. Four products follow: the errors of values, scores, queries and keys.
+    assert work.backward_flops == (2 * scores * size + softmax) + 4 * 2 * scores * size + softmax + x.numel()
     assert work.gradient_flops == work.gradient_numbers == 0  # no product has weights
 
 
@@ -142,8 +146,8 @@ def test_layers_on_crossbars(device):
     convert_to_analog(network, device)
     first, second = count(network, x, ["3"])
     learning = Learning()
-    assert first.matrices == [Matrix("0", 8, 27, 2 * 36, 2 * 3 * 36, False, learning)]
-    assert second.matrices == [Matrix("3", 5, 8 * 36, 2, 2 * 8 * 36, True, learning)]
+    assert first.matrices == [Matrix("0", 8, 27, 2 * 36, 2 * 3 * 36, 0, 2 * 36, 0, learning)]
+    assert second.matrices == [Matrix("3", 5, 8 * 36, 2, 2 * 8 * 36, 2, 2, 0, learning)]
     # What the simulation of a tile computes is no work of the digital unit. The bias is.
     assert first.forward_flops == 2 * 8 * 36 + 2 * 8 * 36
     assert first.parameters == 8
