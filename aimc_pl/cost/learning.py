@@ -64,8 +64,9 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
         return Learning(pulses, transfers_per_call=written, transfer_pulses=1, is_digital=True)
     if not isinstance(device, TransferCompound):
         return Learning(pulses)
-    all_seen = device.gamma or any(device.gamma_vec)
-    if isinstance(device, TrackingCompound) and all_seen:
+    crossbars = len(device.unit_cell_devices)
+    seen = sum(map(bool, device.gamma_vec)) if any(device.gamma_vec) else crossbars if device.gamma else 1
+    if isinstance(device, TrackingCompound) and seen > 1:
         raise UsageError(
             "the cost of products with W + γc(P - Q) is unknown, because Q is digital: set gamma=0 in "
             "symmetric_point_tracking, for the estimate"
@@ -73,8 +74,8 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
     transfers = device.n_reads_per_transfer / device.transfer_every if device.transfer_every else 0.0
     return Learning(
         pulses,
-        crossbars=len(device.unit_cell_devices),
-        crossbars_in_products=len(device.unit_cell_devices) if all_seen else 1,
+        crossbars=crossbars,
+        crossbars_in_products=seen,
         transfers_per_vector=0.0 if device.units_in_mbatch else transfers,
         transfers_per_call=transfers if device.units_in_mbatch else 0.0,
         transfer_pulses=_train_length(device.transfer_update),

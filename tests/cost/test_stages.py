@@ -20,7 +20,7 @@ from aimc_pl.cost.estimate import stage_times
 from aimc_pl.cost.learning import learning_of
 from aimc_pl.cost.simulation import simulate
 from aimc_pl.cost.stages import Cost, memory_bound, with_spills
-from aimc_pl.devices import chopped_transfer, convert_to_analog, symmetric_point_tracking
+from aimc_pl.devices import chopped_transfer, convert_to_analog, residual_learning, symmetric_point_tracking
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule
 
@@ -82,6 +82,13 @@ def test_residual_learning_reads_two_crossbars_at_once():
     # A transfer reads a column and writes it by pulses, once for every update.
     assert (two.update.seconds, two.update.energy) == (one.update.seconds, one.update.energy)
     assert two.step.seconds == pytest.approx(40e-9 + 5 * 5e-9)
+
+
+@pytest.mark.parametrize(("gammas", "seen"), [([], 2), ([0.0, 1.0], 1), ([0.3, 1.0], 2)])
+def test_products_read_the_crossbars_that_they_see(gammas, seen):
+    config = residual_learning().rpu_config
+    config.device.gamma_vec = gammas
+    assert learning_of(config, 64, 10).crossbars_in_products == seen
 
 
 def test_tracking_transfers_through_digital_numbers_and_products_with_these_are_refused():
