@@ -1,9 +1,10 @@
 """These tests run the command: every config, on random images where data would be downloaded, and overrides."""
 
+import ast
 import subprocess
 import sys
 from importlib import metadata
-from inspect import signature
+from inspect import getdoc, signature
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from matplotlib.pyplot import imread
 import aimc_pl.configs
 import aimc_pl.training_cli
 from aimc_pl.callbacks import ClockMonitor
-from aimc_pl.cli import COMMANDS, ELSEWHERE, TRAINING, listed_devices, main
+from aimc_pl.cli import COMMANDS, ELSEWHERE, TRAINING, device_functions, main
 from aimc_pl.config_files import with_kept_strategies
 from aimc_pl.devices import DEVICES
 from aimc_pl.errors import UsageError
@@ -254,14 +255,28 @@ def test_devices_lists_and_draws(command, capsys, tmp_path):
     command("devices")
     assert "soft_bounds " in capsys.readouterr().out
     command("devices", "--name=soft_bounds")
-    assert "tau" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("soft_bounds(tau: float=1.0, num_states: ")
+    assert "tau: τ, the dynamic range" in printed
+    with pytest.raises(SystemExit, match="unknown device 'softbounds': 'aimc-pl devices' lists the names$"):
+        command("devices", "softbounds")
     command("devices", "--name=reram_sb", f"--png={tmp_path / 'response.png'}", "--num_pulses=100")
     assert has_colours(tmp_path / "response.png")
 
 
 def test_the_list_of_devices_is_that_of_the_catalogue():
     """Check the list, which is read from the source, against the imported devices."""
-    assert listed_devices() == {name: (function.__doc__ or "").partition("\n")[0] for name, function in DEVICES.items()}
+    read = device_functions()
+    assert [*read] == [*DEVICES]
+    for name, function in DEVICES.items():
+        assert ast.get_docstring(read[name]) == getdoc(function)
+        assert [argument.arg for argument in read[name].args.args] == [*signature(function).parameters]
+
+
+@pytest.mark.parametrize("arguments", [["devices"], *(["devices", name] for name in DEVICES)], ids=" ".join)
+def test_what_is_printed_about_devices_has_no_markup(arguments, command, capsys):
+    command(*arguments)
+    assert ":func:" not in capsys.readouterr().out
 
 
 def test_arguments_by_position(command, capsys):
@@ -313,7 +328,8 @@ def test_completion_without_its_package(command, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"]]
+    "arguments",
+    [[], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"], ["devices", "ecram"]],
 )
 def test_quick_commands_import_nothing_slow(arguments):
     """Check in a new process, because this one has imported everything. The imports are what would take seconds."""
