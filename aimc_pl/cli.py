@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from inspect import signature
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, auto_cli, auto_parser, set_parsing_settings
 from jsonargparse.typing import Path_fr
@@ -136,6 +136,9 @@ COMMANDS: dict[str, Callable[..., None]] = {"schedule": schedule, "devices": dev
 """The other commands. Their arguments can be given by name or by position."""
 
 
+STRICT: Any = {"exit_on_error": False, "allow_abbrev": False}
+"""Arguments of parsers: :func:`main` prints errors, and a part of a name is a mistake instead of an abbreviation."""
+
 ELSEWHERE = {
     "cost": ("aimc_pl.cost.cli", "Estimate what a config costs on hardware: time, energy, memory."),
     "sweep": ("aimc_pl.run_commands", "Run a config for every combination of some values."),
@@ -159,7 +162,7 @@ def main(args: list[str] | None = None) -> None:
             train()
         elif args and args[0] in COMMANDS:
             command = COMMANDS[args[0]]
-            auto_cli(command, _with_names(command, args[1:]), prog=f"aimc-pl {args[0]}", exit_on_error=False)
+            auto_cli(command, _with_names(command, args[1:]), **STRICT, prog=f"aimc-pl {args[0]}")
         elif args and args[0] in ELSEWHERE:
             module, _ = ELSEWHERE[args[0]]
             getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))

@@ -258,7 +258,7 @@ def test_devices_lists_and_draws(command, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert printed.startswith("soft_bounds(tau: float=1.0, num_states: ")
     assert "tau: τ, the dynamic range" in printed
-    with pytest.raises(SystemExit, match="unknown device 'softbounds': 'aimc-pl devices' lists the names$"):
+    with pytest.raises(SystemExit, match=r"unknown device 'softbounds': 'aimc-pl devices' lists the names$"):
         command("devices", "softbounds")
     command("devices", "--name=reram_sb", f"--png={tmp_path / 'response.png'}", "--num_pulses=100")
     assert has_colours(tmp_path / "response.png")
