@@ -54,8 +54,8 @@ def sweep(args: Sequence[str]) -> None:
         args: the arguments of the command, without its name.
 
     Raises:
-        UsageError: if an argument is wrong, if a run is refused, if the results belong to another sweep, or if no run has
-            the metric.
+        UsageError: if an argument is wrong, if a run is refused, if the results belong to another sweep, or if no run
+            has the metric.
     """
     parser = OneLineParser(
         "aimc-pl sweep",
