@@ -67,7 +67,10 @@ def test_the_line_at_the_start_comes_once_and_above_the_bar(device, monkeypatch)
     trainer.fit(module, loader(module, shuffle=False))
     printed = " ".join(stream.getvalue().split())
     analog = "5 of 5 layers analog (soft_bounds)" if device else "no layer is analog"
-    line = f"MLP (Sequential) in 3 stages, schedule 'sync', split_at=['net.2', 'net.4']: {analog}"
+    weights = [sum(p.numel() for p in layers.parameters()) for layers in (MLP().net[:2], MLP().net[2:4], MLP().net[4:])]
+    percent = ", ".join(f"{100 * count / sum(weights):.0f}" for count in weights)
+    stages = f"3 stages of {percent} % of the trained weights"
+    line = f"MLP (Sequential) in {stages}, schedule 'sync', split_at=['net.2', 'net.4']: {analog}"
     assert printed.count(line) == 1
 
 
