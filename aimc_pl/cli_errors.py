@@ -70,7 +70,9 @@ def one_line(message: str) -> str:
         return one_line(f'Parser key "{".".join(keys)}":\n{reason[callable_type.end() :]}')
     elif reason.startswith(_NO_CLASS) and (unknown := _CLASS_PATH.search(message)):
         keys.append(unknown["key"])
-        reason = f"{unknown['given']} is no class or function that can be imported"
+        reason = f"{unknown['given']} is no class or function that can be imported and used here"
+        if unknown["given"].startswith("aihwkit."):
+            reason = f"{unknown['given']} is no device: aimc_pl.devices.ConfiguredDevice takes it as rpu_config"
     if wrong := _EXPECTED.match(reason):
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")

@@ -206,6 +206,14 @@ COMMANDS = {
         ["--trainer.max_epoch=3"],
         "did you mean --trainer.max_epochs?",
     ),
+    "a preset of aihwkit as the device": (
+        ["--config=preset.yaml"],
+        "ReRamSBPreset is no device: in a config, aimc_pl.devices.ConfiguredDevice takes a configuration of aihwkit",
+    ),
+    "a preset of aihwkit in the place of a device": (
+        ["--trainer.strategy.init_args.device.class_path=aihwkit.simulator.presets.ReRamSBPreset"],
+        "ReRamSBPreset is no device: aimc_pl.devices.ConfiguredDevice takes it as rpu_config",
+    ),
     "a negative seed": (["--data=aimc_pl.data.PydocText", "--data.seed=-1"], "seed must be a whole number of at least"),
     "no checkpoint there": (["--ckpt_path=nowhere.ckpt"], "cannot read checkpoint nowhere.ckpt: No such file"),
     "a folder as checkpoint": (["--ckpt_path=."], "cannot read checkpoint .: Is a directory"),
@@ -227,7 +235,12 @@ def assert_one_line(text, *parts):
         assert part in text
 
 
-FILES = {"text.ckpt": "a letter", "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}"}
+PRESET = "{class_path: aihwkit.simulator.presets.ReRamSBPreset}"
+FILES = {
+    "preset.yaml": f"trainer: {{strategy: {{init_args: {{device: {PRESET}}}}}}}",
+    "text.ckpt": "a letter",
+    "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}",
+}
 
 
 OTHER_MISTAKES = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from aihwkit.simulator.presets import ReRamSBPreset
 from matplotlib.pyplot import imread
 
 import aimc_pl.configs
@@ -18,7 +19,7 @@ import aimc_pl.training_cli
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.cli import COMMANDS, ELSEWHERE, TRAINING, device_functions, main
 from aimc_pl.config_files import with_kept_strategies
-from aimc_pl.devices import DEVICES
+from aimc_pl.devices import DEVICES, get_device
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -158,6 +159,24 @@ def test_interpolated_and_overridden_values_arrive(command, monkeypatch):
             '"init_args": {"tau": 0.35}}}',
         )
     assert seen == {"rate": 7, "device": 0.35}
+
+
+@pytest.mark.slow
+def test_a_config_names_a_configuration_of_aihwkit(command, monkeypatch):
+    """Check a device of aihwkit in the place of the device that an earlier config has set up."""
+    devices = []
+
+    def stop(self):
+        devices.append(self.device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnalogPipelineStrategy, "setup_precision_plugin", stop)
+    preset = {"class_path": "aihwkit.simulator.presets.ReRamSBPreset"}
+    device = {"class_path": "aimc_pl.devices.ConfiguredDevice", "init_args": {"rpu_config": preset}}
+    Path("device.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": {"init_args": {"device": device}}}}))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        command("fit", "--config", "digits_async.yaml", "--config", "device.yaml")
+    assert [type(get_device(device)) for device in devices] == [ReRamSBPreset]
 
 
 NAMED = "--trainer.strategy=aimc_pl.strategies.AnalogPipelineStrategy"
