@@ -4,16 +4,17 @@ Torch, Lightning and aihwkit are imported where a command needs them only, becau
 """
 
 import ast
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
-from inspect import getdoc, signature
+from inspect import signature
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, auto_cli, auto_parser, set_parsing_settings
 from jsonargparse.typing import Path_fr
@@ -89,30 +90,38 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
     if name is None:
         if png is not None:
             raise UsageError("which device? Add its name")
-        for known, line in listed_devices().items():
-            print(f"{known:<24} {line}")
-        return
-    from aimc_pl.devices import DEVICES, get_device, plot_response
-
-    device = get_device(name)
-    if png is None:
-        print(getdoc(DEVICES[name]), device, sep="\n\n")
+        for known, function in device_functions().items():
+            print(f"{known:<24} {_text_of(function).partition('\n')[0]}")
+    elif png is None:
+        function = device_functions().get(name)
+        if function is None:
+            raise UsageError(f"unknown device {shown(name)}: 'aimc-pl devices' lists the names")
+        print(f"{name}({ast.unparse(function.args)})", _text_of(function), sep="\n\n")
+        print(f"\nTo see all that aihwkit simulates, in Python: print(aimc_pl.devices.get_device({name!r}))")
     else:
+        from aimc_pl.devices import get_device, plot_response
+
         check_picture(png)
-        save(plot_response(device, name, num_pulses), png)
+        save(plot_response(get_device(name), name, num_pulses), png)
 
 
-def listed_devices() -> dict[str, str]:
-    """Return the names of all devices, each with a line on it.
+def device_functions() -> dict[str, ast.FunctionDef]:
+    """Return the functions of all devices, by their names.
 
     The source is read and not imported, because aihwkit would be imported too.
     """
     sources = {path.stem: ast.parse(path.read_text("utf-8")) for path in Path(__file__).parent.glob("devices/*.py")}
-    functions = (node for source in sources.values() for node in source.body if isinstance(node, ast.FunctionDef))
-    lines = {function.name: (ast.get_docstring(function) or "").partition("\n")[0] for function in functions}
+    functions = {
+        node.name: node for tree in sources.values() for node in tree.body if isinstance(node, ast.FunctionDef)
+    }
     (table,) = (node for node in sources["names"].body if ast.unparse(node).startswith("DEVICES"))
     names = (node.id for node in ast.walk(table) if isinstance(node, ast.Name))
-    return {name: lines[name] for name in names if name in lines}
+    return {name: functions[name] for name in names if name in functions}
+
+
+def _text_of(function: ast.FunctionDef) -> str:
+    """Return the docstring of a function, without the markup of the API reference."""
+    return re.sub(r":\w+:`([^`]*)`", r"\1", ast.get_docstring(function) or "")
 
 
 TRAINING = {
@@ -126,6 +135,9 @@ TRAINING = {
 COMMANDS: dict[str, Callable[..., None]] = {"schedule": schedule, "devices": devices}
 """The other commands. Their arguments can be given by name or by position."""
 
+
+STRICT: Any = {"exit_on_error": False, "allow_abbrev": False}
+"""Arguments of parsers: :func:`main` prints errors, and a part of a name is a mistake instead of an abbreviation."""
 
 ELSEWHERE = {
     "cost": ("aimc_pl.cost.cli", "Estimate what a config costs on hardware: time, energy, memory."),
@@ -150,7 +162,7 @@ def main(args: list[str] | None = None) -> None:
             train()
         elif args and args[0] in COMMANDS:
             command = COMMANDS[args[0]]
-            auto_cli(command, _with_names(command, args[1:]), prog=f"aimc-pl {args[0]}", exit_on_error=False)
+            auto_cli(command, _with_names(command, args[1:]), **STRICT, prog=f"aimc-pl {args[0]}")
         elif args and args[0] in ELSEWHERE:
             module, _ = ELSEWHERE[args[0]]
             getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))

@@ -1,4 +1,4 @@
-"""Functions that shorten jsonargparse's messages about a bad argument to one line.
+"""Messages about a bad argument of the command, in one line: those of argparse, and shortened ones of jsonargparse.
 
 If an argument may have one of several types, jsonargparse says for every type why the argument does not have it, and
 repeats all values around the argument. Only one of these reasons helps: the first that says more than "Expected a …".
@@ -7,7 +7,11 @@ repeats all values around the argument. Only one of these reasons helps: the fir
 import ast
 import re
 import textwrap
+from argparse import ArgumentParser
 from collections.abc import Sequence
+from typing import NoReturn, override
+
+from aimc_pl.errors import UsageError
 
 _UNION = re.compile(r"^Does not validate against any of the Union subtypes\n.*?^(?P<indent> *)Errors:\n", re.M | re.S)
 _PATH = re.compile(r"^(?:Parser key \"(?P<key>[^\"]*)\":|Problem with given class_path '[^']*':) *\n*")
@@ -28,6 +32,21 @@ _WORDS = {
     "Sequence": "a list",
     "Iterable": "a list",
 }
+
+
+class OneLineParser(ArgumentParser):
+    """argparse's parser, which refuses a bad argument in one line, and names in full only.
+
+    Raises:
+        UsageError: while it parses, if an argument is missing, unknown or wrong.
+    """
+
+    def __init__(self, prog: str, description: str | None = None) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def one_line(message: str) -> str:
@@ -51,7 +70,9 @@ def one_line(message: str) -> str:
         return one_line(f'Parser key "{".".join(keys)}":\n{reason[callable_type.end() :]}')
     elif reason.startswith(_NO_CLASS) and (unknown := _CLASS_PATH.search(message)):
         keys.append(unknown["key"])
-        reason = f"{unknown['given']} is no class or function that can be imported"
+        reason = f"{unknown['given']} is no class or function that can be imported and used here"
+        if unknown["given"].startswith("aihwkit."):
+            reason = f"{unknown['given']} is no device: aimc_pl.devices.ConfiguredDevice takes it as rpu_config"
     if wrong := _EXPECTED.match(reason):
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")

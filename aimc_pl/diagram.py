@@ -46,7 +46,9 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
     """
     clocks = schedule.num_clocks(num_microbatches) if num_clocks is None else num_clocks
     stages = schedule.num_stages
-    figure = Figure(figsize=(max(4.0, 0.34 * clocks + 1.2), 0.42 * stages + 1.1), layout="constrained")
+    # Up to 32 clocks fit into the width of a page, where the numbers can be read.
+    width = max(4.0, min(0.34 * clocks + 1.2, max(10.0, 0.27 * clocks + 1.2)))
+    figure = Figure(figsize=(width, 0.42 * stages + 1.1), layout="constrained")
     draw_table(figure.subplots(), schedule, num_microbatches, clocks)
     return figure
 

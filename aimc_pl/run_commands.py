@@ -1,7 +1,7 @@
 """The commands ``aimc-pl compare`` and ``aimc-pl sweep``."""
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from math import nan
 from pathlib import Path
@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from aimc_pl.cli import check_picture, save
+from aimc_pl.cli_errors import OneLineParser
 from aimc_pl.config_files import with_shipped_configs
 from aimc_pl.runs import draw_runs, history, names_of
 from aimc_pl.studies.arguments import at_least_one
@@ -22,13 +24,15 @@ def compare(args: Sequence[str]) -> None:
         args: the arguments of the command, without its name.
 
     Raises:
-        UsageError: if a run cannot be read, or if no run has the metric.
+        UsageError: if an argument is wrong, if a run cannot be read, or if no run has the metric.
     """
-    parser = ArgumentParser("aimc-pl compare", description="Compare a metric of several runs.")
+    parser = OneLineParser("aimc-pl compare", "Compare a metric of several runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or its metrics.csv")
     parser.add_argument("--metric", default="val/accuracy", help="the metric; val/accuracy by default")
     parser.add_argument("--png", type=Path, help="the file to draw into: the metric against epochs and clock cycles")
     options = parser.parse_args(args)
+    if options.png is not None:
+        check_picture(options.png)
     runs = {name: history(path) for name, path in names_of(options.runs).items()}
     figure = draw_runs(runs, options.metric)
     width = max(map(len, [*runs, "run"]))
@@ -40,7 +44,7 @@ def compare(args: Sequence[str]) -> None:
         last = f"{cycles[-1]:,.0f}" if cycles else "-"
         print(f"{name:<{width}} {' '.join(f'{value:10.4f}' for value in numbers)} {last:>12}")
     if options.png is not None:
-        figure.savefig(options.png, dpi=150)
+        save(figure, options.png)
 
 
 def sweep(args: Sequence[str]) -> None:
@@ -50,11 +54,12 @@ def sweep(args: Sequence[str]) -> None:
         args: the arguments of the command, without its name.
 
     Raises:
-        UsageError: if a run is refused, if the results belong to another sweep, or if no run has the metric.
+        UsageError: if an argument is wrong, if a run is refused, if the results belong to another sweep, or if no run
+            has the metric.
     """
-    parser = ArgumentParser(
+    parser = OneLineParser(
         "aimc-pl sweep",
-        description="Run 'aimc-pl fit' for every combination of some values. A stopped sweep goes on where it was.",
+        "Run 'aimc-pl fit' for every combination of some values. A stopped sweep goes on where it was.",
     )
     parser.add_argument("config", help="a config file, or the name of a config of the package")
     parser.add_argument(
@@ -77,7 +82,7 @@ def sweep(args: Sequence[str]) -> None:
         print("stopped: the runs that have ended are kept, and the same command goes on")
         sys.exit(130)
     print(f"{len(rows)} runs in {folder / 'results.csv'}")
-    draw_grid(rows, [key for key, _ in options.grid], options.metric).savefig(folder / "results.png", dpi=150)
+    save(draw_grid(rows, [key for key, _ in options.grid], options.metric), folder / "results.png")
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

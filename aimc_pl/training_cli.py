@@ -5,8 +5,9 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from shutil import rmtree
@@ -28,7 +29,7 @@ from torch.distributed import DistNetworkError
 
 from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
-from aimc_pl.cli import TRAINING
+from aimc_pl.cli import STRICT, TRAINING
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import ScheduleName
@@ -81,9 +82,9 @@ class AnalogCLI(CheckpointReadingCLI):
                 trainer_defaults={"enable_model_summary": False},
                 parser_kwargs={
                     "parser_mode": "omegaconf+",
-                    "exit_on_error": False,
+                    **STRICT,
                     "prog": "aimc-pl",
-                    **{name: {"description": line, "epilog": _MORE_HELP} for name, line in TRAINING.items()},
+                    **{name: {"description": line, "epilog": _MORE_HELP, **STRICT} for name, line in TRAINING.items()},
                 },
             )
         except (UsageError, MisconfigurationException, ValueError) as error:
@@ -202,8 +203,20 @@ def train() -> None:
     # Python finds modules beside a script. The user's are in the current folder, and the script is this command.
     sys.path.append(os.getcwd())
     silence()
-    try:
+    with explained():
         AnalogCLI()
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Context manager that turns errors of Lightning and of parsers into the line that helps.
+
+    Raises:
+        UsageError: for an error that comes from the arguments.
+        PeerError: if the processes of the run cannot connect.
+    """
+    try:
+        yield
     except ArgumentError as error:
         if remedy := _remedy(str(error)):
             raise UsageError(remedy) from error
@@ -230,8 +243,12 @@ def _remedy(message: str) -> str | None:
     name = word.removeprefix("--").partition("=")[0]
     if word.endswith((".yaml", ".yml")) and not word.startswith("-"):
         return f"write --config {word}: a config has no place of its own among the arguments"
-    if word.startswith("--") and name in signature(Trainer).parameters:
+    known = signature(Trainer).parameters
+    if word.startswith("--") and name in known:
         return f"write --trainer.{name}: --{name} is an argument of the Trainer"
+    alike = get_close_matches(name.removeprefix("trainer."), known, n=1) if word.startswith("--trainer.") else []
+    if alike:
+        return f"--{name} is no argument: did you mean --trainer.{alike[0]}?"
     if "arguments are required: fit.model" in message:
         return "what to train? Add --config with a file, such as --config digits_async.yaml, or --model with a class"
     if "does not correspond to a subclass of Lightning" in message and "pytorch_lightning" in sys.modules:

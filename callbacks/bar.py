@@ -5,6 +5,7 @@ from typing import Any, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
 from rich.progress import BarColumn
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 class PipelineBar(RichProgressBar, Observer):
     """A progress bar that shows the loss, the clock cycles, and the largest staleness of an update so far.
 
-    The staleness is shown if one process holds all stages. The bar of another strategy shows the loss only.
+    The staleness is shown if one process holds all stages. The bar of another strategy shows the loss only. Where a bar
+    cannot move, such as in a file, each epoch gets a line instead.
     """
 
     def __init__(self) -> None:
@@ -25,10 +27,14 @@ class PipelineBar(RichProgressBar, Observer):
         self._shown: dict[str, int | str | float | dict[str, float]] = {}
         self._cycles = 0
         self._staleness = 0
+        self._is_log = False
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._is_log = not (get_console().is_terminal or get_console().is_jupyter)
+        if self._is_log:
+            self.disable()
         if stage == "fit" and isinstance(trainer.strategy, AnalogPipelineStrategy):
             self._strategy = attach(self, trainer)
 
@@ -61,6 +67,19 @@ class PipelineBar(RichProgressBar, Observer):
             if not self._strategy.is_multiprocess:
                 self._shown["staleness"] = str(self._staleness)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._is_log and trainer.is_global_zero:
+            shown = self.get_metrics(trainer, pl_module).items()
+            values = [f"{name} {f'{value:.3f}' if isinstance(value, float) else value}" for name, value in shown]
+            self.print(f"Epoch {trainer.current_epoch}: {', '.join(values)}")
+
+    @override
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print at once, even into a file, which Python would write in large blocks."""
+        super().print(*args, flush=True, **kwargs)
 
     @override
     def get_metrics(

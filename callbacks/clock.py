@@ -80,8 +80,9 @@ class ClockMonitor(Callback, Observer):
 
     def report(self) -> str:
         """Return one line about the clock cycles of the run."""
+        accelerators = f"{self._schedule.num_stages} accelerator{'s' * (self._schedule.num_stages > 1)}"
         return (
-            f"{self.cycles:,} clock cycles on {self._schedule.num_stages} accelerators (density {self.density:.2f}), "
+            f"{self.cycles:,} clock cycles on {accelerators} (density {self.density:.2f}), "
             f"speedup {self.speedup:.2f} over no pipeline"
         )
 

@@ -33,6 +33,11 @@ def convert(
     Raises:
         UsageError: if a layer cannot be analog, or if a setting does not go with analog layers.
     """
+    if isinstance(device, Mapping) and "class_path" in device:
+        raise UsageError(
+            f"{device['class_path']} is no device: in a config, aimc_pl.devices.ConfiguredDevice takes a configuration "
+            "of aihwkit as its rpu_config"
+        )
     if device is not None:
         from aimc_pl.devices import convert_to_analog, describe_slow
 

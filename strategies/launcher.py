@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, override
 
 import lightning.pytorch as pl
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from aimc_pl.errors import PeerError
 from aimc_pl.rendezvous import SECRET
@@ -39,6 +40,7 @@ class Launcher(ScriptLauncher):
             if self.num_nodes == 1:
                 os.environ.setdefault(SECRET, secrets.token_hex())
             os.environ[_PARENT] = str(os.getpid())
+            rank_zero_info(f"starting {self.num_processes} processes, each of which imports torch, which takes a while")
             self.start_children()
             Launcher.children = self.procs
         share_threads(self.num_processes)

@@ -24,6 +24,7 @@ from aimc_pl.strategies.said import say
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 from aimc_pl.trial import Function, Trials, verify
+from aimc_pl.weights import read_weights
 
 
 def settle(
@@ -116,8 +117,8 @@ def settle(
     remedies = "".join(f", {remedy}" for remedy in settings.remedies)
     say(
         module.trainer,
-        f"{_name(module)} in {schedule.num_stages} stages{found}, schedule {schedule.name!r}{remedies}, "
-        f"split_at={split_at}: {analog_parts.describe(module)}",
+        f"{_name(module)} in {schedule.num_stages} stages{found or _weights(step.stages)}, "
+        f"schedule {schedule.name!r}{remedies}, split_at={split_at}: {analog_parts.describe(module)}",
     )
     return step
 
@@ -174,6 +175,14 @@ def settle_evaluation(
     trials.record(step)
     say(module.trainer, f"{_name(module)} in {num_stages} stages{found}, split_at={split_at}")
     return step
+
+
+def _weights(stages: Sequence[Stage]) -> str:
+    """Return a remark on the stages' shares of the weights, for stages whose times nobody has measured."""
+    counts = [sum(read_weights([weight]).numel() for weight in stage.parameters) for stage in stages]
+    if len(stages) == 1 or not sum(counts):
+        return ""
+    return f" of {', '.join(f'{100 * count / sum(counts):.0f}' for count in counts)} % of the trained weights"
 
 
 def _name(module: "pl.LightningModule") -> str:

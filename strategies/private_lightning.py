@@ -1,5 +1,6 @@
 """This module holds every use of a private name of Lightning. A test for each name notices if Lightning removes it."""
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, override
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher, subprocess_script
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,7 +36,11 @@ class ScriptLauncher(_SubprocessScriptLauncher):
 
     def start_children(self) -> None:
         """Start the further processes. The attribute ``procs`` then holds them."""
-        self._call_children_scripts()
+        # Lightning would take the "-c" of "python -c PROGRAM" for the name of a script.
+        command = [sys.executable, *sys.orig_argv[1:]]
+        own = [(subprocess_script, "_basic_subprocess_cmd", lambda: command)] if sys.argv[0] == "-c" else []
+        with patched(*own):
+            self._call_children_scripts()
 
 
 def random_states() -> dict[str, Any]:

@@ -92,10 +92,10 @@ class ProcessStrategy(ParallelStrategy):
             )
         if self.is_multiprocess:
             assert self.cluster_environment is not None
-            if hasattr(sys, "ps1"):
+            if hasattr(sys, "ps1") or sys.argv[0] in ("", "-"):
                 raise UsageError(
-                    f"a notebook, or an interactive Python, cannot start {devices} processes: set Trainer(devices=1) "
-                    "here, or save the code as a script and run that"
+                    f"a notebook, an interactive Python or a script from standard input cannot start {devices} "
+                    "processes: set Trainer(devices=1) here, or save the code as a script and run that"
                 )
             self._launcher = Launcher(self.cluster_environment, devices, self.num_nodes)
 

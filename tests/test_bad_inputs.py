@@ -202,6 +202,18 @@ COMMANDS = {
     "one class": (["--model.init_args.num_classes=1"], "num_classes must be a whole number of at least 2, got 1"),
     "no learning rate": (["--model.init_args.optimizer.init_args.lr=.nan"], "lr of the optimizer must be a finite"),
     "a negative learning rate": (["--model.init_args.optimizer.init_args.lr=-1"], "Invalid learning rate: -1"),
+    "a part of a name": (
+        ["--trainer.max_epoch=3"],
+        "did you mean --trainer.max_epochs?",
+    ),
+    "a preset of aihwkit as the device": (
+        ["--config=preset.yaml"],
+        "ReRamSBPreset is no device: in a config, aimc_pl.devices.ConfiguredDevice takes a configuration of aihwkit",
+    ),
+    "a preset of aihwkit in the place of a device": (
+        ["--trainer.strategy.init_args.device.class_path=aihwkit.simulator.presets.ReRamSBPreset"],
+        "ReRamSBPreset is no device: aimc_pl.devices.ConfiguredDevice takes it as rpu_config",
+    ),
     "a negative seed": (["--data=aimc_pl.data.PydocText", "--data.seed=-1"], "seed must be a whole number of at least"),
     "no checkpoint there": (["--ckpt_path=nowhere.ckpt"], "cannot read checkpoint nowhere.ckpt: No such file"),
     "a folder as checkpoint": (["--ckpt_path=."], "cannot read checkpoint .: Is a directory"),
@@ -223,7 +235,12 @@ def assert_one_line(text, *parts):
         assert part in text
 
 
-FILES = {"text.ckpt": "a letter", "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}"}
+PRESET = "{class_path: aihwkit.simulator.presets.ReRamSBPreset}"
+FILES = {
+    "preset.yaml": f"trainer: {{strategy: {{init_args: {{device: {PRESET}}}}}}}",
+    "text.ckpt": "a letter",
+    "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}",
+}
 
 
 OTHER_MISTAKES = {
@@ -234,6 +251,14 @@ OTHER_MISTAKES = {
     ),
     "a config that nothing is like": (["cost", "--config=x.yml"], "config x.yml does not exist"),
     "a sweep over nothing": (["sweep", "nope.yaml", "--grid=seed_everything=[0]"], "config nope.yaml does not exist"),
+    "a comparison of nothing": (["compare"], "arguments are required: RUN (see aimc-pl compare --help)"),
+    "a sweep without arguments": (["sweep"], "arguments are required: config, --grid (see aimc-pl sweep --help)"),
+    "an axis without values": (["sweep", "digits_async.yaml", "--grid=a"], "--grid: must be KEY=[VALUE, ...], got 'a'"),
+    "a picture in no folder": (["compare", "x", "--png=nowhere/x.png"], "png=nowhere/x.png cannot be written: there"),
+    "a part of a name in compare": (["compare", "x", "--metr=a"], "unrecognized arguments: --metr=a"),
+    "a part of a name in schedule": (["schedule", "--num_stage=3"], "unrecognized arguments: --num_stage=3"),
+    "a part of a name in cost": (["cost", "--num_mini=3"], "unrecognized arguments: --num_mini=3"),
+    "the cost of a bare config": (["cost", "digits_async.yaml"], "write --config digits_async.yaml: a config has no"),
     "hardware that nobody knows": (["cost", "--hardware=gpu"], "unknown hardware 'gpu': choose rasch_2024"),
 }
 

@@ -1,23 +1,25 @@
 """These tests run the command: every config, on random images where data would be downloaded, and overrides."""
 
+import ast
 import subprocess
 import sys
 from importlib import metadata
-from inspect import signature
+from inspect import getdoc, signature
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 import yaml
+from aihwkit.simulator.presets import ReRamSBPreset
 from matplotlib.pyplot import imread
 
 import aimc_pl.configs
 import aimc_pl.training_cli
 from aimc_pl.callbacks import ClockMonitor
-from aimc_pl.cli import COMMANDS, ELSEWHERE, TRAINING, listed_devices, main
+from aimc_pl.cli import COMMANDS, ELSEWHERE, TRAINING, device_functions, main
 from aimc_pl.config_files import with_kept_strategies
-from aimc_pl.devices import DEVICES
+from aimc_pl.devices import DEVICES, get_device
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -159,6 +161,24 @@ def test_interpolated_and_overridden_values_arrive(command, monkeypatch):
     assert seen == {"rate": 7, "device": 0.35}
 
 
+@pytest.mark.slow
+def test_a_config_names_a_configuration_of_aihwkit(command, monkeypatch):
+    """Check a device of aihwkit in the place of the device that an earlier config has set up."""
+    devices = []
+
+    def stop(self):
+        devices.append(self.device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnalogPipelineStrategy, "setup_precision_plugin", stop)
+    preset = {"class_path": "aihwkit.simulator.presets.ReRamSBPreset"}
+    device = {"class_path": "aimc_pl.devices.ConfiguredDevice", "init_args": {"rpu_config": preset}}
+    Path("device.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": {"init_args": {"device": device}}}}))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        command("fit", "--config", "digits_async.yaml", "--config", "device.yaml")
+    assert [type(get_device(device)) for device in devices] == [ReRamSBPreset]
+
+
 NAMED = "--trainer.strategy=aimc_pl.strategies.AnalogPipelineStrategy"
 SCHEDULE = "--trainer.strategy.init_args.schedule="
 SET_UP = ["--config=full.yaml"]
@@ -254,14 +274,28 @@ def test_devices_lists_and_draws(command, capsys, tmp_path):
     command("devices")
     assert "soft_bounds " in capsys.readouterr().out
     command("devices", "--name=soft_bounds")
-    assert "tau" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("soft_bounds(tau: float=1.0, num_states: ")
+    assert "tau: τ, the dynamic range" in printed
+    with pytest.raises(SystemExit, match=r"unknown device 'softbounds': 'aimc-pl devices' lists the names$"):
+        command("devices", "softbounds")
     command("devices", "--name=reram_sb", f"--png={tmp_path / 'response.png'}", "--num_pulses=100")
     assert has_colours(tmp_path / "response.png")
 
 
 def test_the_list_of_devices_is_that_of_the_catalogue():
     """Check the list, which is read from the source, against the imported devices."""
-    assert listed_devices() == {name: (function.__doc__ or "").partition("\n")[0] for name, function in DEVICES.items()}
+    read = device_functions()
+    assert [*read] == [*DEVICES]
+    for name, function in DEVICES.items():
+        assert ast.get_docstring(read[name]) == getdoc(function)
+        assert [argument.arg for argument in read[name].args.args] == [*signature(function).parameters]
+
+
+@pytest.mark.parametrize("arguments", [["devices"], *(["devices", name] for name in DEVICES)], ids=" ".join)
+def test_what_is_printed_about_devices_has_no_markup(arguments, command, capsys):
+    command(*arguments)
+    assert ":func:" not in capsys.readouterr().out
 
 
 def test_arguments_by_position(command, capsys):
@@ -313,7 +347,8 @@ def test_completion_without_its_package(command, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"]]
+    "arguments",
+    [[], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"], ["devices", "ecram"]],
 )
 def test_quick_commands_import_nothing_slow(arguments):
     """Check in a new process, because this one has imported everything. The imports are what would take seconds."""

@@ -107,6 +107,13 @@ def test_the_reference_has_the_package(package):
     assert import_module(f"aimc_pl.{package}").__all__  # The reference shows exactly these names.
 
 
+def test_the_reference_has_all_modules_for_studies_and_what_pages_import():
+    modules = {f"studies.{path.stem}" for path in (ROOT / "aimc_pl" / "studies").glob("[a-z]*.py")}
+    for page in PAGES:
+        modules |= set(re.findall(r"from aimc_pl\.([\w.]+) import", page.read_text()))
+    assert {"studies.grids", "runs"} <= modules <= documented()
+
+
 def nav(entries):
     for entry in entries:
         value = next(iter(entry.values())) if isinstance(entry, dict) else entry

@@ -4,8 +4,10 @@ import ast
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import import_module
@@ -94,6 +96,22 @@ def test_wheel_installs_nothing_but_aimc_pl(wheel):
         for p in (ROOT / f).rglob("*.py")
     }
     assert sources <= set(names)
+
+
+@pytest.mark.slow
+def test_the_sdist_has_every_file_of_the_repository(tmp_path):
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.skip("here is no git repository, which knows its files")
+    source = tmp_path / "source"  # because setuptools packs again what an earlier build in the same folder has packed
+    for path in tracked:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        packed = {name.partition("/")[2] for name in sdist.getnames()}
+    assert set(tracked) <= packed
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """The command ``aimc-pl cost``: what a run of a config would cost on hardware, without the training."""
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, override
 
@@ -29,7 +29,7 @@ from aimc_pl.cost.work import Work
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
-from aimc_pl.training_cli import AnalogCLI, silence
+from aimc_pl.training_cli import AnalogCLI, explained, silence
 
 _WITHOUT_A_RUN = ["--trainer.devices=1", "--trainer.logger=false", "--trainer.num_sanity_val_steps=0"]
 
@@ -82,7 +82,7 @@ class _Counted(Exception):  # noqa: N818, this is no error
 def cost(args: Sequence[str]) -> None:
     """Print what a run of a config would cost: the stages, all schedules, all hardware; draw it if asked.
 
-    Without ``--config`` and ``--model``, print the constants of the hardware.
+    Without arguments, or with ``--hardware`` alone, print the constants of the hardware.
 
     Args:
         args: the arguments of the command, without its name.
@@ -90,13 +90,17 @@ def cost(args: Sequence[str]) -> None:
     Raises:
         UsageError: if an argument is wrong, or if the run would be refused.
     """
-    hardware = find_hardware(_option(args, "--hardware", "rasch_2024"))
-    if not any(argument.startswith(("--config", "-c", "--model")) for argument in args):
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hardware", default="rasch_2024")
+    options, others = parser.parse_known_args(args)
+    hardware = find_hardware(options.hardware)
+    if not others:
         print(constants_table(hardware))
         return
     silence()
     sys.argv[1:] = [*args, *_WITHOUT_A_RUN]
-    cli = CostCLI()
+    with explained():
+        cli = CostCLI()
     config = cli.config
     hardware, minibatches = find_hardware(config.hardware), config.num_minibatches
     check_number("num_minibatches", minibatches, at_least=1, whole=True)
@@ -148,13 +152,3 @@ def _schedules(own: Schedule) -> list[Schedule]:
     built_in = [Schedule(name, *size) for name in get_args(ScheduleName)]
     built_in.append(Schedule("async", *size, duplex="full"))
     return built_in if own in built_in else [*built_in, own]
-
-
-def _option(args: Sequence[str], name: str, default: str) -> str:
-    """Return the value of an option among arguments."""
-    for argument, after in pairwise([*args, default]):
-        if argument == name:
-            return after
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return default

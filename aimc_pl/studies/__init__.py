@@ -3,6 +3,7 @@
 ``docs/STUDY.md`` walks through a study. The modules:
 
 - :mod:`aimc_pl.studies.sweeps` runs cases in parallel. A stopped sweep continues where it was.
+- :mod:`aimc_pl.studies.grids` runs a config of the command for every combination of some values.
 - :mod:`aimc_pl.studies.rows` keeps the rows of a sweep in a CSV file, and selects from them.
 - :mod:`aimc_pl.studies.statistics` computes means with confidence intervals.
 - :mod:`aimc_pl.studies.arguments` defines the command line that studies share.

@@ -17,7 +17,7 @@ from aimc_pl.arguments import listed, shown
 from aimc_pl.errors import UsageError
 from aimc_pl.runs import history
 from aimc_pl.studies.rows import Row
-from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.statistics import half_width
 from aimc_pl.studies.sweeps import sweep
 
 SEED = "seed_everything"
@@ -56,7 +56,7 @@ def run_grid(
 def draw_grid(rows: Sequence[Row], keys: Sequence[str], metric: str = "test/accuracy") -> Figure:
     """Return a figure of a metric against the values of the first key, with a line for the values of the others.
 
-    Lines are means over seeds, with their standard errors.
+    Lines are means over seeds, with Student's 95 % intervals.
 
     Args:
         rows: the rows of :func:`run_grid`.
@@ -81,7 +81,7 @@ def draw_grid(rows: Sequence[Row], keys: Sequence[str], metric: str = "test/accu
     for label, values in lines.items():
         x = [_number(value) for value in values]
         means = [sum(runs) / len(runs) for runs in values.values()]
-        errors = [standard_error(runs) for runs in values.values()]
+        errors = [half_width(runs) for runs in values.values()]
         axes.errorbar(x, means, errors, marker="o", capsize=3, label=label)
     axes.set(xlabel=_short(axis), ylabel=metric)
     if others:

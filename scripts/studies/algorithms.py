@@ -21,7 +21,7 @@ from aimc_pl.devices import AnalogDevice, residual_learning, soft_bounds
 from aimc_pl.models import MLP
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
-from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.statistics import half_width
 from aimc_pl.studies.sweeps import sweep
 
 GAMMAS = (0.0, 0.1, 0.4)
@@ -60,14 +60,14 @@ def run(algorithm: str, gamma: Any, transfer_lr: Any, seed: int, epochs: int) ->
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print mean and standard error of loss and accuracy for every setting."""
+    """Print the mean of loss and accuracy for every setting, with 95 % intervals."""
     for setting in SETTINGS:
         if of_setting := select(rows, **setting):
             loss, accuracy = curves(of_setting, "loss")[:, -1], curves(of_setting, "accuracy")[:, -1]
             name = " ".join(str(value) for value in setting.values())
             print(
-                f"{name:<34} training loss {loss.mean():.3f} ± {standard_error(loss):.3f}  "
-                f"accuracy {accuracy.mean():.3f} ± {standard_error(accuracy):.3f}"
+                f"{name:<34} training loss {loss.mean():.3f} ± {half_width(loss):.3f}  "
+                f"accuracy {accuracy.mean():.3f} ± {half_width(accuracy):.3f}"
             )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from aimc_pl.cli import main as aimc_pl
-from aimc_pl.figures import BLUE, ORANGE, styled
+from aimc_pl.figures import SCHEDULES, styled
 from aimc_pl.runs import history
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
@@ -47,8 +47,6 @@ WIDE = [
 
 LAYERS = {"analog": [], "digital": ["--trainer.strategy.init_args.device=null"]}
 """The overrides of the config for each kind of layers."""
-
-COLORS = {"analog": ORANGE, "digital": BLUE}
 
 
 def cases(num_seeds: int, quick: bool, networks: Sequence[str], epochs: int) -> list[dict[str, Any]]:
@@ -103,11 +101,13 @@ def draw(rows: Sequence[Row]) -> Figure:
     networks = [network for network in NETWORKS if select(rows, network=network)]
     figure = Figure(figsize=(5 * len(networks), 3.2), layout="constrained")
     for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
-        for layers, color in COLORS.items():
+        for layers, style in (("analog", "-"), ("digital", "--")):
             lines = curves(select(rows, network=network, layers=layers, part="val"), "value")
             epochs = range(1, lines.shape[1] + 1)
-            axes.plot(epochs, lines.T, color=color, marker=".", label=[layers, *["_"] * (len(lines) - 1)])
-        axes.set(title=network, xlabel="epoch", ylabel=f"validation {NETWORKS[network][1]}")
+            labels = [f"{layers}, async", *["_"] * (len(lines) - 1)]
+            axes.plot(epochs, lines.T, color=SCHEDULES["async"], linestyle=style, marker=".", label=labels)
+        metric = NETWORKS[network][1].replace("bits", "bits per character")
+        axes.set(title=network, xlabel="epoch", ylabel=f"validation {metric}")
         axes.legend()
     return figure
 

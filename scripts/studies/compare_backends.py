@@ -29,7 +29,7 @@ from aimc_pl.models import MLP, LeNet5
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
-from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.statistics import half_width
 from aimc_pl.studies.sweeps import sweep
 from aimc_pl.tasks import Classifier
 
@@ -136,7 +136,7 @@ def compared(rows: Sequence[Row]) -> list[tuple[str, int]]:
 
 
 def report(rows: Sequence[Row]) -> None:
-    """Print the final accuracies and losses of all backends."""
+    """Print the final accuracies and losses of all backends, with 95 % intervals."""
     for problem, delay in compared(rows):
         of_each = []
         for backend in (*BACKENDS, "bits"):
@@ -145,7 +145,7 @@ def report(rows: Sequence[Row]) -> None:
                 continue
             for metric in ("accuracy", "loss"):
                 last = curves(of_backend, metric)[:, -1]
-                of_each.append(f"{backend} {metric} {last.mean():.3f} ± {standard_error(last):.3f}")
+                of_each.append(f"{backend} {metric} {last.mean():.3f} ± {half_width(last):.3f}")
         print(f"{problem:<7} delay {delay}  {'   '.join(of_each)}")
 
 

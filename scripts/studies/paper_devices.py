@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from paper_stages import EVERY, LEARNING_RATES, alone, relative, train, updates_to
 
-from aimc_pl.figures import shade, styled
+from aimc_pl.figures import GREY, shade, styled
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row
 from aimc_pl.studies.statistics import extents, half_width
@@ -69,11 +69,13 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(10, 7), layout="constrained")
     grid = figure.subplots(2, len(SWEEPS) // 2, sharey=True)
     for axes, (name, values) in zip(grid.flat, SWEEPS.items(), strict=True):
+        reached = set[float]()
         for color, num_stages in enumerate(STAGES):
             for (metric, target), style in zip(TARGETS, ("-", "--"), strict=True):
                 where = {"sweep": name, "num_stages": num_stages}
                 updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
                 means, errors = [u.mean() for u in updates], extents(updates)
+                reached |= {value for value, mean in zip(values, means, strict=True) if mean < float("inf")}
                 label = f"{num_stages} stage{'s' * (num_stages > 1)}, {metric} {target}"
                 axes.errorbar(
                     range(len(values)),
@@ -87,6 +89,9 @@ def draw(rows: Sequence[Row]) -> Figure:
         axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name])
         texts = [f"1/{2 * BASE['tau'] / value:.0f}" if name == "step" else f"{value:g}" for value in values]
         axes.set_xticks(range(len(values)), texts)
+        axes.set_xlim(-0.4, len(values) - 0.6)
+        for x in (x for x, value in enumerate(values) if value not in reached):
+            axes.text(x, 200, "not reached by all seeds", color=GREY, rotation=90, ha="center", va="center")
     for axes in grid[:, 0]:
         axes.set_ylabel("updates, best learning rate")
     title = "bars show the range of the seeds"

@@ -1,6 +1,7 @@
 """These tests check what the progress bar shows, and that the line at the start of a run does not break it."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -66,5 +67,23 @@ def test_the_line_at_the_start_comes_once_and_above_the_bar(device, monkeypatch)
     trainer.fit(module, loader(module, shuffle=False))
     printed = " ".join(stream.getvalue().split())
     analog = "5 of 5 layers analog (soft_bounds)" if device else "no layer is analog"
-    line = f"MLP (Sequential) in 3 stages, schedule 'sync', split_at=['net.2', 'net.4']: {analog}"
+    weights = [sum(p.numel() for p in layers.parameters()) for layers in (MLP().net[:2], MLP().net[2:4], MLP().net[4:])]
+    percent = ", ".join(f"{100 * count / sum(weights):.0f}" for count in weights)
+    stages = f"3 stages of {percent} % of the trained weights"
+    line = f"MLP (Sequential) in {stages}, schedule 'sync', split_at=['net.2', 'net.4']: {analog}"
     assert printed.count(line) == 1
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_file_gets_a_line_for_each_epoch(is_terminal, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1") if is_terminal else monkeypatch.delenv("FORCE_COLOR", raising=False)
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    bar = Watched()
+    fit(AnalogPipelineStrategy(2, "sync", 2, split_at=["net.2"]), bar, max_epochs=2)
+    lines = [line for line in stream.getvalue().splitlines() if re.match(r"Epoch \d: loss", line)]
+    per_epoch = len(bar.seen) // 2
+    ends = bar.seen[per_epoch - 1 :: per_epoch]
+    expected = [f"Epoch {n}: loss {s['loss']:.3f}, cycles {s['cycles']}, staleness 0" for n, s in enumerate(ends)]
+    assert lines == ([] if is_terminal else expected)
+    assert bar.is_disabled != is_terminal

@@ -91,8 +91,12 @@ def test_children_are_started_unless_the_cluster_does_it(externally, num_nodes, 
     assert seen == [*before, 3]
 
 
-def test_a_notebook_gets_advice_that_works_there(monkeypatch):
-    monkeypatch.setattr(sys, "ps1", "In : ", raising=False)  # as IPython and an interactive Python set it
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ps1", "In : "), ("argv", ["-"]), ("argv", [""])],  # IPython; python - < script.py; python < script.py
+)
+def test_what_cannot_be_run_again_gets_advice_that_works_there(name, value, monkeypatch):
+    monkeypatch.setattr(sys, name, value, raising=False)
     advice = r"^a notebook, .* cannot start 4 processes: set Trainer\(devices=1\) here, or save the code as a script"
     with pytest.raises(UsageError, match=advice):
         L.Trainer(accelerator="cpu", devices=4, strategy=AnalogPipelineStrategy(4), logger=False)

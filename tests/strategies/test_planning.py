@@ -11,7 +11,9 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from aimc_pl import boundaries
+from aimc_pl.devices import convert_to_analog
 from aimc_pl.errors import UsageError
+from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy, planning
 
 
@@ -77,6 +79,15 @@ def test_known_stages_are_not_measured(num_stages, split_at, names, monkeypatch)
     monkeypatch.setattr(boundaries, "check", lambda *args: checked.append(args))
     assert planning._divide(None, None, calls, num_stages, split_at, False, None, None) == (names, "")
     assert checked == [(calls, split_at or ())]
+
+
+def test_stages_without_times_are_described_by_their_weights():
+    """Check analog weights too, a stage that trains nothing, and a pipeline of one stage."""
+    net = nn.Sequential(nn.Linear(6, 9, bias=False), nn.Linear(9, 3))
+    convert_to_analog(net, {"0": "ideal"})
+    stages = [Stage(0, net[0].parameters()), Stage(1), Stage(2, net[1].parameters())]
+    assert planning._weights(stages) == " of 64, 0, 36 % of the trained weights"  # 54 and 30 of 84
+    assert planning._weights(stages[:1]) == planning._weights(stages[1:2] * 2) == ""
 
 
 class Evaluated(Attributes):

@@ -1,6 +1,8 @@
 """These tests check that private names of Lightning, which this project uses, still behave as it needs."""
 
 import random
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 
 import lightning as L
@@ -359,3 +361,24 @@ def test_the_strategy_overrides_what_lightning_calls():
     """Check the private names that every strategy of Lightning defines or sets."""
     assert callable(Strategy._configure_launcher)
     assert SingleDeviceStrategy("cpu")._launcher is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "rerun"),
+    [
+        (["-c", "fit"], ["-W", "error", "-c", "program", "fit"]),
+        (["/folder/script.py", "fit"], ["/folder/script.py", "fit"]),
+    ],
+)
+def test_children_run_the_program_of_their_parent(argv, rerun, monkeypatch):
+    """Check the command of a child, for a script and for a program that is an argument of Python itself."""
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: started.append(command))
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-W", "error", "-c", "program", "fit"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    private.ScriptLauncher(LightningEnvironment(), 3, 1).start_children()
+    assert started == [[sys.executable, *rerun]] * 2
