@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_modules import make_trainer
 
+import aimc_pl
 from aimc_pl.callbacks import ClockMonitor, RunBoard, RunTable, StalenessMonitor
 from aimc_pl.data import Digits
 from aimc_pl.errors import UsageError
@@ -136,3 +137,10 @@ def test_a_run_that_replaces_a_table_is_still_warned_about(tmp_path):
             logger.log_metrics({"x": 1.0}, 0)
         logger.save()
     assert history(tmp_path / "a")[0]["x"] == 1.0
+
+
+def test_the_package_has_the_functions_for_runs():
+    assert aimc_pl.history is history
+    assert aimc_pl.compare is compare
+    with pytest.raises(AttributeError, match="module 'aimc_pl' has no attribute 'draw'"):
+        aimc_pl.draw  # noqa: B018, the attribute is not there
