@@ -35,7 +35,7 @@ from aimc_pl.models import GPT, ResNet
 from aimc_pl.schedule import Schedule
 from aimc_pl.studies.arguments import study_parser
 from aimc_pl.studies.rows import Row, read_rows, select
-from aimc_pl.studies.statistics import standard_error
+from aimc_pl.studies.statistics import half_width
 from aimc_pl.studies.sweeps import sweep
 
 MEASURED = Path(__file__).parents[2] / "docs" / "results"
@@ -344,7 +344,7 @@ def report_accuracy(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> No
     """Print the samples that staleness costs by the number of stages, and what `async` gains in even stages."""
     print("\nsamples that staleness costs, by stages")
     for name, _, _, cost in measured():
-        print(f"{name:<30}", *(f"{m}: {cost(m).mean():.2f} ± {standard_error(cost(m)):.2f}" for m in STAGES))
+        print(f"{name:<30}", *(f"{m}: {cost(m).mean():.2f} ± {half_width(cost(m)):.2f}" for m in STAGES))
     print("speedup in even stages, which is the break-even")
     for network, hardware in pairs:
         for what, (values, speedups) in zip(("stages", "micro-batches"), even(rows, network, hardware), strict=True):
@@ -442,7 +442,7 @@ def draw_accuracy(rows: Sequence[Row]) -> Figure:
     by_stages, by_microbatches = panels
     for name, color, marker, cost in measured():
         costs = {m: cost(m) for m in STAGES if np.isfinite(cost(m)).all()}
-        means, errors = [each.mean() for each in costs.values()], [*map(standard_error, costs.values())]
+        means, errors = [each.mean() for each in costs.values()], [*map(half_width, costs.values())]
         by_stages.errorbar([*costs], means, errors, color=color, marker=marker, linestyle="none")
         mean = costs[NUM_STAGES].mean()
         by_microbatches.axhline(mean, color=color, linewidth=1)
