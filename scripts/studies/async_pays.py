@@ -451,7 +451,7 @@ def draw_accuracy(rows: Sequence[Row]) -> Figure:
     for axes, positions in ((by_stages, STAGES), (by_microbatches, MICROBATCHES)):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set(xticks=positions, xticklabels=positions, yticks=ticks, yticklabels=ticks)
+        axes.set(xticks=positions, xticklabels=positions, yticks=ticks, yticklabels=ticks, ylim=(0.5, 8))
     by_stages.text(2, 3.6, "async pays\nbelow the lines")
     by_stages.set(xlabel="stages", ylabel="samples of async\nover samples of sync")
     by_stages.set_title(f"{paper_accuracy.NUM_MICROBATCHES} micro-batches in a mini-batch")
