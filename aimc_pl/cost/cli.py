@@ -10,7 +10,7 @@ from typing import Any, get_args, override
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from aimc_pl.arguments import check_number
+from aimc_pl.arguments import check_number, shown
 from aimc_pl.cli import check_picture, save
 from aimc_pl.cost.constants import PRESETS
 from aimc_pl.cost.estimate import Estimate, estimate
@@ -82,7 +82,7 @@ class _Counted(Exception):  # noqa: N818, this is no error
 def cost(args: Sequence[str]) -> None:
     """Print what a run of a config would cost: the stages, all schedules, all hardware; draw it if asked.
 
-    Without ``--config`` and ``--model``, print the constants of the hardware.
+    Without ``--config`` and ``--model``, print the constants of the hardware. Then there is no other option.
 
     Args:
         args: the arguments of the command, without its name.
@@ -90,8 +90,14 @@ def cost(args: Sequence[str]) -> None:
     Raises:
         UsageError: if an argument is wrong, or if the run would be refused.
     """
-    hardware = find_hardware(_option(args, "--hardware", "rasch_2024"))
-    if not any(argument.startswith(("--config", "-c", "--model")) for argument in args):
+    name = _option(args, "--hardware", "rasch_2024")
+    hardware = find_hardware(name)
+    if not any(argument.startswith(("--config", "-c", "--model", "--help", "-h")) for argument in args):
+        for argument in args:
+            if argument not in ("--hardware", name, f"--hardware={name}"):
+                raise UsageError(
+                    f"cost without --config takes --hardware only, not {shown(argument)}: add --config FILE"
+                )
         print(constants_table(hardware))
         return
     silence()

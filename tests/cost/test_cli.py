@@ -62,6 +62,25 @@ def test_without_a_config_the_constants_are_listed(command, capsys):
     assert len(re.findall(r"^\w+: ", printed, re.MULTILINE)) >= 24
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--hardwre=isaac_2016"], ["digits_async.yaml"], ["--hardware", "isaac_2016", "--png=a"]]
+)
+def test_without_a_config_other_arguments_are_refused(command, arguments):
+    with pytest.raises(SystemExit) as stop:
+        command("cost", *arguments)
+    assert str(stop.value).startswith(
+        f"aimc-pl: error: cost without --config takes --hardware only, not {arguments[-1]!r}: add --config"
+    )
+
+
+@pytest.mark.slow
+def test_help_tells_the_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("cost", "--help")
+    assert not stop.value.code
+    assert "--num_minibatches" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
