@@ -44,7 +44,8 @@ class Hardware:
     link_latency=Quantity(1e-6, "s", "my board"))``.
 
     Raises:
-        UsageError: if a quantity has another unit than its field, or if a number is 0 that others are divided by.
+        UsageError: if a quantity has another unit than its field, if a number is 0 that others are divided by, or if
+            the size of a tile is not whole.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Hardware:
                 raise UsageError(f"{name} of hardware {self.name!r} must be in {unit!r}, got {quantity.unit!r}")
         for name in ("tile_size", "digital_rate", "tiles_per_unit", "memory_bandwidth", "link_bandwidth"):
             check_number(f"{name} of hardware {self.name!r}", getattr(self, name).value, above=0)
+        if self.tile_size.value % 1:
+            raise UsageError(f"tile_size of hardware {self.name!r} must be whole, got {self.tile_size.value:g}")
 
     def rows(self) -> Iterator[tuple[str, str, str, Quantity]]:
         """Yield the name, the unit, the meaning and the quantity of every constant."""

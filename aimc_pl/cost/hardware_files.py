@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from aimc_pl.arguments import listed, shown
+from aimc_pl.arguments import check_number, listed, shown
 from aimc_pl.config_files import check_config
 from aimc_pl.cost.constants import PRESETS, Hardware, Quantity
 from aimc_pl.errors import UsageError
@@ -33,7 +33,7 @@ def find_hardware(name: str) -> Hardware:
     check_config(path)
     changes: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
     base = changes.pop("base", None)
-    if base not in PRESETS:
+    if not isinstance(base, str) or base not in PRESETS:
         raise UsageError(f"hardware {path} needs a line 'base: NAME' with one of {', '.join(PRESETS)}")
     known = [constant for constant, *_ in PRESETS[base].rows()]
     for constant in changes:
@@ -52,4 +52,5 @@ def _quantity(path: Path, constant: str, value: Any) -> Quantity:
         number = float(value["value"])  # YAML takes 1e-6, without a point, for text
     except (TypeError, ValueError) as error:
         raise UsageError(f"hardware {path}: the value of {constant} is no number: {shown(value['value'])}") from error
+    check_number(f"{constant} of hardware {path}", number, at_least=0)
     return Quantity(number, str(value["unit"] or ""), str(value["source"] or ""))

@@ -63,6 +63,14 @@ def test_without_a_config_the_constants_are_listed(command, capsys):
 
 
 @pytest.mark.slow
+def test_help_tells_the_options(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("cost", "--help")
+    assert not stop.value.code
+    assert "--num_minibatches" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -73,6 +81,8 @@ def test_without_a_config_the_constants_are_listed(command, capsys):
         (["--config=digits_async.yaml", "--png=nowhere/a.png"], "there is no folder nowhere"),
         (["--config=digits_async.yaml", "--trainer.strategy=auto"], "cost needs a pipeline"),
         (["--config=digits_async.yaml", "--speed=3"], "speed"),
+        (["--hardwre=isaac_2016"], "unrecognized arguments: --hardwre=isaac_2016"),
+        (["digits_async.yaml"], "write --config digits_async.yaml"),
     ],
 )
 def test_wrong_arguments_are_one_line(command, arguments, message):

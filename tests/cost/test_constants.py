@@ -73,6 +73,13 @@ def test_a_file_changes_constants_of_a_preset():
     [
         ("base: nothing\n", "needs a line 'base: NAME' with one of rasch_2024, marinella_2018, isaac_2016"),
         ("base: rasch_2024\nspeed: 3\n", "sets 'speed', which is no constant: they are tile_size"),
+        ("base: [rasch_2024]\n", "needs a line 'base: NAME'"),
+        ("base: rasch_2024\ntile_size: {value: 2.5, unit: '', source: me}\n", "tile_size .* must be whole, got 2.5"),
+        (
+            "base: rasch_2024\nlink_latency: {value: -1, unit: s, source: me}\n",
+            "link_latency of hardware board.yaml .*-1",
+        ),
+        ("base: rasch_2024\nlink_latency: {value: nan, unit: s, source: me}\n", "link_latency of hardware .*nan"),
         ("base: rasch_2024\nlink_latency: 3\n", "needs value, unit and source of link_latency, got 3"),
         ("base: rasch_2024\nlink_latency: {value: x, unit: s, source: me}\n", "the value of link_latency is no number"),
         (
