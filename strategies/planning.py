@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from aimc_pl import boundaries
 from aimc_pl.analog import are_seeded
@@ -178,7 +179,12 @@ def settle_evaluation(
 
 
 def _weights(stages: Sequence[Stage]) -> str:
-    """Return a remark on the stages' shares of the weights, for stages whose times nobody has measured."""
+    """Return a remark on the stages' shares of the weights, for stages whose times nobody has measured.
+
+    Lazy layers have no weights yet.
+    """
+    if any(is_lazy(weight) for stage in stages for weight in stage.parameters):
+        return ""
     counts = [sum(read_weights([weight]).numel() for weight in stage.parameters) for stage in stages]
     if len(stages) == 1 or not sum(counts):
         return ""
