@@ -13,6 +13,7 @@ from torch import nn
 from aimc_pl import boundaries
 from aimc_pl.boundaries import BoundaryError, Calls, balance, check, check_stages, find
 from aimc_pl.cost import RASCH_2024
+from aimc_pl.devices import convert_to_analog, soft_bounds
 from aimc_pl.trial import Trials
 
 
@@ -413,3 +414,15 @@ def test_modelled_times_are_balanced_exactly_and_on_every_machine(monkeypatch, w
     assert shares == pytest.approx([sum(costs[a:b]) / sum(costs) for a, b in itertools.pairwise(ends)], abs=0.1)
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
     assert found(network, num_stages, x, hardware=RASCH_2024) == (names, shares)
+
+
+def test_no_stage_begins_within_a_layer_on_several_tiles():
+    network = nn.Sequential(nn.Linear(1300, 8), nn.Linear(8, 2))
+    convert_to_analog(network, soft_bounds())
+    assert len([*network[0].analog_tiles()]) == 3
+    calls = Calls()
+    with calls.recorded(network):
+        network(torch.randn(4, 1300)).sum().backward()
+    assert calls.names == ["0", "1"]
+    with pytest.raises(BoundaryError, match=r"'0\.analog_module\.array\.1\.0', which training_step does not call"):
+        check(calls, ["0.analog_module.array.1.0"])
