@@ -21,6 +21,7 @@ from aimc_pl.arguments import check_callable, check_list, check_number, check_se
 from aimc_pl.devices import convert_to_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.export import to_digital
+from aimc_pl.figures import BLACK, BLUE, ORANGE, styled
 from aimc_pl.patches import patched
 
 SECOND, HOUR, DAY, YEAR = 1.0, 3600.0, 86_400.0, 31_536_000.0
@@ -109,6 +110,7 @@ def evaluate_drift(
     ]
 
 
+@styled
 def draw_drift(rows: Iterable[dict[str, Any]], name: str = "metric", digital: float | None = None) -> Figure:
     """Return a figure of the rows of :func:`evaluate_drift`: mean and standard deviation against time.
 
@@ -120,12 +122,12 @@ def draw_drift(rows: Iterable[dict[str, Any]], name: str = "metric", digital: fl
     rows = [*rows]
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
-    for compensated, label, colour in ((True, "compensated", "C0"), (False, "not compensated", "C1")):
+    for compensated, label, colour in ((True, "compensated", BLUE), (False, "not compensated", ORANGE)):
         if chosen := [row for row in rows if row["compensated"] is compensated]:
             time, mean, std = (np.array([row[key] for row in chosen]) for key in ("time", "mean", "std"))
             axes.errorbar(time, mean, np.nan_to_num(std), marker="o", capsize=3, label=label, color=colour)
     if digital is not None:
-        axes.axhline(digital, color="black", linestyle=":", label="digital")
+        axes.axhline(digital, color=BLACK, linestyle=":", label="digital")
     axes.set_xscale("symlog", linthresh=SECOND)
     axes.set_xticks([SECOND, HOUR, DAY, YEAR], ["1 s", "1 h", "1 d", "1 y"])
     axes.minorticks_off()

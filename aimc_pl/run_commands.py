@@ -18,7 +18,7 @@ from aimc_pl.studies.grids import draw_grid, run_grid
 
 
 def compare(args: Sequence[str]) -> None:
-    """Print the best and the last value of a metric of several runs, and draw them.
+    """Print the largest, the smallest and the last value of a metric of several runs, and draw them.
 
     Args:
         args: the arguments of the command, without its name.
@@ -36,6 +36,7 @@ def compare(args: Sequence[str]) -> None:
     runs = {name: history(path) for name, path in names_of(options.runs).items()}
     figure = draw_runs(runs, options.metric)
     width = max(map(len, [*runs, "run"]))
+    print(options.metric)
     print(f"{'run':<{width}} {'largest':>10} {'smallest':>10} {'last':>10} {'cycles':>12}")
     for name, rows in runs.items():
         values = [row[options.metric] for row in rows if options.metric in row]

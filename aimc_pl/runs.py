@@ -3,13 +3,16 @@
 import csv
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from aimc_pl.arguments import listed, shown
 from aimc_pl.errors import UsageError
+from aimc_pl.figures import THINGS, styled
 from aimc_pl.stage_names import name_of
 
 History = Sequence[Mapping[str, float]]
@@ -48,6 +51,7 @@ def history(run: str | Path) -> list[dict[str, float]]:
     return [rows[step] for step in sorted(rows)]
 
 
+@styled
 def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figure:
     """Return a figure of a metric of several runs, against each kind of progress that they have logged.
 
@@ -73,11 +77,13 @@ def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figu
     columns = max(1, 12 * width // (max(map(len, runs)) + 10))  # an inch has 12 letters, and a line of a legend 10
     figure = Figure(figsize=(width, 3.2 + 0.25 * -(-len(runs) // columns)), layout="constrained")
     all_axes = figure.subplots(1, len(shown_lines), sharey=True, squeeze=False)[0]
-    colours = {name: f"C{index}" for index, name in enumerate(runs)}
+    colours = dict(zip(runs, cycle(THINGS), strict=False))
     for axes, (progress, of_runs) in zip(all_axes, shown_lines.items(), strict=True):
         for name, line in of_runs.items():
             axes.plot(*zip(*line, strict=True), marker=".", label=name, color=colours[name])
         axes.set_xlabel(PROGRESS[progress])
+        if progress == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     all_axes[0].set_ylabel(metric)
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
     return figure

@@ -11,6 +11,7 @@ from aimc_pl.analog import analog_layers
 from aimc_pl.devices import convert_to_analog, residual_learning, soft_bounds
 from aimc_pl.drift import DAY, YEAR, draw_drift, evaluate_drift, phase_change_memory
 from aimc_pl.errors import UsageError
+from aimc_pl.figures import BLUE, ORANGE
 
 
 def network():
@@ -155,4 +156,5 @@ def test_the_figure_has_the_rows():
     assert axes.get_legend_handles_labels()[1] == ["digital", "compensated", "not compensated"]
     np.testing.assert_allclose(axes.containers[0][0].get_xydata(), [[0, 0], [DAY, DAY / YEAR], [YEAR, 1]])
     assert axes.get_ylabel() == "accuracy"
+    assert [bars[0].get_color() for bars in axes.containers] == [BLUE, ORANGE]
     assert isinstance(phase_change_memory(), TorchInferenceRPUConfig)

@@ -13,6 +13,7 @@ import aimc_pl
 from aimc_pl.callbacks import ClockMonitor, RunBoard, RunTable, StalenessMonitor
 from aimc_pl.data import Digits
 from aimc_pl.errors import UsageError
+from aimc_pl.figures import BLUE, ORANGE
 from aimc_pl.models import MLP
 from aimc_pl.runs import compare, draw_runs, history, names_of
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -94,6 +95,7 @@ def test_the_lines_are_the_metric_against_epochs_and_cycles(folder):
     figure = compare([folder / "csv" / "version_0", folder / "tensorboard" / "version_0"])
     epochs, cycles = figure.axes
     assert (epochs.get_xlabel(), cycles.get_xlabel()) == ("epochs", "clock cycles")
+    assert all(tick == int(tick) for tick in epochs.get_xticks())
     accuracy = [row["val/accuracy"] for row in history(folder / "csv") if "val/accuracy" in row]
     for axes, x in ((epochs, [1, 2]), (cycles, [98, 196])):
         assert [line.get_label() for line in axes.lines] == ["csv", "tensorboard"]
@@ -107,7 +109,7 @@ def test_seconds_and_joules_are_drawn_where_they_are_and_keep_their_colours():
     costly = [{"step": 1, "epoch": 0, "clock/seconds": 0.5, "clock/joules": 2.0, "loss": 4.0}, {"step": 2, "loss": 1.0}]
     figure = draw_runs({"plain": plain, "costly": costly}, "loss")
     assert [axes.get_xlabel().split()[0] for axes in figure.axes] == ["epochs", "seconds", "joules"]
-    assert [[line.get_color() for line in axes.lines] for axes in figure.axes] == [["C0", "C1"], ["C1"], ["C1"]]
+    assert [[line.get_color() for line in axes.lines] for axes in figure.axes] == [[BLUE, ORANGE], [ORANGE], [ORANGE]]
     assert figure.axes[2].lines[0].get_xydata().tolist() == [[2.0, 4.0]]
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from aimc_pl.arguments import listed, shown
 from aimc_pl.errors import UsageError
+from aimc_pl.figures import styled
 from aimc_pl.runs import history
 from aimc_pl.studies.rows import Row
 from aimc_pl.studies.statistics import half_width
@@ -53,6 +54,7 @@ def run_grid(
     return sweep(_Fit(folder.absolute() / "runs"), cases, folder / "results.csv", jobs)
 
 
+@styled
 def draw_grid(rows: Sequence[Row], keys: Sequence[str], metric: str = "test/accuracy") -> Figure:
     """Return a figure of a metric against the values of the first key, with a line for the values of the others.
 

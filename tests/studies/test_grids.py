@@ -59,7 +59,8 @@ def test_the_commands_write_a_table_and_pictures(tmp_path, monkeypatch, capsys):
     assert imread(folder / "results.png").std() > 0.01
     runs = sorted(map(str, folder.glob("runs/*")))
     main(["compare", *runs, "--metric=val/loss", "--png=compare.png"])
-    lines = capsys.readouterr().out.splitlines()
+    metric, *lines = capsys.readouterr().out.splitlines()
+    assert metric == "val/loss"
     assert [line.split()[0].partition(",")[0] for line in lines] == ["run", "tau=1.0", "tau=2.0"]
     assert [line.split()[-1] for line in lines] == ["cycles", "22", "22"]
     assert imread("compare.png").std() > 0.01
