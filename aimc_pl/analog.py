@@ -36,6 +36,11 @@ def analog_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if is_analog(layer)]
 
 
+def inside_analog_layers(module: nn.Module) -> set[int]:
+    """Return the identities of the modules that analog layers consist of, such as their tiles."""
+    return {id(part) for layer in analog_layers(module) for part in layer.modules() if part is not layer}
+
+
 def reset_pending_updates(module: nn.Module) -> None:
     """Drop what backwards have left for the tiles' next update. ``zero_grad`` does not drop this."""
     for context in _contexts(module.parameters()):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from aimc_pl.analog import analog_layers, time_update
+from aimc_pl.analog import inside_analog_layers, time_update
 from aimc_pl.arguments import listed
 from aimc_pl.cost.constants import Hardware
 from aimc_pl.cost.stages import stage_cost
@@ -51,8 +51,8 @@ class Calls:
     def recorded(self, network: nn.Module) -> Iterator[None]:
         """Context manager that records the calls of the network's modules. The whole step must run inside it."""
         # A layer on several tiles is one layer.
-        parts = {id(part) for layer in analog_layers(network) for part in layer.modules() if part is not layer}
-        names = {id(module): name for name, module in network.named_modules() if name and id(module) not in parts}
+        inside = inside_analog_layers(network)
+        names = {id(module): name for name, module in network.named_modules() if name and id(module) not in inside}
         seen: set[int] = set()
 
         def note(module: nn.Module, args: object) -> None:

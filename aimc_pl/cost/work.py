@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from aimc_pl.analog import is_analog, learns_by_pulses
+from aimc_pl.analog import inside_analog_layers, is_analog, learns_by_pulses
 from aimc_pl.arguments import listed
 from aimc_pl.cost.distinct import Distinct
 from aimc_pl.cost.learning import Learning, learning_of
@@ -169,7 +169,9 @@ class _Counter(TorchDispatchMode):
         self.unknown: set[str] = set()
         """The names of operations whose FLOP are not known."""
         self._uses = [_Uses() for _ in self.works]
-        self._names = {id(module): name for name, module in network.named_modules()}
+        # No part begins within a layer on several tiles.
+        inside = inside_analog_layers(network)
+        self._names = {id(module): name for name, module in network.named_modules() if id(module) not in inside}
         self._split_at = split_at
         self._tile_size = tile_size
         self._with_gradients = torch.is_grad_enabled()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from aimc_pl.cost import RASCH_2024, Learning, Matrix, Work, count_work, stage_cost
-from aimc_pl.devices import convert_to_analog, get_device
+from aimc_pl.devices import convert_to_analog, get_device, soft_bounds
 from aimc_pl.errors import UsageError
 
 
@@ -201,3 +201,10 @@ def test_tiles_for_inference_are_refused():
     assert len(str(refused.value)) <= 200
     network.requires_grad_(False)
     assert count(network, lambda: network[0](x_input=torch.ones(4, 5)).sum()).matrices[0].vectors == 4
+
+
+def test_no_part_begins_within_a_layer_on_several_tiles():
+    network = nn.Sequential(nn.Linear(1300, 8, bias=False), nn.Linear(8, 2, bias=False))
+    convert_to_analog(network, {"0": soft_bounds()})
+    with pytest.raises(UsageError, match=r"'0\.analog_module\.array\.1\.0'"):
+        count_work(network, lambda: network(torch.randn(3, 1300)).sum(), ["0.analog_module.array.1.0"])
