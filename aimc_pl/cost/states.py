@@ -43,10 +43,10 @@ def states_of(optimizer: Optimizer) -> float:
             copied.grad = torch.zeros_like(copied)
         with torch.random.fork_rng(devices=[]):
             type(trial).step(trial)
-    except Exception as error:
+    except Exception as error:  # a user's optimizer may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"the cost model cannot count the numbers that {name} keeps: a step of its copy failed "
-            f"({str(error).splitlines()[0]:.80})"
+            f"the cost model cannot count the numbers that {name} keeps: a step of its copy failed ({reason:.80})"
         ) from error
     kept = [value for state in trial.state.values() for value in state.values() if isinstance(value, Tensor)]
     return sum(value.numel() for value in kept if value.ndim) / sum(copied.numel() for copied in copies.values())

@@ -229,6 +229,6 @@ def test_an_uneven_batch_and_a_batch_in_a_dict():
     network = nn.Linear(3, 4)
     for batch in ({"x": torch.ones(7, 3), "y": torch.zeros(7, dtype=torch.int64)}, None):
         x, y = (batch["x"], batch["y"]) if batch else (torch.ones(3, 3), torch.zeros(3, dtype=torch.int64))
-        (work,) = count_work(network, lambda: F.cross_entropy(network(x), y))  # noqa: B023
+        (work,) = count_work(network, lambda: F.cross_entropy(network(x), y))  # noqa: B023, called at once
         assert work.batch == len(x) * 4
         assert work.gradient_flops == 2 * len(x) * 12

@@ -127,7 +127,7 @@ def test_recurrent_layers(batch):
     for kind, gates in ((nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)):
         layer = kind(size, hidden)
         products = 2 * length * batch * gates * hidden * (size + hidden)
-        (work,) = count_work(layer, lambda: layer(x)[0])  # noqa: B023
+        (work,) = count_work(layer, lambda: layer(x)[0])  # noqa: B023, it is called at once
         # Gates and activations take some FLOP for each hidden number, which are few beside the products.
         assert products < work.forward_flops < products * 1.2
         # The first product of the recurrence has a hidden state of zeros, which needs no gradient, nor do inputs.
@@ -201,6 +201,7 @@ class Product(torch.autograd.Function):
     ],
     ids=["transformer", "plain", "frozen", "autocast", "checkpoint", "reentrant", "nothing", "function"],
 )
+# A reentrant checkpoint warns where its input is the batch.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_products_are_those_of_a_real_backward(network, step, monkeypatch):
     """Compare with torch's own counter, which watches a real forward and backward."""

@@ -126,3 +126,12 @@ def test_what_cannot_be_counted_is_refused_in_one_line(make, message):
     with pytest.raises(UsageError, match=message) as refused:
         states_of(make())
     assert len(str(refused.value)) <= 200
+
+
+def test_an_optimizer_that_fails_without_a_message_is_refused():
+    class Unfinished(torch.optim.SGD):
+        def step(self, closure=None):
+            raise NotImplementedError
+
+    with pytest.raises(UsageError, match=r"Unfinished keeps: a step of its copy failed \(NotImplementedError\)$"):
+        states_of(Unfinished([torch.nn.Parameter(torch.ones(2))], lr=0.1))
