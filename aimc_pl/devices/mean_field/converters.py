@@ -7,12 +7,14 @@ parameters are those of aihwkit's ``IOParameters``, applied vector by vector as 
 from collections.abc import Callable
 from math import inf
 
+import numpy as np
 import torch
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, WeightNoiseType
 from aihwkit.simulator.parameters.io import IOParameters
 from torch import Generator, Tensor
 
-from aimc_pl.devices.mean_field.random_table import gaussian, uniform
+from aimc_pl.devices.mean_field import kernels
+from aimc_pl.devices.mean_field.random_table import LENGTH, gaussian, starts, tables, uniform
 from aimc_pl.devices.mean_field.vectors import Convolution, Patches, Vectors
 
 
@@ -69,7 +71,7 @@ def product(
         y = _round(y, io.out_sto_round, generator)
     bound = _bound(io.out_bound) / (unit or 1.0)
     overflow = None
-    if bound_management and reduction <= min(io.max_bm_factor, io.max_bm_res / step if step else inf):
+    if bound_management and _may_repeat(reduction, step, io):
         low = -bound if io.bm_test_negative_bound else -inf
         overflow = _outside(y, low, bound, vectors.dim)
     if bound < inf:
@@ -82,6 +84,60 @@ def product(
             weight, rows.mul, Vectors(-1), scales, io, generator, bound_management, 2 * reduction
         )
     return y
+
+
+def has_row_product(weight: Tensor, x: Tensor, io: IOParameters) -> bool:
+    """Return whether :func:`row_product` can compute the product.
+
+    It can on a CPU, if converters scale every vector by its largest element, round to the nearest number and add output
+    noise.
+    """
+    return (
+        x.is_cpu
+        and io.noise_management == NoiseManagementType.ABS_MAX
+        and io.w_noise_type == WeightNoiseType.NONE
+        and io.inp_noise == 0
+        and not (io.inp_sto_round or io.out_sto_round)
+        and x.numel() * weight.shape[0] <= LENGTH * weight.shape[1]
+    )
+
+
+def row_product(weight: Tensor, x: Tensor, io: IOParameters, generator: Generator, bound_management: bool) -> Tensor:
+    """Return the same as :func:`product` for inputs ``(..., in)`` with :func:`has_row_product`.
+
+    Args:
+        weight: ``(out, in)``.
+        x: the inputs.
+        io: the parameters of the converters.
+        generator: draws the noise.
+        bound_management: see :func:`product`.
+    """
+    step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
+    rows = x.reshape(-1, x.shape[-1])
+    scales, exceeds = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool)
+    limit = inf if _fits(io) else _bound(io.inp_bound) / (step or 1.0)
+    codes = kernels.to_codes(kernels.array(rows), step, io.nm_thres if io.nm_thres > 0 else inf, limit, scales)
+    y = torch.from_numpy(codes) @ weight.T
+    _, gaussians = tables()
+    bound = _bound(io.out_bound) / (unit or 1.0)
+    any_exceeds = kernels.from_sums(
+        y.numpy(),
+        (step or 1.0) / (unit or 1.0),
+        io.out_noise / (unit or 1.0),
+        gaussians,
+        starts(1, generator)[0] if io.out_noise > 0 else 0,
+        unit > 0,
+        -bound if io.bm_test_negative_bound else -inf,
+        bound,
+        scales,
+        (unit or 1.0) * io.out_scale,
+        exceeds,
+    )
+    if any_exceeds and bound_management and _may_repeat(1.0, step, io):
+        which = torch.from_numpy(exceeds)
+        scale = torch.from_numpy(scales)[which, None]
+        y[which] = product(weight, rows[which].mul, Vectors(-1), scale, io, generator, bound_management, 2.0)
+    return y.view(*x.shape[:-1], -1)
 
 
 def has_bound_management(io: IOParameters) -> bool:
@@ -176,6 +232,11 @@ def _step(resolution: float, bound: float) -> float:
     """Return the step of a converter, or 0 without rounding. A resolution above 1 is a number of steps."""
     resolution = max(resolution, 0.0)
     return (1 / resolution if resolution > 1 else resolution) * 2 * bound
+
+
+def _may_repeat(reduction: float, step: float, io: IOParameters) -> bool:
+    """Return whether bound management may divide the inputs further."""
+    return reduction <= min(io.max_bm_factor, io.max_bm_res / step if step else inf)
 
 
 def _bound(bound: float) -> float:

@@ -1,17 +1,19 @@
 """This module holds the cross-points of a crossbar, and moves their weights by update pulses."""
 
 from copy import deepcopy
-from math import ceil, isfinite
+from math import ceil, inf, isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from aihwkit.simulator.configs import SingleRPUConfig, UpdateParameters
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import RPUDataType
 from torch import Generator, Tensor, nn
 
-from aimc_pl.devices.mean_field.pulses import Counts, column_counts, expected_counts, sampled_counts
-from aimc_pl.devices.mean_field.random_table import gaussian, uniform
+from aimc_pl.devices.mean_field import kernels
+from aimc_pl.devices.mean_field.pulses import Counts, column_counts, expected_counts, is_managed, sampled_counts
+from aimc_pl.devices.mean_field.random_table import LENGTH, gaussian, starts, tables, uniform
 from aimc_pl.devices.mean_field.response import LinearResponse, Number, Response, response_of
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
@@ -20,6 +22,8 @@ ROWS = Vectors(-1)
 
 _LARGEST_REACH = 0.5
 """A batch is split if it moves weights by more than this, in units of their device's relaxation."""
+
+_NO_SIGNS = np.empty((0, 0), np.float32)
 
 
 class Crossbar(nn.Module):
@@ -115,18 +119,16 @@ class Crossbar(nn.Module):
         """
         if learning_rate == 0:
             return
-        counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
         self.num_updates += 1
-        self.cut += counts.cut
-        reach = self._reach(counts)
-        if reach <= _LARGEST_REACH or len(x) == 1:
-            self._move(counts, reach)
+        furthest = _LARGEST_REACH if len(x) > 1 else inf
+        reach, cut = self._attempt(x, error, vectors, learning_rate, update, signs, furthest)
+        self.cut += cut
+        if reach <= furthest:
             return
         # The order of the samples matters: split the batch, and apply its parts one after another.
         parts = min(len(x), ceil(reach / _LARGEST_REACH))
         for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
-            counts = _turned(self._count(some_x, some_error, vectors, learning_rate, update), signs)
-            self._move(counts, self._reach(counts))
+            self._attempt(some_x, some_error, vectors, learning_rate, update, signs, inf)
 
     def pulse_column(self, column: int, error: Tensor, learning_rate: float, update: UpdateParameters) -> None:
         """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
@@ -202,6 +204,66 @@ class Crossbar(nn.Module):
         reach = self.response.steepness * float(counts.total.max())
         return reach if isfinite(reach) else 0.0
 
+    def _attempt(
+        self,
+        x: Tensor,
+        error: Tensor,
+        vectors: Vectors | Patches,
+        learning_rate: float,
+        update: UpdateParameters,
+        signs: Tensor | None,
+        furthest: float,
+    ) -> tuple[float, Tensor | float]:
+        """Do what :meth:`pulse` does, unless the reach is larger than ``furthest``.
+
+        Returns:
+            The reach (or 0 if it is small), and the share of the pulses that do not fit into the trains.
+        """
+        response = self.response
+        if (
+            isinstance(response, LinearResponse)
+            and vectors is ROWS
+            and self.weight.is_cpu
+            and not self._sample_pulses
+            and self._write_noise == 0
+            and is_managed(update)
+            and max(error.numel(), self.weight.numel()) <= LENGTH
+        ):
+            return self._attempt_rows(x, error, learning_rate, update, signs, furthest, response)
+        counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
+        reach = self._reach(counts)
+        if reach <= furthest:
+            self._move(counts, reach)
+        return reach, counts.cut
+
+    def _attempt_rows(
+        self,
+        x: Tensor,
+        error: Tensor,
+        learning_rate: float,
+        update: UpdateParameters,
+        signs: Tensor | None,
+        furthest: float,
+        response: LinearResponse,
+    ) -> tuple[float, float]:
+        inputs, errors = kernels.array(x), kernels.array(error)
+        trains = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.float32), np.empty_like(errors)
+        rate, adaptive = learning_rate / self.granularity, update.update_bl_management
+        cut = kernels.trains(inputs, errors, rate, update.desired_bl, adaptive, *trains)
+        turned = _NO_SIGNS if signs is None else kernels.array(signs)
+        most = kernels.pulse_rows(
+            self.weight.numpy(),
+            inputs,
+            *trains,
+            turned,
+            response.parameters,
+            response.spread,
+            furthest / response.steepness if response.steepness else inf,
+            *tables(),
+            starts(int(trains[0].max()) + 1, self._generator),
+        )
+        return most * response.steepness, cut
+
     def _count(
         self, x: Tensor, error: Tensor, vectors: Vectors | Patches, learning_rate: float, update: UpdateParameters
     ) -> Counts:
@@ -219,10 +281,7 @@ class Crossbar(nn.Module):
         visible = self.weight[:, columns]
         weight = self._persistent[:, columns] if self._write_noise > 0 else visible
         before = weight.clone() if self._write_noise > 0 else None
-        variance = response.move(weight, counts, reach).clamp_(min=0)
-        # On some processors, the square root of zero takes ten times as long as that of other numbers.
-        std = variance.clamp(min=1e-37).rsqrt_().mul_(variance)
-        response.clip(weight.addcmul_(std, self._gaussian(weight)))
+        response.step(weight, counts, reach, self._gaussian(weight))
         if before is not None:
             # Write noise is drawn again where at least one pulse came. Elsewhere the noise stays as it is.
             if self._sample_pulses:

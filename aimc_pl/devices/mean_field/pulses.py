@@ -12,7 +12,8 @@ import torch
 from aihwkit.simulator.parameters.training import UpdateParameters
 from torch import Generator, Tensor
 
-from aimc_pl.devices.mean_field.random_table import uniform
+from aimc_pl.devices.mean_field import kernels
+from aimc_pl.devices.mean_field.random_table import LENGTH, starts, tables, uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 _RARELY = 0.2
@@ -42,6 +43,11 @@ class Counts(NamedTuple):
     total: Tensor
     noise: tuple[Tensor, Tensor]
     cut: Tensor | float = 0.0
+
+
+def is_managed(update: UpdateParameters) -> bool:
+    """Return whether trains of at most 64 slots are chosen by update management."""
+    return (update.update_management or update.update_bl_management) and update.desired_bl <= _DRAWN
 
 
 def expected_counts(
@@ -75,13 +81,14 @@ def expected_counts(
     if not isinstance(trains.x_gain, Tensor):
         x = x.clamp(-1 / trains.x_gain, 1 / trains.x_gain)
         magnitude = _magnitude(x)
-    fired = _fired(error, trains, generator).mul_(trains.x_gain)
+    fired = _fired(error, trains, vectors.dim, generator)
     net, total = _outer(fired, x, magnitude, vectors)
     # If an error line fires n times, an input that fires with probability p meets np of its pulses on average, with
     # variance np − np².
     if isinstance(vectors, Patches):
         # The mean of p over all pulses, Σnp²/Σnp, makes the sum of the variances over all cross-points exact.
-        squares = vectors.weighted_sum(fired.abs().sum(1, keepdim=True).mul_(trains.x_gain), magnitude.square())
+        _, unsigned = fired.chunk(2, 1)
+        squares = vectors.weighted_squares(unsigned.sum(1, keepdim=True).mul_(trains.x_gain), x)
         probability = float(squares / total.sum().clamp_min(1e-30))
         if probability < _RARELY:
             factor = 1 + spread**2 - probability
@@ -228,7 +235,24 @@ def _train(error_largest: float, rate: float, update: UpdateParameters) -> tuple
     return length, gain, -rate / (gain * length)
 
 
-def _fired(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
+def _fired(error: Tensor, trains: _Trains, dim: int, generator: Generator) -> Tensor:
+    """Return how often every error element fires, times the gain of its vector's inputs.
+
+    The numbers have the sign of the pulses. Along the dimension of the vectors, their magnitudes follow them.
+    """
+    shape = list(error.shape)
+    shape[dim] *= 2
+    fired = error.new_empty(shape)
+    if error.is_cpu and error.dim() > 2 and trains.longest <= _DRAWN and error[0].numel() <= LENGTH:
+        _fire_on_cpu(error, trains, generator, fired)
+        return fired
+    signed, unsigned = fired.chunk(2, dim)
+    torch.mul(_drawn(error, trains, generator), trains.x_gain, out=signed)
+    torch.abs(signed, out=unsigned)
+    return fired
+
+
+def _drawn(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
     """Return in how many slots of its vector's train every error element fires, with the sign of its pulses."""
     probabilities = error.mul(trains.error_gain).clamp_(-1, 1)
     shape, device = error.shape, error.device
@@ -240,6 +264,18 @@ def _fired(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
         more = (uniform(shape, generator, device) + probabilities).floor_()
         fired += more if isinstance(trains.lengths, float) else more.mul_(trains.lengths > slot)
     return fired
+
+
+def _fire_on_cpu(error: Tensor, trains: _Trains, generator: Generator, fired: Tensor) -> None:
+    """Write the result of :func:`_fired` for errors of images ``(batch, out, *out_size)`` to ``fired``."""
+    uniforms, _ = tables()
+    gains = trains.x_gain, trains.error_gain, trains.lengths
+    like = error[:, :1]
+    per_vector = [torch.as_tensor(gain, dtype=error.dtype).expand_as(like).flatten(1) for gain in gains]
+    tensors = error.flatten(2), *per_vector, fired.flatten(2)
+    portion = LENGTH // error[0].numel()
+    for *inputs, output in zip(*(tensor.split(portion) for tensor in tensors), strict=True):
+        kernels.fire(*map(kernels.array, inputs), uniforms, starts(trains.longest, generator), output.numpy())
 
 
 def _binomial(probabilities: Tensor, lengths: Tensor | float, generator: Generator) -> Tensor:
@@ -256,14 +292,10 @@ def _magnitude(x: Tensor) -> Tensor:
 def _outer(fired: Tensor, x: Tensor, magnitude: Tensor, vectors: Vectors | Patches) -> tuple[Tensor, Tensor]:
     """Return the sums of outer products with and without signs, by a single product if no input is negative."""
     if x is magnitude:
-        shape = list(fired.shape)
-        shape[vectors.dim] *= 2
-        both = fired.new_empty(shape)
-        signed, unsigned = both.chunk(2, vectors.dim)
-        torch.abs(signed.copy_(fired), out=unsigned)
-        net, total = vectors.outer(both, x).chunk(2)
+        net, total = vectors.outer(fired, x).chunk(2)
         return net, total
-    return vectors.outer(fired, x), vectors.outer(fired.abs(), magnitude)
+    signed, unsigned = fired.chunk(2, vectors.dim)
+    return vectors.outer(signed, x), vectors.outer(unsigned, magnitude)
 
 
 def _sample(probabilities: Tensor, repeats: Tensor, generator: Generator) -> Tensor:

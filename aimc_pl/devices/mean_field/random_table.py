@@ -6,10 +6,12 @@ Drawing Gaussian noise would cost more than the products to which it is added. a
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-_LENGTH = 2**22
+LENGTH = 2**22
+"""The longest slice of the table."""
 
 
 def gaussian(size: Sequence[int], generator: Generator, device: torch.device) -> Tensor:
@@ -28,19 +30,31 @@ def uniform(size: Sequence[int], generator: Generator, device: torch.device) -> 
     return _slices(_uniforms(device), torch.Size(size), generator)
 
 
+def starts(count: int, generator: Generator) -> np.ndarray:
+    """Return where so many slices of the tables begin. Each may have up to :data:`LENGTH` numbers."""
+    return torch.randint(LENGTH, (count,), generator=generator).numpy()
+
+
+@cache
+def tables() -> tuple[np.ndarray, np.ndarray]:
+    """Return the tables of :func:`uniform` and :func:`gaussian` on the CPU."""
+    cpu = torch.device("cpu")
+    return _uniforms(cpu).numpy(), _gaussians(cpu).numpy()
+
+
 def _slices(table: Tensor, size: torch.Size, generator: Generator) -> Tensor:
     slices = []
-    for start in range(0, size.numel(), _LENGTH):
-        offset = int(torch.randint(_LENGTH, (), generator=generator))
-        slices.append(table[offset : offset + min(_LENGTH, size.numel() - start)])
+    for start in range(0, size.numel(), LENGTH):
+        offset = int(torch.randint(LENGTH, (), generator=generator))
+        slices.append(table[offset : offset + min(LENGTH, size.numel() - start)])
     return (slices[0] if len(slices) == 1 else torch.cat(slices)).view(size)
 
 
 @cache
 def _gaussians(device: torch.device) -> Tensor:
-    return torch.randn(2 * _LENGTH, generator=Generator().manual_seed(1)).to(device)
+    return torch.randn(2 * LENGTH, generator=Generator().manual_seed(1)).to(device)
 
 
 @cache
 def _uniforms(device: torch.device) -> Tensor:
-    return torch.rand(2 * _LENGTH, generator=Generator().manual_seed(2)).to(device)
+    return torch.rand(2 * LENGTH, generator=Generator().manual_seed(2)).to(device)

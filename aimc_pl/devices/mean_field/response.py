@@ -7,9 +7,12 @@ dw/dt = U·up(w) − D·down(w) over one unit of time, and every pulse adds a va
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import cached_property
+from itertools import batched
 from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from aihwkit.simulator.configs.devices import (
     ConstantStepDevice,
@@ -23,6 +26,7 @@ from aihwkit.simulator.configs.devices import (
 )
 from torch import Tensor
 
+from aimc_pl.devices.mean_field import kernels
 from aimc_pl.devices.mean_field.pulses import Counts
 
 Number = Tensor | float
@@ -71,6 +75,20 @@ class Response(ABC):
     def clip(self, weight: Tensor) -> Tensor:
         """Clip weights, in place, to the bounds."""
         return weight.clamp_(*self.bounds)
+
+    def step(self, weight: Tensor, counts: Counts, reach: float, noise: Tensor) -> None:
+        """Move the weights, in place, by the mean motion and the noise around it, and clip them to the bounds.
+
+        Args:
+            weight: see :meth:`move`.
+            counts: see :meth:`move`.
+            reach: see :meth:`move`.
+            noise: Gaussian numbers ``(out, in)``.
+        """
+        variance = self.move(weight, counts, reach).clamp_(min=0)
+        # On some processors, the square root of zero takes ten times as long as that of other numbers.
+        std = variance.clamp(min=1e-37).rsqrt_().mul_(variance)
+        self.clip(weight.addcmul_(std, noise))
 
     @abstractmethod
     def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
@@ -126,11 +144,37 @@ class LinearResponse(Response):
     def column(self, index: int) -> "LinearResponse":
         """Return the response of a single column of cross-points."""
         part = copy(self)
+        vars(part).pop("parameters", None)
         part.bounds = tuple(_column(bound, index) for bound in self.bounds)
         part.rate, part.relaxation = self.rate.column(index), self.relaxation.column(index)
         part.squares = [square.column(index) for square in self.squares]
         part.fixed = self.fixed.column(index)
         return part
+
+    def step(self, weight: Tensor, counts: Counts, reach: float, noise: Tensor) -> None:
+        """See :meth:`Response.step`."""
+        if not weight.is_cpu:
+            super().step(weight, counts, reach, noise)
+            return
+        net, total, (net_noise, total_noise), _ = counts
+        arrays = (tensor.numpy() for tensor in (weight, net, total, net_noise, total_noise))
+        kernels.move(*arrays, self.parameters, noise.numpy())
+
+    @cached_property
+    def parameters(self) -> tuple[Any, ...]:
+        """The parameters for :mod:`~aimc_pl.devices.mean_field.kernels`.
+
+        These are the bounds, and pairs of factors of the total and the net count: for s, for k, for the polynomial of
+        the variance from its highest coefficient on, and for the fixed variance. All are numbers if cross-points are
+        alike. Otherwise all are arrays ``(out, in)``, or ``(1, in)`` for a parameter that is the same for all.
+        """
+        nothing = _OfCounts(0.0, 0.0)
+        squares = [nothing] * (3 - len(self.squares)) + self.squares
+        of_counts = [self.rate, self.relaxation, *squares, self.fixed]
+        values = [*self.bounds, *(value for one in of_counts for value in (one.of_total, one.of_net))]
+        widths = {value.shape[1] for value in values if isinstance(value, Tensor) and value.dim()}
+        lower, upper, *factors = (_parameter(value, *widths) for value in values)
+        return lower, upper, *batched(factors, 2)
 
     def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
         """See :meth:`Response.move`."""
@@ -337,6 +381,12 @@ class _OfCounts:
 
 def _column(value: Number, index: int) -> Number:
     return value[:, index : index + 1] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _parameter(value: Number, width: int | None = None) -> Any:
+    if isinstance(value, Tensor) and value.dim():
+        return value.numpy()
+    return np.float32(value) if width is None else np.full((1, width), float(value), np.float32)
 
 
 def _vanishes(value: Number) -> bool:

@@ -22,12 +22,14 @@ from torch import Generator, Tensor, nn
 from aimc_pl.devices.mean_field.converters import (
     acts_as_noise,
     has_bound_management,
+    has_row_product,
     input_scale,
     is_perfect,
     never_exceeds,
     noisy_convolution,
     noisy_transposed_convolution,
     product,
+    row_product,
 )
 from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
 from aimc_pl.devices.mean_field.vectors import Convolution, Gathered, Patches, Vectors
@@ -208,6 +210,8 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     def _product(self, weight: Tensor, x: Tensor, vectors: Vectors, io: Any, bound_management: bool) -> Tensor:
         if is_perfect(io):
             return _times(vectors.multiply(weight, x), io.out_scale)
+        if vectors is ROWS and has_row_product(weight, x, io):
+            return row_product(weight, x, io, self._generator, bound_management)
         return product(weight, x.mul, vectors, input_scale(x, vectors, io), io, self._generator, bound_management)
 
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:

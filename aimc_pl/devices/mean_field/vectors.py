@@ -88,9 +88,9 @@ class Patches(ABC):
         """Return the sum of all outer products of errors and patches, ``(out, features)``."""
         return Vectors(1).outer(error.flatten(2), self.columns(images))
 
-    def weighted_sum(self, weights: Tensor, images: Tensor) -> Tensor:
-        """Return the sum of all elements of all patches, each patch times its weight ``(batch, 1, *out_size)``."""
-        return self.outer(weights, images).sum()
+    def weighted_squares(self, weights: Tensor, images: Tensor) -> Tensor:
+        """Return the sum of all patches' squared elements, each patch times its weight ``(batch, 1, *out_size)``."""
+        return self.outer(weights, images.square()).sum()
 
 
 @dataclass(frozen=True)
@@ -209,10 +209,13 @@ class Convolution(Patches):
         kernel = (error.shape[1], images.shape[1], *self.kernel_size)
         return self._of(_WEIGHT_GRADIENTS)(images, kernel, error, self.stride, self.padding, self.dilation).flatten(1)
 
-    def weighted_sum(self, weights: Tensor, images: Tensor) -> Tensor:
-        """See :meth:`Patches.weighted_sum`."""
+    def weighted_squares(self, weights: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.weighted_squares`."""
         # A patch holds either all channels of a pixel, or none.
-        return self.outer(weights, images.sum(1, keepdim=True)).sum()
+        channels = images.square().sum(1, keepdim=True)
+        ones = channels.new_ones(1, 1, *self.kernel_size)
+        sums = self._of(_CONVOLUTIONS)(channels, ones, None, self.stride, self.padding, self.dilation)
+        return sums.mul_(weights).sum()
 
     def _of(self, functions: tuple[Any, ...]) -> Any:
         return functions[len(self.kernel_size) - 1]
@@ -265,9 +268,9 @@ class PartialConvolution(Convolution):
         """See :meth:`Patches.outer`."""
         return self._cut(super().outer(error, images[:, self._channels]))
 
-    def weighted_sum(self, weights: Tensor, images: Tensor) -> Tensor:
-        """See :meth:`Patches.weighted_sum`."""
-        return Patches.weighted_sum(self, weights, images)
+    def weighted_squares(self, weights: Tensor, images: Tensor) -> Tensor:
+        """See :meth:`Patches.weighted_squares`."""
+        return Patches.weighted_squares(self, weights, images)
 
     @property
     def _channels(self) -> slice:

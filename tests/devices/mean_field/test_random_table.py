@@ -32,7 +32,7 @@ def test_draws_follow_the_generator_and_differ():
 
 
 def test_more_numbers_than_the_table_has(monkeypatch):
-    monkeypatch.setattr(random_table, "_LENGTH", 100)
+    monkeypatch.setattr(random_table, "LENGTH", 100)
     values = random_table.uniform((7, 50), Generator().manual_seed(0), CPU)
     assert values.shape == (7, 50)
     assert values.unique().numel() > 100

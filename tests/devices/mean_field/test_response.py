@@ -16,7 +16,7 @@ from aihwkit.simulator.configs.devices import (
 from scipy.integrate import solve_ivp
 
 from aimc_pl.devices.mean_field.pulses import Counts
-from aimc_pl.devices.mean_field.response import response_of
+from aimc_pl.devices.mean_field.response import Response, response_of
 
 ALIKE = {"w_max_dtod": 0.0, "w_min_dtod": 0.0, "dw_min_dtod": 0.0, "up_down_dtod": 0.0}
 DEVICES = {
@@ -32,6 +32,8 @@ DEVICES = {
 }
 CURVED = ("exponential", "power", "piecewise")
 SIZE = (5, 6)
+STEPS = {"compiled": lambda response, *args: response.step(*args), "torch": Response.step}
+"""A step on a CPU, which is compiled for linear responses, and as on other devices."""
 
 
 def drawn(name):
@@ -89,7 +91,8 @@ def start():
 
 @pytest.mark.parametrize("name", DEVICES)
 @pytest.mark.parametrize("pulses", [0.5, 4.0, 60.0])
-def test_mean_motion_solves_the_differential_equation(name, pulses):
+@pytest.mark.parametrize("step", STEPS)
+def test_mean_motion_solves_the_differential_equation(name, pulses, step):
     device, hidden = drawn(name)
     response = response_of(device, hidden, whole_pulses=False)
     weight = response.clip(start())
@@ -104,8 +107,7 @@ def test_mean_motion_solves_the_differential_equation(name, pulses):
     expected = solve_ivp(motion, (0, 1), before.ravel(), rtol=1e-9, atol=1e-12).y[:, -1].reshape(SIZE)
     low, high = (torch.as_tensor(b).double().expand(SIZE).numpy() for b in response.bounds)
     counts = poisson(ups - downs, ups + downs)
-    response.move(weight, counts, response.steepness * float(counts.total.max()))
-    response.clip(weight)
+    STEPS[step](response, weight, counts, response.steepness * float(counts.total.max()), torch.zeros(SIZE))
     # The code integrates curved steps in a few substeps.
     tolerance = 2e-5 if name not in CURVED else 2e-3 * np.abs(expected - before).max() + 1e-6
     np.testing.assert_allclose(weight.numpy(), np.clip(expected, low, high), atol=tolerance)
@@ -114,7 +116,8 @@ def test_mean_motion_solves_the_differential_equation(name, pulses):
 @pytest.mark.parametrize("name", [name for name in DEVICES if name not in CURVED])
 @pytest.mark.parametrize("pulses", [1, 7, 40])
 @pytest.mark.parametrize("direction", [1, -1])
-def test_whole_pulses_are_single_steps(name, pulses, direction):
+@pytest.mark.parametrize("step", STEPS)
+def test_whole_pulses_are_single_steps(name, pulses, direction, step):
     """Check that pulses in one direction are applied one after the other, however coarse the steps are."""
     device, hidden = drawn(name)
     for key in ("dwmin_up", "dwmin_down", "slope_up", "slope_down"):
@@ -129,13 +132,13 @@ def test_whole_pulses_are_single_steps(name, pulses, direction):
     for _ in range(pulses):
         expected = np.clip(expected + up(expected) if direction > 0 else expected - down(expected), low, high)
     counts = Counts(direction * count, count, (torch.zeros(SIZE), torch.zeros(SIZE)))
-    response.move(weight, counts, response.steepness * pulses)
-    response.clip(weight)
+    STEPS[step](response, weight, counts, response.steepness * pulses, torch.zeros(SIZE))
     np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_deviation_of_few_pulses(name):
+@pytest.mark.parametrize("step", STEPS)
+def test_deviation_of_few_pulses(name, step):
     """Compare the variance at a fixed weight with U·up²(1 + σ²) + D·down²(1 + σ²).
 
     U and D are the mean numbers of pulses, which are Poisson. Some devices take σ relative to the step at weight 0.
@@ -154,8 +157,11 @@ def test_deviation_of_few_pulses(name):
     )
     u, d = ups.double().numpy(), downs.double().numpy()
     expected = u * (up(w) ** 2 + of_up**2) + d * (down(w) ** 2 + of_down**2)
-    variance = response.move(weight, poisson(ups - downs, ups + downs, response.spread), 0.0)
-    np.testing.assert_allclose(variance.numpy(), expected, rtol=0.05)
+    counts = poisson(ups - downs, ups + downs, response.spread)
+    noisy = weight.clone()
+    STEPS[step](response, weight, counts, 0.0, torch.zeros(SIZE))
+    STEPS[step](response, noisy, counts, 0.0, torch.ones(SIZE))
+    np.testing.assert_allclose((noisy - weight).numpy() ** 2, expected, rtol=0.05)
 
 
 @pytest.mark.parametrize("make", [ExpStepDevice, PowStepDevice, PiecewiseStepDevice, SoftBoundsDevice])

@@ -46,8 +46,8 @@ def test_products_are_the_convolution_and_its_gradients(name):
                 torch.testing.assert_close(kind.multiply_transposed(patches, weight, error, images), of_images)
                 torch.testing.assert_close(kind.outer(patches, error, images), of_weight.flatten(1))
                 weights = error[:, :1]
-                expected = (patches.columns(images) * weights.flatten(2)).sum()
-                torch.testing.assert_close(kind.weighted_sum(patches, weights, images), expected)
+                expected = (patches.columns(images) ** 2 * weights.flatten(2)).sum()
+                torch.testing.assert_close(kind.weighted_squares(patches, weights, images), expected)
                 expected = patches.columns(images).abs().amax(1, keepdim=True).unflatten(2, out.shape[2:])
                 torch.testing.assert_close(kind.largest(patches, images.abs()), expected)
 
@@ -88,8 +88,8 @@ def test_parts_make_up_the_whole(name, cuts):
     torch.testing.assert_close(
         torch.cat([p.outer(error, images) for p, _ in parts], 1), convolution.outer(error, images)
     )
-    whole = convolution.weighted_sum(error[:, :1], images)
-    torch.testing.assert_close(sum(p.weighted_sum(error[:, :1], images) for p, _ in parts), whole)
+    whole = convolution.weighted_squares(error[:, :1], images)
+    torch.testing.assert_close(sum(p.weighted_squares(error[:, :1], images) for p, _ in parts), whole)
     largest = torch.cat([p.largest(images.abs()) for p, _ in parts], 1).amax(1, keepdim=True)
     torch.testing.assert_close(largest, convolution.largest(images.abs()))
 

@@ -1,0 +1,433 @@
+"""This module holds the loops of the mean-field tile on a CPU, compiled by numba.
+
+Small layers need them: torch would call fifty operations for an update, each of which takes longer to start than to
+run. The formulas are those of :mod:`~aimc_pl.devices.mean_field.pulses`, :mod:`~aimc_pl.devices.mean_field.response`
+and :mod:`~aimc_pl.devices.mean_field.converters`, which other devices use. All arrays are of 32-bit floats. NaN goes
+through to the results.
+"""
+
+from collections.abc import Callable
+from math import ceil, isfinite, sqrt
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+from torch import Tensor
+
+_f32: Any = np.float32
+
+_compiled: Any = njit(
+    cache=True,
+    error_model="numpy",
+    # Sums may be reordered, so that they use vector instructions. Nothing may assume that there is no NaN.
+    fastmath={"reassoc", "contract", "nsz", "arcp"},
+)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array that shares its memory if it is contiguous."""
+    return tensor.detach().contiguous().numpy()
+
+
+@_compiled
+def trains(
+    x: np.ndarray,
+    error: np.ndarray,
+    rate: float,
+    length: int,
+    is_adaptive: bool,
+    lengths: np.ndarray,
+    x_gain: np.ndarray,
+    probabilities: np.ndarray,
+) -> float:
+    """Choose the pulse trains of all vectors, with update management.
+
+    Args:
+        x: inputs ``(batch, in)``.
+        error: errors ``(batch, out)``.
+        rate: learning rate in units of the mean step.
+        length: of the trains, at most or exactly.
+        is_adaptive: whether trains may be shorter.
+        lengths: receives the numbers of slots ``(batch,)``, as integers.
+        x_gain: receives the factors ``(batch,)`` that turn inputs into probabilities.
+        probabilities: receives the signed probabilities ``(batch, out)`` with which errors fire.
+
+    Returns:
+        The share of the pulses that do not fit into the trains.
+    """
+    batch = len(x)
+    rate = _f32(rate)
+    largest, strongest = np.empty(batch, _f32), np.empty(batch, _f32)
+    most, is_finite = _f32(0), True
+    for b in range(batch):
+        largest[b], x_is_finite = _largest(x[b])
+        error_largest, error_is_finite = _largest(error[b])
+        strongest[b] = max(largest[b] * error_largest * rate, _f32(1e-30))
+        if not (x_is_finite and error_is_finite):
+            strongest[b], is_finite = _f32(np.nan), False
+        most = max(most, strongest[b])
+    if is_adaptive and is_finite:
+        length = min(ceil(most), length)
+    lost = wanted = _f32(0)
+    for b in range(batch):
+        lengths[b] = min(ceil(strongest[b]), length) if is_adaptive and isfinite(strongest[b]) else length
+        slots = _f32(lengths[b])
+        gain = _f32(sqrt(strongest[b] / slots))
+        gain = (_f32(1) if gain > 1 else gain) / max(largest[b], _f32(1e-30))
+        error_gain = -rate / (gain * slots)
+        x_gain[b] = gain
+        for o in range(error.shape[1]):
+            probability = error[b, o] * error_gain
+            probabilities[b, o] = max(min(probability, _f32(1)), _f32(-1))
+        if most > length:
+            for o in range(error.shape[1]):
+                pulses = largest[b] * rate * abs(error[b, o])
+                wanted += pulses
+                lost += max(pulses - length, _f32(0))
+    return lost / wanted if most > length else _f32(0)
+
+
+@_compiled
+def pulse_rows(
+    weight: np.ndarray,
+    x: np.ndarray,
+    lengths: np.ndarray,
+    x_gain: np.ndarray,
+    probabilities: np.ndarray,
+    signs: np.ndarray,
+    response: tuple[Any, ...],
+    spread: float,
+    furthest: float,
+    uniforms: np.ndarray,
+    gaussians: np.ndarray,
+    starts: np.ndarray,
+) -> float:
+    """Send pulses to all cross-points, unless a cross-point would receive too many.
+
+    Args:
+        weight: ``(out, in)``, which changes.
+        x: inputs ``(batch, in)``.
+        lengths: see :func:`trains`.
+        x_gain: see :func:`trains`.
+        probabilities: see :func:`trains`.
+        signs: direction of the pulses ``(1, in)`` or ``(out, in)``, or an empty array if all are positive.
+        response: the parameters of :func:`_move`.
+        spread: standard deviation of a step from cycle to cycle, in units of the step.
+        furthest: the most pulses a cross-point may receive.
+        uniforms: a table of random numbers between 0 and 1.
+        gaussians: a table of Gaussian random numbers.
+        starts: where the random numbers of every slot begin in the first table, and those of the weights in the second.
+
+    Returns:
+        How many pulses the cross-point that receives most receives at most, or 0 if this is not finite.
+    """
+    (outputs, inputs), batch = weight.shape, len(x)
+    fired, gains = np.zeros((batch + 1, outputs), _f32), np.zeros(batch + 1, _f32)
+    padded, counts = np.zeros((batch + 1, inputs), _f32), np.empty((4, inputs), _f32)
+    which = np.empty(batch + 4, np.int64)
+    spread = _f32(spread)
+    most = _f32(0)
+    for b in range(batch):
+        for slot in range(lengths[b]):
+            start = starts[slot] + b * outputs
+            _fire(fired[b], probabilities[b], uniforms[start : start + outputs])
+        gains[b] = x_gain[b]
+        for o in range(outputs):
+            fired[b, o] *= x_gain[b]
+        for i in range(inputs):
+            padded[b, i] = x[b, i]
+        most += _largest(fired[b])[0] * _largest(x[b])[0]
+    if furthest < most < np.inf:
+        most = _f32(0)
+        for o in range(outputs):
+            _count(counts, padded, fired[:, o], gains, spread, which)
+            most = max(most, _largest(counts[1])[0])
+        if furthest < most < np.inf:
+            return most
+    for o in range(outputs):
+        _count(counts, padded, fired[:, o], gains, spread, which)
+        if len(signs) > 0:
+            for i in range(inputs):
+                sign = signs[min(o, len(signs) - 1), i]
+                counts[0, i] *= sign
+                counts[2, i] *= sign
+        start = starts[-1] + o * inputs
+        noise = gaussians[start : start + inputs]
+        _move(weight[o], (counts[0], counts[1], counts[2], counts[3]), response, o, noise)
+    return most if isfinite(most) else _f32(0)
+
+
+@_compiled
+def move(
+    weight: np.ndarray,
+    net: np.ndarray,
+    total: np.ndarray,
+    net_noise: np.ndarray,
+    total_noise: np.ndarray,
+    response: tuple[Any, ...],
+    noise: np.ndarray,
+) -> None:
+    """Move the weights ``(out, in)`` of all cross-points by pulses that have been counted.
+
+    Args:
+        weight: ``(out, in)``, which changes.
+        net: see :class:`~aimc_pl.devices.mean_field.pulses.Counts`; all counts have the shape of ``weight``.
+        total: see ``net``.
+        net_noise: see ``net``.
+        total_noise: see ``net``.
+        response: the parameters of :func:`_move`.
+        noise: Gaussian numbers ``(out, in)``.
+    """
+    for o in range(len(weight)):
+        _move(weight[o], (net[o], total[o], net_noise[o], total_noise[o]), response, o, noise[o])
+
+
+@_compiled
+def fire(
+    error: np.ndarray,
+    x_gain: np.ndarray,
+    error_gain: np.ndarray,
+    lengths: np.ndarray,
+    uniforms: np.ndarray,
+    starts: np.ndarray,
+    fired: np.ndarray,
+) -> None:
+    """Draw in how many slots the errors of images fire, and multiply these numbers by the gains of the inputs.
+
+    Args:
+        error: ``(batch, out, positions)``.
+        x_gain: ``(batch, positions)``.
+        error_gain: ``(batch, positions)``.
+        lengths: number of slots ``(batch, positions)``.
+        uniforms: see :func:`pulse_rows`.
+        starts: where the random numbers of every slot begin in the table.
+        fired: receives the products and, as further outputs, their magnitudes: ``(batch, 2·out, positions)``.
+    """
+    batch, outputs, positions = error.shape
+    probabilities = np.empty(positions, _f32)
+    for b in range(batch):
+        for o in range(outputs):
+            number = fired[b, o]
+            number[:] = 0
+            for i in range(positions):
+                probabilities[i] = max(min(error[b, o, i] * error_gain[b, i], _f32(1)), _f32(-1))
+            for slot in range(len(starts)):
+                start = starts[slot] + (b * outputs + o) * positions
+                u = uniforms[start : start + positions]
+                for i in range(positions):
+                    more = np.floor(u[i] + probabilities[i])
+                    number[i] += more if lengths[b, i] > slot else _f32(0)
+            magnitude = fired[b, outputs + o]
+            for i in range(positions):
+                number[i] *= x_gain[b, i]
+                magnitude[i] = abs(number[i])
+
+
+@_compiled
+def to_codes(x: np.ndarray, step: float, largest_scale: float, limit: float, scales: np.ndarray) -> np.ndarray:
+    """Return vectors ``(batch, features)`` as they leave the converters of the inputs, in units of their step.
+
+    Args:
+        x: the vectors.
+        step: of the converters.
+        largest_scale: a vector is divided by its largest magnitude, or by this if it is smaller.
+        limit: codes are clipped to this.
+        scales: receives by what the vectors have been divided, ``(batch,)``.
+    """
+    codes = np.empty_like(x)
+    step, limit = _f32(step), _f32(limit)
+    for b in range(len(x)):
+        largest, is_finite = _largest(x[b])
+        scales[b] = min(largest, _f32(largest_scale)) if is_finite else _f32(np.nan)
+        gain = _f32(1) / scales[b] if scales[b] != 0 else _f32(0)
+        for i in range(x.shape[1]):
+            code = np.rint(x[b, i] * gain / step) if step > 0 else x[b, i] * gain
+            codes[b, i] = max(min(code, limit), -limit)
+    return codes
+
+
+@_compiled
+def from_sums(
+    y: np.ndarray,
+    gain: float,
+    std: float,
+    gaussians: np.ndarray,
+    start: int,
+    is_rounded: bool,
+    low: float,
+    bound: float,
+    scales: np.ndarray,
+    scale: float,
+    exceeds: np.ndarray,
+) -> bool:
+    """Turn sums over the inputs into what the converters of the outputs return, in place.
+
+    Args:
+        y: the sums ``(batch, out)``.
+        gain: turns the sums into units of the converters' step, or of the output without rounding.
+        std: standard deviation of the noise, in units of the step.
+        gaussians: see :func:`pulse_rows`.
+        start: where the random numbers begin in the table.
+        is_rounded: whether converters round.
+        low: the lowest output, in units of the step, that does not exceed the bound.
+        bound: of the outputs, in units of the step.
+        scales: of the vectors ``(batch,)``, see :func:`to_codes`.
+        scale: of all outputs.
+        exceeds: receives whether an output of the vector exceeds the bound, ``(batch,)``.
+
+    Returns:
+        Whether an output of any vector exceeds the bound.
+    """
+    gain, std, low, bound = _f32(gain), _f32(std), _f32(low), _f32(bound)
+    for b in range(len(y)):
+        outside = 0
+        factor = _f32(scales[b] * scale)
+        noise = gaussians[start + b * y.shape[1] :]
+        for o in range(y.shape[1]):
+            value = y[b, o] * gain + std * noise[o]
+            value = np.rint(value) if is_rounded else value
+            outside += (value < low) | (value > bound)
+            y[b, o] = max(min(value, bound), -bound) * factor
+        exceeds[b] = outside > 0
+    return bool(exceeds.any())
+
+
+@_compiled
+def _largest(values: np.ndarray) -> tuple[float, bool]:
+    """Return the largest magnitude of numbers, and whether all are finite."""
+    # The bits of numbers without their sign are in the order of the magnitudes. Infinity and NaN come last. Unlike
+    # a maximum of floats, a maximum of integers uses vector instructions.
+    largest = np.zeros(1, np.int32)
+    for bits in values.view(np.int32):
+        largest[0] = max(largest[0], bits & 0x7FFFFFFF)
+    return largest.view(_f32)[0], largest[0] < 0x7F800000
+
+
+@_compiled
+def _fire(fired: np.ndarray, probabilities: np.ndarray, u: np.ndarray) -> None:
+    # With u uniform in [0, 1), floor(p + u) is the sign of p with probability |p|, and 0 otherwise.
+    for o in range(len(fired)):
+        fired[o] += np.floor(u[o] + probabilities[o])
+
+
+@_compiled
+def _count(
+    counts: np.ndarray, x: np.ndarray, fired: np.ndarray, x_gain: np.ndarray, spread: float, which: np.ndarray
+) -> None:
+    """Write the net and total counts of an output's cross-points, and their two variances, to the rows of ``counts``.
+
+    Args:
+        counts: ``(4, in)``.
+        x: inputs ``(batch + 1, in)``, of which the last is zero.
+        fired: how often the output's line fires ``(batch + 1,)``, times the gain of the inputs.
+        x_gain: gains of the inputs ``(batch + 1,)``.
+        spread: see :func:`pulse_rows`.
+        which: memory for ``(batch + 4,)`` indices.
+    """
+    net, total, net_noise, total_noise = counts[0], counts[1], counts[2], counts[3]
+    counts[:] = 0
+    number = 0
+    for b in range(len(x) - 1):
+        which[number] = b
+        number += fired[b] != 0
+    which[number : number + 3] = len(x) - 1
+    # Four vectors at a time save most of the reading and writing of the sums.
+    for start in range(0, number, 4):
+        b0, b1, b2, b3 = which[start], which[start + 1], which[start + 2], which[start + 3]
+        f0, f1, f2, f3 = fired[b0], fired[b1], fired[b2], fired[b3]
+        g0, g1, g2, g3 = x_gain[b0], x_gain[b1], x_gain[b2], x_gain[b3]
+        x0, x1, x2, x3 = x[b0], x[b1], x[b2], x[b3]
+        for i in range(x.shape[1]):
+            n0, n1, n2, n3 = f0 * x0[i], f1 * x1[i], f2 * x2[i], f3 * x3[i]
+            net[i] += (n0 + n1) + (n2 + n3)
+            total[i] += (abs(n0) + abs(n1)) + (abs(n2) + abs(n3))
+            # If an error line fires n times, an input that fires with probability p meets np of its pulses on average,
+            # with variance np − np².
+            p0, p1, p2, p3 = g0 * abs(x0[i]), g1 * abs(x1[i]), g2 * abs(x2[i]), g3 * abs(x3[i])
+            net_noise[i] -= (n0 * p0 + n1 * p1) + (n2 * p2 + n3 * p3)
+            total_noise[i] -= (abs(n0) * p0 + abs(n1) * p1) + (abs(n2) * p2 + abs(n3) * p3)
+    factor = _f32(1) + spread * spread
+    for i in range(x.shape[1]):
+        net_noise[i] += factor * net[i]
+        total_noise[i] += factor * total[i]
+
+
+@_compiled
+def _move(
+    weight: np.ndarray,
+    counts: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    response: tuple[Any, ...],
+    o: int,
+    noise: np.ndarray,
+) -> None:
+    """Move the weights of an output ``(in,)``.
+
+    Args:
+        weight: ``(in,)``, which changes.
+        counts: net and total counts and their two variances, ``(in,)`` each.
+        response: :attr:`~aimc_pl.devices.mean_field.response.LinearResponse.parameters`.
+        o: number of the output.
+        noise: Gaussian numbers ``(in,)``.
+    """
+    net, total, net_noise, total_noise = counts
+    large = 0
+    for i in range(len(weight)):
+        large += abs(_relaxation(net[i], total[i], response, o, i)) > 0.5
+    if large > 0:
+        for i in range(len(weight)):
+            a = _relaxation(net[i], total[i], response, o, i)
+            growth = np.expm1(a) / a if a != 0 else _f32(1)
+            each = net[i], total[i], net_noise[i], total_noise[i]
+            weight[i] = _moved(weight[i], each, a, growth, response, o, i, noise[i])
+    else:
+        for i in range(len(weight)):
+            a = _relaxation(net[i], total[i], response, o, i)
+            growth = _f32(1)
+            for n in (8, 7, 6, 5, 4, 3, 2):  # the Taylor series of expm1(a)/a, with an error below 1e-7
+                growth = _f32(1) + growth * a * _f32(1 / n)
+            each = net[i], total[i], net_noise[i], total_noise[i]
+            weight[i] = _moved(weight[i], each, a, growth, response, o, i, noise[i])
+
+
+@_compiled
+def _relaxation(net: float, total: float, response: tuple[Any, ...], o: int, i: int) -> float:
+    """Return by how much the pulses of a cross-point change its steps: a of the class LinearResponse."""
+    return total * _at(response[3][0], o, i) + net * _at(response[3][1], o, i)
+
+
+@_compiled
+def _moved(
+    w: float,
+    counts: tuple[float, float, float, float],
+    a: float,
+    growth: float,
+    response: tuple[Any, ...],
+    o: int,
+    i: int,
+    noise: float,
+) -> float:
+    """Return the new weight of a cross-point, where ``growth`` is expm1(a)/a."""
+    net, total, net_noise, total_noise = counts
+    lower, upper, rate, _, squares, linear, constant, fixed = response
+    motion = (total * _at(rate[0], o, i) + net * _at(rate[1], o, i) + a * w) * growth
+    # The steps change on the way: take those in the middle. Early deviations relax: a factor of expm1(2a)/(2a).
+    middle = w + _f32(0.5) * motion
+    variance = total_noise * _at(squares[0], o, i) + net_noise * _at(squares[1], o, i)
+    variance = variance * middle + (total_noise * _at(linear[0], o, i) + net_noise * _at(linear[1], o, i))
+    variance = variance * middle + (total_noise * _at(constant[0], o, i) + net_noise * _at(constant[1], o, i))
+    variance += total * _at(fixed[0], o, i) + net * _at(fixed[1], o, i)
+    variance *= growth * (_f32(1) + _f32(0.5) * a * growth)
+    w += motion + np.sqrt(max(variance, _f32(0))) * noise
+    return max(min(w, _at(upper, o, i)), _at(lower, o, i))
+
+
+def _at(value: Any, o: int, i: int) -> Any:
+    """Return one cross-point's value of a parameter, see :func:`_move`."""
+
+
+@overload(_at, strict=False)  # the signatures differ in their annotations
+def _compiled_at(value: Any, o: int, i: int) -> Callable[..., Any]:
+    if isinstance(value, types.Array):
+        return lambda value, o, i: value[min(o, len(value) - 1), i]
+    return lambda value, o, i: value

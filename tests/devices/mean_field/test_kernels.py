@@ -1,0 +1,167 @@
+"""These tests compare the compiled loops with the operations of torch that do the same on other devices."""
+
+from contextlib import ExitStack
+from itertools import product
+from math import nan
+from unittest import mock
+
+import pytest
+import torch
+from aihwkit.simulator.configs import UpdateParameters
+from torch import Generator
+
+from aimc_pl.devices import constant_step, linear_step, soft_bounds, soft_bounds_reference
+from aimc_pl.devices.mean_field import converters, crossbar, pulses, response, tile
+from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
+from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
+
+DEVICES = (
+    soft_bounds(),
+    soft_bounds(num_states=30),
+    soft_bounds(device_to_device=0.3),
+    soft_bounds_reference(device_to_device=0.1),
+    linear_step(device_to_device=0.3),
+    constant_step(),
+)
+UPDATES = {
+    "managed": UpdateParameters(),
+    "short trains": UpdateParameters(desired_bl=3),
+    "update management only": UpdateParameters(update_bl_management=False, desired_bl=10),
+}
+OUT, IN = 20, 35
+
+
+def with_torch():
+    """Return a context in which tiles use torch's operations, and never the shortcut for small motions."""
+    stack = ExitStack()
+    for where, name, value in (
+        (crossbar, "is_managed", lambda update: False),
+        (pulses, "LENGTH", 0),
+        (response.LinearResponse, "step", response.Response.step),
+        (response, "_SECOND_ORDER_REACH", 0.0),
+        (tile, "has_row_product", lambda *args: False),
+    ):
+        stack.enter_context(mock.patch.object(where, name, value))
+    return stack
+
+
+def crossbar_of(device):
+    torch.manual_seed(3)
+    made = Crossbar(IN, OUT, device.rpu_config.device, False, Generator().manual_seed(5))
+    made.write(torch.randn(OUT, IN) / 5)
+    return made
+
+
+def batch(size, signed):
+    torch.manual_seed(size)
+    return torch.randn(size, IN) if signed else torch.rand(size, IN), torch.randn(size, OUT) / 5
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=repr)
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("turned", [None, (1, IN), (OUT, IN)])
+def test_pulses_move_weights_as_those_of_torch(device, update, turned):
+    signs = None if turned is None else 2.0 * torch.randint(2, turned) - 1
+    for size, signed, learning_rate in product((1, 4, 7), (False, True), (0.003, 0.05)):
+        x, error = batch(size, signed)
+        compiled, plain = crossbar_of(device), crossbar_of(device)
+        before = compiled.weight.clone()
+        for _ in range(2):
+            compiled.pulse(x, error, ROWS, learning_rate, UPDATES[update], signs)
+            with with_torch():
+                plain.pulse(x, error, ROWS, learning_rate, UPDATES[update], signs)
+        assert not torch.equal(compiled.weight, before)
+        torch.testing.assert_close(compiled.weight, plain.weight, rtol=0, atol=3e-6)
+        torch.testing.assert_close(float(compiled.cut), float(plain.cut), rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_moves_weights_far_is_split():
+    """Compare means over 400 tiles. Without the split, they differ by 0.1. The limit is 5 standard errors."""
+    x, error = torch.rand(8, IN), torch.randn(8, OUT)
+    ends = {}
+    for kind in ("compiled", "torch", "in one"):
+        moved = crossbar_of(soft_bounds(num_states=10, cycle_to_cycle=0.0))
+        start, ends[kind] = moved.weight.clone(), []
+        furthest = mock.patch.object(crossbar, "_LARGEST_REACH", 1e9)
+        with with_torch() if kind == "torch" else furthest if kind == "in one" else ExitStack():
+            for _ in range(400):
+                moved.weight.copy_(start)
+                moved.pulse(x, error, ROWS, 0.5, UpdateParameters())
+                ends[kind].append(moved.weight.clone())
+    means = {kind: torch.stack(values).mean(0) for kind, values in ends.items()}
+    limit = 5 * torch.stack(ends["torch"]).std(0) * (2 / 400) ** 0.5 + 1e-4
+    assert ((means["compiled"] - means["torch"]).abs() < limit).all()
+    assert ((means["in one"] - means["torch"]).abs() > limit).any()
+
+
+@pytest.mark.parametrize("longest", [1, 3, 31])
+@pytest.mark.parametrize("is_managed", [False, True])
+def test_errors_of_images_fire_as_with_torch(longest, is_managed):
+    torch.manual_seed(longest)
+    error = torch.randn(3, 4, 5, 6)
+    per_vector = [torch.rand(3, 1, 5, 6) for _ in range(2)] if is_managed else [0.7, -0.4]
+    lengths = torch.randint(1, longest + 1, (3, 1, 5, 6)).float() if is_managed else float(longest)
+    trains = pulses._Trains(lengths, longest, *per_vector)
+    ours = pulses._fired(error, trains, 1, Generator().manual_seed(2))
+    with with_torch():
+        torch.testing.assert_close(pulses._fired(error, trains, 1, Generator().manual_seed(2)), ours)
+    assert ours.abs().max() > 0
+
+
+def test_errors_of_more_images_than_a_table_has_numbers(monkeypatch):
+    """Errors that fire in every slot need no random numbers, so that the order of portions shows."""
+    monkeypatch.setattr(pulses, "LENGTH", 2 * 4 * 30)
+    error = torch.arange(1.0, 6.0).view(5, 1, 1, 1) * torch.tensor([1.0, -1.0, 1.0, 0.0]).view(4, 1, 1)
+    gains = 0.5 * torch.rand(5, 1, 5, 6)
+    trains = pulses._Trains(7.0, 7, gains, -9.0)
+    fired = pulses._fired(error.expand(5, 4, 5, 6), trains, 1, Generator())
+    expected = -7 * error.sign() * gains
+    torch.testing.assert_close(fired, torch.cat([expected, expected.abs()], 1))
+
+
+CONVERTERS = {
+    "default": {},
+    "without noise": {"out_noise": 0.0},
+    "limited inputs": {"nm_thres": 0.7, "inp_bound": 0.5},
+    "no rounding": {"inp_res": -1, "out_res": -1},
+    "small outputs": {"out_bound": 2.0, "out_scale": 0.5},
+    "small outputs up only": {"out_bound": 2.0, "bm_test_negative_bound": False},
+    "small outputs once": {"out_bound": 1.0, "max_bm_factor": 1},
+}
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+@pytest.mark.parametrize("shape", [(6,), (4,), (2, 3), ()], ids=str)
+def test_products_are_those_of_torch(name, shape):
+    config = soft_bounds().rpu_config
+    for io in (config.forward, config.backward):
+        for key, value in CONVERTERS[name].items():
+            setattr(io, key, value)
+    results = []
+    for compiled in (True, False):
+        torch.manual_seed(1)
+        made = MeanFieldSimulatorTile(IN, OUT, config)
+        made.set_weights(torch.randn(OUT, IN) / 3)
+        x, error = torch.randn(*shape, IN), torch.randn(*shape, OUT)
+        with ExitStack() if compiled else with_torch():
+            results.append((made.forward(x), made.backward(error)))
+    assert all(ours.shape[:-1] == shape for ours in results[0])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [nan, float("inf")])
+def test_numbers_that_are_not_finite_go_through(value):
+    x, error = batch(5, signed=True)
+    x[2, 3] = value
+    moved = crossbar_of(soft_bounds())
+    moved.pulse(x, error, ROWS, 0.05, UpdateParameters())
+    assert moved.weight[:, 3].isnan().all()
+    made = MeanFieldSimulatorTile(IN, OUT, soft_bounds().rpu_config)
+    made.set_weights(torch.randn(OUT, IN) / 3)
+    assert made.forward(x).isnan().all(1).tolist() == [False, False, True, False, False]
+
+
+def test_inputs_of_zero_give_only_noise():
+    io = soft_bounds().rpu_config.forward
+    y = converters.row_product(torch.ones(OUT, IN), torch.zeros(2, IN), io, Generator(), True)
+    assert torch.equal(y, torch.zeros(2, OUT))
