@@ -25,14 +25,23 @@ def is_perfect(io: IOParameters) -> bool:
 
 def input_scale(x: Tensor, vectors: Vectors | Patches, io: IOParameters) -> Tensor | float:
     """Return the divisor of every vector before the converter (noise management), with the vectors' dimension kept."""
+    least, largest = _scale_limits(io)
+    if least == largest:
+        return least
+    scale = vectors.largest(x.abs())
+    return scale if largest == inf else scale.clamp_(max=largest)
+
+
+def _scale_limits(io: IOParameters) -> tuple[float, float]:
+    """Return between which limits the largest element of a vector becomes its scale."""
+    threshold = io.nm_thres if io.nm_thres > 0 else None
     match io.noise_management:
         case NoiseManagementType.NONE:
-            return 1.0
+            return 1.0, 1.0
         case NoiseManagementType.CONSTANT:
-            return io.nm_thres if io.nm_thres > 0 else 1.0
+            return threshold or 1.0, threshold or 1.0
         case _:
-            scale = vectors.largest(x.abs())
-            return scale.clamp_(max=io.nm_thres) if io.nm_thres > 0 else scale
+            return 0.0, threshold or inf
 
 
 def product(
@@ -89,12 +98,10 @@ def product(
 def has_row_product(weight: Tensor, x: Tensor, io: IOParameters) -> bool:
     """Return whether :func:`row_product` can compute the product.
 
-    It can on a CPU, if converters scale every vector by its largest element, round to the nearest number and add output
-    noise.
+    It can on a CPU, if converters round to the nearest number, and if the outputs alone are noisy.
     """
     return (
         x.is_cpu
-        and io.noise_management == NoiseManagementType.ABS_MAX
         and io.w_noise_type == WeightNoiseType.NONE
         and io.inp_noise == 0
         and not (io.inp_sto_round or io.out_sto_round)
@@ -116,7 +123,7 @@ def row_product(weight: Tensor, x: Tensor, io: IOParameters, generator: Generato
     rows = x.reshape(-1, x.shape[-1])
     scales, exceeds = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool)
     limit = inf if _fits(io) else _bound(io.inp_bound) / (step or 1.0)
-    codes = kernels.to_codes(kernels.array(rows), step, io.nm_thres if io.nm_thres > 0 else inf, limit, scales)
+    codes = kernels.to_codes(kernels.array(rows), step, *_scale_limits(io), limit, scales)
     y = torch.from_numpy(codes) @ weight.T
     _, gaussians = tables()
     bound = _bound(io.out_bound) / (unit or 1.0)

@@ -12,7 +12,7 @@ from aihwkit.simulator.parameters.enums import RPUDataType
 from torch import Generator, Tensor, nn
 
 from aimc_pl.devices.mean_field import kernels
-from aimc_pl.devices.mean_field.pulses import Counts, column_counts, expected_counts, is_managed, sampled_counts
+from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, is_managed, sampled_counts
 from aimc_pl.devices.mean_field.random_table import LENGTH, gaussian, starts, tables, uniform
 from aimc_pl.devices.mean_field.response import LinearResponse, Number, Response, response_of
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
@@ -128,19 +128,12 @@ class Crossbar(nn.Module):
         # The order of the samples matters: split the batch, and apply its parts one after another.
         parts = min(len(x), ceil(reach / _LARGEST_REACH))
         for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
-            self._attempt(some_x, some_error, vectors, learning_rate, update, signs, inf)
+            self._attempt(some_x, some_error, vectors, learning_rate, update, signs)
 
     def pulse_column(self, column: int, error: Tensor, learning_rate: float, update: UpdateParameters) -> None:
         """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
-        if learning_rate == 0:
-            return
-        if self._sample_pulses:
-            counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
-        else:
-            counts = column_counts(
-                error, learning_rate, self.granularity, update, self.response.spread, self._generator
-            )
-        self._move(counts, self._reach(counts), column)
+        if learning_rate != 0:
+            self._attempt(error.new_ones(1, 1), error[None], ROWS, learning_rate, update, column=column)
 
     def send(self, pulses: Tensor) -> None:
         """Send every cross-point a whole number of pulses ``(out, in)``: up if it is positive, down if negative.
@@ -211,10 +204,11 @@ class Crossbar(nn.Module):
         vectors: Vectors | Patches,
         learning_rate: float,
         update: UpdateParameters,
-        signs: Tensor | None,
-        furthest: float,
+        signs: Tensor | None = None,
+        furthest: float = inf,
+        column: int | None = None,
     ) -> tuple[float, Tensor | float]:
-        """Do what :meth:`pulse` does, unless the reach is larger than ``furthest``.
+        """Do what :meth:`pulse` does to all weights or to a column, unless the reach is larger than ``furthest``.
 
         Returns:
             The reach (or 0 if it is small), and the share of the pulses that do not fit into the trains.
@@ -229,11 +223,11 @@ class Crossbar(nn.Module):
             and is_managed(update)
             and max(error.numel(), self.weight.numel()) <= LENGTH
         ):
-            return self._attempt_rows(x, error, learning_rate, update, signs, furthest, response)
+            return self._attempt_rows(x, error, learning_rate, update, signs, furthest, column or 0, response)
         counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
         reach = self._reach(counts)
         if reach <= furthest:
-            self._move(counts, reach)
+            self._move(counts, reach, column)
         return reach, counts.cut
 
     def _attempt_rows(
@@ -244,6 +238,7 @@ class Crossbar(nn.Module):
         update: UpdateParameters,
         signs: Tensor | None,
         furthest: float,
+        first: int,
         response: LinearResponse,
     ) -> tuple[float, float]:
         inputs, errors = kernels.array(x), kernels.array(error)
@@ -253,6 +248,7 @@ class Crossbar(nn.Module):
         turned = _NO_SIGNS if signs is None else kernels.array(signs)
         most = kernels.pulse_rows(
             self.weight.numpy(),
+            first,
             inputs,
             *trains,
             turned,

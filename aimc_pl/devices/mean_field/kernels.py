@@ -91,6 +91,7 @@ def trains(
 @_compiled
 def pulse_rows(
     weight: np.ndarray,
+    first: int,
     x: np.ndarray,
     lengths: np.ndarray,
     x_gain: np.ndarray,
@@ -106,8 +107,9 @@ def pulse_rows(
     """Send pulses to all cross-points, unless a cross-point would receive too many.
 
     Args:
-        weight: ``(out, in)``, which changes.
-        x: inputs ``(batch, in)``.
+        weight: ``(out, all inputs)``, which changes.
+        first: the first input whose weights change.
+        x: inputs ``(batch, in)``, from the first on.
         lengths: see :func:`trains`.
         x_gain: see :func:`trains`.
         probabilities: see :func:`trains`.
@@ -122,7 +124,7 @@ def pulse_rows(
     Returns:
         How many pulses the cross-point that receives most receives at most, or 0 if this is not finite.
     """
-    (outputs, inputs), batch = weight.shape, len(x)
+    (batch, inputs), outputs = x.shape, len(weight)
     fired, gains = np.zeros((batch + 1, outputs), _f32), np.zeros(batch + 1, _f32)
     padded, counts = np.zeros((batch + 1, inputs), _f32), np.empty((4, inputs), _f32)
     which = np.empty(batch + 4, np.int64)
@@ -154,7 +156,8 @@ def pulse_rows(
                 counts[2, i] *= sign
         start = starts[-1] + o * inputs
         noise = gaussians[start : start + inputs]
-        _move(weight[o], (counts[0], counts[1], counts[2], counts[3]), response, o, noise)
+        moved = weight[o, first : first + inputs]
+        _move(moved, (counts[0], counts[1], counts[2], counts[3]), response, o, first, noise)
     return most if isfinite(most) else _f32(0)
 
 
@@ -180,7 +183,7 @@ def move(
         noise: Gaussian numbers ``(out, in)``.
     """
     for o in range(len(weight)):
-        _move(weight[o], (net[o], total[o], net_noise[o], total_noise[o]), response, o, noise[o])
+        _move(weight[o], (net[o], total[o], net_noise[o], total_noise[o]), response, o, 0, noise[o])
 
 
 @_compiled
@@ -225,13 +228,16 @@ def fire(
 
 
 @_compiled
-def to_codes(x: np.ndarray, step: float, largest_scale: float, limit: float, scales: np.ndarray) -> np.ndarray:
+def to_codes(
+    x: np.ndarray, step: float, least_scale: float, largest_scale: float, limit: float, scales: np.ndarray
+) -> np.ndarray:
     """Return vectors ``(batch, features)`` as they leave the converters of the inputs, in units of their step.
 
     Args:
         x: the vectors.
         step: of the converters.
-        largest_scale: a vector is divided by its largest magnitude, or by this if it is smaller.
+        least_scale: vectors are divided by their largest magnitude, or by this if it is larger.
+        largest_scale: vectors are divided by this if it is smaller.
         limit: codes are clipped to this.
         scales: receives by what the vectors have been divided, ``(batch,)``.
     """
@@ -239,7 +245,7 @@ def to_codes(x: np.ndarray, step: float, largest_scale: float, limit: float, sca
     step, limit = _f32(step), _f32(limit)
     for b in range(len(x)):
         largest, is_finite = _largest(x[b])
-        scales[b] = min(largest, _f32(largest_scale)) if is_finite else _f32(np.nan)
+        scales[b] = max(min(largest, _f32(largest_scale)), _f32(least_scale)) if is_finite else _f32(np.nan)
         gain = _f32(1) / scales[b] if scales[b] != 0 else _f32(0)
         for i in range(x.shape[1]):
             code = np.rint(x[b, i] * gain / step) if step > 0 else x[b, i] * gain
@@ -359,6 +365,7 @@ def _move(
     counts: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     response: tuple[Any, ...],
     o: int,
+    first: int,
     noise: np.ndarray,
 ) -> None:
     """Move the weights of an output ``(in,)``.
@@ -368,26 +375,27 @@ def _move(
         counts: net and total counts and their two variances, ``(in,)`` each.
         response: :attr:`~aimc_pl.devices.mean_field.response.LinearResponse.parameters`.
         o: number of the output.
+        first: number of the first input.
         noise: Gaussian numbers ``(in,)``.
     """
     net, total, net_noise, total_noise = counts
     large = 0
     for i in range(len(weight)):
-        large += abs(_relaxation(net[i], total[i], response, o, i)) > 0.5
+        large += abs(_relaxation(net[i], total[i], response, o, first + i)) > 0.5
     if large > 0:
         for i in range(len(weight)):
-            a = _relaxation(net[i], total[i], response, o, i)
+            a = _relaxation(net[i], total[i], response, o, first + i)
             growth = np.expm1(a) / a if a != 0 else _f32(1)
             each = net[i], total[i], net_noise[i], total_noise[i]
-            weight[i] = _moved(weight[i], each, a, growth, response, o, i, noise[i])
+            weight[i] = _moved(weight[i], each, a, growth, response, o, first + i, noise[i])
     else:
         for i in range(len(weight)):
-            a = _relaxation(net[i], total[i], response, o, i)
+            a = _relaxation(net[i], total[i], response, o, first + i)
             growth = _f32(1)
             for n in (8, 7, 6, 5, 4, 3, 2):  # the Taylor series of expm1(a)/a, with an error below 1e-7
                 growth = _f32(1) + growth * a * _f32(1 / n)
             each = net[i], total[i], net_noise[i], total_noise[i]
-            weight[i] = _moved(weight[i], each, a, growth, response, o, i, noise[i])
+            weight[i] = _moved(weight[i], each, a, growth, response, o, first + i, noise[i])
 
 
 @_compiled

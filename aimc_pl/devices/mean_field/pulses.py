@@ -101,40 +101,6 @@ def expected_counts(
     return Counts(net, total, noise, trains.cut)
 
 
-def column_counts(
-    error: Tensor,
-    learning_rate: float,
-    granularity: float,
-    update: UpdateParameters,
-    spread: float,
-    generator: Generator,
-) -> Counts:
-    """Return the same as :func:`expected_counts` for one error ``(out,)`` and one input of 1, as tensors ``(out, 1)``.
-
-    Args:
-        error: the error.
-        learning_rate: see :func:`expected_counts`.
-        granularity: see :func:`expected_counts`.
-        update: see :func:`expected_counts`.
-        spread: see :func:`expected_counts`.
-        generator: see :func:`expected_counts`.
-    """
-    length, gain, error_gain = _train(float(error.abs().max()), learning_rate / granularity, update)
-    probabilities = error.mul(error_gain).clamp_(-1, 1)
-    if length > _DRAWN:
-        fired = _binomial(probabilities, length, generator)
-    else:
-        slots = uniform((length, *error.shape), generator, error.device)
-        fired = (slots + probabilities).floor_().sum(0)
-    probability = min(gain, 1.0)
-    net = fired.mul_(probability)[:, None]
-    total = net.abs()
-    # If an error line fires n times, an input that fires with probability p meets np of its pulses on average, with
-    # variance np(1 − p).
-    factor = 1 + spread**2 - probability
-    return Counts(net, total, (net * factor, total * factor))
-
-
 def sampled_counts(
     x: Tensor,
     error: Tensor,
@@ -218,21 +184,6 @@ def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: Upd
         cut = (pulses - length).clamp_(min=0).sum() / pulses.sum()
     x_gain.div_(x_largest.clamp_min(1e-30))
     return _Trains(lengths, length, x_gain, (x_gain * lengths).reciprocal_().mul_(-rate), cut)
-
-
-def _train(error_largest: float, rate: float, update: UpdateParameters) -> tuple[int, float, float]:
-    """Return length and gains of the pulse train of an input of 1, as :func:`_trains` does for many vectors."""
-    length = update.desired_bl
-    if not (update.update_management or update.update_bl_management):
-        if not update.fixed_bl and length < rate:
-            length, rate = ceil(rate), ceil(rate)
-        gain = (rate / length) ** 0.5
-        return length, gain, -gain
-    strongest = max(error_largest * rate, 1e-30)
-    if update.update_bl_management and isfinite(strongest):
-        length = min(ceil(strongest), length)
-    gain = min((strongest / length) ** 0.5, 1.0)
-    return length, gain, -rate / (gain * length)
 
 
 def _fired(error: Tensor, trains: _Trains, dim: int, generator: Generator) -> Tensor:

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from aihwkit.simulator.configs import UpdateParameters
+from aihwkit.simulator.parameters.enums import NoiseManagementType
 from torch import Generator
 
 from aimc_pl.devices import constant_step, linear_step, soft_bounds, soft_bounds_reference
@@ -75,6 +76,20 @@ def test_pulses_move_weights_as_those_of_torch(device, update, turned):
         torch.testing.assert_close(float(compiled.cut), float(plain.cut), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=repr)
+def test_pulses_move_a_column_as_those_of_torch(device):
+    error = torch.linspace(-2.0, 2.0, OUT)
+    compiled, plain = crossbar_of(device), crossbar_of(device)
+    before = compiled.weight.clone()
+    for column in (0, 3, 3, IN - 1):
+        compiled.pulse_column(column, error, 0.05, UpdateParameters())
+        with with_torch():
+            plain.pulse_column(column, error, 0.05, UpdateParameters())
+    torch.testing.assert_close(compiled.weight, plain.weight, rtol=0, atol=1e-5)
+    moved = (compiled.weight != before).any(0).nonzero().flatten()
+    assert moved.tolist() == [0, 3, IN - 1]
+
+
 def test_a_batch_that_moves_weights_far_is_split():
     """Compare means over 400 tiles. Without the split, they differ by 0.1. The limit is 5 standard errors."""
     x, error = torch.rand(8, IN), torch.randn(8, OUT)
@@ -122,6 +137,8 @@ def test_errors_of_more_images_than_a_table_has_numbers(monkeypatch):
 CONVERTERS = {
     "default": {},
     "without noise": {"out_noise": 0.0},
+    "fixed scale": {"noise_management": NoiseManagementType.CONSTANT, "nm_thres": 1.5},
+    "unscaled": {"noise_management": NoiseManagementType.NONE},
     "limited inputs": {"nm_thres": 0.7, "inp_bound": 0.5},
     "no rounding": {"inp_res": -1, "out_res": -1},
     "small outputs": {"out_bound": 2.0, "out_scale": 0.5},
