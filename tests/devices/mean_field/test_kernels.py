@@ -90,6 +90,7 @@ def test_pulses_move_a_column_as_those_of_torch(device):
     assert moved.tolist() == [0, 3, IN - 1]
 
 
+@pytest.mark.slow
 def test_a_batch_that_moves_weights_far_is_split():
     """Compare means over 400 tiles. Without the split, they differ by 0.1. The limit is 5 standard errors."""
     x, error = torch.rand(8, IN), torch.randn(8, OUT)
