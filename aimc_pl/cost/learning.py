@@ -37,8 +37,9 @@ class Learning:
 def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
     """Return how a layer learns with this aihwkit configuration.
 
-    Where transfers pass through more than two crossbars, only those from the first one count. The others are rarer by
-    the number of columns.
+    Where transfers pass through more than two crossbars, those from all crossbars count if ``transfer_every_vec`` says
+    how often each is transferred. Otherwise only those from the first one count, because the others are rarer by the
+    number of outputs.
 
     Args:
         rpu_config: the configuration of the layer's tiles.
@@ -71,7 +72,8 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
             "the cost of products with W + γc(P - Q) is unknown, because Q is digital: set gamma=0 in "
             "symmetric_point_tracking, for the estimate"
         )
-    transfers = device.n_reads_per_transfer / device.transfer_every if device.transfer_every else 0.0
+    periods = device.transfer_every_vec[:-1] or [device.transfer_every]
+    transfers = sum(device.n_reads_per_transfer / period for period in periods if period)
     return Learning(
         pulses,
         crossbars=crossbars,

@@ -38,9 +38,10 @@ def residual_learning(
     device: AnalogDevice | None = None,
     gamma: float = 0.1,
     transfer_lr: float = 1.0,
-    transfer_every: float = 1.0,
+    transfer_every: float | list[float] = 1.0,
     n_reads_per_transfer: int = 1,
     digital_buffer: bool = False,
+    num_crossbars: int = 2,
 ) -> AnalogDevice:
     """Residual learning (arXiv 2502.06309): a second crossbar learns what the asymmetry of the first one loses.
 
@@ -49,32 +50,50 @@ def residual_learning(
     learning rate. With γ = 0 this is Tiki-Taka version 1 (Gokmen and Haensch, Front. Neurosci. 2020). With a digital
     buffer it is version 2 (Gokmen, Front. AI 2021), which filters the noise of reading.
 
+    With more crossbars this is multi-tile residual learning (arXiv 2510.02516), for devices of few states. The layer
+    computes with W₀ + γW₁ + γ²W₂ + …, gradients send pulses to the last crossbar, and each crossbar is transferred to
+    the one before it.
+
     Args:
-        device: the device of both crossbars, of the catalogue and with pulsed updates; ``soft_bounds`` by default.
-        gamma: γ, the weight of P in the products. The source found a large gain from 0 to 0.1, and little change from
-            0.1 to 0.4.
+        device: the device of all crossbars, of the catalogue and with pulsed updates; ``soft_bounds`` by default.
+        gamma: γ, the weight of P in the products. The first source found a large gain from 0 to 0.1, and little change
+            from 0.1 to 0.4. The second source takes one over the number of states.
         transfer_lr: β, the rate of transfers in units of the learning rate.
-        transfer_every: number of mini-batches from one transfer to the next. A value below 1 makes several transfers in
-            a mini-batch.
+        transfer_every: number of mini-batches from one transfer of the last crossbar to the next. A value below 1 makes
+            several transfers in a mini-batch. Every other crossbar is transferred once while the one after it is
+            transferred as often as the layer has outputs. A list has a number for every crossbar that is transferred,
+            that of the last crossbar first.
         n_reads_per_transfer: number of columns in a transfer.
         digital_buffer: whether transfers go through a digital buffer, which sends whole pulses to W.
+        num_crossbars: number of crossbars of a layer, 2 or more.
 
     Raises:
         UsageError: if an argument is out of range, or if the device has no pulsed updates of its own.
     """
     check_number("gamma", gamma, at_least=0, at_most=1)
-    _check_transfers(transfer_lr, transfer_every)
+    check_number("transfer_lr", transfer_lr, above=0)
+    periods = transfer_every if isinstance(transfer_every, list) else [transfer_every]
+    for period in periods:
+        check_number("transfer_every", period, above=0)
     check_number("n_reads_per_transfer", n_reads_per_transfer, at_least=1, whole=True)
     check_flag("digital_buffer", digital_buffer)
+    check_number("num_crossbars", num_crossbars, at_least=2, whole=True)
+    if isinstance(transfer_every, list) and len(periods) != num_crossbars - 1:
+        raise UsageError(
+            f"transfer_every needs a number for every transfer between num_crossbars={num_crossbars} crossbars, so "
+            f"{num_crossbars - 1}, got {len(periods)}"
+        )
     config = _pulsed(device, "residual_learning")
     compound = (BufferedTransferCompound if digital_buffer else TransferCompound)(
         gamma=gamma,
         transfer_lr=transfer_lr,
-        transfer_every=transfer_every,
+        transfer_every=periods[0],
+        # aihwkit takes one more number, for the crossbar that nothing follows.
+        transfer_every_vec=[*periods, 0.0] if isinstance(transfer_every, list) else [],
         n_reads_per_transfer=n_reads_per_transfer,
     )
     one_pulse = UpdateParameters(desired_bl=1, update_bl_management=False, update_management=False)
-    return _of_two(config, compound, one_pulse if digital_buffer else None)
+    return _of_crossbars(config, compound, one_pulse if digital_buffer else None, num_crossbars)
 
 
 @described
@@ -105,7 +124,7 @@ def chopped_transfer(
     """
     check_number("chop_prob", chop_prob, at_least=0, at_most=1)
     compound = ChoppedTransferCompound(in_chop_prob=chop_prob, **_accumulation(fast_lr, transfer_lr, transfer_every))
-    return _of_two(_pulsed(device, "chopped_transfer"), compound)
+    return _of_crossbars(_pulsed(device, "chopped_transfer"), compound)
 
 
 @described
@@ -133,7 +152,7 @@ def dynamic_transfer(
     """
     check_number("chop_prob", chop_prob, above=0, at_most=1)
     compound = DynamicTransferCompound(in_chop_prob=chop_prob, **_accumulation(fast_lr, transfer_lr, transfer_every))
-    return _of_two(_pulsed(device, "dynamic_transfer"), compound)
+    return _of_crossbars(_pulsed(device, "dynamic_transfer"), compound)
 
 
 @described
@@ -182,7 +201,7 @@ def symmetric_point_tracking(
         chop_prob=chop_prob,
         tracking_rate=tracking_rate,
     )
-    return _of_two(config, compound)
+    return _of_crossbars(config, compound)
 
 
 @described
@@ -280,10 +299,12 @@ def _pulsed(device: AnalogDevice | None, algorithm: str) -> Any:
     return config
 
 
-def _of_two(config: Any, compound: TransferCompound, transfer_update: UpdateParameters | None = None) -> AnalogDevice:
-    """Return a device with two crossbars of a pulsed device, between which a compound transfers."""
+def _of_crossbars(
+    config: Any, compound: TransferCompound, transfer_update: UpdateParameters | None = None, number: int = 2
+) -> AnalogDevice:
+    """Return a device with several crossbars of a pulsed device, between which a compound transfers."""
     compound.transfer_update = transfer_update or deepcopy(config.update)
-    compound.unit_cell_devices = [config.device, deepcopy(config.device)]
+    compound.unit_cell_devices = [deepcopy(config.device) for _ in range(number)]
     compound.transfer_forward = _read(config.forward)
     compound.units_in_mbatch = True
     settings = UnitCellRPUConfig(

@@ -91,6 +91,14 @@ def test_products_read_the_crossbars_that_they_see(gammas, seen):
     assert learning_of(config, 64, 10).crossbars_in_products == seen
 
 
+def test_transfers_between_several_crossbars_add_up():
+    device = residual_learning(num_crossbars=4, transfer_every=[1.0, 4.0, 5.0])
+    learning = learning_of(device.rpu_config, 64, 10)
+    assert learning == Learning(crossbars=4, crossbars_in_products=4, transfers_per_call=1 + 1 / 4 + 1 / 5)
+    rarely = learning_of(residual_learning(num_crossbars=4).rpu_config, 64, 10)
+    assert rarely.transfers_per_call == 1.0
+
+
 def test_tracking_transfers_through_digital_numbers_and_products_with_these_are_refused():
     hidden = learning_of(symmetric_point_tracking(gamma=0.0, transfer_every=2.0).rpu_config, 64, 10)
     assert hidden == learning_of(chopped_transfer(transfer_every=2.0).rpu_config, 64, 10)

@@ -9,6 +9,7 @@ from aihwkit.nn import AnalogLinear
 from aihwkit.simulator.configs import (
     ConstantStepDevice,
     IOParameters,
+    SingleRPUConfig,
     SoftBoundsDevice,
     SoftBoundsReferenceDevice,
     UnitCellRPUConfig,
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import DeviceNoise, ReadNoise, WriteNoise
 from aimc_pl.devices import (
+    ConfiguredDevice,
     MeanFieldRPUConfig,
     convert_to_analog,
     residual_learning,
@@ -186,6 +188,38 @@ def test_residual_learning_equals_the_recomputation(gamma, every, reads):
             torch.testing.assert_close(crossbar.weight, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("number", [3, 4])
+def test_multi_tile_residual_learning_equals_the_recomputation(number):
+    """Check all crossbars of a layer of 3 inputs after each of 9 mini-batches against the algorithm as written."""
+    perfect = IOParameters(is_perfect=True)
+    one = SingleRPUConfig(
+        device=nearly_digital(), forward=perfect, backward=perfect, update=UpdateParameters(desired_bl=10**13)
+    )
+    every, gamma = [1.0, 2.0, 3.0][: number - 1], 0.3
+    device = residual_learning(
+        ConfiguredDevice(to_mean_field(one)), gamma, transfer_lr=2.0, transfer_every=every, num_crossbars=number
+    )
+    torch.manual_seed(0)
+    tile = device.rpu_config.tile_class(4, 3, device.rpu_config, False)
+    tile.set_weights(torch.randn(4, 3))
+    tile.set_learning_rate(0.1)
+    weights = [crossbar.weight.clone() for crossbar in reversed(tile.tile.crossbars)]  # W₀ first
+    columns = [0] * number
+    for step in range(1, 10):
+        x, error = torch.randn(5, 3), torch.randn(5, 4)
+        seen = sum(gamma**n * weight for n, weight in enumerate(weights))
+        torch.testing.assert_close(tile.tile(x), x @ seen.T, rtol=1e-4, atol=1e-4)
+        tile.update(x, error)
+        weights[-1] -= 0.1 * error.T @ x
+        for n, period in zip(range(number - 1, 0, -1), every, strict=True):
+            if step % period == 0:
+                weights[n - 1][:, columns[n]] += 0.1 * 2.0 * weights[n][:, columns[n]]
+                columns[n] = (columns[n] + 1) % 3
+        for crossbar, expected in zip(reversed(tile.tile.crossbars), weights, strict=True):
+            torch.testing.assert_close(crossbar.weight, expected, rtol=1e-4, atol=1e-4)
+    assert all(weight.any() for weight in weights)
+
+
 @pytest.mark.parametrize("forget", [True, False])
 def test_the_digital_buffer_equals_the_recomputation(forget):
     """Check that W moves by whole steps of 0.01, at most one at a time, and that the rest waits in the buffer."""
@@ -268,6 +302,9 @@ def test_residual_learning_takes_the_device_and_its_backend():
         ({"transfer_every": -1.0}, "transfer_every must be .* above 0"),
         ({"n_reads_per_transfer": 0}, "n_reads_per_transfer must be .* at least 1"),
         ({"digital_buffer": "yes"}, "digital_buffer must be"),
+        ({"num_crossbars": 1}, "num_crossbars must be .* at least 2"),
+        ({"transfer_every": [1.0, 0.0], "num_crossbars": 3}, "transfer_every must be .* above 0"),
+        ({"transfer_every": [1.0], "num_crossbars": 3}, "between num_crossbars=3 crossbars, so 2, got 1"),
         ({"device": residual_learning()}, "needs a pulsed device of one crossbar, got TransferCompound"),
     ],
 )
