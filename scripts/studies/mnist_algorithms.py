@@ -62,11 +62,23 @@ def loaders(root: str | None) -> Sequence[DataLoader[Any]]:
 
 def run(network: str, algorithm: str, seed: int, epochs: int, root: str | None, quick: bool) -> list[dict[str, float]]:
     """Train once, and return the accuracy on the test set after the last epoch."""
+    return train(NETWORKS[network], ALGORITHMS[algorithm], seed, epochs, root, quick)
+
+
+def train(
+    network: Callable[[], nn.Module],
+    device: AnalogDevice | None,
+    seed: int,
+    epochs: int,
+    root: str | None,
+    quick: bool,
+) -> list[dict[str, float]]:
+    """Train a network on a device, at a rate that falls from 0.5 to 0.05, and return its accuracy on the test set."""
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        strategy=AnalogPipelineStrategy(1, "none", 1, ALGORITHMS[algorithm]),
+        strategy=AnalogPipelineStrategy(1, "none", 1, device),
         limit_train_batches=2 if quick else None,
         limit_val_batches=0,
         limit_test_batches=2 if quick else None,
@@ -76,13 +88,13 @@ def run(network: str, algorithm: str, seed: int, epochs: int, root: str | None, 
         enable_model_summary=False,
     )
     task = Classifier(
-        NETWORKS[network](),
+        network(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
         lr_scheduler=lambda optimizer: LinearLR(optimizer, 1.0, 0.1, total_iters=max(epochs - 1, 1)),
     )
-    train, test = loaders(root)
-    trainer.fit(task, train)
-    (tested,) = trainer.test(task, test, verbose=False)
+    images, test_images = loaders(root)
+    trainer.fit(task, images)
+    (tested,) = trainer.test(task, test_images, verbose=False)
     return [{"accuracy": tested["test/accuracy"]}]
 
 
