@@ -30,6 +30,7 @@ from torch.distributed import DistNetworkError
 from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import STRICT, TRAINING
+from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import ScheduleName
@@ -192,6 +193,34 @@ class AnalogCLI(CheckpointReadingCLI):
                 tensorboard = Path(sys.executable).with_name("tensorboard")
                 console.print(f"To watch it: {tensorboard} --logdir {logger.root_dir}", soft_wrap=True)
                 console.print("and open http://localhost:6006/#custom_scalars")
+
+
+class _CheckingCLI(AnalogCLI):
+    """Lightning's command line, which ends before the fit."""
+
+    @override
+    def before_fit(self) -> None:
+        super().before_fit()
+        raise _Checked
+
+
+class _Checked(Exception):  # noqa: N818, this is no error
+    """Ends the command before the fit."""
+
+
+def check_fit(args: list[str]) -> None:
+    """Check the arguments of ``aimc-pl``, of which the first is ``fit``, without a run.
+
+    The config is read, and the model, the data, the strategy and the callbacks that it names are made.
+
+    Raises:
+        UsageError: if what the arguments ask for cannot work.
+        ArgumentError: if the parser refuses an argument.
+    """
+    sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
+    silence()
+    with suppress(_Checked), explained():
+        _CheckingCLI()
 
 
 def train() -> None:
