@@ -4,10 +4,14 @@ Torch, Lightning and aihwkit are imported where a command needs them only, becau
 """
 
 import ast
+import os
 import re
+import select
+import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, auto_cli, auto_parser, set_parsing_settings
 from jsonargparse.typing import Path_fr
 
+from aimc_pl import command_arguments
 from aimc_pl.arguments import check_number, shown
 from aimc_pl.cli_errors import one_line
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
@@ -62,10 +67,13 @@ def schedule(
             f"num_stages={num_stages} and num_microbatches={shown(num_microbatches)} take more than {MAX_DRAWN_CLOCKS} "
             "clocks, which is too much for a table: lower one"
         )
+    if png is not None:
+        check_picture(png)
+    if trace is not None:
+        check_file("trace", trace)
     if png is None:
         print(draw_text(table, num_microbatches))
     else:
-        check_picture(png)
         save(draw_figure(table, num_microbatches), png)
     if trace is not None:
         from aimc_pl.cost.trace import planned_and_simulated, write_trace
@@ -144,7 +152,10 @@ ELSEWHERE = {
     "sweep": ("aimc_pl.run_commands", "Run a config for every combination of some values."),
     "compare": ("aimc_pl.run_commands", "Compare a metric of several runs."),
 }
-"""Commands that are functions of other modules: these modules, and a line of help. They take a list of arguments."""
+"""Commands that are functions of other modules: these modules, and a line of help. They take a list of arguments.
+
+Their arguments are those of the functions of the same names in :mod:`aimc_pl.command_arguments`.
+"""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -155,23 +166,48 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        if args and args[0] in TRAINING:
-            sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
-            from aimc_pl.training_cli import train
-
-            train()
-        elif args and args[0] in COMMANDS:
-            command = COMMANDS[args[0]]
-            auto_cli(command, _with_names(command, args[1:]), **STRICT, prog=f"aimc-pl {args[0]}")
-        elif args and args[0] in ELSEWHERE:
-            module, _ = ELSEWHERE[args[0]]
-            getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))
-        elif args[:1] == ["--print_completion"] and find_spec("shtab") is None:
-            raise UsageError("--print_completion needs another package: pip install shtab")
-        else:
-            _overview().parse_args(args or ["--help"])
+        with _ending_with_its_reader():
+            _run(args)
     except (UsageError, PeerError, ArgumentError) as error:
         sys.exit(f"aimc-pl: error: {one_line(str(error))}")
+
+
+def _run(args: list[str]) -> None:
+    if args and args[0] in TRAINING:
+        sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
+        from aimc_pl.training_cli import train
+
+        train()
+    elif args and args[0] in COMMANDS:
+        command = COMMANDS[args[0]]
+        auto_cli(command, _with_names(command, args[1:]), **STRICT, prog=f"aimc-pl {args[0]}")
+    elif args and args[0] in ELSEWHERE:
+        module, _ = ELSEWHERE[args[0]]
+        getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))
+    elif args[:1] == ["--print_completion"] and find_spec("shtab") is None:
+        raise UsageError("--print_completion needs another package: pip install shtab")
+    else:
+        _overview().parse_args(args or ["--help"])
+
+
+@contextmanager
+def _ending_with_its_reader() -> Iterator[None]:
+    """Context manager that ends the process in silence when nobody reads what it prints, as after ``| head``."""
+    try:
+        try:
+            yield
+        except SystemExit:  # after a help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not poll.poll(0):
+            raise  # another pipe is broken
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)  # what a shell says of a tool that such a pipe has ended
 
 
 def _overview() -> ArgumentParser:
@@ -193,7 +229,11 @@ def _overview() -> ArgumentParser:
         own = auto_parser(command)
         commands.add_subcommand(name, own, help=own.description)
     for name, (_, line) in ELSEWHERE.items():
-        commands.add_subcommand(name, ArgumentParser(description=line), help=line)
+        other = ArgumentParser(description=line)
+        if name == "cost":
+            other.add_argument("--config", type=Path_fr)
+        getattr(command_arguments, name)(other)
+        commands.add_subcommand(name, other, help=line)
     return parser
 
 
@@ -206,18 +246,31 @@ def _with_names(command: Callable[..., None], args: Sequence[str]) -> list[str]:
     return [*named, *args[len(named) :]]
 
 
+def check_file(name: str, path: Path) -> None:
+    """Check that a file can be written to a path, before there is anything to write.
+
+    Args:
+        name: the name of the argument.
+        path: the path.
+
+    Raises:
+        UsageError: if the path is a folder, or lies in no folder.
+    """
+    if path.is_dir():
+        raise UsageError(f"{name}={path} is a folder: add the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{name}={path} cannot be written: there is no folder {path.parent}")
+
+
 def check_picture(path: Path) -> None:
     """Check that a picture can be written to a path, before it is drawn.
 
     Raises:
-        UsageError: if the path is a folder, lies in no folder, or names no known format.
+        UsageError: if :func:`check_file` refuses the path, or if it names no known format.
     """
     from matplotlib.figure import Figure
 
-    if path.is_dir():
-        raise UsageError(f"png={path} is a folder: add the name of a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"png={path} cannot be written: there is no folder {path.parent}")
+    check_file("png", path)
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in known:
         raise UsageError(f"png={path} must end in .png, or another of {', '.join(known)}")

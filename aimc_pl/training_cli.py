@@ -48,6 +48,12 @@ A config has all of them in one place: 'aimc-pl fit --config digits_async.yaml -
 """
 
 
+def described(command: str, line: str) -> dict[str, Any]:
+    """Return arguments of the parser of a command: its help, and that names are given in full."""
+    usage = f"aimc-pl {command} [--config CONFIG] [--ARGUMENT VALUE ...]"
+    return {"usage": usage, "description": line, "epilog": _MORE_HELP, **STRICT}
+
+
 class _RunConfig(SaveConfigCallback):
     """A callback that saves the configuration of a run, overrides included, and logs it as hyperparameters."""
 
@@ -67,9 +73,13 @@ class AnalogCLI(CheckpointReadingCLI):
     """Lightning's command line, with a report after the fit.
 
     OmegaConf resolves interpolations in configs after command-line overrides have been applied.
+
+    Args:
+        run: whether the first argument names what to run.
+        parser_kwargs: arguments of the parser.
     """
 
-    def __init__(self, run: bool = True) -> None:
+    def __init__(self, run: bool = True, **parser_kwargs: Any) -> None:
         self._new_folders: list[Path] = []
         # aihwkit's configurations are dataclasses, of which jsonargparse accepts no subclasses unless told to.
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
@@ -85,7 +95,8 @@ class AnalogCLI(CheckpointReadingCLI):
                     "parser_mode": "omegaconf+",
                     **STRICT,
                     "prog": "aimc-pl",
-                    **{name: {"description": line, "epilog": _MORE_HELP, **STRICT} for name, line in TRAINING.items()},
+                    **parser_kwargs,
+                    **{name: described(name, line) for name, line in TRAINING.items()},
                 },
             )
         except (UsageError, MisconfigurationException, ValueError) as error:

@@ -1,6 +1,8 @@
 """These tests run the command: every config, on random images where data would be downloaded, and overrides."""
 
 import ast
+import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -246,6 +248,8 @@ def test_help_explains_the_arguments(subcommand, command, capsys):
         command(subcommand, "--help")
     assert stop.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(f"usage: aimc-pl {subcommand} [--config CONFIG] [--ARGUMENT VALUE ...] ")
+    assert TRAINING[subcommand] in printed
     assert "--trainer.strategy STRATEGY" in printed
     assert "explained by 'aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy'" in printed
 
@@ -331,12 +335,21 @@ def test_overview(command, capsys):
     assert capsys.readouterr().out == f"aimc-pl {metadata.version('aimc-pl')}\n"
 
 
-def test_completion_names_all_commands(command, capsys):
+def test_completion_names_all_commands_and_their_own_arguments(command, capsys):
     with pytest.raises(SystemExit):
         command("--print_completion", "shtab-bash")
     printed = capsys.readouterr().out
     assert f"({' '.join([*TRAINING, *COMMANDS, *ELSEWHERE])})" in printed
-    assert "--num_microbatches" in printed
+    own = {
+        "fit": "--config --ckpt_path",
+        "schedule": "--config --print_config --num_stages --num_microbatches --schedule --duplex --png --trace",
+        "devices": "--config --print_config --name --png --num_pulses",
+        "cost": "--config --hardware --num_minibatches --png --trace",
+        "sweep": "--grid --folder --jobs --metric",
+        "compare": "--metric --png",
+    }
+    for name, arguments in own.items():
+        assert f"_shtab_aimc_pl_{name}_option_strings=(-h --help {arguments})\n" in printed
 
 
 def test_completion_without_its_package(command, monkeypatch):
@@ -358,6 +371,32 @@ def test_quick_commands_import_nothing_slow(arguments):
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.endswith("\nset()\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["schedule"], ""), (["schedule"], "1"), (["devices"], ""), (["--help"], "")],
+)
+def test_a_command_whose_reader_has_gone_ends_in_silence(arguments, unbuffered):
+    """Check in a new process, whose standard output is a pipe that nobody reads, as after ``| head``."""
+    command = [sys.executable, "-c", f"from aimc_pl.cli import main; main({arguments})"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_is_an_error(command, monkeypatch):
+    def run():
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setitem(COMMANDS, "devices", run)
+    with open("output.txt", "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with pytest.raises(BrokenPipeError, match="of a worker"):
+            command("devices")
 
 
 @pytest.mark.slow
