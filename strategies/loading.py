@@ -7,7 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from aimc_pl.errors import AnalogCheckpointWarning
+from aimc_pl.arguments import check_instance, check_path, shown
+from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 from aimc_pl.patches import patched
 from aimc_pl.strategies import analog_parts
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
@@ -27,8 +28,11 @@ def load_from_checkpoint[M: pl.LightningModule](module_class: type[M], checkpoin
 
     Raises:
         UsageError: if the file cannot be read, is damaged, is no checkpoint, names a class that is not admitted, or has
-            an analog layer that the module does not have.
+            an analog layer that the module does not have, or if ``module_class`` is no LightningModule.
     """
+    if not (isinstance(module_class, type) and issubclass(module_class, pl.LightningModule)):
+        raise UsageError(f"module_class must be the class of a LightningModule, got {shown(module_class)}")
+    check_path("checkpoint_path", checkpoint_path)
     load_state_dict = module_class.load_state_dict
 
     def load_as_saved(self: M, state: Any, *args: Any, **options: Any) -> Any:
@@ -57,8 +61,10 @@ def load_checkpoint[M: nn.Module](module: M, checkpoint_path: str | Path) -> M:
 
     Raises:
         UsageError: if the file cannot be read, is damaged, is no checkpoint, names a class that is not admitted, or has
-            other analog layers than the module.
+            other analog layers than the module, or if ``module`` is no module.
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
+    check_path("checkpoint_path", checkpoint_path)
     with analog_parts.admitted_classes(module):
         checkpoint = SealedCheckpointIO().load_checkpoint(checkpoint_path)
     state = checkpoint.get("state_dict", checkpoint)

@@ -45,7 +45,7 @@ from aimc_pl.export import to_digital
 from aimc_pl.models import GPT, LeNet5, ResNet
 from aimc_pl.runs import draw_runs
 from aimc_pl.schedule import Schedule
-from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies import AnalogPipelineStrategy, load_checkpoint, load_from_checkpoint
 from aimc_pl.strategies.training import Training
 from aimc_pl.tasks import Classifier, LanguageModel
 from aimc_pl.training_cli import AnalogCLI
@@ -601,6 +601,13 @@ RANGES = [
     (partial(evaluate_drift, models.MLP([4, 2]), lambda module: 0.5), {"times": ([], 5, "1", [-1], [NAN])}),
     (phase_change_memory, {"g_max": (0, *NEGATIVE)}),
     (draw_drift, {"rows": (5, [], [{}], [1])}),
+    (partial(load_checkpoint, checkpoint_path="x"), {"module": (5, None, "x.ckpt", torch.nn.Linear)}),
+    (partial(load_checkpoint, torch.nn.Linear(4, 2)), {"checkpoint_path": (5, None, torch.nn.Linear(4, 2))}),
+    (
+        partial(load_from_checkpoint, checkpoint_path="x"),
+        {"module_class": (5, None, torch.nn.Linear, Classifier(torch.nn.Linear(4, 2)))},
+    ),
+    (partial(load_from_checkpoint, Classifier), {"checkpoint_path": (5, None)}),
     (history, {"run": (5, None, [])}),
     (compare, {"runs": (5, None, "logs", [5], Path())}),
     (draw_runs, {"runs": (5, None, [[{"step": 1}]])}),
