@@ -81,7 +81,7 @@ def schedule(
         write_trace(trace, planned_and_simulated(table))
     print(
         f"{table.num_cycles()} clock cycles, computation density {table.density():.3f}, "
-        f"speedup over one accelerator {table.speedup():.2f}"
+        f"speedup over one accelerator {table.speedup():.2f} in clock cycles"
     )
 
 
