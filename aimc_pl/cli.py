@@ -9,7 +9,7 @@ import re
 import select
 import signal
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,7 +20,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, auto_cli, auto_parser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, auto_cli, auto_parser, set_parsing_settings
 from jsonargparse.typing import Path_fr
 
 from aimc_pl import command_arguments
@@ -149,12 +149,26 @@ STRICT: Any = {"exit_on_error": False, "allow_abbrev": False}
 
 ELSEWHERE = {
     "cost": ("aimc_pl.cost.cli", "Estimate what a config costs on hardware: time, energy, memory."),
-    "sweep": ("aimc_pl.run_commands", "Run a config for every combination of some values."),
+    "sweep": (
+        "aimc_pl.run_commands",
+        "Run a config for every combination of some values, or go on with a stopped sweep.",
+    ),
     "compare": ("aimc_pl.run_commands", "Compare a metric of several runs."),
 }
 """Commands that are functions of other modules: these modules, and a line of help. They take a list of arguments.
 
 Their arguments are those of the functions of the same names in :mod:`aimc_pl.command_arguments`.
+"""
+
+
+_MORE_HELP = """\
+More help:
+  aimc-pl {0} --config digits_async.yaml --help
+      lists all arguments, such as --trainer.max_epochs; --print_config shows their values
+  aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy
+      explains the arguments of the pipeline, such as --trainer.strategy.num_stages
+  aimc-pl devices
+      lists the devices
 """
 
 
@@ -173,7 +187,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
-    if args and args[0] in TRAINING:
+    if args[1:] in (["-h"], ["--help"]) and args[0] in (*TRAINING, "cost"):
+        # The help of all arguments has hundreds of lines, and its imports take seconds.
+        _overview().parse_args(args)
+    elif args and args[0] in TRAINING:
         sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
         from aimc_pl.training_cli import train
 
@@ -217,24 +234,39 @@ def _overview() -> ArgumentParser:
         prog="aimc-pl",
         description="Train LightningModules on pipelines of analog in-memory computing accelerators.",
         version=version("aimc-pl"),
+        formatter_class=Help,
         exit_on_error=False,
     )
     commands = parser.add_subcommands(title="commands", metavar="COMMAND", description="add --help for their arguments")
     for name, line in TRAINING.items():
-        training = ArgumentParser(description=line)
-        training.add_argument("--config", type=Path_fr)
-        training.add_argument("--ckpt_path", type=Path_fr)
+        training = ArgumentParser(**described(name, line))
+        training.add_argument("--config", type=Path_fr, help="a config file, or the name of a config of the package")
+        training.add_argument("--ckpt_path", type=Path_fr, help="the checkpoint to begin with")
         commands.add_subcommand(name, training, help=line)
     for name, command in COMMANDS.items():
         own = auto_parser(command)
         commands.add_subcommand(name, own, help=own.description)
     for name, (_, line) in ELSEWHERE.items():
-        other = ArgumentParser(description=line)
+        other = ArgumentParser(**(described(name, line) if name == "cost" else {"description": line}))
         if name == "cost":
-            other.add_argument("--config", type=Path_fr)
+            other.add_argument("--config", type=Path_fr, help="a config file, or the name of a config of the package")
         getattr(command_arguments, name)(other)
         commands.add_subcommand(name, other, help=line)
     return parser
+
+
+class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with lines as they are written."""
+
+
+def described(command: str, line: str) -> dict[str, Any]:
+    """Return arguments of the parser of a command that takes Lightning's arguments too: its help, and ``STRICT``."""
+    return {
+        "usage": f"aimc-pl {command} [--config CONFIG] [--ARGUMENT VALUE ...]",
+        "description": line,
+        "epilog": _MORE_HELP.format(command),
+        **STRICT,
+    }
 
 
 def _with_names(command: Callable[..., None], args: Sequence[str]) -> list[str]:

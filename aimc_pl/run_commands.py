@@ -1,4 +1,7 @@
-"""The commands ``aimc-pl compare`` and ``aimc-pl sweep``."""
+"""The commands ``aimc-pl compare`` and ``aimc-pl sweep``.
+
+Imports that take seconds wait until the arguments have been read.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -6,11 +9,9 @@ from math import nan
 from pathlib import Path
 
 from aimc_pl import command_arguments
-from aimc_pl.cli import check_picture, save
+from aimc_pl.cli import ELSEWHERE, check_picture, save
 from aimc_pl.cli_errors import OneLineParser
 from aimc_pl.config_files import with_shipped_configs
-from aimc_pl.runs import draw_runs, history, names_of
-from aimc_pl.studies.grids import draw_grid, run_grid
 
 
 def compare(args: Sequence[str]) -> None:
@@ -22,11 +23,13 @@ def compare(args: Sequence[str]) -> None:
     Raises:
         UsageError: if an argument is wrong, if a run cannot be read, or if no run has the metric.
     """
-    parser = OneLineParser("aimc-pl compare", "Compare a metric of several runs.")
+    parser = OneLineParser("aimc-pl compare", ELSEWHERE["compare"][1])
     command_arguments.compare(parser)
     options = parser.parse_args(args)
     if options.png is not None:
         check_picture(options.png)
+    from aimc_pl.runs import draw_runs, history, names_of
+
     runs = {name: history(path) for name, path in names_of(options.runs).items()}
     figure = draw_runs(runs, options.metric)
     width = max(map(len, [*runs, "run"]))
@@ -52,13 +55,12 @@ def sweep(args: Sequence[str]) -> None:
         UsageError: if an argument is wrong, if a run is refused, if the results belong to another sweep, or if no run
             has the metric.
     """
-    parser = OneLineParser(
-        "aimc-pl sweep",
-        "Run 'aimc-pl fit' for every combination of some values. A stopped sweep goes on where it was.",
-    )
+    parser = OneLineParser("aimc-pl sweep", ELSEWHERE["sweep"][1])
     command_arguments.sweep(parser)
     options = parser.parse_args(args)
     with_shipped_configs(["--config", options.config])  # refuses a config that does not exist
+    from aimc_pl.studies.grids import draw_grid, run_grid
+
     folder = options.folder or Path("sweeps", Path(options.config).stem)
     try:
         rows = run_grid(options.config, dict(options.grid), folder, options.jobs)

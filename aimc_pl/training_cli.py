@@ -29,7 +29,7 @@ from torch.distributed import DistNetworkError
 
 from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
-from aimc_pl.cli import STRICT, TRAINING
+from aimc_pl.cli import STRICT, TRAINING, Help, described
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
@@ -40,18 +40,6 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
-
-_MORE_HELP = """\
-The pipeline's own arguments, such as --trainer.strategy.num_stages, are explained by
-'aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy', and devices by 'aimc-pl devices'.
-A config has all of them in one place: 'aimc-pl fit --config digits_async.yaml --print_config' shows one.
-"""
-
-
-def described(command: str, line: str) -> dict[str, Any]:
-    """Return arguments of the parser of a command: its help, and that names are given in full."""
-    usage = f"aimc-pl {command} [--config CONFIG] [--ARGUMENT VALUE ...]"
-    return {"usage": usage, "description": line, "epilog": _MORE_HELP, **STRICT}
 
 
 class _RunConfig(SaveConfigCallback):
@@ -95,6 +83,7 @@ class AnalogCLI(CheckpointReadingCLI):
                     "parser_mode": "omegaconf+",
                     **STRICT,
                     "prog": "aimc-pl",
+                    "formatter_class": Help,
                     **parser_kwargs,
                     **{name: described(name, line) for name, line in TRAINING.items()},
                 },

@@ -242,16 +242,23 @@ def test_the_arguments_of_a_strategy_by_name(options, arguments, command, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_help_explains_the_arguments(subcommand, command, capsys):
+@pytest.mark.parametrize("subcommand", [*TRAINING, "cost"])
+def test_help_is_short_and_names_the_help_of_all_arguments(subcommand, command, capsys):
     with pytest.raises(SystemExit) as stop:
         command(subcommand, "--help")
-    assert stop.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert printed.startswith(f"usage: aimc-pl {subcommand} [--config CONFIG] [--ARGUMENT VALUE ...] ")
-    assert TRAINING[subcommand] in printed
-    assert "--trainer.strategy STRATEGY" in printed
-    assert "explained by 'aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy'" in printed
+    assert not stop.value.code
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) < 40
+    with pytest.raises(SystemExit) as stop:
+        command(subcommand, "--config", "digits_async.yaml", "--help")
+    assert not stop.value.code
+    full = capsys.readouterr().out
+    assert "\n  --trainer.strategy STRATEGY\n" in full
+    for text in (short, full):
+        assert text.startswith(f"usage: aimc-pl {subcommand} [--config CONFIG] [--ARGUMENT VALUE ...]\n\n")
+        assert TRAINING.get(subcommand, "Estimate what a config costs") in text
+        assert f"\n  aimc-pl {subcommand} --config digits_async.yaml --help\n" in text
+        assert "\n  aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy\n" in text
 
 
 def test_help_of_the_strategy(command, capsys):
@@ -361,7 +368,10 @@ def test_completion_without_its_package(command, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"], ["devices", "ecram"]],
+    [
+        *([], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"], ["devices", "ecram"]),
+        *([name, "--help"] for name in ("fit", "predict", "cost", "sweep", "compare")),
+    ],
 )
 def test_quick_commands_import_nothing_slow(arguments):
     """Check in a new process, because this one has imported everything. The imports are what would take seconds."""

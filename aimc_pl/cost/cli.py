@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from aimc_pl import command_arguments
 from aimc_pl.arguments import check_number
-from aimc_pl.cli import ELSEWHERE, check_file, check_picture, save
+from aimc_pl.cli import ELSEWHERE, check_file, check_picture, described, save
 from aimc_pl.cost.constants import PRESETS
 from aimc_pl.cost.estimate import Estimate, estimate
 from aimc_pl.cost.hardware_files import find_hardware
@@ -29,7 +29,7 @@ from aimc_pl.cost.work import Work
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule, ScheduleName
 from aimc_pl.strategies import AnalogPipelineStrategy
-from aimc_pl.training_cli import AnalogCLI, described, explained, silence
+from aimc_pl.training_cli import AnalogCLI, explained, silence
 
 _WITHOUT_A_RUN = ["--trainer.devices=1", "--trainer.logger=false", "--trainer.num_sanity_val_steps=0"]
 
