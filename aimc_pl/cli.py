@@ -247,7 +247,7 @@ def _overview() -> ArgumentParser:
         own = auto_parser(command)
         commands.add_subcommand(name, own, help=own.description)
     for name, (_, line) in ELSEWHERE.items():
-        other = ArgumentParser(**(described(name, line) if name == "cost" else {"description": line}))
+        other = ArgumentParser(**described(name, line)) if name == "cost" else ArgumentParser(description=line)
         if name == "cost":
             other.add_argument("--config", type=Path_fr, help="a config file, or the name of a config of the package")
         getattr(command_arguments, name)(other)
