@@ -19,12 +19,13 @@ from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from torch import nn
 from torch.distributed import DistNetworkError
 
 from aimc_pl.arguments import shown
@@ -37,6 +38,7 @@ from aimc_pl.schedule import ScheduleName
 
 # This import registers the strategy's names, such as "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
@@ -99,6 +101,8 @@ class AnalogCLI(CheckpointReadingCLI):
         """Instantiate the trainer, with a progress bar that shows what the pipeline does, unless the user has one."""
         config = self._get(self.config_init, "trainer", default={})
         callbacks = config.get("callbacks") or []
+        if isinstance(callbacks, Callback):
+            callbacks = [callbacks]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.get("enable_progress_bar") is not False and not has_bar:
             kwargs["callbacks"] = [*callbacks, PipelineBar()]
@@ -117,6 +121,7 @@ class AnalogCLI(CheckpointReadingCLI):
         """
         with ExitStack() as stack:
             if path and Path(path).is_file():
+                stack.enter_context(admitted_classes(nn.Module()))
                 stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
             return stack.pop_all()
 

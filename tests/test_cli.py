@@ -101,6 +101,18 @@ def test_digits_fit_report_and_test_the_checkpoint(command, capsys):
 
 
 @pytest.mark.slow
+def test_a_new_process_tests_analog_layers_of_a_checkpoint(command, capsys):
+    options = ("--config=digits_async.yaml", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
+    command("fit", *options, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false")
+    accuracy = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("test/accuracy")).split()
+    arguments = ["test", *options, "--ckpt_path=logs/digits_async/version_0/checkpoints/last.ckpt"]
+    script = [sys.executable, "-c", f"from aimc_pl.cli import main; main({arguments})"]
+    ended = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert accuracy[1][:5] in ended.stdout
+
+
+@pytest.mark.slow
 def test_resume_from_the_command_line(command, monkeypatch):
     clocks = []
     monkeypatch.setattr(ClockMonitor, "report", lambda self: clocks.append(self.cycles) or "")
