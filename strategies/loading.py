@@ -1,7 +1,10 @@
 """The functions in this module load checkpoints with analog layers without a Trainer."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,7 +40,8 @@ def load_from_checkpoint[M: pl.LightningModule](module_class: type[M], checkpoin
 
     def load_as_saved(self: M, state: Any, *args: Any, **options: Any) -> Any:
         analog_parts.convert_as_saved(self, state)
-        return load_state_dict(self, state, *args, **options)
+        with loading_weights():
+            return load_state_dict(self, state, *args, **options)
 
     kwargs = {"weights_only": True} | kwargs
     with analog_parts.admitted_classes(nn.Module()):
@@ -70,5 +74,21 @@ def load_checkpoint[M: nn.Module](module: M, checkpoint_path: str | Path) -> M:
     state = checkpoint.get("state_dict", checkpoint)
     analog_parts.convert_as_saved(module, state)
     analog_parts.check_devices(module, state)
-    module.load_state_dict(state)
+    with loading_weights():
+        module.load_state_dict(state)
     return module
+
+
+@contextmanager
+def loading_weights() -> Iterator[None]:
+    """Context manager for a module that loads a state dict, in which torch and aihwkit list all that does not fit.
+
+    Raises:
+        UsageError: if something does not fit. The message has the first reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        heading, _, reasons = str(error).partition("\n")
+        first = " ".join((reasons or heading).strip().partition("\n")[0].split())
+        raise UsageError(f"the checkpoint is of another network: {shorten(first, 160)}") from error
