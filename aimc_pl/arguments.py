@@ -79,6 +79,22 @@ def check_path(name: str, value: Any) -> None:
         raise UsageError(f"{name} must be a path, got {shown(value)}")
 
 
+def check_instance(name: str, value: Any, kind: type, what: str) -> None:
+    """Check that a value is an instance of a class.
+
+    Args:
+        name: the name of the argument.
+        value: the value of the argument.
+        kind: the class.
+        what: an instance of the class in words, for the message, such as "a torch.nn.Module".
+
+    Raises:
+        UsageError: if the value is anything else. The message has the name, the value and the words.
+    """
+    if not isinstance(value, kind):
+        raise UsageError(f"{name} must be {what}, got {shown(value)}")
+
+
 def check_callable(name: str, value: Any) -> None:
     """Check that a value can be called."""
     if not callable(value):

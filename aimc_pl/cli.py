@@ -4,10 +4,14 @@ Torch, Lightning and aihwkit are imported where a command needs them only, becau
 """
 
 import ast
+import os
 import re
+import select
+import signal
 import sys
-from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,9 +20,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, auto_cli, auto_parser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, auto_cli, auto_parser, set_parsing_settings
 from jsonargparse.typing import Path_fr
 
+from aimc_pl import command_arguments
 from aimc_pl.arguments import check_number, shown
 from aimc_pl.cli_errors import one_line
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
@@ -62,10 +67,13 @@ def schedule(
             f"num_stages={num_stages} and num_microbatches={shown(num_microbatches)} take more than {MAX_DRAWN_CLOCKS} "
             "clocks, which is too much for a table: lower one"
         )
+    if png is not None:
+        check_picture(png)
+    if trace is not None:
+        check_file("trace", trace)
     if png is None:
         print(draw_text(table, num_microbatches))
     else:
-        check_picture(png)
         save(draw_figure(table, num_microbatches), png)
     if trace is not None:
         from aimc_pl.cost.trace import planned_and_simulated, write_trace
@@ -73,7 +81,7 @@ def schedule(
         write_trace(trace, planned_and_simulated(table))
     print(
         f"{table.num_cycles()} clock cycles, computation density {table.density():.3f}, "
-        f"speedup over one accelerator {table.speedup():.2f}"
+        f"speedup over one accelerator {table.speedup():.2f} in clock cycles"
     )
 
 
@@ -141,10 +149,27 @@ STRICT: Any = {"exit_on_error": False, "allow_abbrev": False}
 
 ELSEWHERE = {
     "cost": ("aimc_pl.cost.cli", "Estimate what a config costs on hardware: time, energy, memory."),
-    "sweep": ("aimc_pl.run_commands", "Run a config for every combination of some values."),
+    "sweep": (
+        "aimc_pl.run_commands",
+        "Run a config for every combination of some values, or go on with a stopped sweep.",
+    ),
     "compare": ("aimc_pl.run_commands", "Compare a metric of several runs."),
 }
-"""Commands that are functions of other modules: these modules, and a line of help. They take a list of arguments."""
+"""Commands that are functions of other modules: these modules, and a line of help. They take a list of arguments.
+
+Their arguments are those of the functions of the same names in :mod:`aimc_pl.command_arguments`.
+"""
+
+
+_MORE_HELP = """\
+More help:
+  aimc-pl {0} --config digits_async.yaml --help
+      lists all arguments, such as --trainer.max_epochs; --print_config shows their values
+  aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy
+      explains the arguments of the pipeline, such as --trainer.strategy.num_stages
+  aimc-pl devices
+      lists the devices
+"""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -155,23 +180,51 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        if args and args[0] in TRAINING:
-            sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
-            from aimc_pl.training_cli import train
-
-            train()
-        elif args and args[0] in COMMANDS:
-            command = COMMANDS[args[0]]
-            auto_cli(command, _with_names(command, args[1:]), **STRICT, prog=f"aimc-pl {args[0]}")
-        elif args and args[0] in ELSEWHERE:
-            module, _ = ELSEWHERE[args[0]]
-            getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))
-        elif args[:1] == ["--print_completion"] and find_spec("shtab") is None:
-            raise UsageError("--print_completion needs another package: pip install shtab")
-        else:
-            _overview().parse_args(args or ["--help"])
+        with _ending_with_its_reader():
+            _run(args)
     except (UsageError, PeerError, ArgumentError) as error:
         sys.exit(f"aimc-pl: error: {one_line(str(error))}")
+
+
+def _run(args: list[str]) -> None:
+    if args[1:] in (["-h"], ["--help"]) and args[0] in (*TRAINING, "cost"):
+        # The help of all arguments has hundreds of lines, and its imports take seconds.
+        _overview().parse_args(args)
+    elif args and args[0] in TRAINING:
+        sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
+        from aimc_pl.training_cli import train
+
+        train()
+    elif args and args[0] in COMMANDS:
+        command = COMMANDS[args[0]]
+        auto_cli(command, _with_names(command, args[1:]), **STRICT, prog=f"aimc-pl {args[0]}")
+    elif args and args[0] in ELSEWHERE:
+        module, _ = ELSEWHERE[args[0]]
+        getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))
+    elif args[:1] == ["--print_completion"] and find_spec("shtab") is None:
+        raise UsageError("--print_completion needs another package: pip install shtab")
+    else:
+        _overview().parse_args(args or ["--help"])
+
+
+@contextmanager
+def _ending_with_its_reader() -> Iterator[None]:
+    """Context manager that ends the process in silence when nobody reads what it prints, as after ``| head``."""
+    try:
+        try:
+            yield
+        except SystemExit:  # after a help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        if not poll.poll(0):
+            raise  # another pipe is broken
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)  # what a shell says of a tool that such a pipe has ended
 
 
 def _overview() -> ArgumentParser:
@@ -181,20 +234,39 @@ def _overview() -> ArgumentParser:
         prog="aimc-pl",
         description="Train LightningModules on pipelines of analog in-memory computing accelerators.",
         version=version("aimc-pl"),
+        formatter_class=Help,
         exit_on_error=False,
     )
     commands = parser.add_subcommands(title="commands", metavar="COMMAND", description="add --help for their arguments")
     for name, line in TRAINING.items():
-        training = ArgumentParser(description=line)
-        training.add_argument("--config", type=Path_fr)
-        training.add_argument("--ckpt_path", type=Path_fr)
+        training = ArgumentParser(**described(name, line))
+        training.add_argument("--config", type=Path_fr, help="a config file, or the name of a config of the package")
+        training.add_argument("--ckpt_path", type=Path_fr, help="the checkpoint to begin with")
         commands.add_subcommand(name, training, help=line)
     for name, command in COMMANDS.items():
         own = auto_parser(command)
         commands.add_subcommand(name, own, help=own.description)
     for name, (_, line) in ELSEWHERE.items():
-        commands.add_subcommand(name, ArgumentParser(description=line), help=line)
+        other = ArgumentParser(**described(name, line)) if name == "cost" else ArgumentParser(description=line)
+        if name == "cost":
+            other.add_argument("--config", type=Path_fr, help="a config file, or the name of a config of the package")
+        getattr(command_arguments, name)(other)
+        commands.add_subcommand(name, other, help=line)
     return parser
+
+
+class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with lines as they are written."""
+
+
+def described(command: str, line: str) -> dict[str, Any]:
+    """Return arguments of the parser of a command that takes Lightning's arguments too: its help, and ``STRICT``."""
+    return {
+        "usage": f"aimc-pl {command} [--config CONFIG] [--ARGUMENT VALUE ...]",
+        "description": line,
+        "epilog": _MORE_HELP.format(command),
+        **STRICT,
+    }
 
 
 def _with_names(command: Callable[..., None], args: Sequence[str]) -> list[str]:
@@ -206,18 +278,31 @@ def _with_names(command: Callable[..., None], args: Sequence[str]) -> list[str]:
     return [*named, *args[len(named) :]]
 
 
+def check_file(name: str, path: Path) -> None:
+    """Check that a file can be written to a path, before there is anything to write.
+
+    Args:
+        name: the name of the argument.
+        path: the path.
+
+    Raises:
+        UsageError: if the path is a folder, or lies in no folder.
+    """
+    if path.is_dir():
+        raise UsageError(f"{name}={path} is a folder: add the name of a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"{name}={path} cannot be written: there is no folder {path.parent}")
+
+
 def check_picture(path: Path) -> None:
     """Check that a picture can be written to a path, before it is drawn.
 
     Raises:
-        UsageError: if the path is a folder, lies in no folder, or names no known format.
+        UsageError: if :func:`check_file` refuses the path, or if it names no known format.
     """
     from matplotlib.figure import Figure
 
-    if path.is_dir():
-        raise UsageError(f"png={path} is a folder: add the name of a file")
-    if not path.parent.is_dir():
-        raise UsageError(f"png={path} cannot be written: there is no folder {path.parent}")
+    check_file("png", path)
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in known:
         raise UsageError(f"png={path} must end in .png, or another of {', '.join(known)}")

@@ -77,6 +77,7 @@ def one_line(message: str) -> str:
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")
     reason, *_ = reason.split(". Got value: Namespace(")
+    reason, *_ = reason.split("\n    full_key: ")  # what OmegaConf adds
     return " ".join(f"{'.'.join(keys)}: {reason}".removeprefix(": ").split())
 
 

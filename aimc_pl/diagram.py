@@ -4,6 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from aimc_pl.arguments import check_instance, check_number
 from aimc_pl.figures import OPERATIONS, styled
 from aimc_pl.schedule import Schedule
 
@@ -18,7 +19,11 @@ def draw_text(schedule: Schedule, num_microbatches: int) -> str:
     Args:
         schedule: the schedule to draw.
         num_microbatches: K, the number of micro-batches between fill and drain.
+
+    Raises:
+        UsageError: if an argument is of another type, or below 1.
     """
+    _check(schedule, num_microbatches)
     cells = _cells(schedule, num_microbatches)
     clocks = range(schedule.num_clocks(num_microbatches))
     table = [[str(clock) for clock in clocks]]
@@ -43,7 +48,13 @@ def draw_figure(schedule: Schedule, num_microbatches: int, num_clocks: int | Non
         schedule: the schedule to draw.
         num_microbatches: K, the number of micro-batches between fill and drain.
         num_clocks: the number of clocks to show, by default all.
+
+    Raises:
+        UsageError: if an argument is of another type, or below 1.
     """
+    _check(schedule, num_microbatches)
+    if num_clocks is not None:
+        check_number("num_clocks", num_clocks, at_least=1, whole=True)
     clocks = schedule.num_clocks(num_microbatches) if num_clocks is None else num_clocks
     stages = schedule.num_stages
     # Up to 32 clocks fit into the width of a page, where the numbers can be read.
@@ -102,6 +113,11 @@ def draw_table(axes: Axes, schedule: Schedule, num_microbatches: int, clocks: in
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def _check(schedule: Schedule, num_microbatches: int) -> None:
+    check_instance("schedule", schedule, Schedule, "a Schedule")
+    check_number("num_microbatches", num_microbatches, at_least=1, whole=True)
 
 
 def _cells(schedule: Schedule, num_microbatches: int) -> dict[tuple[int, int], list[tuple[str, int]]]:

@@ -4,7 +4,7 @@ The weights of analog training live on the devices that trained them. Here they 
 as phase-change memory, with a model of aihwkit for noise and drift.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from aimc_pl.analog import analog_layers, is_analog
-from aimc_pl.arguments import check_callable, check_list, check_number, check_seed
+from aimc_pl.arguments import check_callable, check_instance, check_list, check_number, check_seed, shown
 from aimc_pl.devices import convert_to_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.export import to_digital
 from aimc_pl.figures import BLACK, BLUE, ORANGE, styled
 from aimc_pl.patches import patched
+
+_ROW = {"compensated", "time", "mean", "std"}
 
 SECOND, HOUR, DAY, YEAR = 1.0, 3600.0, 86_400.0, 31_536_000.0
 
@@ -35,7 +37,11 @@ def phase_change_memory(g_max: float = 25.0) -> InferenceRPUConfig:
 
     Args:
         g_max: the largest conductance in microsiemens.
+
+    Raises:
+        UsageError: if the conductance is not above 0.
     """
+    check_number("g_max", g_max, above=0)
     return TorchInferenceRPUConfig(
         mapping=MappingParameter(weight_scaling_omega=1.0, weight_scaling_columnwise=True),
         noise_model=PCMLikeNoiseModel(g_max=g_max),
@@ -70,17 +76,20 @@ def evaluate_drift(
         the repeats (NaN for one repeat), and ``repeats``.
 
     Raises:
-        UsageError: if an argument is out of range, or if the module has no layer to program.
+        UsageError: if an argument is out of range, if the module has no layer to program, or if ``metric`` returns no
+            number.
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
     check_callable("metric", metric)
     check_list("times", times, (int, float), "seconds")
+    if not times:
+        raise UsageError("times is empty: give at least one time in seconds")
     for time in times:
         check_number("each of times", time, at_least=0)
     check_number("repeats", repeats, at_least=1, whole=True)
     check_seed("seed", seed)
     config = phase_change_memory() if rpu_config is None else rpu_config
-    if not isinstance(config, InferenceRPUConfig):
-        raise UsageError(f"rpu_config must be an InferenceRPUConfig of aihwkit, got a {type(config).__name__}")
+    check_instance("rpu_config", config, InferenceRPUConfig, "an InferenceRPUConfig of aihwkit")
     ages = sorted({float(time) for time in times})
     compensations = [False] if config.drift_compensation is None else [False, True]
     values = np.empty((repeats, len(ages), len(compensations)))
@@ -111,15 +120,20 @@ def evaluate_drift(
 
 
 @styled
-def draw_drift(rows: Iterable[dict[str, Any]], name: str = "metric", digital: float | None = None) -> Figure:
+def draw_drift(rows: Sequence[dict[str, Any]], name: str = "metric", digital: float | None = None) -> Figure:
     """Return a figure of the rows of :func:`evaluate_drift`: mean and standard deviation against time.
 
     Args:
         rows: the rows.
         name: what the metric is, with its unit.
         digital: the metric of the digital module, drawn as a line.
+
+    Raises:
+        UsageError: if there are no such rows.
     """
-    rows = [*rows]
+    check_list("rows", rows, dict, "rows of evaluate_drift")
+    if not rows or not all(row.keys() >= _ROW for row in rows):
+        raise UsageError(f"rows must be the rows that evaluate_drift returns, got {shown(rows)}")
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for compensated, label, colour in ((True, "compensated", BLUE), (False, "not compensated", ORANGE)):
@@ -152,4 +166,8 @@ def _evaluate(module: nn.Module, metric: Callable[[Any], float], tiles: Sequence
         if not compensated:
             configs = {id(tile.rpu_config): tile.rpu_config for tile in tiles}
             stack.enter_context(patched(*((config, "drift_compensation", None) for config in configs.values())))
-        return float(metric(module))
+        value = metric(module)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"metric must return a number, got {shown(value)}") from error

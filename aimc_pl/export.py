@@ -6,6 +6,7 @@ from aihwkit.nn.modules.container import AnalogSequential, AnalogWrapper
 from torch import nn
 
 from aimc_pl.analog import analog_layers
+from aimc_pl.arguments import check_instance
 from aimc_pl.devices.layers import to_digital_layer
 
 
@@ -23,9 +24,11 @@ def to_digital[M: nn.Module](module: M) -> M:
         module: any module, such as a LightningModule after a fit. A copy of a LightningModule has no trainer.
 
     Raises:
-        UsageError: if aihwkit gives no digital layer for an analog one, or if a layer scales its outputs apart from its
-            weights, with ``out_scale`` of its converters or with a compensation of drift.
+        UsageError: if ``module`` is no module, if aihwkit gives no digital layer for an analog one, or if a layer
+            scales its outputs apart from its weights, with ``out_scale`` of its converters or with a compensation of
+            drift.
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
     # A layer that is already in the memo of the copy is not copied itself.
     copy = deepcopy(module, {id(layer): to_digital_layer(layer) for layer in analog_layers(module)})
     for part in copy.modules():

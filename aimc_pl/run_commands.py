@@ -1,20 +1,17 @@
-"""The commands ``aimc-pl compare`` and ``aimc-pl sweep``."""
+"""The commands ``aimc-pl compare`` and ``aimc-pl sweep``.
+
+Imports that take seconds wait until the arguments have been read.
+"""
 
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from math import nan
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from aimc_pl.cli import check_picture, save
+from aimc_pl import command_arguments
+from aimc_pl.cli import ELSEWHERE, check_picture, save
 from aimc_pl.cli_errors import OneLineParser
 from aimc_pl.config_files import with_shipped_configs
-from aimc_pl.runs import draw_runs, history, names_of
-from aimc_pl.studies.arguments import at_least_one
-from aimc_pl.studies.grids import draw_grid, run_grid
 
 
 def compare(args: Sequence[str]) -> None:
@@ -26,13 +23,13 @@ def compare(args: Sequence[str]) -> None:
     Raises:
         UsageError: if an argument is wrong, if a run cannot be read, or if no run has the metric.
     """
-    parser = OneLineParser("aimc-pl compare", "Compare a metric of several runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or its metrics.csv")
-    parser.add_argument("--metric", default="val/accuracy", help="the metric; val/accuracy by default")
-    parser.add_argument("--png", type=Path, help="the file to draw into: the metric against epochs and clock cycles")
+    parser = OneLineParser("aimc-pl compare", ELSEWHERE["compare"][1])
+    command_arguments.compare(parser)
     options = parser.parse_args(args)
     if options.png is not None:
         check_picture(options.png)
+    from aimc_pl.runs import draw_runs, history, names_of
+
     runs = {name: history(path) for name, path in names_of(options.runs).items()}
     figure = draw_runs(runs, options.metric)
     width = max(map(len, [*runs, "run"]))
@@ -58,24 +55,12 @@ def sweep(args: Sequence[str]) -> None:
         UsageError: if an argument is wrong, if a run is refused, if the results belong to another sweep, or if no run
             has the metric.
     """
-    parser = OneLineParser(
-        "aimc-pl sweep",
-        "Run 'aimc-pl fit' for every combination of some values. A stopped sweep goes on where it was.",
-    )
-    parser.add_argument("config", help="a config file, or the name of a config of the package")
-    parser.add_argument(
-        "--grid",
-        action="append",
-        required=True,
-        type=_axis,
-        metavar="KEY=[VALUE, ...]",
-        help="an argument of 'aimc-pl fit' and its values, in quotes; the first is the horizontal axis of the figure",
-    )
-    parser.add_argument("--folder", type=Path, help="of the results; sweeps/NAME-OF-THE-CONFIG by default")
-    parser.add_argument("--jobs", type=at_least_one, help="runs at a time; one on each core by default")
-    parser.add_argument("--metric", default="test/accuracy", help="what the figure shows; test/accuracy by default")
+    parser = OneLineParser("aimc-pl sweep", ELSEWHERE["sweep"][1])
+    command_arguments.sweep(parser)
     options = parser.parse_args(args)
     with_shipped_configs(["--config", options.config])  # refuses a config that does not exist
+    from aimc_pl.studies.grids import draw_grid, run_grid
+
     folder = options.folder or Path("sweeps", Path(options.config).stem)
     try:
         rows = run_grid(options.config, dict(options.grid), folder, options.jobs)
@@ -84,14 +69,3 @@ def sweep(args: Sequence[str]) -> None:
         sys.exit(130)
     print(f"{len(rows)} runs in {folder / 'results.csv'}")
     save(draw_grid(rows, [key for key, _ in options.grid], options.metric), folder / "results.png")
-
-
-def _axis(text: str) -> tuple[str, list[Any]]:
-    key, _, values = text.partition("=")
-    try:
-        read = yaml.safe_load(values)
-    except yaml.YAMLError:
-        read = None
-    if not key or not isinstance(read, list) or not read:
-        raise ArgumentTypeError(f"must be KEY=[VALUE, ...], got {text!r}")
-    return key.removeprefix("--"), read

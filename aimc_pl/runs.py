@@ -4,13 +4,14 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from aimc_pl.arguments import listed, shown
+from aimc_pl.arguments import check_instance, check_list, check_path, listed, shown
 from aimc_pl.errors import UsageError
 from aimc_pl.figures import THINGS, styled
 from aimc_pl.stage_names import name_of
@@ -42,6 +43,7 @@ def history(run: str | Path) -> list[dict[str, float]]:
     Raises:
         UsageError: if there is nothing to read.
     """
+    check_path("run", run)
     path = _file_or_folder(Path(run))
     table = path if path.suffix == ".csv" else path / "metrics.csv"
     logged = _from_csv(table) if table.is_file() else _from_events(path)
@@ -65,13 +67,15 @@ def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figu
     Raises:
         UsageError: if no run has logged the metric together with the progress.
     """
+    check_instance("runs", runs, Mapping, "a mapping from names to histories")
     lines = {
         progress: {name: line for name, rows in runs.items() if (line := _line(rows, progress, metric))}
         for progress in PROGRESS
     }
     if not any(lines.values()):
         known = sorted({name for rows in runs.values() for row in rows for name in row} - {"step", "time"})
-        raise UsageError(f"no run has metric {shown(metric)}: choose one of {listed(known)}")
+        hint = f"choose one of {listed(known)}" if known else f"{len(runs)} runs have logged nothing"
+        raise UsageError(f"no run has metric {shown(metric)}: {hint}")
     shown_lines = {progress: line for progress, line in lines.items() if line}
     width = 4 * len(shown_lines)
     columns = max(1, 12 * width // (max(map(len, runs)) + 10))  # an inch has 12 letters, and a line of a legend 10
@@ -100,6 +104,8 @@ def compare(runs: Sequence[str | Path] | Mapping[str, str | Path], metric: str =
     Raises:
         UsageError: if a run cannot be read, or if no run has the metric.
     """
+    if not isinstance(runs, Mapping):
+        check_list("runs", runs, (str, PathLike), "paths of runs")
     named = runs if isinstance(runs, Mapping) else names_of([*map(Path, runs)])
     return draw_runs({name: history(run) for name, run in named.items()}, metric)
 
@@ -129,14 +135,17 @@ def _file_or_folder(path: Path) -> Path:
 
 
 def _from_csv(path: Path) -> list[tuple[int, dict[str, float]]]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and "step" not in rows[0]:
-        raise UsageError(f"{path} is no table of a run: it has no column step")
-    return [
-        (int(row["step"]), {name: float(value) for name, value in row.items() if value and name != "step"})
-        for row in rows
-    ]
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [
+            (int(row["step"]), {name: float(value) for name, value in row.items() if value and name != "step"})
+            for row in rows
+        ]
+    except KeyError as error:
+        raise UsageError(f"{path} is no table of a run: it has no column step") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path} is no table of a run: {' '.join(str(error).split())}") from error
 
 
 def _from_events(path: Path) -> list[tuple[int, dict[str, float]]]:
@@ -152,6 +161,8 @@ def _from_events(path: Path) -> list[tuple[int, dict[str, float]]]:
             if not re.match("by_(clock|epoch|time|energy)/", tag):
                 name = name_of(tag, stage.name) if stage else tag
                 scalars += [(name, event) for event in events.Scalars(tag)]
+    if path.is_file() and not scalars:
+        raise UsageError(f"{path} has no values of a run: give the folder of a run, its metrics.csv or its event file")
     start = min((event.wall_time for _, event in scalars), default=0.0)
     scalars.sort(key=lambda scalar: scalar[1].wall_time)
     return [(event.step, {name: event.value, "time": event.wall_time - start}) for name, event in scalars]

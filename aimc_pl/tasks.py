@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from aimc_pl.arguments import check_callable, check_number, shown
+from aimc_pl.arguments import check_callable, check_instance, check_number
 from aimc_pl.errors import UsageError
 
 
@@ -146,8 +146,7 @@ class LanguageModel(pl.LightningModule):
 
 
 def _check_parts(network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None) -> None:
-    if not isinstance(network, nn.Module):
-        raise UsageError(f"network must be a torch.nn.Module, got {shown(network)}")
+    check_instance("network", network, nn.Module, "a torch.nn.Module")
     check_callable("optimizer", optimizer)
     if scheduler is not None:
         check_callable("lr_scheduler", scheduler)

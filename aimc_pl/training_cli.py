@@ -19,32 +19,29 @@ from aihwkit.simulator.parameters.base import RPUConfigBase
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from torch import nn
 from torch.distributed import DistNetworkError
 
 from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
-from aimc_pl.cli import STRICT, TRAINING
+from aimc_pl.cli import STRICT, TRAINING, Help, described
+from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import ScheduleName
 
 # This import registers the strategy's names, such as "aimc_async".
 from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
-
-_MORE_HELP = """\
-The pipeline's own arguments, such as --trainer.strategy.num_stages, are explained by
-'aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy', and devices by 'aimc-pl devices'.
-A config has all of them in one place: 'aimc-pl fit --config digits_async.yaml --print_config' shows one.
-"""
 
 
 class _RunConfig(SaveConfigCallback):
@@ -66,9 +63,13 @@ class AnalogCLI(CheckpointReadingCLI):
     """Lightning's command line, with a report after the fit.
 
     OmegaConf resolves interpolations in configs after command-line overrides have been applied.
+
+    Args:
+        run: whether the first argument names what to run.
+        parser_kwargs: arguments of the parser.
     """
 
-    def __init__(self, run: bool = True) -> None:
+    def __init__(self, run: bool = True, **parser_kwargs: Any) -> None:
         self._new_folders: list[Path] = []
         # aihwkit's configurations are dataclasses, of which jsonargparse accepts no subclasses unless told to.
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True, subclasses_enabled=[RPUConfigBase])
@@ -84,7 +85,9 @@ class AnalogCLI(CheckpointReadingCLI):
                     "parser_mode": "omegaconf+",
                     **STRICT,
                     "prog": "aimc-pl",
-                    **{name: {"description": line, "epilog": _MORE_HELP, **STRICT} for name, line in TRAINING.items()},
+                    "formatter_class": Help,
+                    **parser_kwargs,
+                    **{name: described(name, line) for name, line in TRAINING.items()},
                 },
             )
         except (UsageError, MisconfigurationException, ValueError) as error:
@@ -98,6 +101,8 @@ class AnalogCLI(CheckpointReadingCLI):
         """Instantiate the trainer, with a progress bar that shows what the pipeline does, unless the user has one."""
         config = self._get(self.config_init, "trainer", default={})
         callbacks = config.get("callbacks") or []
+        if isinstance(callbacks, Callback):
+            callbacks = [callbacks]
         has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if config.get("enable_progress_bar") is not False and not has_bar:
             kwargs["callbacks"] = [*callbacks, PipelineBar()]
@@ -116,6 +121,7 @@ class AnalogCLI(CheckpointReadingCLI):
         """
         with ExitStack() as stack:
             if path and Path(path).is_file():
+                stack.enter_context(admitted_classes(nn.Module()))
                 stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
             return stack.pop_all()
 
@@ -143,6 +149,20 @@ class AnalogCLI(CheckpointReadingCLI):
                 if self.trainer.is_global_zero:
                     _check_folder(path, new)
                 self._new_folders += new
+        self._find_last_checkpoint()
+
+    def _find_last_checkpoint(self) -> None:
+        """Let ``ckpt_path=last`` mean the newest ``last.ckpt`` of earlier runs with the same loggers.
+
+        Lightning looks only in the folder of this run, which is new.
+        """
+        if str(self._get(self.config_init, "ckpt_path")) == "last":
+            roots = {Path(logger.save_dir or "") / str(logger.name) for logger in self.trainer.loggers}
+            found = [path for root in roots for path in root.glob("*/checkpoints/last*.ckpt")]
+            if found:
+                newest = max(found, key=lambda path: path.stat().st_mtime)
+                self.config_init[str(self.subcommand)]["ckpt_path"] = newest
+                rank_zero_info(f"--ckpt_path last is {newest}")
 
     def _another_process_says(self, error: Exception) -> bool:
         """Return whether another process of this machine ends with the same error, and has been the first to do so."""
@@ -192,6 +212,34 @@ class AnalogCLI(CheckpointReadingCLI):
                 tensorboard = Path(sys.executable).with_name("tensorboard")
                 console.print(f"To watch it: {tensorboard} --logdir {logger.root_dir}", soft_wrap=True)
                 console.print("and open http://localhost:6006/#custom_scalars")
+
+
+class _CheckingCLI(AnalogCLI):
+    """Lightning's command line, which ends before the fit."""
+
+    @override
+    def before_fit(self) -> None:
+        super().before_fit()
+        raise _Checked
+
+
+class _Checked(Exception):  # noqa: N818, this is no error
+    """Ends the command before the fit."""
+
+
+def check_fit(args: list[str]) -> None:
+    """Check the arguments of ``aimc-pl``, of which the first is ``fit``, without a run.
+
+    The config is read, and the model, the data, the strategy and the callbacks that it names are made.
+
+    Raises:
+        UsageError: if what the arguments ask for cannot work.
+        ArgumentError: if the parser refuses an argument.
+    """
+    sys.argv[1:] = with_kept_strategies(with_shipped_configs(args))
+    silence()
+    with suppress(_Checked), explained():
+        _CheckingCLI()
 
 
 def train() -> None:

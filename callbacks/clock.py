@@ -82,8 +82,8 @@ class ClockMonitor(Callback, Observer):
         """Return one line about the clock cycles of the run."""
         accelerators = f"{self._schedule.num_stages} accelerator{'s' * (self._schedule.num_stages > 1)}"
         return (
-            f"{self.cycles:,} clock cycles on {accelerators} (density {self.density:.2f}), "
-            f"speedup {self.speedup:.2f} over no pipeline"
+            f"{self.cycles:,} simulated clock cycles on {accelerators} (density {self.density:.2f}), "
+            f"speedup {self.speedup:.2f} in clock cycles over no pipeline"
         )
 
     @override

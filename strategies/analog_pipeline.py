@@ -30,6 +30,7 @@ from aimc_pl.strategies.checks import (
     warn_about_other_package,
 )
 from aimc_pl.strategies.draining import DrainFirst
+from aimc_pl.strategies.loading import loading_weights
 from aimc_pl.strategies.number_check import check_finite
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
 from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode, hooks_before_step_inside
@@ -394,7 +395,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         analog_parts.check_devices(self._module, checkpoint["state_dict"])
-        super().load_model_state_dict(checkpoint, strict)
+        with loading_weights():
+            super().load_model_state_dict(checkpoint, strict)
 
     # -------------------------------------------------------------------- end
 

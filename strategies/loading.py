@@ -1,13 +1,17 @@
 """The functions in this module load checkpoints with analog layers without a Trainer."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
 
-from aimc_pl.errors import AnalogCheckpointWarning
+from aimc_pl.arguments import check_instance, check_path, shown
+from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 from aimc_pl.patches import patched
 from aimc_pl.strategies import analog_parts
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
@@ -27,13 +31,17 @@ def load_from_checkpoint[M: pl.LightningModule](module_class: type[M], checkpoin
 
     Raises:
         UsageError: if the file cannot be read, is damaged, is no checkpoint, names a class that is not admitted, or has
-            an analog layer that the module does not have.
+            an analog layer that the module does not have, or if ``module_class`` is no LightningModule.
     """
+    if not (isinstance(module_class, type) and issubclass(module_class, pl.LightningModule)):
+        raise UsageError(f"module_class must be the class of a LightningModule, got {shown(module_class)}")
+    check_path("checkpoint_path", checkpoint_path)
     load_state_dict = module_class.load_state_dict
 
     def load_as_saved(self: M, state: Any, *args: Any, **options: Any) -> Any:
         analog_parts.convert_as_saved(self, state)
-        return load_state_dict(self, state, *args, **options)
+        with loading_weights():
+            return load_state_dict(self, state, *args, **options)
 
     kwargs = {"weights_only": True} | kwargs
     with analog_parts.admitted_classes(nn.Module()):
@@ -57,12 +65,30 @@ def load_checkpoint[M: nn.Module](module: M, checkpoint_path: str | Path) -> M:
 
     Raises:
         UsageError: if the file cannot be read, is damaged, is no checkpoint, names a class that is not admitted, or has
-            other analog layers than the module.
+            other analog layers than the module, or if ``module`` is no module.
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
+    check_path("checkpoint_path", checkpoint_path)
     with analog_parts.admitted_classes(module):
         checkpoint = SealedCheckpointIO().load_checkpoint(checkpoint_path)
     state = checkpoint.get("state_dict", checkpoint)
     analog_parts.convert_as_saved(module, state)
     analog_parts.check_devices(module, state)
-    module.load_state_dict(state)
+    with loading_weights():
+        module.load_state_dict(state)
     return module
+
+
+@contextmanager
+def loading_weights() -> Iterator[None]:
+    """Context manager for a module that loads a state dict, in which torch and aihwkit list all that does not fit.
+
+    Raises:
+        UsageError: if something does not fit. The message has the first reason.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        heading, _, reasons = str(error).partition("\n")
+        first = " ".join((reasons or heading).strip().partition("\n")[0].split())
+        raise UsageError(f"the checkpoint is of another network: {shorten(first, 160)}") from error

@@ -174,7 +174,8 @@ def settle_evaluation(
     stages = [Stage(index) for index in range(num_stages)]
     step = StagedStep(module, split_at, stages, may_share=False, overlaps=False, with_gradients=False)
     trials.record(step)
-    say(module.trainer, f"{_name(module)} in {num_stages} stages{found}, split_at={split_at}")
+    if found:
+        say(module.trainer, f"{_name(module)} in {num_stages} stages{found}, split_at={split_at}")
     return step
 
 

@@ -130,7 +130,8 @@ class ProcessStrategy(ParallelStrategy):
                 self.start_timeout,
                 Launcher.check,
             )
-            rank_zero_info(f"{self.num_stages} processes, connected by {backend}")
+            if self.processes is None:  # and not a test after a fit
+                rank_zero_info(f"{self.num_stages} processes, connected by {backend}")
             self.processes = Processes(self.num_stages, self.start_timeout, self.node_rank)
             warnings.showwarning = partial(_show_once, self.processes, os.getpid())
 

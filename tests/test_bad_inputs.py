@@ -14,7 +14,7 @@ from lightning_modules import MLP, loader, make_trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from aimc_pl import configs, models
+from aimc_pl import compare, configs, history, models
 from aimc_pl.callbacks import (
     DeviceNoise,
     DeviceVariation,
@@ -27,6 +27,7 @@ from aimc_pl.callbacks import (
 )
 from aimc_pl.cli import main
 from aimc_pl.config_files import check_config
+from aimc_pl.cost import find_hardware
 from aimc_pl.data import MNIST, Digits, ImageFolder, PydocText
 from aimc_pl.devices import (
     constant_step,
@@ -37,10 +38,14 @@ from aimc_pl.devices import (
     soft_bounds_reference,
     tiki_taka,
 )
+from aimc_pl.diagram import draw_figure, draw_text
+from aimc_pl.drift import draw_drift, evaluate_drift, phase_change_memory
 from aimc_pl.errors import UsageError
+from aimc_pl.export import to_digital
 from aimc_pl.models import GPT, LeNet5, ResNet
+from aimc_pl.runs import draw_runs
 from aimc_pl.schedule import Schedule
-from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies import AnalogPipelineStrategy, load_checkpoint, load_from_checkpoint
 from aimc_pl.strategies.training import Training
 from aimc_pl.tasks import Classifier, LanguageModel
 from aimc_pl.training_cli import AnalogCLI
@@ -590,6 +595,25 @@ RANGES = [
     ),
     (Classifier, {"network": ("MLP", None)}),
     (LanguageModel, {"network": ("GPT", torch.nn.Linear)}),
+    (to_digital, {"module": (5, None, "x.ckpt", torch.nn.Linear)}),
+    (partial(evaluate_drift, metric=len), {"module": (5, None, "x.ckpt")}),
+    (partial(evaluate_drift, models.MLP([4, 2])), {"metric": ("accuracy", 0.9, lambda module: "x")}),
+    (partial(evaluate_drift, models.MLP([4, 2]), lambda module: 0.5), {"times": ([], 5, "1", [-1], [NAN])}),
+    (phase_change_memory, {"g_max": (0, *NEGATIVE)}),
+    (draw_drift, {"rows": (5, [], [{}], [1])}),
+    (partial(load_checkpoint, checkpoint_path="x"), {"module": (5, None, "x.ckpt", torch.nn.Linear)}),
+    (partial(load_checkpoint, torch.nn.Linear(4, 2)), {"checkpoint_path": (5, None, torch.nn.Linear(4, 2))}),
+    (
+        partial(load_from_checkpoint, checkpoint_path="x"),
+        {"module_class": (5, None, torch.nn.Linear, Classifier(torch.nn.Linear(4, 2)))},
+    ),
+    (partial(load_from_checkpoint, Classifier), {"checkpoint_path": (5, None)}),
+    (history, {"run": (5, None, [])}),
+    (compare, {"runs": (5, None, "logs", [5], Path())}),
+    (draw_runs, {"runs": (5, None, [[{"step": 1}]])}),
+    (partial(draw_text, num_microbatches=4), {"schedule": (5, "async")}),
+    (partial(draw_figure, Schedule("async", 2, 2), 2), {"num_clocks": (0, -1, *HALVES[:4])}),
+    (partial(draw_figure, Schedule("async", 2, 2)), {"num_microbatches": (0, -1, *HALVES)}),
     (pictures, {"num_pulses": (0, -1, 10**9, *HALVES), "num_devices": (0, 10**9, 1.5)}),
 ]
 
@@ -624,6 +648,7 @@ def test_ranges(make, name, value):
         (lambda: ResNet(9), "a CIFAR ResNet has 6n+2 layers"),
         (lambda: models.MLP([4]), "an MLP needs at least an input and an output size"),
         (lambda: DeviceNoise([]), "at least one kind"),
+        (lambda: find_hardware(5), "hardware must be a path, got 5"),
         (lambda: noise(from_step=9, until_step=8), "until_step must be a whole number of at least 9, got 8"),
         (lambda: noise(layers="conv*"), "layers is a list of patterns of layer names, got the string 'conv*'"),
         (lambda: PydocText(val_fraction=0.5, test_fraction=0.5), "val_fraction=0.5 and test_fraction=0.5 leave no"),

@@ -1,6 +1,8 @@
 """These tests run the command: every config, on random images where data would be downloaded, and overrides."""
 
 import ast
+import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -73,7 +75,7 @@ def test_config_runs(config, command, monkeypatch, capsys):
     command("fit", "--config", config, *options)
     printed = capsys.readouterr().out
     assert "test/loss" in printed
-    assert "over no pipeline" in printed
+    assert "in clock cycles over no pipeline" in printed
 
 
 @pytest.mark.slow
@@ -89,13 +91,25 @@ def test_digits_fit_report_and_test_the_checkpoint(command, capsys):
     assert saved["trainer"]["max_epochs"] == logged["trainer"]["max_epochs"] == 2
     assert saved["trainer"]["strategy"]["init_args"]["device"] == "ideal"
     # There are 41 mini-batches of 4 micro-batches, the last with 13 samples: 2 epochs of 2·164 + 6 cycles.
-    assert "668 clock cycles on 4 accelerators" in printed
+    assert "668 simulated clock cycles on 4 accelerators" in printed
     assert "tensorboard --logdir logs/digits_async" in printed.replace("\n", "")
     (checkpoint,) = Path("logs/digits_async").glob("version_0/checkpoints/last.ckpt")
     accuracy = next(line.split()[1] for line in printed.splitlines() if line.startswith("test/accuracy"))
     command("test", *options, f"--ckpt_path={checkpoint}", "--trainer.logger=false")
     assert accuracy[:5] in capsys.readouterr().out
     command("predict", *options, f"--ckpt_path={checkpoint}", "--trainer.logger=false")
+
+
+@pytest.mark.slow
+def test_a_new_process_tests_analog_layers_of_a_checkpoint(command, capsys):
+    options = ("--config=digits_async.yaml", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
+    command("fit", *options, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false")
+    accuracy = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("test/accuracy")).split()
+    arguments = ["test", *options, "--ckpt_path=logs/digits_async/version_0/checkpoints/last.ckpt"]
+    script = [sys.executable, "-c", f"from aimc_pl.cli import main; main({arguments})"]
+    ended = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert accuracy[1][:5] in ended.stdout
 
 
 @pytest.mark.slow
@@ -106,6 +120,9 @@ def test_resume_from_the_command_line(command, monkeypatch):
     command("fit", *options, "--trainer.max_epochs=1")
     command("fit", *options, "--trainer.max_epochs=2", "--ckpt_path=logs/digits_sync/version_0/checkpoints/last.ckpt")
     assert clocks == [41 * 14, 2 * 41 * 14]
+    command("fit", *options, "--trainer.max_epochs=3", "--ckpt_path=last")
+    assert clocks[2] == 3 * 41 * 14
+    assert Path("logs/digits_sync/version_2").exists()
 
 
 def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch):
@@ -240,14 +257,23 @@ def test_the_arguments_of_a_strategy_by_name(options, arguments, command, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
-def test_help_explains_the_arguments(subcommand, command, capsys):
+@pytest.mark.parametrize("subcommand", [*TRAINING, "cost"])
+def test_help_is_short_and_names_the_help_of_all_arguments(subcommand, command, capsys):
     with pytest.raises(SystemExit) as stop:
         command(subcommand, "--help")
-    assert stop.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "--trainer.strategy STRATEGY" in printed
-    assert "explained by 'aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy'" in printed
+    assert not stop.value.code
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) < 40
+    with pytest.raises(SystemExit) as stop:
+        command(subcommand, "--config", "digits_async.yaml", "--help")
+    assert not stop.value.code
+    full = capsys.readouterr().out
+    assert "\n  --trainer.strategy STRATEGY\n" in full
+    for text in (short, full):
+        assert text.startswith(f"usage: aimc-pl {subcommand} [--config CONFIG] [--ARGUMENT VALUE ...]\n\n")
+        assert TRAINING.get(subcommand, "Estimate what a config costs") in text
+        assert f"\n  aimc-pl {subcommand} --config digits_async.yaml --help\n" in text
+        assert "\n  aimc-pl fit --trainer.strategy.help AnalogPipelineStrategy\n" in text
 
 
 def test_help_of_the_strategy(command, capsys):
@@ -263,7 +289,7 @@ def test_help_of_the_strategy(command, capsys):
 def test_schedule_prints_and_draws(command, capsys, tmp_path):
     command("schedule", "--num_stages=4", "--num_microbatches=5", "--schedule=sync")
     printed = capsys.readouterr().out
-    assert "16 clock cycles, computation density 0.625, speedup over one accelerator 2.50" in printed
+    assert "16 clock cycles, computation density 0.625, speedup over one accelerator 2.50 in clock cycles" in printed
     assert printed.count("F0") == 4
     for schedule in ("none", "sync", "1f1b", "zero_bubble", "async"):
         command("schedule", f"--schedule={schedule}", f"--png={tmp_path / schedule}.png")
@@ -331,12 +357,21 @@ def test_overview(command, capsys):
     assert capsys.readouterr().out == f"aimc-pl {metadata.version('aimc-pl')}\n"
 
 
-def test_completion_names_all_commands(command, capsys):
+def test_completion_names_all_commands_and_their_own_arguments(command, capsys):
     with pytest.raises(SystemExit):
         command("--print_completion", "shtab-bash")
     printed = capsys.readouterr().out
     assert f"({' '.join([*TRAINING, *COMMANDS, *ELSEWHERE])})" in printed
-    assert "--num_microbatches" in printed
+    own = {
+        "fit": "--config --ckpt_path",
+        "schedule": "--config --print_config --num_stages --num_microbatches --schedule --duplex --png --trace",
+        "devices": "--config --print_config --name --png --num_pulses",
+        "cost": "--config --hardware --num_minibatches --png --trace",
+        "sweep": "--grid --folder --jobs --metric",
+        "compare": "--metric --png",
+    }
+    for name, arguments in own.items():
+        assert f"_shtab_aimc_pl_{name}_option_strings=(-h --help {arguments})\n" in printed
 
 
 def test_completion_without_its_package(command, monkeypatch):
@@ -348,7 +383,10 @@ def test_completion_without_its_package(command, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"], ["devices", "ecram"]],
+    [
+        *([], ["--help"], ["--version"], ["schedule"], ["schedule", "--help"], ["devices"], ["devices", "ecram"]),
+        *([name, "--help"] for name in ("fit", "predict", "cost", "sweep", "compare")),
+    ],
 )
 def test_quick_commands_import_nothing_slow(arguments):
     """Check in a new process, because this one has imported everything. The imports are what would take seconds."""
@@ -358,6 +396,32 @@ def test_quick_commands_import_nothing_slow(arguments):
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.endswith("\nset()\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["schedule"], ""), (["schedule"], "1"), (["devices"], ""), (["--help"], "")],
+)
+def test_a_command_whose_reader_has_gone_ends_in_silence(arguments, unbuffered):
+    """Check in a new process, whose standard output is a pipe that nobody reads, as after ``| head``."""
+    command = [sys.executable, "-c", f"from aimc_pl.cli import main; main({arguments})"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_is_an_error(command, monkeypatch):
+    def run():
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setitem(COMMANDS, "devices", run)
+    with open("output.txt", "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with pytest.raises(BrokenPipeError, match="of a worker"):
+            command("devices")
 
 
 @pytest.mark.slow

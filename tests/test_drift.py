@@ -129,7 +129,7 @@ def test_aihwkits_own_tiles_are_evaluated_too():
         ({"times": 3600}, "times is a list of seconds, got 3600"),
         ({"repeats": 0}, "repeats must be a whole number"),
         ({"metric": 0.9}, "metric must be a function"),
-        ({"rpu_config": soft_bounds().rpu_config}, "rpu_config must be an InferenceRPUConfig of aihwkit, got a Mean"),
+        ({"rpu_config": soft_bounds().rpu_config}, "rpu_config must be an InferenceRPUConfig of aihwkit, got Mean"),
         ({"module": nn.Tanh()}, "nothing to convert"),
     ],
 )

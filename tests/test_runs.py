@@ -86,7 +86,20 @@ def test_the_newest_version_and_single_files_are_read(tmp_path):
 def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for name, message in {"none": "does not exist", "empty": "no event files", "other.csv": "no column step"}.items():
+    (tmp_path / "words.csv").write_text("step,a\n1,2\nlast,3\n")
+    (tmp_path / "long.csv").write_text("step,a\n1,2,3\n")
+    (tmp_path / "picture.csv").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "notes.txt").write_text("nothing of a run")
+    refusals = {
+        "none": "does not exist",
+        "empty": "no event files",
+        "other.csv": "no column step",
+        "words.csv": r"words\.csv is no table of a run: invalid literal for int\(\) with base 10: 'last'",
+        "long.csv": r"long\.csv is no table of a run: ",
+        "picture.csv": r"picture\.csv is no table of a run: .* can't decode",
+        "notes.txt": r"notes\.txt has no values of a run: give the folder of a run",
+    }
+    for name, message in refusals.items():
         with pytest.raises(UsageError, match=message):
             history(tmp_path / name)
 
@@ -117,6 +130,8 @@ def test_an_unknown_metric_is_refused(folder):
     with pytest.raises(UsageError, match=r"no run has metric 'accuracy': choose one of .*clock/cycles") as error:
         compare([folder / "csv"], "accuracy")
     assert len(str(error.value)) <= 200
+    with pytest.raises(UsageError, match=r"no run has metric 'a': 1 runs have logged nothing"):
+        draw_runs({"empty": []}, "a")
 
 
 def test_names_leave_out_what_all_paths_share():

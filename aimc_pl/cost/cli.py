@@ -4,14 +4,14 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, get_args, override
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from aimc_pl import command_arguments
 from aimc_pl.arguments import check_number
-from aimc_pl.cli import check_picture, save
+from aimc_pl.cli import ELSEWHERE, check_file, check_picture, described, save
 from aimc_pl.cost.constants import PRESETS
 from aimc_pl.cost.estimate import Estimate, estimate
 from aimc_pl.cost.hardware_files import find_hardware
@@ -41,17 +41,12 @@ class CostCLI(AnalogCLI):
     """Lightning's command line without subcommands, which counts the work of a config's first micro-batch."""
 
     def __init__(self) -> None:
-        super().__init__(run=False)
+        super().__init__(run=False, **described("cost", ELSEWHERE["cost"][1]))
 
     @override
     def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--hardware", default="rasch_2024", help=f"one of {', '.join(PRESETS)}, or a YAML file of your own"
-        )
-        parser.add_argument("--num_minibatches", type=int, default=16, help="how many mini-batches to simulate")
-        parser.add_argument("--png", type=Path, default=None, help="a file to draw the estimate into")
-        parser.add_argument("--trace", type=Path, default=None, help="a file for a Chrome or Perfetto trace")
+        command_arguments.cost(parser)
 
 
 class CountWork(Callback):
@@ -106,6 +101,8 @@ def cost(args: Sequence[str]) -> None:
     check_number("num_minibatches", minibatches, at_least=1, whole=True)
     if config.png is not None:
         check_picture(config.png)
+    if config.trace is not None:
+        check_file("trace", config.trace)
     strategy = cli.trainer.strategy
     if not isinstance(strategy, AnalogPipelineStrategy):
         raise UsageError(f"cost needs a pipeline, but the strategy is {type(strategy).__name__}: set trainer.strategy")

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from aimc_pl.arguments import check_number, listed, shown
+from aimc_pl.arguments import check_number, check_path, listed, shown
 from aimc_pl.config_files import check_config
 from aimc_pl.cost.constants import PRESETS, Hardware, Quantity
 from aimc_pl.errors import UsageError
@@ -25,6 +25,7 @@ def find_hardware(name: str) -> Hardware:
     Raises:
         UsageError: if there is no such preset or file, or if the file is wrong. The message says where.
     """
+    check_path("hardware", name)
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)

@@ -3,23 +3,27 @@
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from textwrap import shorten
+from typing import Any, TextIO
 from zlib import crc32
 
 from matplotlib.figure import Figure
 
 from aimc_pl.arguments import listed, shown
+from aimc_pl.cli_errors import one_line
 from aimc_pl.errors import UsageError
 from aimc_pl.figures import styled
 from aimc_pl.runs import history
 from aimc_pl.studies.rows import Row
 from aimc_pl.studies.statistics import half_width
-from aimc_pl.studies.sweeps import sweep
+from aimc_pl.studies.sweeps import missing_cases, sweep
 
 SEED = "seed_everything"
 """The argument of the command whose values repeat a setting, and are averaged in the figure."""
@@ -44,14 +48,21 @@ def run_grid(
         jobs: number of runs at a time; by default one per core.
 
     Raises:
-        UsageError: if a run is refused, or if the results in the folder are those of another grid or config.
+        UsageError: if a run is refused, or if the results in the folder are those of another grid or config. What the
+            command itself refuses of a value is refused before the first run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    fit, table = _Fit(folder.absolute() / "runs"), folder / "results.csv"
     cases = [
         {"config": config} | {key: _text(value) for key, value in zip(grid, values, strict=True)}
         for values in product(*grid.values())
     ]
-    return sweep(_Fit(folder.absolute() / "runs"), cases, folder / "results.csv", jobs)
+    checked: set[tuple[str, str]] = set()
+    for case in missing_cases(cases, table):
+        if new := case.items() - checked:
+            fit.check(dict(new), **case)
+            checked |= new
+    folder.mkdir(parents=True, exist_ok=True)
+    return sweep(fit, cases, table, jobs)
 
 
 @styled
@@ -103,18 +114,54 @@ class _Fit:
         folder = self._runs / _name_of(config, values)
         rmtree(folder, ignore_errors=True)  # what a stopped sweep has left
         folder.mkdir(parents=True)
-        logger = {"save_dir": str(self._runs), "name": folder.name, "version": ""}
-        table = json.dumps({"class_path": "aimc_pl.callbacks.RunTable", "init_args": logger})
-        overrides = [f"--{key}={value}" for key, value in values.items()]
-        with (folder / "output.txt").open("w") as output, redirect_stdout(output), redirect_stderr(output):
-            logging.disable(logging.INFO)  # of the Trainer, in whose lines the progress bar would get lost
+        with (folder / "output.txt").open("w") as output, _printing_to(output):
             try:
-                main(["fit", "--config", config, *_FIT, f"--trainer.logger={table}", *overrides])
+                main(self._arguments(config, values))
             except SystemExit as stop:
                 raise UsageError(str(stop).removeprefix("aimc-pl: error: ")) from stop
-            finally:
-                logging.disable(logging.NOTSET)
         return [{name: value for row in history(folder) for name, value in row.items() if _RESULTS.match(name)}]
+
+    def check(self, new: Mapping[str, str], config: str, **values: str) -> None:
+        """Check that the command can run, without the run.
+
+        Args:
+            new: those of the arguments that have not been checked.
+            config: the config.
+            values: the values of the grid.
+
+        Raises:
+            UsageError: if it cannot run. The message names the new argument if there is only one.
+        """
+        from aimc_pl.training_cli import check_fit
+
+        try:
+            with _printing_to(StringIO()):
+                check_fit(self._arguments(config, values))
+        except (UsageError, ArgumentError) as error:
+            reason = one_line(str(error))
+            (key, value), *others = new.items()
+            is_named = others or (_short(key) in reason and value in reason)
+            raise UsageError(reason if is_named else f"{key}={shorten(value, 50)}: {reason}") from error
+
+    def _arguments(self, config: str, values: Mapping[str, str]) -> list[str]:
+        logger = {"save_dir": str(self._runs), "name": _name_of(config, values), "version": ""}
+        table = json.dumps({"class_path": "aimc_pl.callbacks.RunTable", "init_args": logger})
+        overrides = [f"--{key}={value}" for key, value in values.items()]
+        return ["fit", "--config", config, *_FIT, f"--trainer.logger={table}", *overrides]
+
+
+@contextmanager
+def _printing_to(output: TextIO) -> Iterator[None]:
+    """Context manager that prints to a file what a run prints, without the lines of the Trainer.
+
+    The progress bar would get lost in these.
+    """
+    logging.disable(logging.INFO)
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _text(value: Any) -> str:

@@ -48,23 +48,30 @@ def sweep(
         UsageError: if the file belongs to another study.
     """
     cases, path = list(cases), path.absolute()  # another process may be in another folder
-    if not cases:
-        return []
-    keys = list(cases[0])
-    rows = read_rows(path)
-    if rows and not set(keys) <= set(rows[0]):
-        raise UsageError(
-            f"{path} belongs to another study: it has no column {', '.join(sorted(set(keys) - set(rows[0])))}"
-        )
-    done = {_texts(row[key] for key in keys) for row in rows}
-    missing = [case for case in cases if _texts(case.values()) not in done]
+    missing = missing_cases(cases, path)
     os.environ |= STEADY_MEMORY
     parallel = Parallel(jobs or -1, return_as="generator_unordered", batch_size=1)  # pyright: ignore[reportArgumentType] (joblib is not annotated)
     ended: Any = parallel(delayed(_run)(run, case, path) for case in missing)
     for _ in track(ended, "runs", len(missing), disable=not missing):
         pass
     wanted = {_texts(case.values()) for case in cases}
-    return [row for row in read_rows(path) if _texts(row[key] for key in keys) in wanted]
+    return [row for row in read_rows(path) if _texts(row[key] for key in cases[0]) in wanted]
+
+
+def missing_cases(cases: Sequence[Case], path: Path) -> list[Case]:
+    """Return the cases of a study that its CSV file lacks.
+
+    Raises:
+        UsageError: if the file belongs to another study.
+    """
+    keys = list(cases[0]) if cases else []
+    rows = read_rows(path)
+    if rows and not set(keys) <= set(rows[0]):
+        raise UsageError(
+            f"{path} belongs to another study: it has no column {', '.join(sorted(set(keys) - set(rows[0])))}"
+        )
+    done = {_texts(row[key] for key in keys) for row in rows}
+    return [case for case in cases if _texts(case.values()) not in done]
 
 
 def _run(run: Callable[..., Sequence[Row]], case: Case, path: Path) -> None:

@@ -19,7 +19,12 @@ STAGES = (BLUE, ORANGE, GREEN)
 """Colours of stages 0, 1 and 2."""
 
 PALE = ("#dcebf5", "#fdf1d9", "#d9f0e9")
+DARK = (BLUE, "#7a5400", "#00664a")
+"""The colours of the stages for text on a pale ground."""
+
 INK = BLACK
+ON_STAGES = ("white", INK, "white")
+"""Colours of text on the colours of the stages: white cannot be read on orange."""
 
 CODE = (
     # line, stage
@@ -44,25 +49,24 @@ def draw_code(axes: Axes) -> None:
     axes.set_title("training_step, as it is written", loc="left", fontweight="bold")
     for number, (line, stage) in enumerate(CODE):
         axes.add_patch(Rectangle((0, -number - 1), 10, 1, color=PALE[stage], linewidth=0))
-        axes.text(0.55, -number - 0.5, line, family="monospace", fontsize=11, va="center", color=INK)
+        axes.text(0.4, -number - 0.5, line, family="monospace", fontsize=11, va="center", color=INK)
     starts = [0, *BOUNDARIES, len(CODE)]
     for stage, (start, end) in enumerate(pairwise(starts)):
         axes.add_patch(Rectangle((0, -end), 0.18, end - start, color=STAGES[stage], linewidth=0))
-        axes.text(9.8, -start - 0.5, f"stage {stage}", ha="right", va="center", color=STAGES[stage], fontweight="bold")
+        axes.text(9.8, -start - 0.5, f"stage {stage}", ha="right", va="center", color=DARK[stage], fontweight="bold")
     for line, name in BOUNDARIES.items():
         axes.plot([0, 10], [-line, -line], color=RED, linestyle=(0, (4, 2)), linewidth=1.6)
-        axes.text(9.8, -line + 0.27, f"boundary: waits at self.{name}", ha="right", va="center", color=RED, fontsize=9)
-    axes.text(0, -len(CODE) - 0.8, 'split_at=["blocks", "head"]', family="monospace", fontsize=11, color=RED)
+        axes.text(10.2, -line, f"boundary:\nwaits at self.{name}", va="center", color=RED)
+    axes.text(10.2, -0.5, 'split_at=["blocks", "head"]', family="monospace", fontsize=11, va="center", color=RED)
     axes.text(
-        0,
-        -len(CODE) - 1.25,
-        "The step runs once per micro-batch. At a boundary\nit waits, until a later clock lets the next stage begin.",
-        va="top",
-        fontsize=9,
+        10.2,
+        -len(CODE),
+        "The step runs once per micro-batch.\nAt a boundary it waits, until a later\nclock lets the next stage begin.",
+        va="bottom",
         color=INK,
-        linespacing=1.5,
+        linespacing=1.4,
     )
-    axes.set(xlim=(-0.05, 10.05), ylim=(-len(CODE) - 2.9, 0.15))
+    axes.set(xlim=(-0.05, 15.5), ylim=(-len(CODE) - 0.05, 0.05))
     axes.axis("off")
 
 
@@ -93,19 +97,18 @@ def draw_clocks(axes: Axes) -> None:
                 f"{'forward' if operation.kind == 'F' else 'backward'}\n{k}",
                 ha="center",
                 va="center",
-                fontsize=8,
-                color="white" if is_first else "#777777",
-                fontweight="bold" if is_first else "normal",
+                fontsize=9,
+                color=ON_STAGES[stage] if is_first else "#555555",
             )
             if operation.kind == "B":
                 axes.plot(clock + 1, stage + 0.5, "D", color=INK if is_first else GREY, markersize=5, zorder=5)
     for stage, name in enumerate(BOUNDARIES.values()):
-        axes.text(stage + 0.9, stage + 1.5, f"waits at\n{name}", ha="right", va="center", color=RED, fontsize=8)
+        axes.text(stage + 0.9, stage + 1.5, f"waits at\n{name}", ha="right", va="center", color=RED, fontsize=9)
         _arrow(axes, (stage + 0.6, stage + 0.9), (stage + 1.3, stage + 1.1), RED, bend=-0.2)
-    axes.plot(6.15, -0.42, "D", color=INK, markersize=5, clip_on=False)
-    axes.text(6.3, -0.42, "the stage updates its weights", va="center", fontsize=9, color=INK)
+    axes.plot(0.1, -0.5, "D", color=INK, markersize=5, clip_on=False)
+    axes.text(0.25, -0.5, "the stage updates its weights", va="center", color=INK)
     axes.text(-0.15, -0.1, "clock", ha="right", va="center")
-    axes.set(xlim=(0, num_clocks + 0.15), ylim=(-0.6, len(STAGES)))
+    axes.set(xlim=(0, num_clocks + 0.15), ylim=(-0.7, len(STAGES)))
     axes.grid(visible=False)
     for clock in range(num_clocks):
         axes.text(clock + 0.5, -0.1, str(clock), ha="center", va="center")
@@ -124,7 +127,7 @@ def draw_graph(axes: Axes) -> None:
     edges = (0.0, 2.6, 7.6, 12.6)
     for stage, (start, end) in enumerate(pairwise(edges)):
         axes.add_patch(Rectangle((start, -1.75), end - start, 4.4, color=PALE[stage], linewidth=0))
-        axes.text(start + 0.15, 2.35, f"stage {stage}", color=STAGES[stage], fontweight="bold", va="center")
+        axes.text(start + 0.15, 2.35, f"stage {stage}", color=DARK[stage], fontweight="bold", va="center")
         if stage:
             axes.plot([start, start], [-1.75, 2.65], color=RED, linestyle=(0, (4, 2)), linewidth=1.6)
     nodes = {
@@ -137,11 +140,11 @@ def draw_graph(axes: Axes) -> None:
     for after, before in (("loss", "head"), ("head", "+"), ("+", "blocks"), ("blocks", "encoder")):
         _arrow(axes, (nodes[after][0] - 0.42, 0), (nodes[before][0] + 0.42, 0), INK)
     _arrow(axes, (6.5, 0.38), (1.5, 0.4), INK, bend=0.32)
-    axes.text(4.05, 1.52, "h, past self.blocks", ha="center", va="center", fontsize=8.5, color=INK)
+    axes.text(4.05, 1.52, "h, past self.blocks", ha="center", va="center", color=INK)
     for name, (x, stage, number) in nodes.items():
         axes.add_patch(Circle((x, 0), 0.42, facecolor=STAGES[stage], edgecolor="white", linewidth=1.5, zorder=4))
-        axes.text(x, 0, str(number), ha="center", va="center", color="white", fontweight="bold", zorder=5)
-        axes.text(x, 0.66 if name not in ("encoder", "+") else -0.66, name, ha="center", va="center", fontsize=9)
+        axes.text(x, 0, str(number), ha="center", va="center", color=ON_STAGES[stage], fontweight="bold", zorder=5)
+        axes.text(x, 0.66 if name not in ("encoder", "+") else -0.66, name, ha="center", va="center")
         if name in ("encoder", "blocks", "head"):
             below = -1.18 if name != "encoder" else -1.32
             axes.text(
@@ -150,14 +153,14 @@ def draw_graph(axes: Axes) -> None:
                 "weights",
                 ha="center",
                 va="center",
-                fontsize=8,
+                fontsize=9,
                 bbox={"boxstyle": "square,pad=0.3", "facecolor": "white", "edgecolor": STAGES[stage]},
             )
             _arrow(axes, (x, -0.42 if name != "encoder" else -0.82), (x, below + 0.24), STAGES[stage])
     for x, number in ((3.4, 2), (8.4, 5)):
         axes.add_patch(RegularPolygon((x, -1.05), 8, radius=0.42, facecolor=RED, edgecolor="white", zorder=4))
         axes.text(x, -1.05, str(number), ha="center", va="center", color="white", fontweight="bold", zorder=5)
-        axes.text(x, -0.48, "sentinel", ha="center", va="center", fontsize=8.5, color=RED)
+        axes.text(x, -0.48, "sentinel", ha="center", va="center", color=RED)
     for x, y in ((2.6, 0), (2.6, 0.88), (7.6, 0)):
         axes.plot(x, y, "o", color="white", markeredgecolor=RED, markersize=7, markeredgewidth=1.6, zorder=6)
     axes.text(
@@ -166,11 +169,10 @@ def draw_graph(axes: Axes) -> None:
         "autograd runs the newest node first. Stage 2 runs 7 and 6, then sentinel 5, which stops it.\n"
         "What arrives at a cut      is kept for the stage before: 4 and 3, stopped by sentinel 2; then 1.",
         va="top",
-        fontsize=9,
         color=INK,
         linespacing=1.5,
     )
-    axes.plot(2.44, -2.51, "o", color="white", markeredgecolor=RED, markersize=7, markeredgewidth=1.6)
+    axes.plot(2.22, -2.5, "o", color="white", markeredgecolor=RED, markersize=7, markeredgewidth=1.6)
     axes.set(xlim=(-0.05, 12.65), ylim=(-3.05, 2.7), aspect="equal")
     axes.axis("off")
 
@@ -195,12 +197,11 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 @styled
 def draw() -> Figure:
     """All three parts."""
-    figure = Figure(figsize=(13, 7), layout="constrained", facecolor="white")
-    left, right = figure.add_gridspec(1, 2, width_ratios=[4.6, 8.4], wspace=0.03)
-    top, bottom = right.subgridspec(2, 1, height_ratios=[3, 3.7], hspace=0.06)
-    draw_code(figure.add_subplot(left))
-    draw_clocks(figure.add_subplot(top))
-    draw_graph(figure.add_subplot(bottom))
+    figure = Figure(figsize=(10, 10), layout="constrained", facecolor="white")
+    code, clocks, graph = figure.subplots(3, 1, height_ratios=[2.8, 2.7, 4.5])
+    draw_code(code)
+    draw_clocks(clocks)
+    draw_graph(graph)
     return figure
 
 

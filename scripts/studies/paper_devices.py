@@ -70,22 +70,23 @@ def draw(rows: Sequence[Row]) -> Figure:
     grid = figure.subplots(2, len(SWEEPS) // 2, sharey=True)
     for axes, (name, values) in zip(grid.flat, SWEEPS.items(), strict=True):
         reached = set[float]()
-        for color, num_stages in enumerate(STAGES):
-            for (metric, target), style in zip(TARGETS, ("-", "--"), strict=True):
-                where = {"sweep": name, "num_stages": num_stages}
-                updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
-                means, errors = [u.mean() for u in updates], extents(updates)
-                reached |= {value for value, mean in zip(values, means, strict=True) if mean < float("inf")}
-                label = f"{num_stages} stage{'s' * (num_stages > 1)}, {metric} {target}"
-                axes.errorbar(
-                    range(len(values)),
-                    means,
-                    errors,
-                    color=shade(color, len(STAGES)),
-                    linestyle=style,
-                    marker=".",
-                    label=label,
-                )
+        lines = [*product(enumerate(STAGES), zip(TARGETS, ("-", "--"), strict=True))]
+        for index, ((color, num_stages), ((metric, target), style)) in enumerate(lines):
+            where = {"sweep": name, "num_stages": num_stages}
+            updates = [updates_to(rows, metric, target, **where | {name: value}) for value in values]
+            means, errors = [u.mean() for u in updates], extents(updates)
+            reached |= {value for value, mean in zip(values, means, strict=True) if mean < float("inf")}
+            label = f"{num_stages} stage{'s' * (num_stages > 1)}, {metric} {target}"
+            beside = 0.1 * (index - (len(lines) - 1) / 2)  # bars at one place would hide each other
+            axes.errorbar(
+                [x + beside for x in range(len(values))],
+                means,
+                errors,
+                color=shade(color, len(STAGES)),
+                linestyle=style,
+                marker=".",
+                label=label,
+            )
         axes.set(yscale="log", ylim=(EVERY, 3000), xlabel=LABELS[name])
         texts = [f"1/{2 * BASE['tau'] / value:.0f}" if name == "step" else f"{value:g}" for value in values]
         axes.set_xticks(range(len(values)), texts)

@@ -174,9 +174,11 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 def draw_updates(axes: Axes, rows: Sequence[Row]) -> None:
     """Draw the updates with τ = ∞ and their bounds."""
-    for index, d in enumerate(STALENESS[::2]):
-        color = shade(index, len(STALENESS[::2]))
-        axes.plot(EPSILONS, reach(rows, inf, d).mean(0), color=color, marker=".", label=f"d = {d}")
+    drawn = STALENESS[::2]
+    for index, d in enumerate(drawn):
+        color = shade(index, len(drawn))
+        width = 1.8 + 2 * (len(drawn) - 1 - index)  # a line that lies on another one is narrower
+        axes.plot(EPSILONS, reach(rows, inf, d).mean(0), color=color, linewidth=width, label=f"d = {d}")
         axes.plot(EPSILONS, [bound(select(rows, tau=inf), e, d) for e in EPSILONS], ":", color=color)
     axes.plot([], [], ":", color=GREY, label="bounds")
     axes.set(xscale="log", yscale="log", xlabel="ε", ylabel="updates, best learning rate", title="τ = ∞")

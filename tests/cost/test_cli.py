@@ -67,7 +67,10 @@ def test_help_tells_the_options(command, capsys):
     with pytest.raises(SystemExit) as stop:
         command("cost", "--help")
     assert not stop.value.code
-    assert "--num_minibatches" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: aimc-pl cost [--config CONFIG]")
+    assert "Estimate what a config costs on hardware" in printed
+    assert "--num_minibatches" in printed
 
 
 @pytest.mark.slow
@@ -79,17 +82,23 @@ def test_help_tells_the_options(command, capsys):
         (["--config=digits_async.yaml", "--num_minibatches=0"], "num_minibatches must be a whole number of at least 1"),
         (["--config=digits_async.yaml", "--num_minibatches=20000"], "num_minibatches=20000 takes more than 200000"),
         (["--config=digits_async.yaml", "--png=nowhere/a.png"], "there is no folder nowhere"),
+        (
+            ["--config=digits_async.yaml", "--trace=nowhere/a.json"],
+            "trace=nowhere/a.json cannot be written: there is no",
+        ),
+        (["--config=digits_async.yaml", "--trace=."], "trace=. is a folder: add the name of a file"),
         (["--config=digits_async.yaml", "--trainer.strategy=auto"], "cost needs a pipeline"),
         (["--config=digits_async.yaml", "--speed=3"], "speed"),
         (["--hardwre=isaac_2016"], "unrecognized arguments: --hardwre=isaac_2016"),
         (["digits_async.yaml"], "write --config digits_async.yaml"),
     ],
 )
-def test_wrong_arguments_are_one_line(command, arguments, message):
+def test_wrong_arguments_are_one_line(command, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         command("cost", *arguments)
     assert message in str(stop.value)
     assert "\n" not in str(stop.value)
+    assert not capsys.readouterr().out
 
 
 def test_a_schedule_is_traced(command, capsys):
@@ -100,6 +109,7 @@ def test_a_schedule_is_traced(command, capsys):
     assert names == ["planned", "simulated"]
     with pytest.raises(SystemExit, match=r"trace=nowhere/sync.json cannot be written"):
         command("schedule", "--trace=nowhere/sync.json")
+    assert not capsys.readouterr().out
 
 
 def test_schedules_that_differ_have_different_names():

@@ -70,6 +70,23 @@ def test_the_module_comes_back(device, load, checkpoints):
     torch.testing.assert_close(module.net(x).detach(), y)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_another_network_is_refused_in_a_line(device, checkpoints):
+    path, x, _ = checkpoints[device]
+    trainer = make_trainer(AnalogPipelineStrategy(2, "async", 2, DEVICES[device], ["net.2"]), precision="32-true")
+    loads = [
+        lambda: load_checkpoint(Saved(7), path),
+        lambda: load_from_checkpoint(Saved, path, width=7),
+        lambda: trainer.fit(Saved(7), DataLoader(TensorDataset(x), 4), ckpt_path=path),
+    ]
+    for load in loads:
+        with pytest.raises(UsageError) as error:
+            load()
+        assert str(error.value).startswith("the checkpoint is of another network: ")
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) <= 200
+
+
 @pytest.mark.slow
 def test_a_new_interpreter_loads_it(checkpoints, tmp_path):
     path, x, y = checkpoints["mean field"]
@@ -93,7 +110,7 @@ for module in (load_from_checkpoint(Saved, {str(path)!r}), load_checkpoint(Saved
 
 def test_arguments_of_the_class_and_of_lightning_arrive(checkpoints):
     path, *_ = checkpoints["mean field"]
-    with pytest.raises(RuntimeError, match=r"size of tensor a \(5\) must match .* b \(9\)"):
+    with pytest.raises(UsageError, match=r"size of tensor a \(5\) must match .* b \(9\)"):
         load_from_checkpoint(Saved, path, width=5, map_location="cpu")
     before = Saved.load_state_dict
     load_from_checkpoint(Saved, path, strict=False)

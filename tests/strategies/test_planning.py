@@ -104,7 +104,8 @@ class Evaluated(Attributes):
 def test_a_step_of_evaluation_is_divided(split_at, monkeypatch):
     module, _, _ = with_trainer(Evaluated())
     monkeypatch.setattr(boundaries, "balance", lambda costs, num_stages: [2])
-    agreed, batch = [], torch.ones(4, 6)
+    agreed, said, batch = [], [], torch.ones(4, 6)
+    monkeypatch.setattr(planning, "say", lambda trainer, line: said.append(line))
     with torch.no_grad():
         step = planning.settle_evaluation(
             module, lambda: module.predict_step(batch), batch, 2, split_at, lambda value: agreed.append(value) or value
@@ -118,6 +119,9 @@ def test_a_step_of_evaluation_is_divided(split_at, monkeypatch):
     assert module.runs == 0
     assert torch.equal(batch, torch.ones(4, 6))
     assert len(agreed) == (split_at is None)
+    # What the user has named is not repeated.
+    measured = ["Measuring the layers", "Evaluated (Linear, Linear, Linear, BatchNorm1d, …) in 2 stages of "]
+    assert [line[:20] for line in said] == ([line[:20] for line in measured] if split_at is None else [])
 
 
 def test_a_parameter_of_two_stages_is_refused_in_evaluation():

@@ -157,6 +157,8 @@ def test_every_stage_needs_a_process(devices, num_nodes):
     ("num_nodes", "device", "backend"), [(1, "cpu", "gloo"), (2, "cpu", "gloo"), (1, "cuda", "cpu:gloo,cuda:nccl")]
 )
 def test_processes_connect(num_nodes, device, backend, monkeypatch):
+    said = []
+    monkeypatch.setattr(processes, "rank_zero_info", said.append)
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
@@ -170,6 +172,10 @@ def test_processes_connect(num_nodes, device, backend, monkeypatch):
     rank, stages = 2 * num_nodes - 1, 2 * num_nodes
     assert met == [("10.0.0.1", 1234, rank, stages, backend, 9.0, Launcher.check), (stages, 9.0, num_nodes - 1)]
     assert strategy.processes is connected
+    # A test after a fit connects once more, and does not say so again.
+    strategy.setup_environment()
+    assert said == [f"{stages} processes, connected by {backend}"]
+    assert len(met) == 4
     # Processes of one machine connect by its own interface.
     assert os.environ.get("GLOO_SOCKET_IFNAME") == ("lo" if num_nodes == 1 else None)
     shown = []

@@ -1,5 +1,7 @@
 """These tests run a small config over grids, in one process and in two, and look at results and figure."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.pyplot import imread
@@ -7,11 +9,13 @@ from matplotlib.pyplot import imread
 from aimc_pl.cli import main
 from aimc_pl.errors import UsageError
 from aimc_pl.runs import history
+from aimc_pl.studies import grids
 from aimc_pl.studies.grids import draw_grid, run_grid
 from aimc_pl.studies.rows import read_rows, select
 
 SMALL = {"trainer.max_epochs": [1], "trainer.limit_train_batches": [2], "trainer.log_every_n_steps": [1]}
-DEVICE = "trainer.strategy.init_args.device.init_args.tau"
+STRATEGY = "trainer.strategy.init_args"
+DEVICE = f"{STRATEGY}.device.init_args.tau"
 
 
 @pytest.mark.slow
@@ -40,13 +44,56 @@ def test_a_stopped_grid_goes_on_and_every_run_has_its_folder(tmp_path):
 def test_a_refused_run_ends_the_sweep_in_a_line_and_finished_ones_stay(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["aimc-pl"])
     arguments = [f"--grid={key}={values}" for key, values in SMALL.items()]
-    grid = "--grid=trainer.strategy.init_args.num_stages=[4, 3]"
+    grid = f'--grid={STRATEGY}.split_at=["cost", ["network.3", "network.5", "nowhere"]]'
     with pytest.raises(SystemExit) as stop:
         main(["sweep", "digits_async.yaml", grid, *arguments, "--jobs=1", f"--folder={tmp_path}"])
     assert str(stop.value).startswith("aimc-pl: error: ")
-    assert "split_at" in str(stop.value)
+    assert "split_at names 'nowhere'" in str(stop.value)
     assert "\n" not in str(stop.value)
     assert len(read_rows(tmp_path / "results.csv")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"trainer.max_epoch": "[1]"}, "--trainer.max_epoch is no argument: did you mean --trainer.max_epochs?"),
+        ({"trainer.max_epochs": "[1, 2, many]"}, "trainer.max_epochs: expected int or null, got many"),
+        (
+            {f"{STRATEGY}.num_microbatches": "[1, 2]", DEVICE: "[1, 2, -1]"},
+            "tau must be a finite number above 0 and at most",
+        ),
+        (
+            {f"{STRATEGY}.num_microbatches": "[1, 5000]"},
+            "a mini-batch of 32 samples cannot be split into num_microbatches=5000",
+        ),
+        ({f"{STRATEGY}.num_stages": "[4, 3]"}, "num_stages=3 needs 2 names in split_at, got 3"),
+        ({"seed_everything": "[0, -3]"}, "seed_everything=-3: -3 is not in bounds"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_before_the_first_run(grid, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["aimc-pl"])
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "digits_async.yaml", *(f"--grid={key}={values}" for key, values in grid.items())])
+    assert stop.value.code.startswith(f"aimc-pl: error: {message}")
+    assert "\n" not in stop.value.code
+    assert len(stop.value.code) <= 200
+    assert capsys.readouterr() == ("", "")
+    assert not [*Path().iterdir()]
+
+
+def test_every_new_value_is_checked_once_and_only_in_runs_that_are_missing(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(grids._Fit, "check", lambda self, new, **case: checked.append(new))
+    monkeypatch.setattr(grids._Fit, "__call__", lambda self, **case: [{"val/loss": 1}])
+    grid = {"a": [1, 2], "b": [3, 4, 5]}
+    run_grid("x.yaml", grid, tmp_path, jobs=1)
+    assert checked == [{"config": "x.yaml", "a": "1", "b": "3"}, {"b": "4"}, {"b": "5"}, {"a": "2"}]
+    checked.clear()
+    run_grid("x.yaml", grid, tmp_path, jobs=1)
+    assert not checked
+    run_grid("x.yaml", grid | {"a": [1, 6]}, tmp_path, jobs=1)
+    assert checked == [{"config": "x.yaml", "a": "6", "b": "3"}, {"b": "4"}, {"b": "5"}]
 
 
 @pytest.mark.slow
