@@ -1,5 +1,6 @@
-"""A case for sweeps that other processes can import."""
+"""Cases for sweeps that other processes can import."""
 
+import time
 from pathlib import Path
 
 
@@ -9,3 +10,9 @@ def square(x, seed, folder=Path()):
         (folder / "tried").touch()
         raise RuntimeError("no power")
     return [{"point": point, "y": x * x + point + seed} for point in range(2)]
+
+
+def wait(x):
+    """Return a row after 0.4 seconds."""
+    time.sleep(0.4)
+    return [{"y": x}]

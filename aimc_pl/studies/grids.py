@@ -6,6 +6,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from fcntl import LOCK_EX, LOCK_NB, flock
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -48,8 +49,8 @@ def run_grid(
         jobs: number of runs at a time; by default one per core.
 
     Raises:
-        UsageError: if a run is refused, or if the results in the folder are those of another grid or config. What the
-            command itself refuses of a value is refused before the first run.
+        UsageError: if a run is refused, if the results in the folder are those of another grid or config, or if another
+            sweep runs in the folder. What the command itself refuses of a value is refused before the first run.
     """
     fit, table = _Fit(folder.absolute() / "runs"), folder / "results.csv"
     cases = [
@@ -62,7 +63,14 @@ def run_grid(
             fit.check(dict(new), **case)
             checked |= new
     folder.mkdir(parents=True, exist_ok=True)
-    return sweep(fit, cases, table, jobs)
+    with (folder / "lock").open("w") as lock:
+        try:
+            flock(lock, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another sweep runs in {folder}: wait until it has ended, or choose another folder"
+            ) from error
+        return sweep(fit, cases, table, jobs)
 
 
 @styled

@@ -27,10 +27,15 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     append_rows(path, rows)
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
+def append_rows(path: Path, rows: Sequence[Row], unless: Row | None = None) -> None:
     """Append rows to a CSV file, which is created if it does not exist. Several processes may do so at a time.
 
     The first rows give the file its columns. Later rows may lack some of them.
+
+    Args:
+        path: the file.
+        rows: the rows.
+        unless: values of some columns. If a row of the file has them, nothing is appended.
 
     Raises:
         ValueError: if a row has a key that is no column of the file. The file is then unchanged.
@@ -38,7 +43,10 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     with path.open("a+", newline="") as file:
         flock(file, LOCK_EX)
         file.seek(0)
-        columns = next(csv.reader(file), None)
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames
+        if columns and unless and select(reader, **unless):
+            return
         text = StringIO(newline="")
         writer = csv.DictWriter(text, columns or list(rows[0]))
         if columns is None:

@@ -5,10 +5,13 @@ A study that was stopped continues with the cases that the file lacks.
 
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -51,7 +54,7 @@ def sweep(
     missing = missing_cases(cases, path)
     os.environ |= STEADY_MEMORY
     parallel = Parallel(jobs or -1, return_as="generator_unordered", batch_size=1)  # pyright: ignore[reportArgumentType] (joblib is not annotated)
-    ended: Any = parallel(delayed(_run)(run, case, path) for case in missing)
+    ended: Any = parallel(delayed(_run)(run, case, path, os.getpid()) for case in missing)
     for _ in track(ended, "runs", len(missing), disable=not missing):
         pass
     wanted = {_texts(case.values()) for case in cases}
@@ -74,17 +77,31 @@ def missing_cases(cases: Sequence[Case], path: Path) -> list[Case]:
     return [case for case in cases if _texts(case.values()) not in done]
 
 
-def _run(run: Callable[..., Sequence[Row]], case: Case, path: Path) -> None:
+def _run(run: Callable[..., Sequence[Row]], case: Case, path: Path, sweeper: int) -> None:
     """Run a case and append its rows to the file. This process does so itself, because the sweep may stop meanwhile."""
+    _end_with(sweeper)
     try:
         with _one_quiet_thread():
             rows = [{**case, **row} for row in run(**case)]
         if not rows:
             raise ValueError("the study's function has returned no rows")
-        append_rows(path, rows)
+        append_rows(path, rows, unless=case)
     except Exception as error:
         error.add_note(f"in the case {case}:\n{traceback.format_exc()}")  # a traceback is not sent to another process
         raise
+
+
+@cache
+def _end_with(sweeper: int) -> None:
+    """Let this process end when the process of the sweep has been killed. It would go on with all queued cases."""
+
+    def watch() -> None:
+        while os.getppid() == sweeper:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getpid() != sweeper:
+        Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -96,6 +96,17 @@ def test_every_new_value_is_checked_once_and_only_in_runs_that_are_missing(tmp_p
     assert checked == [{"config": "x.yaml", "a": "6", "b": "3"}, {"b": "4"}, {"b": "5"}]
 
 
+def test_a_second_sweep_in_a_folder_is_refused(tmp_path, monkeypatch):
+    def run_another(*arguments):
+        with pytest.raises(UsageError, match=r"another sweep runs in .*: wait until it has ended"):
+            run_grid("digits_async.yaml", {"trainer.max_epochs": [1]}, tmp_path)
+        return ["ran"]
+
+    monkeypatch.setattr(grids._Fit, "check", lambda *args, **values: None)
+    monkeypatch.setattr(grids, "sweep", run_another)
+    assert run_grid("digits_async.yaml", {"trainer.max_epochs": [1]}, tmp_path) == ["ran"]
+
+
 @pytest.mark.slow
 def test_the_commands_write_a_table_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["aimc-pl"])

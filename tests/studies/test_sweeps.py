@@ -1,16 +1,20 @@
 """These tests check that a stopped sweep continues where it stopped, in one process or in several."""
 
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import sweep_case
 import torch
 from sweep_case import square
 
 from aimc_pl.errors import UsageError
 from aimc_pl.studies import sweeps
-from aimc_pl.studies.rows import curves, read_rows, select
+from aimc_pl.studies.rows import append_rows, curves, read_rows, select
 from aimc_pl.studies.sweeps import sweep
 
 CASES = [{"x": x, "seed": seed} for x in (1, 2, 3) for seed in (0, 1)]
@@ -53,6 +57,38 @@ def test_a_case_that_has_ended_is_kept_whatever_happens_to_the_sweep(tmp_path, m
     assert {(row["x"], row["seed"], row["point"]) for row in read_rows(path)} == {
         ("1", seed, point) for seed in "01" for point in "01"
     }
+
+
+@pytest.mark.slow
+def test_no_process_goes_on_when_the_sweep_is_killed(tmp_path):
+    """Kill the sweep after its first result: its two processes end without the ten cases that are queued."""
+    path, cases = tmp_path / "out.csv", [{"x": x} for x in range(12)]
+    program = "from sweep_case import wait; from aimc_pl.studies.sweeps import Path, sweep; "
+    program += f"sweep(wait, {cases}, Path({str(path)!r}), 2)"
+    sweeper = psutil.Popen([sys.executable, "-c", program], cwd=Path(sweep_case.__file__).parent)
+    while not read_rows(path):
+        assert sweeper.poll() is None
+        time.sleep(0.01)
+    workers = sweeper.children(recursive=True)
+    sweeper.kill()
+    sweeper.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert len(read_rows(path)) < 8
+    rows = sweep(sweep_case.wait, cases, path, 1)
+    assert sorted(int(row["y"]) for row in rows) == [*range(12)]
+
+
+def test_rows_of_a_case_are_not_appended_twice(tmp_path):
+    """Check that a case which another sweep has written meanwhile stays as it is."""
+    path = tmp_path / "out.csv"
+
+    def run(x):
+        append_rows(path, [{"x": x, "y": "of the other"}])
+        return [{"y": "ours"}]
+
+    rows = sweep(run, [{"x": 1}, {"x": 2}], path, 1)
+    assert [row["y"] for row in rows] == ["of the other"] * 2
 
 
 @pytest.mark.slow
