@@ -226,6 +226,11 @@ COMMANDS = {
     "a file as folder of logs": (["--trainer.logger.init_args.save_dir=text.ckpt"], "Not a directory: "),
     "logs where no folder can be made": (["--trainer.logger.init_args.save_dir=/proc/x"], "the logger cannot write: "),
     "an interpolation of nothing": (["--config=reference.yaml"], "nowhere.size' not found"),
+    "a number as trainer": (["--config=number.yaml"], "node `trainer` is not a container"),
+    "one callback without a list, and without pipeline": (
+        ["--trainer.callbacks=ClockMonitor", "--trainer.strategy=auto"],
+        "ClockMonitor needs a pipeline, but the strategy is SingleDeviceStrategy",
+    ),
     "a pipeline's callback without pipeline": (
         ["--trainer.strategy=auto"],
         "ClockMonitor needs a pipeline, but the strategy is SingleDeviceStrategy",
@@ -244,6 +249,7 @@ PRESET = "{class_path: aihwkit.simulator.presets.ReRamSBPreset}"
 FILES = {
     "preset.yaml": f"trainer: {{strategy: {{init_args: {{device: {PRESET}}}}}}}",
     "text.ckpt": "a letter",
+    "number.yaml": "trainer: 5",
     "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}",
 }
 
