@@ -31,8 +31,10 @@ from aimc_pl.cost import find_hardware
 from aimc_pl.data import MNIST, Digits, ImageFolder, PydocText
 from aimc_pl.devices import (
     constant_step,
+    convert_to_analog,
     get_device,
     linear_step,
+    make_analog_aware,
     plot_response,
     soft_bounds,
     soft_bounds_reference,
@@ -601,6 +603,8 @@ RANGES = [
     ),
     (Classifier, {"network": ("MLP", None)}),
     (LanguageModel, {"network": ("GPT", torch.nn.Linear)}),
+    (partial(convert_to_analog, device="soft_bounds"), {"network": (5, None, torch.nn.Linear)}),
+    (make_analog_aware, {"optimizer": (5, None, torch.optim.SGD)}),
     (to_digital, {"module": (5, None, "x.ckpt", torch.nn.Linear)}),
     (partial(evaluate_drift, metric=len), {"module": (5, None, "x.ckpt")}),
     (partial(evaluate_drift, models.MLP([4, 2])), {"metric": ("accuracy", 0.9, lambda module: "x")}),

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
-from aimc_pl.arguments import listed, shown
+from aimc_pl.arguments import check_instance, listed, shown
 from aimc_pl.devices.catalogue import AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray, to_mean_field
@@ -53,9 +53,11 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
         The names of the layers that have been converted.
 
     Raises:
-        UsageError: if a device is unknown, if a key matches no layer or names one that cannot be analog, if there are
-            stage numbers without ``split_at``, if the network has no layer to convert, or if two layers share a weight.
+        UsageError: if the network is no module, if a device is unknown, if a key matches no layer or names one that
+            cannot be analog, if there are stage numbers without ``split_at``, if the network has no layer to convert,
+            or if two layers share a weight.
     """
+    check_instance("network", network, nn.Module, "a torch.nn.Module")
     choices = device if isinstance(device, Mapping) else {"*": device}
     if any(isinstance(key, int) for key in choices) and split_at is None:
         raise UsageError("a device per stage needs split_at, the names of the modules with which the stages begin")
@@ -124,8 +126,10 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
             scheduler thus changes both in proportion.
 
     Raises:
-        UsageError: if the optimizer holds the ``weight`` or ``bias`` of an analog layer, which is a view of the tile.
+        UsageError: if this is no optimizer, or if it holds the ``weight`` or ``bias`` of an analog layer, which is a
+            view of the tile.
     """
+    check_instance("optimizer", optimizer, Optimizer, "a torch optimizer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         if isinstance(parameter, AnalogWeight):
