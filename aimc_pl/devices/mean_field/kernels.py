@@ -26,8 +26,8 @@ _compiled: Any = njit(
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """Return a tensor as an array that shares its memory if it is contiguous."""
-    return tensor.detach().contiguous().numpy()
+    """Return a tensor as an array of 32-bit floats. It shares the memory of a contiguous tensor of this type."""
+    return tensor.detach().float().contiguous().numpy()
 
 
 @_compiled
