@@ -12,7 +12,7 @@ cycles are computed from the schedule. Runs that the CSV file already holds are 
     .venv/bin/python scripts/studies/many_stages.py --data data --folder docs/results
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +37,7 @@ from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
 from aimc_pl.studies.statistics import estimate, half_width
 from aimc_pl.studies.sweeps import sweep
+from aimc_pl.studies.tuning import tune
 from aimc_pl.tasks import Classifier
 
 Kind = Literal["analog", "digital"]
@@ -95,11 +96,6 @@ def settings(quick: bool) -> list[Setting]:
     ]
 
 
-def case(setting: Setting, rate: float, seed: int, quick: bool) -> dict[str, Any]:
-    """Return the case of a run."""
-    return setting._asdict() | {"learning_rate": rate, "seed": seed, "epochs": 1 if quick else EPOCHS}
-
-
 class Curve(pl.Callback):
     """A callback that collects the accuracy on validation images, and the clock cycles so far."""
 
@@ -126,9 +122,9 @@ def run(
     kind: Kind,
     schedule: ScheduleName,
     num_stages: int,
+    epochs: int,
     learning_rate: float,
     seed: int,
-    epochs: int,
     root: str | None = None,
 ) -> list[dict[str, Any]]:
     """Train once and return a row for every half epoch, and one for the test at the end.
@@ -137,9 +133,9 @@ def run(
         kind: of all convolutions and of the linear layer.
         schedule: of the pipeline.
         num_stages: one of :data:`SPLITS`.
+        epochs: length of the run, and of the cosine.
         learning_rate: at the start; it falls by a cosine.
         seed: of weights, devices and the order of images. That of the tuning has other validation images, and no test.
-        epochs: length of the run, and of the cosine.
         root: the folder of CIFAR-10; ``None`` trains on handwritten digits.
     """
     tuning = seed == TUNING_SEED
@@ -185,30 +181,6 @@ def run(
 def last(rows: Sequence[Row], part: str = "test", **where: Any) -> np.ndarray:
     """Return the last accuracy of every seed."""
     return curves(select(rows, part=part, **where), "accuracy")[:, -1]
-
-
-def accuracies_by_rate(rows: Sequence[Row], setting: Setting) -> dict[float, float]:
-    """Return the accuracy of the tuning at its end, by learning rate in ascending order."""
-    tuned = select(rows, part="val", seed=TUNING_SEED, **setting._asdict())
-    rates = sorted({float(row["learning_rate"]) for row in tuned})
-    return {rate: float(last(tuned, "val", learning_rate=rate).mean()) for rate in rates}
-
-
-def missing_rate(accuracies: dict[float, float]) -> float | None:
-    """Return the rate by which the grid must grow, because its best one is at an edge; ``None`` if it is inside."""
-    best = max(accuracies, key=accuracies.__getitem__)
-    return best / 2 if best == min(accuracies) else best * 2 if best == max(accuracies) else None
-
-
-def best_rate(accuracies: dict[float, float]) -> float:
-    """Return the rate with the best accuracy.
-
-    Raises:
-        ValueError: if it is at an edge of the grid.
-    """
-    if missing_rate(accuracies) is not None:
-        raise ValueError(f"the best learning rate is at an edge of the grid: {accuracies}")
-    return max(accuracies, key=accuracies.__getitem__)
 
 
 def reached(
@@ -356,13 +328,6 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def tuned(rows: Sequence[Row], quick: bool) -> Iterator[tuple[Setting, float]]:
-    """Yield the settings and their best learning rates. A quick run takes what it has."""
-    for setting in settings(quick):
-        accuracies = accuracies_by_rate(rows, setting)
-        yield setting, max(accuracies, key=accuracies.__getitem__) if quick else best_rate(accuracies)
-
-
 def main() -> None:
     """Tune the learning rates, run the missing cases, print the report and draw the figure."""
     parser = sweep_parser(__doc__, seeds=5)
@@ -377,18 +342,16 @@ def main() -> None:
     # A quick run trains a narrow network on handwritten digits.
     train = partial(run, root=None if args.quick else args.data)
     path = args.folder / "many_stages.csv"
-    grids = {setting: list(FIRST_RATES[:1] if args.quick else FIRST_RATES) for setting in settings(args.quick)}
-    while True:
-        wanted = [case(setting, rate, TUNING_SEED, args.quick) for setting, grid in grids.items() for rate in grid]
-        rows = sweep(train, wanted, path, args.jobs)
-        more = {setting: missing_rate(accuracies_by_rate(rows, setting)) for setting in grids}
-        if args.quick or not any(more.values()):
-            break
-        for setting, rate in more.items():
-            grids[setting] += [rate] if rate else []
-    rates = dict(tuned(rows, args.quick))
-    chosen = [case(setting, rate, seed, args.quick) for seed in range(args.seeds) for setting, rate in rates.items()]
-    rows = sweep(train, chosen, path, args.jobs)
+    epochs, first_rates = (1, FIRST_RATES[:1]) if args.quick else (EPOCHS, FIRST_RATES)
+    cases = [setting._asdict() | {"epochs": epochs} for setting in settings(args.quick)]
+    chosen = tune(train, cases, [TUNING_SEED], first_rates, lambda rows: last(rows, "val").mean(), path, args.jobs)
+    best = [
+        case | {"learning_rate": rate, "seed": seed}
+        for seed in range(args.seeds)
+        for case, rate in zip(cases, chosen, strict=True)
+    ]
+    rows = sweep(train, best, path, args.jobs)
+    rates = dict(zip(settings(args.quick), chosen, strict=True))
     report(rows, rates)
     draw(rows).savefig(args.folder / "many_stages.png", dpi=110)
 

@@ -151,15 +151,6 @@ def test_many_stages_are_named_in_the_order_of_the_network():
         assert len(set(places)) == num_stages - 1
 
 
-def test_grids_of_learning_rates_grow_until_the_best_is_inside():
-    assert many_stages.missing_rate({0.1: 0.5, 0.2: 0.7, 0.4: 0.6}) is None
-    assert many_stages.missing_rate({0.1: 0.5, 0.2: 0.6, 0.4: 0.7}) == 0.8
-    assert many_stages.missing_rate({0.1: 0.7, 0.2: 0.6, 0.4: 0.5}) == 0.05
-    assert many_stages.best_rate({0.1: 0.5, 0.2: 0.7, 0.4: 0.6}) == 0.2
-    with pytest.raises(ValueError, match="at an edge"):
-        many_stages.best_rate({0.1: 0.5, 0.2: 0.7})
-
-
 def test_speedups_in_many_stages_are_ratios_of_cycles():
     """Check a rise that crosses 0.6 in a known mini-batch, with a dip that the least squares average away."""
     accuracies = {
