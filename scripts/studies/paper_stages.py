@@ -269,9 +269,9 @@ def alone(rows: Sequence[Row], metric: str, target: float, **where: Any) -> np.n
 
 def relative(rows: Sequence[Row], metric: str, target: float, num_stages: int, **where: Any) -> np.ndarray:
     """Return the updates of every seed divided by those with one stage; NaN where neither reaches the target."""
+    ours = updates_to(rows, metric, target, num_stages=num_stages, **where)
     with np.errstate(invalid="ignore"):
-        ours = updates_to(rows, metric, target, num_stages=num_stages, **where)
-        return ours / alone(rows, metric, target, **where)
+        return ours / alone(rows, metric, target, **where) if len(ours) else ours
 
 
 def saved(rows: Sequence[Row], metric: str, target: float, num_stages: int, duplex: Duplex, **where: Any) -> np.ndarray:
@@ -280,15 +280,14 @@ def saved(rows: Sequence[Row], metric: str, target: float, num_stages: int, dupl
     The ratio is 0 where only the pipeline gives up, and NaN where no pipeline does.
     """
     schedules = Schedule("none", num_stages), Schedule("async", num_stages, 1, duplex)
-    updates = (
-        alone(rows, metric, target, **where),
-        updates_to(rows, metric, target, num_stages=num_stages, duplex=duplex, **where),
-    )
-    none, ours = (
+    ours = updates_to(rows, metric, target, num_stages=num_stages, duplex=duplex, **where)
+    if not len(ours):
+        return ours
+    none, cycles = (
         np.array([schedule.num_cycles(int(k)) if np.isfinite(k) else inf for k in each])
-        for schedule, each in zip(schedules, updates, strict=True)
+        for schedule, each in zip(schedules, (alone(rows, metric, target, **where), ours), strict=True)
     )
-    return np.where(np.isfinite(none), none / ours, np.nan)
+    return np.where(np.isfinite(none), none / cycles, np.nan)
 
 
 def report(rows: Sequence[Row]) -> None:
@@ -364,7 +363,7 @@ def draw(rows: Sequence[Row]) -> Figure:
                 points = {m: median_interval(v) for m, v in values.items() if len(v)}
                 points = {m: point for m, point in points.items() if 0 < point.value < inf}
                 medians = [point.value for point in points.values()]
-                bars = [(value - low, high - value) for value, low, high in points.values()]
+                bars = [(value - low, high - value if high < inf else np.nan) for value, low, high in points.values()]
                 style = {"color": THINGS[color], "linestyle": "-" if duplex == "half" else "--", "marker": "."}
                 axes.errorbar(list(points), medians, np.transpose(bars) if bars else None, label=label, **style)
         savings.plot((1, 64), (1, 64), "k:", linewidth=1, label="number of stages")

@@ -68,6 +68,9 @@ def test_updates_and_cycles_relative_to_one_stage():
     # Without a pipeline K updates take 2·8·K cycles, and with one 2(K + 7) or, in full duplex, 2(K + 14).
     np.testing.assert_allclose(saved["half"], [1600 / 314, 3200 / 414])
     np.testing.assert_allclose(saved["full"], [1600 / 428, 0])
+    # Without a learning rate there are no rows.
+    assert not len(paper_stages.relative(rows, "loss", 0.5, 16, duplex="half", tau=4.0))
+    assert not len(paper_stages.saved(rows, "loss", 0.5, 16, "half", tau=4.0))
 
 
 def test_learning_rates_at_an_edge_of_the_grid_are_refused():
