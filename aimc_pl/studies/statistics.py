@@ -1,11 +1,11 @@
-"""This module estimates the mean of independent runs and the uncertainty of the mean."""
+"""This module estimates the mean or the median of independent runs, and its uncertainty."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import sem, t
+from scipy.stats import binom, sem, t
 
 
 def standard_error(values: ArrayLike) -> float:
@@ -63,3 +63,25 @@ def estimate(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     values = np.asarray(values)
     mean, half = float(values.mean()), half_width(values, confidence)
     return Estimate(mean, mean - half, mean + half)
+
+
+def median_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Return the median of independent runs with its confidence interval from order statistics.
+
+    The interval reaches from the k-th smallest to the k-th largest value, with the largest k for which at least
+    ``confidence`` of the intervals hold the median of the population. It assumes no distribution. Values of runs that
+    gave up may be infinite: only their rank counts. The interval is NaN if there are too few runs (fewer than six for
+    95 %), and everything is NaN if a value is.
+
+    Args:
+        values: one value per run, ``(runs,)``.
+        confidence: confidence level of the interval.
+    """
+    values = np.sort(np.asarray(values, dtype=float))
+    count, nan = len(values), float("nan")
+    if not count or np.isnan(values).any():
+        return Estimate(nan, nan, nan)
+    median = float(values[(count - 1) // 2] + values[count // 2]) / 2
+    # The number of values below the population's median is binomial. It is below k in less than half of the rest.
+    k = int(binom.ppf((1 - confidence) / 2, count, 0.5))
+    return Estimate(median, float(values[k - 1]), float(values[-k])) if k else Estimate(median, nan, nan)

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
-from paper_stages import EVERY, LEARNING_RATES, alone, relative, train, updates_to
+from paper_stages import EVERY, alone, count_updates, relative, updates_to
+from torch import Tensor
 
 from aimc_pl.figures import GREY, shade, styled
 from aimc_pl.studies.arguments import sweep_parser
@@ -24,6 +26,7 @@ STAGES = (1, 4, 16)
 BASE = {"tau": 2.0, "step": 2.0**-8, "cycle_to_cycle": 0.3, "write_noise": 0.0, "io_bits": None}
 """The device of which one property at a time is varied. It has 1,024 steps in the range 2τ."""
 
+LEARNING_RATES = tuple(1.28 / 2**k for k in range(7))
 TARGETS = (("accuracy", 0.8), ("loss", 0.5))
 LABELS = {
     "step": "Δw_min, in units of the range",
@@ -47,9 +50,49 @@ def cases(num_seeds: int, quick: bool) -> list[dict[str, Any]]:
 
 
 def run(sweep: str, num_stages: int, num_seeds: int, num_updates: int) -> list[dict[str, Any]]:
-    """Train 16 layers on devices that differ in the property ``sweep``."""
+    """Train 16 layers on devices that differ in the property ``sweep``, with every learning rate.
+
+    For each device, seed and target, the fewest updates and their learning rate are returned. The updates are infinite
+    if no rate reaches the target.
+    """
     devices = [BASE | {sweep: value} for value in SWEEPS[sweep]]
-    return train(16, num_stages, "half", devices, LEARNING_RATES[::2], num_seeds, num_updates)
+    which, rate, seed = (
+        torch.tensor(column)
+        for column in zip(*product(range(len(devices)), LEARNING_RATES, range(num_seeds)), strict=True)
+    )
+    columns = {
+        key: None if value is None else torch.tensor([device[key] for device in devices])[which].view(-1, 1, 1)
+        for key, value in devices[0].items()
+    }
+
+    def fastest(reached: Tensor) -> Any:
+        return reached.view(len(devices), len(LEARNING_RATES), num_seeds, len(TARGETS)).min(1)
+
+    updates, best = fastest(
+        count_updates(
+            16,
+            num_stages,
+            "half",
+            columns,
+            rate,
+            seed,
+            TARGETS,
+            num_updates,
+            lambda reached: bool(fastest(reached).values.isfinite().all()),
+        )
+    )
+    return [
+        {
+            **devices[d],
+            "seed": s,
+            "metric": metric,
+            "target": value,
+            "updates": float(updates[d, s, t]),
+            "learning_rate": LEARNING_RATES[int(best[d, s, t])],
+        }
+        for d, s in product(range(len(devices)), range(num_seeds))
+        for t, (metric, value) in enumerate(TARGETS)
+    ]
 
 
 def report(rows: Sequence[Row]) -> None:

@@ -1,11 +1,11 @@
 """These tests check that confidence intervals cover the truth as often as claimed, and that unknown errors are NaN."""
 
-from math import inf, isnan
+from math import comb, inf, isnan, nan
 
 import numpy as np
 import pytest
 
-from aimc_pl.studies.statistics import estimate, extents, half_width, standard_error
+from aimc_pl.studies.statistics import estimate, extents, half_width, median_interval, standard_error
 
 
 @pytest.mark.slow
@@ -37,3 +37,31 @@ def test_one_run_and_infinite_runs_have_no_error():
 def test_bars_reach_from_the_smallest_to_the_largest_run():
     bars = extents([np.array([1.0, 2.0, 6.0]), np.array([1.0, inf, 2.0])])
     np.testing.assert_allclose(bars, [[2.0, np.nan], [3.0, np.nan]])
+
+
+@pytest.mark.parametrize("count", range(6, 31))
+def test_intervals_of_the_median_are_as_narrow_as_their_coverage_allows(count):
+    """Check the order statistics by the exact coverage 1 − 2·Σ C(n,j)/2ⁿ over j below k."""
+    median, low, high = median_interval(np.random.default_rng(count).permutation(count))
+    k = int(low) + 1  # the k-th smallest of 0, 1, 2, …
+    assert median == (count - 1) / 2
+    assert high == count - k
+
+    def coverage(k):
+        return 1 - 2 * sum(comb(count, j) for j in range(k)) / 2**count
+
+    assert coverage(k) >= 0.95 > coverage(k + 1)
+
+
+def test_runs_that_gave_up_count_by_their_rank():
+    reached = list(range(1, 11))
+    assert median_interval(reached) == (5.5, 2, 9)
+    assert median_interval([*reached[:8], inf, inf]) == (5.5, 2, inf)
+    assert median_interval([*reached[:5], *[inf] * 5]) == (inf, 2, inf)
+    assert median_interval([inf] * 10) == (inf, inf, inf)
+    few = median_interval([1.0, 2.0, 4.0])
+    assert few.value == 2
+    assert isnan(few.low)
+    assert isnan(few.high)
+    assert all(map(isnan, median_interval([])))
+    assert all(map(isnan, median_interval([1.0, nan])))

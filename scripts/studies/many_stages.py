@@ -1,0 +1,360 @@
+"""This study asks how far the asynchronous speedup carries: 1 to 16 stages with all layers analog, and a control.
+
+It is Figure 4 of the paper with the paper's eight micro-batches. A narrow `ConvNet` learns CIFAR-10, with all
+convolutions and the linear layer in mixed precision on soft-bounds devices, or digitally. For each kind of layers,
+schedule and number of stages, the learning rate is the one with the best accuracy on validation images, for a seed that
+counts for nothing else. The grid of rates grows until its best is inside. Then other seeds are trained. Speedups are
+measured on validation images, and each run reads the test images once, at its end.
+
+`none` and `sync` do the same arithmetic with any number of stages. One run therefore stands for both, and their clock
+cycles are computed from the schedule. Runs that the CSV file already holds are not repeated. Usage:
+
+    .venv/bin/python scripts/studies/many_stages.py --data data --folder docs/results
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from paper_accuracy import PAPER, DigitsInColour, band, cycles_to
+from sklearn.isotonic import IsotonicRegression
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.data import CIFAR10
+from aimc_pl.data.images import InMemoryImages
+from aimc_pl.devices import mixed_precision, soft_bounds
+from aimc_pl.figures import BLUE, GREY, RED, styled
+from aimc_pl.figures import SCHEDULES as COLORS
+from aimc_pl.models import ConvNet
+from aimc_pl.schedule import Schedule, ScheduleName
+from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.statistics import estimate, half_width
+from aimc_pl.studies.sweeps import sweep
+from aimc_pl.studies.tuning import tune
+from aimc_pl.tasks import Classifier
+
+Kind = Literal["analog", "digital"]
+
+
+class Setting(NamedTuple):
+    """What a learning rate is tuned for."""
+
+    kind: Kind
+    schedule: ScheduleName
+    num_stages: int
+
+
+BATCH_SIZE = 256
+NUM_MICROBATCHES = 8
+EPOCHS = 5
+WIDTHS = (16, 32, 64)
+FIRST_RATES = (0.05, 0.1, 0.2)
+"""The learning rates from which each grid grows, by factors of 2."""
+
+TUNING_SEED = 100
+TARGETS = (0.6, 0.7)
+"""Accuracies on validation images to which speedups are measured."""
+
+ANALOG = mixed_precision(device=soft_bounds(tau=1.0, perfect_io=True))
+GROUPS = [f"network.group{number}" for number in (1, 2, 3)]
+LAYERS = [
+    "network.stem.1",
+    *(f"{group}.{index}" for group in GROUPS for index in (0, 2, 4, 5)),
+    "network.pool",
+    "network.fc",
+]
+SPLITS: dict[int, list[str] | None] = {
+    1: None,
+    2: GROUPS[1:2],
+    4: GROUPS,
+    8: LAYERS[1::2],
+    12: LAYERS[:8] + LAYERS[9::2],
+    16: LAYERS,
+}
+"""Where the stages begin: convolutions with 8 stages, and with 16 also BatchNorms and the linear layer."""
+
+CONTROL_STAGES = (1, 4, 8, 16)
+"""The numbers of stages with digital layers."""
+
+
+def settings(quick: bool) -> list[Setting]:
+    """Return the settings whose learning rates are tuned."""
+    stages: dict[Kind, tuple[int, ...]] = {"analog": tuple(SPLITS), "digital": CONTROL_STAGES}
+    if quick:
+        stages = {"analog": (1, 16)}
+    return [
+        setting
+        for kind in stages
+        for setting in (Setting(kind, "sync", 1), *(Setting(kind, "async", m) for m in stages[kind]))
+    ]
+
+
+class Curve(pl.Callback):
+    """A callback that collects the accuracy on validation images, and the clock cycles so far."""
+
+    def __init__(self, clock: ClockMonitor) -> None:
+        self.clock = clock
+        self.rows: list[dict[str, Any]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append a row."""
+        self.add(trainer, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Append a row."""
+        self.add(trainer, "test")
+
+    def add(self, trainer: pl.Trainer, part: str) -> None:
+        """Append a row with the accuracy on a part of the data."""
+        accuracy = float(trainer.callback_metrics[f"{part}/accuracy"])
+        so_far = {"mini_batches": trainer.global_step, "cycles": self.clock.cycles}
+        self.rows.append({"part": part, **so_far, "accuracy": accuracy})
+
+
+def run(
+    kind: Kind,
+    schedule: ScheduleName,
+    num_stages: int,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    root: str | None = None,
+) -> list[dict[str, Any]]:
+    """Train once and return a row for every half epoch, and one for the test at the end.
+
+    Args:
+        kind: of all convolutions and of the linear layer.
+        schedule: of the pipeline.
+        num_stages: one of :data:`SPLITS`.
+        epochs: length of the run, and of the cosine.
+        learning_rate: at the start; it falls by a cosine.
+        seed: of weights, devices and the order of images. That of the tuning has other validation images, and no test.
+        root: the folder of CIFAR-10; ``None`` trains on handwritten digits.
+    """
+    tuning = seed == TUNING_SEED
+    pl.seed_everything(seed, verbose=False)
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "drop_last": True, "split_seed": int(tuning)}
+    data: InMemoryImages = CIFAR10(root, augment=True, **options) if root else DigitsInColour(**options)
+    data.setup("fit")
+    clock = ClockMonitor()
+    curve = Curve(clock)
+    strategy = AnalogPipelineStrategy(
+        num_stages,
+        schedule,
+        NUM_MICROBATCHES,
+        device=ANALOG if kind == "analog" else None,
+        split_at=SPLITS[num_stages],
+        on_nonfinite="warn",  # a rate that is too large is not the best one
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        strategy=strategy,
+        val_check_interval=0.5,
+        callbacks=[clock, curve],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    task = Classifier(
+        ConvNet(WIDTHS if root else (4, 4, 4)),
+        optimizer=lambda parameters: torch.optim.SGD(
+            parameters, lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        ),
+        lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
+    )
+    trainer.fit(task, data.train_dataloader(), data.val_dataloader())
+    if not tuning:
+        trainer.test(task, data.test_dataloader(), verbose=False)
+    return curve.rows
+
+
+def last(rows: Sequence[Row], part: str = "test", **where: Any) -> np.ndarray:
+    """Return the last accuracy of every seed."""
+    return curves(select(rows, part=part, **where), "accuracy")[:, -1]
+
+
+def reached(
+    rows: Sequence[Row], setting: Setting, num_stages: int, target: float, schedule: ScheduleName
+) -> np.ndarray:
+    """Return the clock cycle in which each seed of a setting reaches an accuracy, or infinity.
+
+    Accuracies jump from one validation to the next. They are therefore made monotone by least squares (isotonic
+    regression), and interpolated.
+
+    Args:
+        rows: all rows.
+        setting: whose training it is.
+        num_stages: the number of stages that it would run in.
+        target: the accuracy.
+        schedule: that gives the clock cycles of a mini-batch. If it is that of the setting, cycles were counted.
+    """
+    mine = select(rows, part="val", **setting._asdict())
+    noisy, mini_batches, counted = (curves(mine, field) for field in ("accuracy", "mini_batches", "cycles"))
+    smooth = np.array([IsotonicRegression().fit_transform(mini_batches[0], values) for values in noisy])
+    cycles = mini_batches * Schedule(schedule, num_stages, NUM_MICROBATCHES).num_cycles()
+    return cycles_to(target, smooth, (counted if schedule == setting.schedule == "async" else cycles)[0])
+
+
+def speedups(rows: Sequence[Row], setting: Setting, target: float, over: Setting) -> np.ndarray:
+    """Return how many times fewer clock cycles each seed needs than without a pipeline, or NaN if it gets nowhere.
+
+    Args:
+        rows: all rows.
+        setting: whose speedup it is.
+        target: the accuracy to reach.
+        over: the setting whose updates are made without a pipeline.
+    """
+    alone = reached(rows, over, setting.num_stages, target, "none")
+    ours = reached(rows, setting, setting.num_stages, target, setting.schedule)
+    return np.divide(alone, ours, out=np.full_like(ours, np.nan), where=np.isfinite(alone) & np.isfinite(ours))
+
+
+def finished(rows: Sequence[Row], kind: Kind) -> list[int]:
+    """Return the numbers of stages of the asynchronous runs that have ended, with as many seeds as `sync` has."""
+    tested = select(rows, kind=kind, part="test")
+    needed = len(select(tested, schedule="sync"))
+    stages = [m for m in SPLITS if len(select(tested, schedule="async", num_stages=m)) == needed]
+    return stages if needed and 1 in stages else []
+
+
+def report(rows: Sequence[Row], rates: dict[Setting, float]) -> None:
+    """Print learning rates, accuracies, what `async` loses to `sync`, speedups, and whether the goal is reached."""
+    kinds: tuple[Kind, ...] = ("analog", "digital")
+    for kind in kinds:
+        for m in finished(rows, kind):
+            report_setting(rows, Setting(kind, "async", m), rates)
+
+
+def report_setting(rows: Sequence[Row], setting: Setting, rates: dict[Setting, float]) -> None:
+    """Print the report of an asynchronous setting beside `sync`."""
+    kind, _, m = setting
+    prompt = Setting(kind, "sync", 1)
+    if m == 1:
+        print(f"{kind} none, sync: rate {rates[prompt]}, test accuracy {shown(last(rows, **prompt._asdict()), 4)}")
+    behind = last(rows, **prompt._asdict()) - last(rows, **setting._asdict())
+    print(f"{kind} async, {m} stages: rate {rates[setting]}, test accuracy {shown(last(rows, **setting._asdict()), 4)}")
+    print(f"    points behind sync, same seed: {shown(100 * behind)}")
+    for target in TARGETS:
+        sync = Schedule("sync", m, NUM_MICROBATCHES).speedup()
+        print(f"    clock cycles to {target}, times fewer than without a pipeline (sync {sync:.2f}):")
+        references = {"the same updates": Setting(kind, "async", 1), "an update per mini-batch": prompt}
+        for words, over in references.items():
+            values = speedups(rows, setting, target, over)
+            if np.isnan(values).any():
+                print(f"        {words}: {np.isfinite(values).sum()} of {len(values)} seeds get there")
+                continue
+            share, low, high = estimate(values / m)
+            print(f"        {words}: {shown(values)}, {share:.2f} ± {share - low:.2f} M{above(share, low)}")
+            if m >= 12:
+                print(f"            goal of 0.8 M: {verdict(-high, -low, -0.8)}")
+    if m >= 12:
+        low, high = estimate(behind)[1:]
+        print(f"    goal of one point of sync: {verdict(low, high, 0.01)}")
+
+
+def above(share: float, low: float) -> str:
+    """Return what a speedup above the number of stages is, in words."""
+    if share <= 1 or np.isnan(low):
+        return ""
+    return " (above M: noise)" if low <= 1 else " (above M: it needs fewer samples than the reference)"
+
+
+def verdict(low: float, high: float, limit: float) -> str:
+    """Return whether a number with an interval is at most a limit, in words."""
+    return "reached" if high <= limit else "missed" if low > limit else "open"
+
+
+def shown(values: np.ndarray, digits: int = 2) -> str:
+    """Return a mean and half the width of its interval as text."""
+    return f"{values.mean():.{digits}f} ± {half_width(values):.{digits}f}"
+
+
+@styled
+def draw(rows: Sequence[Row]) -> Figure:
+    """Draw accuracy by epoch, the points behind `sync` and the speedup by number of stages."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    by_epoch, by_stages, speedup = figure.subplots(1, 3)
+    per_epoch = 45_000 // BATCH_SIZE
+    kinds: tuple[tuple[Kind, str, str], ...] = (("analog", "-", RED), ("digital", "--", BLUE))
+    for kind, style, color in kinds:
+        stages = finished(rows, kind)
+        if not stages:
+            continue
+        for setting in (Setting(kind, "sync", 1), Setting(kind, "async", stages[-1])):
+            mine = select(rows, part="val", **setting._asdict())
+            epochs, name = curves(mine, "mini_batches")[0] / per_epoch, setting.schedule
+            label = f"{kind}, {name}" + (f", {setting.num_stages} stages" if name == "async" else "")
+            band(by_epoch, epochs, curves(mine, "accuracy"), label, color=COLORS[name], linestyle=style)
+        prompt = last(rows, kind=kind, schedule="sync")
+        behind = [100 * (prompt - last(rows, kind=kind, schedule="async", num_stages=m)) for m in stages]
+        options: Any = {"color": color, "linestyle": style, "marker": "."}
+        by_stages.errorbar(
+            stages, [b.mean() for b in behind], [half_width(b) for b in behind], label=kind, capsize=2, **options
+        )
+        for target, marker in zip(TARGETS, ("o", "s"), strict=True):
+            values = [speedups(rows, Setting(kind, "async", m), target, Setting(kind, "async", 1)) for m in stages]
+            speedup.errorbar(
+                stages,
+                [v.mean() for v in values],
+                [half_width(v) for v in values],
+                label=f"{kind}, async, to {target:.0%}",
+                markersize=4,
+                **options | {"marker": marker},
+            )
+    by_stages.axhline(1, color=GREY, linewidth=1)
+    stages = list(SPLITS)
+    sync = [Schedule("sync", m, NUM_MICROBATCHES).speedup() for m in stages]
+    speedup.plot(stages, sync, color=COLORS["sync"], linewidth=1, label="sync, by its schedule")
+    for schedule, published in PAPER.items():
+        options = {"color": COLORS[schedule], "linestyle": "-.", "marker": "x", "linewidth": 1}
+        speedup.plot(list(published), list(published.values()), label=f"the paper, {schedule}", **options)
+    speedup.plot(stages, stages, color=GREY, linewidth=1, label="number of stages")
+    by_epoch.set(xlabel="epoch", ylabel="accuracy on validation images", title="learning")
+    by_stages.set(xlabel="stages", ylabel="points", title="test accuracy behind sync", xticks=stages)
+    speedup.set(xlabel="stages", ylabel="times fewer clock cycles", title="speedup over one stage", xticks=stages)
+    for axes in (by_epoch, by_stages, speedup):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """Tune the learning rates, run the missing cases, print the report and draw the figure."""
+    parser = sweep_parser(__doc__, seeds=5)
+    parser.add_argument(
+        "--data",
+        metavar="ROOT",
+        help="folder that holds CIFAR-10 in torchvision's layout; needed unless the run is quick",
+    )
+    args = parser.parse_args()
+    if not (args.data or args.quick):
+        parser.error("--data is needed: the folder that holds CIFAR-10")
+    # A quick run trains a narrow network on handwritten digits.
+    train = partial(run, root=None if args.quick else args.data)
+    path = args.folder / "many_stages.csv"
+    epochs, first_rates = (1, FIRST_RATES[:1]) if args.quick else (EPOCHS, FIRST_RATES)
+    cases = [setting._asdict() | {"epochs": epochs} for setting in settings(args.quick)]
+    chosen = tune(train, cases, [TUNING_SEED], first_rates, lambda rows: last(rows, "val").mean(), path, args.jobs)
+    best = [
+        case | {"learning_rate": rate, "seed": seed}
+        for seed in range(args.seeds)
+        for case, rate in zip(cases, chosen, strict=True)
+    ]
+    rows = sweep(train, best, path, args.jobs)
+    rates = dict(zip(settings(args.quick), chosen, strict=True))
+    report(rows, rates)
+    draw(rows).savefig(args.folder / "many_stages.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""This study asks which remedies against stale weights help by how much, alone and in pairs.
+
+A residual network of 16 layers, 16 wide, learns handwritten digits by analog SGD, by residual learning and in mixed
+precision, through an asynchronous pipeline of 4 to 16 stages. Pairs are tried with 16 stages. One stage, which makes
+the same updates without delay, is what they are compared with. For each combination, the learning rate is the one with
+the lowest loss on validation images, for a seed that counts for nothing else. The grid of rates grows until its best is
+inside. Losses and accuracies are those of the test images at the end of a run. Runs that the CSV file already holds are
+not repeated. Usage:
+
+    .venv/bin/python scripts/studies/staleness_remedies.py --folder docs/results
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations, groupby
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aimc_pl.callbacks import ClockMonitor
+from aimc_pl.data import Digits
+from aimc_pl.devices import AnalogDevice, mixed_precision, residual_learning, soft_bounds
+from aimc_pl.optim import AsyncNAdam, SpikeCompensatedSGD
+from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, Remedy, StageLearningRate, SyncStart
+from aimc_pl.studies.arguments import sweep_parser
+from aimc_pl.studies.rows import Row, curves, select
+from aimc_pl.studies.statistics import half_width
+from aimc_pl.studies.sweeps import sweep
+from aimc_pl.studies.tuning import tune
+from aimc_pl.tasks import Classifier
+
+STAGES = (4, 8, 12, 16)
+DEPTH = 16
+WIDTH = 16
+BATCH_SIZE = 64
+NUM_MICROBATCHES = 8
+EPOCHS = 3
+TUNING_SEED = 100
+MATERIAL = soft_bounds(tau=2.0, perfect_io=True)
+
+
+class Algorithm(NamedTuple):
+    """How the layers learn."""
+
+    device: AnalogDevice
+    momentum: float
+    rates: tuple[float, ...]
+    """The learning rates from which each grid grows, by factors of 2."""
+
+
+ALGORITHMS = {
+    "analog SGD": Algorithm(MATERIAL, 0.0, (0.1, 0.2, 0.4)),
+    "residual learning": Algorithm(residual_learning(MATERIAL, gamma=0.4, transfer_lr=0.01), 0.0, (0.1, 0.2, 0.4)),
+    "mixed precision": Algorithm(mixed_precision(MATERIAL), 0.9, (0.025, 0.05, 0.1)),
+}
+REMEDIES: dict[str, Callable[[int], Remedy]] = {
+    "lower rates": lambda mini_batches: StageLearningRate(0.5),
+    "accumulation": lambda mini_batches: Accumulation(4),
+    "start in sync": lambda mini_batches: SyncStart(mini_batches),
+}
+"""The remedies, as functions of the number of mini-batches in an epoch."""
+
+OPTIMIZERS: dict[str, Callable[[Any, float, int], torch.optim.Optimizer]] = {
+    "spike compensation": lambda parameters, rate, num_stages: SpikeCompensatedSGD(parameters, rate),
+    "AsyncNAdam": lambda parameters, rate, num_stages: AsyncNAdam(parameters, num_stages, rate),
+}
+"""The optimizers that make up for staleness, as functions of the parameters, the rate and the number of stages."""
+
+ADAM_RATES = (0.005, 0.01, 0.02)
+
+
+class Setting(NamedTuple):
+    """What a learning rate is tuned for."""
+
+    algorithm: str
+    num_stages: int
+    remedies: str
+
+
+def settings(quick: bool) -> list[Setting]:
+    """Return the settings: without delay, without a remedy, and with one or two of those that suit the algorithm.
+
+    A quick run has one algorithm in four stages, and one remedy.
+    """
+    algorithms, stages = (["mixed precision"], STAGES[:1]) if quick else (ALGORITHMS, STAGES)
+    found: list[Setting] = []
+    for algorithm in algorithms:
+        names = [*REMEDIES, *OPTIMIZERS] if algorithm == "mixed precision" else [*REMEDIES]
+        pairs = [" + ".join(pair) for pair in combinations(names, 2) if not set(pair) >= set(OPTIMIZERS)]
+        if quick:
+            names, pairs = names[:1], []
+        found.append(Setting(algorithm, 1, "none"))
+        found += [Setting(algorithm, m, name) for m in stages for name in ("none", *names)]
+        found += [Setting(algorithm, stages[-1], pair) for pair in pairs]
+    return found
+
+
+def first_rates(setting: Setting) -> tuple[float, ...]:
+    """Return the learning rates from which the grid of a setting grows."""
+    return ADAM_RATES if "AsyncNAdam" in setting.remedies else ALGORITHMS[setting.algorithm].rates
+
+
+class Residual(nn.Module):
+    """A residual layer: x + tanh(Wx)/√depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs ``(batch, width)`` of inputs of the same shape."""
+        return x + torch.tanh(self.linear(x)) * DEPTH**-0.5
+
+
+def run(
+    algorithm: str,
+    num_stages: int,
+    remedies: str,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+) -> list[dict[str, float]]:
+    """Train once, and return loss and accuracy at the end, and the clock cycles.
+
+    The images are those of validation for the seed of the tuning, and test images for all others.
+    """
+    pl.seed_everything(seed, verbose=False)
+    device, momentum, _ = ALGORITHMS[algorithm]
+    data = Digits(batch_size=BATCH_SIZE, drop_last=True)
+    data.setup("fit")
+    names = remedies.split(" + ")
+    mini_batches = len(data.train_dataloader())
+    optimizers = [OPTIMIZERS[name] for name in names if name in OPTIMIZERS]
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        if optimizers:
+            return optimizers[0](parameters, learning_rate, num_stages)
+        return torch.optim.SGD(parameters, learning_rate, momentum)
+
+    clock = ClockMonitor()
+    strategy = AnalogPipelineStrategy(
+        num_stages,
+        "async",
+        NUM_MICROBATCHES,
+        device=device,
+        split_at=[f"network.{1 + stage * DEPTH // num_stages}" for stage in range(1, num_stages)],
+        remedies=[REMEDIES[name](mini_batches) for name in names if name in REMEDIES],
+        on_nonfinite="warn",  # a rate that is too large is not the best one
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        strategy=strategy,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    inner = (Residual() for _ in range(DEPTH - 2))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), *inner, nn.Linear(WIDTH, 10))
+    task = Classifier(network, optimizer=optimizer)
+    trainer.fit(task, data.train_dataloader())
+    if seed == TUNING_SEED:
+        (result,) = trainer.validate(task, data.val_dataloader(), verbose=False)
+    else:
+        (result,) = trainer.test(task, data.test_dataloader(), verbose=False)
+    part = "val" if seed == TUNING_SEED else "test"
+    return [{"loss": result[f"{part}/loss"], "accuracy": result[f"{part}/accuracy"], "cycles": clock.cycles}]
+
+
+def mean_loss(rows: Sequence[Row]) -> float:
+    """Return the mean loss of some runs; infinity if one is not finite."""
+    losses = [float(row["loss"]) for row in rows]
+    return float(np.mean(losses)) if np.isfinite(losses).all() else float("inf")
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print, for each algorithm and remedy, a line of a table with what is lost to training without delay.
+
+    A cell has the loss above that of the same seed without delay, and the points of accuracy below it.
+    """
+    for algorithm in ALGORITHMS:
+        prompt = select(rows, algorithm=algorithm, num_stages=1)
+        if not prompt:
+            continue
+        losses, accuracies = (curves(prompt, field)[:, -1] for field in ("loss", "accuracy"))
+        print(f"\n{algorithm} without delay: loss {shown(losses, 3)}, accuracy {shown(100 * accuracies, 1)} %\n")
+        stages = [m for m in STAGES if select(rows, num_stages=m)]
+        print("| remedy | " + " | ".join(f"{m} stages" for m in stages) + " |\n" + "| --- " * (len(stages) + 1) + "|")
+        for name in dict.fromkeys(row["remedies"] for row in select(rows, algorithm=algorithm)):
+            cells = []
+            for m in stages:
+                mine = select(rows, algorithm=algorithm, num_stages=m, remedies=name)
+                if len(mine) < len(prompt):
+                    cells.append("not run")
+                    continue
+                above = curves(mine, "loss")[:, -1] - losses
+                below = accuracies - curves(mine, "accuracy")[:, -1]
+                cells.append(f"{shown(above, 3)}; {shown(100 * below, 1)} points")
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def shown(values: np.ndarray, digits: int) -> str:
+    """Return a mean and half the width of its interval as text."""
+    return f"{values.mean():.{digits}f} ± {half_width(values):.{digits}f}"
+
+
+def main() -> None:
+    """Tune the learning rates, run the missing cases and print the report."""
+    args = sweep_parser(__doc__, seeds=5).parse_args()
+    path, epochs = args.folder / "staleness_remedies.csv", 1 if args.quick else EPOCHS
+    chosen: dict[Setting, float] = {}
+    by_grid = sorted(settings(args.quick), key=first_rates)
+    for first, group in groupby(by_grid, key=first_rates):
+        of_grid = list(group)
+        cases = [setting._asdict() | {"epochs": epochs} for setting in of_grid]
+        grid = first[:1] if args.quick else first
+        found = tune(run, cases, [TUNING_SEED], grid, lambda rows: -mean_loss(rows), path, args.jobs)
+        chosen |= dict(zip(of_grid, found, strict=True))
+    best = [
+        setting._asdict() | {"epochs": epochs, "learning_rate": chosen[setting], "seed": seed}
+        for seed in range(args.seeds)
+        for setting in settings(args.quick)
+    ]
+    report(sweep(run, best, path, args.jobs))
+
+
+if __name__ == "__main__":
+    main()
