@@ -30,8 +30,8 @@ class _StandardError:
 class PipelineBar(RichProgressBar, Observer):
     """A progress bar that shows the loss, the clock cycles, and the largest staleness of an update so far.
 
-    Lines that Lightning logs meanwhile appear above the bar. The staleness is shown if one process holds all stages. The bar of another strategy shows the loss only. Where a bar
-    cannot move, such as in a file, each epoch gets a line instead.
+    The staleness is shown if one process holds all stages. The bar of another strategy shows the loss only. Lines that
+    Lightning logs appear above the bar. Where a bar cannot move, such as in a file, each epoch gets a line instead.
     """
 
     def __init__(self) -> None:
