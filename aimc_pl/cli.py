@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from inspect import signature
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +80,14 @@ def schedule(
 
         write_trace(trace, planned_and_simulated(table))
     print(
-        f"{table.num_cycles()} clock cycles, computation density {table.density():.3f}, "
-        f"speedup over one accelerator {table.speedup():.2f} in clock cycles"
+        f"{table.name}, {num_microbatches} micro-batches from fill to drain: {table.num_cycles()} clock cycles, "
+        f"computation density {table.density():.3f}, speedup over one accelerator {table.speedup():.2f} in clock cycles"
     )
+    if table.is_async:
+        print(
+            f"In training this pipeline stays full: the more micro-batches, the closer its density is to 1, and its "
+            f"speedup to {num_stages}."
+        )
 
 
 def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 1000) -> None:
@@ -95,6 +100,7 @@ def devices(name: str | None = None, png: Path | None = None, num_pulses: int = 
         png: the file to draw the device's response into.
         num_pulses: the number of pulses in each direction, at most 10,000.
     """
+    check_number("num_pulses", num_pulses, at_least=1, at_most=10_000, whole=True)
     if name is None:
         if png is not None:
             raise UsageError("which device? Add its name")
@@ -129,7 +135,12 @@ def device_functions() -> dict[str, ast.FunctionDef]:
 
 def _text_of(function: ast.FunctionDef) -> str:
     """Return the docstring of a function, without the markup of the API reference."""
-    return re.sub(r":\w+:`([^`]*)`", r"\1", ast.get_docstring(function) or "")
+    return without_markup(ast.get_docstring(function) or "")
+
+
+def without_markup(text: str) -> str:
+    """Return a docstring, or a part of one, without the markup of the API reference."""
+    return re.sub(r"(?::\w+:)?(`+)~?([^`]*)\1", r"\2", text)
 
 
 TRAINING = {
@@ -197,7 +208,9 @@ def _run(args: list[str]) -> None:
         train()
     elif args and args[0] in COMMANDS:
         command = COMMANDS[args[0]]
-        auto_cli(command, _with_names(command, args[1:]), **STRICT, prog=f"aimc-pl {args[0]}")
+        words = " ".join(f"[{name.upper()}]" for name in signature(command).parameters)
+        usage = f"aimc-pl {args[0]} {words} [--ARGUMENT VALUE ...]"
+        auto_cli(command, _with_names(command, args[1:]), **STRICT, usage=usage)
     elif args and args[0] in ELSEWHERE:
         module, _ = ELSEWHERE[args[0]]
         getattr(import_module(module), args[0])(with_kept_strategies(with_shipped_configs(args[1:])))
@@ -270,12 +283,21 @@ def described(command: str, line: str) -> dict[str, Any]:
 
 
 def _with_names(command: Callable[..., None], args: Sequence[str]) -> list[str]:
-    """Return the arguments with names for those that come first and have none, which jsonargparse would refuse."""
+    """Return the arguments with names for those that have none, which jsonargparse would refuse."""
     parameters = signature(command).parameters.values()
     names = [parameter.name for parameter in parameters if parameter.default is not parameter.empty]
-    words = [*takewhile(lambda arg: not arg.startswith("-"), args)] if len(names) == len(parameters) else []
-    named = [f"--{name}={word}" for name, word in zip(names, words, strict=False)]
-    return [*named, *args[len(named) :]]
+    if len(names) < len(parameters):
+        return [*args]
+    named, others, rest = list[str](), list[str](), iter(args)
+    for arg in rest:
+        if arg.startswith("-"):
+            # Every option but --help has one value.
+            others += [arg, *([] if "=" in arg or arg in ("-h", "--help") else islice(rest, 1))]
+        elif len(named) < len(names):
+            named.append(f"--{names[len(named)]}={arg}")
+        else:
+            others.append(arg)
+    return [*named, *others]
 
 
 def check_file(name: str, path: Path) -> None:

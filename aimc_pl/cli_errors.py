@@ -25,7 +25,7 @@ _NESTED = re.compile(r"NestedArg\(key='([^']*)'")
 _CLASS_PATH = re.compile(r"NestedArg\(key='(?P<key>[^']*class_path)', val='(?P<given>[^']*)'\)")
 _NO_CLASS = "'NoneType' object has no attribute 'get'"
 """What jsonargparse says of a ``class_path`` of an argument of a class that names nothing."""
-_CALLABLE = re.compile(r"^Type \S*Callable\[.*\] expects a function or a callable class:\s*(?=Parser key)")
+_CALLABLE = re.compile(r"^Type \S*Callable\[.*\] expects a function or a callable class:\s*")
 _WORDS = {
     "NoneType": "null",
     "dot import path string": "the name of a class",

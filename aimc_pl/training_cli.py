@@ -6,9 +6,10 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from inspect import signature
+from io import StringIO
 from pathlib import Path
 from shutil import rmtree
 from traceback import walk_tb
@@ -30,7 +31,7 @@ from torch.distributed import DistNetworkError
 
 from aimc_pl.arguments import shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
-from aimc_pl.cli import STRICT, TRAINING, Help, described
+from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
@@ -251,8 +252,22 @@ def train() -> None:
     # Python finds modules beside a script. The user's are in the current folder, and the script is this command.
     sys.path.append(os.getcwd())
     silence()
-    with explained():
+    with explained(), _help_without_markup():
         AnalogCLI()
+
+
+@contextmanager
+def _help_without_markup() -> Iterator[None]:
+    """Context manager that prints the help of a class, such as --trainer.strategy.help, as plain text."""
+    if not any(arg.partition("=")[0].endswith(".help") for arg in sys.argv):
+        yield
+        return
+    text = StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        print(without_markup(text.getvalue()), end="")
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The callback in this module is Lightning's progress bar, with what the pipeline does."""
 
+import logging
+import sys
 from collections.abc import Sequence
 from typing import Any, override
 
@@ -15,11 +17,21 @@ from aimc_pl.schedule import Operation
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 
+class _StandardError:
+    """The present ``sys.stderr``. While a bar moves, rich puts a stream there that writes above the bar."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class PipelineBar(RichProgressBar, Observer):
     """A progress bar that shows the loss, the clock cycles, and the largest staleness of an update so far.
 
-    The staleness is shown if one process holds all stages. The bar of another strategy shows the loss only. Where a bar
-    cannot move, such as in a file, each epoch gets a line instead.
+    The staleness is shown if one process holds all stages. The bar of another strategy shows the loss only. Lines that
+    Lightning logs appear above the bar. Where a bar cannot move, such as in a file, each epoch gets a line instead.
     """
 
     def __init__(self) -> None:
@@ -35,6 +47,11 @@ class PipelineBar(RichProgressBar, Observer):
         self._is_log = not (get_console().is_terminal or get_console().is_jupyter)
         if self._is_log:
             self.disable()
+        # Lightning's handlers keep the stream that was there when they were made, and would write into the bar.
+        for name in ("lightning.fabric", "lightning.pytorch"):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.__stderr__:
+                    handler.setStream(_StandardError())
         if stage == "fit" and isinstance(trainer.strategy, AnalogPipelineStrategy):
             self._strategy = attach(self, trainer)
 

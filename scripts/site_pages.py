@@ -31,12 +31,21 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def text_of(notebook: Path) -> str:
-    """Return a notebook as a page: its text, its code, and a link to the notebook itself."""
+    """Return a notebook as a page: its text, its code and what this shows, and a link to the notebook itself."""
     parts = []
     for cell in json.loads(notebook.read_text())["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += map(shown, cell.get("outputs", []))
     return "\n\n".join([*parts, f"This page is the notebook [{notebook.name}]({notebook.name})."])
+
+
+def shown(output: dict[str, Any]) -> str:
+    """Return what a cell of a notebook has printed or drawn, for a page."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f"![what the code draws](data:image/png;base64,{''.join(data['image/png'].split())})"
+    return f"```text\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```"
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:

@@ -106,7 +106,8 @@ class Settings:
         num_stages = self.schedule.num_stages
         if self.split_at is not None and len(self.split_at) != num_stages - 1:
             raise UsageError(
-                f"num_stages={num_stages} needs {num_stages - 1} names in split_at, got {len(self.split_at)}"
+                f"num_stages={num_stages} needs {num_stages - 1} names in split_at, got {len(self.split_at)}: "
+                "split_at=null (None in Python) balances the stages by measured time"
             )
         if self.microbatch_weight is not None and self.gradient_scale == "microbatch":
             raise UsageError("gradient_scale='microbatch' makes every micro-batch count fully: drop microbatch_weight")

@@ -68,7 +68,11 @@ COMMANDS = {
     "full duplex of sync": ([STRATEGY + "schedule=sync", STRATEGY + "duplex=full"], "duplex='full' is for"),
     "unknown gradient scale": ([STRATEGY + "gradient_scale=none"], "gradient_scale"),
     "unknown loss reduction": ([STRATEGY + "loss_reduction=max"], "loss_reduction"),
-    "split and stages disagree": ([STRATEGY + "num_stages=3"], "num_stages=3 needs 2 names in split_at, got 3"),
+    "split and stages disagree": (
+        [STRATEGY + "num_stages=3"],
+        "num_stages=3 needs 2 names in split_at, got 3: split_at=null",
+    ),
+    "a number that another one needs": (["--trainer.max_epochs=null"], "model.lr_scheduler: the following arguments"),
     "split at an unknown layer": (
         [STRATEGY + 'split_at=["network.3","network.5","x"]'],
         "split_at names 'x', which is no submodule of Classifier; it has network,",
@@ -655,6 +659,7 @@ def test_ranges(make, name, value):
         (lambda: soft_bounds(backend="exact"), "unknown backend 'exact': choose one of mean_field, bits, aihwkit"),
         (lambda: tiki_taka("Gold"), "no TikiTaka of material 'Gold'"),
         (lambda: get_device("mram"), "unknown device 'mram'"),
+        (lambda: get_device(soft_bounds), "call the function 'soft_bounds': device=soft_bounds()"),
         (lambda: ResNet(9), "a CIFAR ResNet has 6n+2 layers"),
         (lambda: models.MLP([4]), "an MLP needs at least an input and an output size"),
         (lambda: DeviceNoise([]), "at least one kind"),
@@ -819,6 +824,10 @@ def test_aliases_are_followed_once():
         (["schedule", "--schedule=sync", "--duplex=full"], "duplex='full' is for"),
         (["devices", "--name=gold"], "unknown device 'gold'"),
         (["devices", "--png=x.png"], "which device"),
+        (
+            ["devices", "soft_bounds", "--num_pulses=99999"],
+            "num_pulses must be a whole number of at least 1 and at most",
+        ),
         (["devices", "--name=ideal", "--png=x.png"], "not updated by pulses"),
         (["fit", "--config=nowhere.yaml"], "nowhere.yaml"),
         (["fit", "--config=own.yaml"], "config own.yaml has 'a' twice, in lines 1 and 2"),

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -283,17 +284,29 @@ def test_help_of_the_strategy(command, capsys):
     for name in signature(AnalogPipelineStrategy).parameters:
         assert f".{name}" in printed
     assert "the number of accelerators" in " ".join(printed.split())
+    assert not re.findall(r"``|:\w+:`", printed)
 
 
 @pytest.mark.slow
 def test_schedule_prints_and_draws(command, capsys, tmp_path):
     command("schedule", "--num_stages=4", "--num_microbatches=5", "--schedule=sync")
     printed = capsys.readouterr().out
-    assert "16 clock cycles, computation density 0.625, speedup over one accelerator 2.50 in clock cycles" in printed
+    assert (
+        "sync, 5 micro-batches from fill to drain: 16 clock cycles, computation density 0.625, speedup over" in printed
+    )
+    assert "stays full" not in printed
     assert printed.count("F0") == 4
     for schedule in ("none", "sync", "1f1b", "zero_bubble", "async"):
         command("schedule", f"--schedule={schedule}", f"--png={tmp_path / schedule}.png")
         assert has_colours(tmp_path / f"{schedule}.png")
+    assert "its density is to 1, and its speedup to 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "words"), [("schedule", "[NUM_STAGES] [NUM_MICROBATCHES]"), ("devices", "[NAME]")])
+def test_usage_shows_what_needs_no_name(name, words, command, capsys):
+    with pytest.raises(SystemExit):
+        command(name, "--help")
+    assert f"usage: aimc-pl {name} {words}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_devices_lists_and_draws(command, capsys, tmp_path):
@@ -329,6 +342,7 @@ def test_arguments_by_position(command, capsys):
         (("schedule", "5"), ("schedule", "--num_stages=5")),
         (("schedule", "3", "2", "sync"), ("schedule", "--num_stages=3", "--num_microbatches=2", "--schedule=sync")),
         (("schedule", "3", "--duplex=full"), ("schedule", "--duplex", "full", "--num_stages", "3")),
+        (("schedule", "--schedule", "1f1b", "4"), ("schedule", "--num_stages=4", "--schedule=1f1b")),
         (("devices", "ecram"), ("devices", "--name", "ecram")),
     ]
     for short, long in pairs:

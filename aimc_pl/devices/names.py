@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from types import FunctionType
 
 from aihwkit.simulator.parameters.base import RPUConfigBase
 
@@ -96,6 +97,8 @@ def get_device(device: Device) -> RPUConfigBase:
     """
     if isinstance(device, str) and device in DEVICES:
         device = DEVICES[device]()
+    if isinstance(device, FunctionType):
+        raise UsageError(f"call the function {shown(device.__name__)}: device={device.__name__}()")
     rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
     if not isinstance(rpu_config, RPUConfigBase):
         raise UsageError(

@@ -66,8 +66,9 @@ def plot_response(device: Device, title: str = "", num_pulses: int = 1000, num_d
     weights = pulse_response(device, num_pulses, num_devices)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(weights, linewidth=0.6, alpha=0.6)
-    axes.plot(weights.mean(1), color=BLACK, linewidth=2, label=f"mean of {num_devices} devices")
+    # Devices that differ little are still seen, as a wide line below the thin one of the mean.
+    axes.plot(weights, linewidth=3, alpha=0.5)
+    axes.plot(weights.mean(1), color=BLACK, linewidth=1, label=f"mean of {num_devices} devices")
     axes.set(xlabel="pulse", ylabel="weight", title=title)
     axes.legend(loc="upper right", bbox_to_anchor=(1, 1.12))
     return figure

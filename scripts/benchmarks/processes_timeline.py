@@ -163,15 +163,14 @@ def report(rows: Sequence[Row]) -> None:
 
 
 @styled
-def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int = 30) -> Figure:
+def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int = 20) -> Figure:
     """Draw the planned clock tables and, beside each, the times at which the operations ran."""
     figure = Figure(figsize=(10, 2.6 * len(PLANS)), layout="constrained")
     for axes, (name, duplex) in zip(figure.subplots(len(PLANS), 2), PLANS, strict=True):
         schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)  # pyright: ignore[reportArgumentType]
         shown = clocks // schedule.cycles_per_clock
         draw_table(axes[0], schedule, 32 if schedule.is_async else NUM_MICROBATCHES, shown)
-        for number in axes[0].texts:
-            number.set_fontsize(6)  # numbers of two digits would touch each other
+        axes[0].set_xticks(range(0, shown + 1, shown // 5))
         axes[0].set_title(f"{name}, {duplex} duplex: the plan")
         mine = select(operations, schedule=name, duplex=duplex, num_stages=num_stages)
         zero = min(float(o["start"]) for o in mine)
@@ -183,6 +182,7 @@ def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int
         axes[1].set(
             xlim=(0, clocks), xlabel=f"time in cycles of {1e3 * seconds:g} ms", yticks=range(num_stages), yticklabels=[]
         )
+        axes[1].set_xticks(range(0, clocks + 1, clocks // 5))
         axes[1].grid(visible=False)
         axes[1].set_title(f"{name}, {duplex} duplex: {num_stages} processes")
     return figure

@@ -104,8 +104,10 @@ def draw(rows: Sequence[Row]) -> Figure:
         for layers, style in (("analog", "-"), ("digital", "--")):
             lines = curves(select(rows, network=network, layers=layers, part="val"), "value")
             epochs = range(1, lines.shape[1] + 1)
-            labels = [f"{layers}, async", *["_"] * (len(lines) - 1)]
-            axes.plot(epochs, lines.T, color=SCHEDULES["async"], linestyle=style, marker=".", label=labels)
+            schedule = "none" if network.startswith("wide") else "async"
+            name = {"none": "no pipeline"}.get(schedule, schedule)
+            labels = [f"{layers}, {name}", *["_"] * (len(lines) - 1)]
+            axes.plot(epochs, lines.T, color=SCHEDULES[schedule], linestyle=style, marker=".", label=labels)
         metric = NETWORKS[network][1].replace("bits", "bits per character")
         axes.set(title=network, xlabel="epoch", ylabel=f"validation {metric}")
         axes.legend()

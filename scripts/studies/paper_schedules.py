@@ -145,7 +145,7 @@ def figure_2() -> Figure:
 
 
 @styled
-def figure_3(num_clocks: int = 18) -> Figure:
+def figure_3(num_clocks: int = 12) -> Figure:
     """Draw which input and which weight version every accelerator uses in each clock, in both duplex modes."""
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     for axes, duplex in zip(figure.subplots(2), ("half", "full"), strict=True):
@@ -164,7 +164,7 @@ def _versions(axes: Axes, schedule: Schedule, num_clocks: int) -> None:
                 f"{'x' if kind == 'F' else 'δ'}{event.microbatch} w{event.version}",
                 ha="center",
                 va="center",
-                fontsize=7,
+                fontsize=9,
                 color=BLUE if kind == "F" else RED,
             )
     axes.set(

@@ -1,8 +1,14 @@
 """These tests check what the progress bar shows, and that the line at the start of a run does not break it."""
 
+import fcntl
 import io
+import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 
 import pytest
 from lightning_modules import MLP, loader, make_trainer
@@ -87,3 +93,39 @@ def test_a_file_gets_a_line_for_each_epoch(is_terminal, monkeypatch):
     expected = [f"Epoch {n}: loss {s['loss']:.3f}, cycles {s['cycles']}, staleness 0" for n, s in enumerate(ends)]
     assert lines == ([] if is_terminal else expected)
     assert bar.is_disabled != is_terminal
+
+
+IN_A_TERMINAL = """
+from lightning_modules import MLP, loader, make_trainer
+
+from aimc_pl.callbacks import PipelineBar
+
+module = MLP().double()
+make_trainer("auto", callbacks=[PipelineBar()], enable_progress_bar=True).fit(module, loader(module, shuffle=False))
+"""
+
+
+@pytest.mark.slow
+def test_lines_of_lightning_do_not_break_the_bar_in_a_terminal():
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
+    variables = {"TERM": "xterm", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", IN_A_TERMINAL]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | variables) as process:
+        os.close(theirs)
+        written = b"".join(iter(lambda: read_terminal(ours), b""))
+    os.close(ours)
+    text = re.sub(r"\x1b\[[\d;]*m", "", written.decode())  # without colours
+    assert process.returncode == 0, text
+    # The line begins where the bar was erased, and the bar is drawn below it once.
+    before, after = re.split(r"`Trainer.fit` stopped: `max_\w+=\d+` reached\.", text)
+    assert re.search(r"(\n|\x1b\[2K)$", before)
+    assert after.startswith("\r\n")
+    assert after.split("\x1b[2K")[-1].count("Epoch 1/1") == 1
+
+
+def read_terminal(terminal):
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux's way to say that the process has ended
+        return b""
