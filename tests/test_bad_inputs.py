@@ -632,7 +632,12 @@ RANGES = [
 ]
 
 CASES = [
-    pytest.param(make, name, value, id=f"{getattr(make, '__name__', 'partial')}-{name}-{value!r:.30}")
+    pytest.param(
+        make,
+        name,
+        value,
+        id=f"{getattr(make, '__name__', 'partial')}-{name}-{getattr(value, '__name__', repr(value)):.30}",
+    )
     for make, arguments in RANGES
     for name, values in arguments.items()
     for value in values
