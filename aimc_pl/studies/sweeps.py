@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from signal import SIGKILL
 from threading import Thread
 from typing import Any
 
@@ -98,7 +99,7 @@ def _end_with(sweeper: int) -> None:
     def watch() -> None:
         while os.getppid() == sweeper:
             time.sleep(0.5)
-        os._exit(1)
+        os.kill(os.getpid(), SIGKILL)
 
     if os.getpid() != sweeper:
         Thread(target=watch, daemon=True).start()
