@@ -440,6 +440,7 @@ def draw_accuracy(rows: Sequence[Row]) -> Figure:
         for axes, speedups in zip(panels, even(rows, network, hardware), strict=True):
             axes.plot(*speedups, label=f"{network}, {hardware}", **style)
     by_stages, by_microbatches = panels
+    lowest = min(cost(NUM_STAGES).mean() for *_, cost in measured())
     for name, color, marker, cost in measured():
         costs = {m: cost(m) for m in STAGES if np.isfinite(cost(m)).all()}
         means, errors = [each.mean() for each in costs.values()], [*map(half_width, costs.values())]
@@ -447,8 +448,8 @@ def draw_accuracy(rows: Sequence[Row]) -> Figure:
         by_stages.errorbar(places, means, errors, color=color, marker=marker, linestyle="none")
         mean = costs[NUM_STAGES].mean()
         by_microbatches.axhline(mean, color=color, linewidth=1)
-        line = {"va": "bottom"} if mean > 1 else {"va": "top"}
-        by_microbatches.text(0.9, mean, name.rpartition(", ")[2], color=color, fontsize=8, **line)
+        side = "top" if mean == lowest else "bottom"  # no label lies on another
+        by_microbatches.text(0.9, mean, name.rpartition(", ")[2], color=color, fontsize=8, va=side)
         by_microbatches.plot([MICROBATCHES[-1]], [mean], color=color, marker=marker, linestyle="none", label=name)
     for axes, positions in ((by_stages, STAGES), (by_microbatches, MICROBATCHES)):
         axes.set_xscale("log", base=2)
