@@ -14,5 +14,5 @@ def square(x, seed, folder=Path()):
 
 def wait(x):
     """Return a row after 0.4 seconds."""
-    time.sleep(0.4)
+    time.sleep(0.4)  # the sweep is killed while cases are still queued
     return [{"y": x}]

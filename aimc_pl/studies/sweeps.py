@@ -98,7 +98,7 @@ def _end_with(sweeper: int) -> None:
 
     def watch() -> None:
         while os.getppid() == sweeper:
-            time.sleep(0.5)
+            time.sleep(0.5)  # nothing tells a process that its parent has ended
         os.kill(os.getpid(), SIGKILL)
 
     if os.getpid() != sweeper:

@@ -68,7 +68,7 @@ def test_no_process_goes_on_when_the_sweep_is_killed(tmp_path):
     sweeper = psutil.Popen([sys.executable, "-c", program], cwd=Path(sweep_case.__file__).parent)
     while not read_rows(path):
         assert sweeper.poll() is None
-        time.sleep(0.01)
+        time.sleep(0.01)  # until a row is in the file, or the sweep has failed
     workers = sweeper.children(recursive=True)
     sweeper.kill()
     sweeper.wait()
