@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from aimc_pl.analog import is_analog
 from aimc_pl.private_torch import parameters_of
 from aimc_pl.watch import Watch
 
@@ -17,12 +18,17 @@ CONTAINERS = (dict, list, set, deque, tuple)
 PLAIN = (bool, int, float, str, type(None))
 """The types whose values cannot be changed in place."""
 
-_OF_TORCH = vars(nn.Module()).keys() - {"training", "_buffers", "_parameters"}
+_COUNT = {"training", "_buffers", "_parameters"}
+_OF_TORCH = vars(nn.Module()).keys() - _COUNT
+_OF_TILES = _COUNT | {"patches", "image_sizes"}
+"""The attributes of a tile that count. The last two follow from the size of a micro-batch's images."""
+
 _FLAGS = "requires_grad of parameters"
 """A name among a module's attributes. Its value is the ``requires_grad`` of all parameters of the module."""
 
 _MISSING = object()
 _MANY = 256
+_CALM = 1000
 
 Place = tuple[int, str]
 """A module's number and an attribute's name. The number is used because some modules redefine how they compare."""
@@ -38,7 +44,11 @@ class Attributes:
     ``requires_grad`` changes. Changes in place do not count. A container with more than 256 elements (a vocabulary,
     for example) counts as changed when its length changes.
 
-    Most modules never change, and are checked all at once. Modules that have been seen to change are read one by one.
+    Of the tiles of analog layers, only what follows from the size of a micro-batch's images counts. The rest, and all
+    modules inside a tile, belongs to the crossbar, which all micro-batches share.
+
+    Most modules never change, and are checked all at once. Modules that have been seen to change are read one by one,
+    until they have not changed for 1,000 times.
 
     Args:
         network: the network whose attributes to read and write.
@@ -46,10 +56,15 @@ class Attributes:
     """
 
     def __init__(self, network: nn.Module, besides: Collection[str] = ()) -> None:
-        self._names, self._modules = zip(*network.named_modules(), strict=True)
+        tiles = [module for module in network.modules() if any(map(is_analog, parameters_of(module).values()))]
+        inside = {id(part) for tile in tiles for part in tile.modules() if part is not tile}
+        named = [(name, module) for name, module in network.named_modules() if id(module) not in inside]
+        self._names, self._modules = zip(*named, strict=True)
+        self._tiles = {number for number, module in enumerate(self._modules) if any(module is tile for tile in tiles)}
         self._besides = _OF_TORCH.union(besides)
         self._snapshot = [self._look(number) for number in range(len(self._modules))]
-        self._restless: set[int] = set()
+        self._restless: dict[int, int] = {}
+        """For each module that has been seen to change, how often it has been read since its last change."""
         self._watch = self._watch_others()
 
     def read(self) -> Snapshot:
@@ -58,14 +73,17 @@ class Attributes:
         if is_quiet and not self._restless:
             return self._snapshot
         before, self._snapshot = self._snapshot, [*self._snapshot]
-        changed = set()
-        for number in self._restless if is_quiet else range(len(before)):
+        for number in [*self._restless] if is_quiet else range(len(before)):
             look = self._look(number)
             if _differences(before[number], look):
-                changed.add(number)
+                self._restless[number] = 0
                 self._snapshot[number] = look
-        if not is_quiet:
-            self._restless |= changed
+            elif number in self._restless:
+                self._restless[number] += 1
+        calm = [number for number, unchanged in self._restless.items() if unchanged >= _CALM]
+        for number in calm:
+            del self._restless[number]
+        if calm or not is_quiet:
             self._watch = self._watch_others()
         return self._snapshot
 
@@ -111,7 +129,8 @@ class Attributes:
 
     def _look(self, number: int) -> dict[str, Any]:
         module, left_out = self._modules[number], _OF_TORCH if number else self._besides
-        look = {name: _freeze(value) for name, value in vars(module).items() if name not in left_out}
+        names = vars(module).keys() & _OF_TILES if number in self._tiles else vars(module).keys() - left_out
+        look = {name: _freeze(vars(module)[name]) for name in names}
         if parameters_of(module):
             look[_FLAGS] = _flags(module)
         return look
@@ -120,7 +139,7 @@ class Attributes:
         """Return a watch on the modules that have not changed so far."""
         for number, look in enumerate(self._snapshot):
             if any(map(_is_beyond_watch, look.values())):
-                self._restless.add(number)
+                self._restless.setdefault(number, 0)
         quiet = [number for number in range(len(self._modules)) if number not in self._restless]
         looks = [self._snapshot[number] for number in quiet]
         names = [look.keys() - {_FLAGS} for look in looks]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from aimc_pl.attributes import Attributes, is_alike
+from aimc_pl.devices import convert_to_analog, soft_bounds
 
 
 class Backwards(list):
@@ -158,6 +159,45 @@ def test_changes_are_found_again_and_again(change):
     assert attributes.changes(before) == {}
     attributes.write(changed)
     assert {attributes.name(place) for place in attributes.changes(before)} == names
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_found_after_a_long_rest(change):
+    """Check changes of modules that have changed before, and then not for so long that they are watched again."""
+    act, names = CHANGES[change]
+    holder = Holder()
+    attributes = Attributes(holder)
+    holder.number, holder.inner.outputs["c"], holder.odd.other = 7, 7, 7
+    for _ in range(1005):
+        before = attributes.read()
+    act(holder)
+    changed = attributes.changes(before)
+    assert {attributes.name(place) for place in changed} == names
+    attributes.write(attributes.select(before, changed))
+    assert attributes.changes(before) == {}
+
+
+def test_what_belongs_to_a_crossbar_does_not_count():
+    """Check that of a tile only its flags and what follows from the size of the images count, and nothing inside it."""
+    network = nn.Sequential(nn.Conv1d(1, 2, 3))
+    convert_to_analog(network, soft_bounds())
+    layer = network[0]
+    layer.analog_module.convolution = None  # The tile then looks up the elements of patches in a table.
+    layer(torch.ones(1, 1, 8))
+    attributes = Attributes(layer)
+    before = attributes.read()
+    layer.analog_module.anything = layer.analog_module.tile.anything = 1
+    assert attributes.changes(before) == {}
+    layer(torch.ones(1, 1, 6))
+    layer.analog_module.eval()
+    layer.analog_module.analog_ctx.requires_grad_(False)
+    assert {attributes.name(place) for place in attributes.changes(before)} == {
+        "fold_indices",
+        "input_size",
+        "analog_module.patches",
+        "analog_module.training",
+        "analog_module.requires_grad of parameters",
+    }
 
 
 def test_a_snapshot_of_long_ago_still_tells():
