@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn import grad
 
 _CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
-_INPUT_GRADIENTS: tuple[Any, ...] = (grad.conv1d_input, grad.conv2d_input, grad.conv3d_input)
-_WEIGHT_GRADIENTS: tuple[Any, ...] = (grad.conv1d_weight, grad.conv2d_weight, grad.conv3d_weight)
 
 
 @dataclass(frozen=True)
@@ -175,13 +172,11 @@ class Convolution(Patches):
 
     def multiply(self, weight: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.multiply`."""
-        return self._of(_CONVOLUTIONS)(images, self._kernel(weight), None, self.stride, self.padding, self.dilation)
+        return self._convolution(images, self._kernel(weight), None, self.stride, self.padding, self.dilation)
 
     def multiply_transposed(self, weight: Tensor, error: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.multiply_transposed`."""
-        return self._of(_INPUT_GRADIENTS)(
-            images.shape, self._kernel(weight), error, self.stride, self.padding, self.dilation
-        )
+        return self._gradient(0, error, images, self._kernel(weight))
 
     def largest(self, magnitudes: Tensor) -> Tensor:
         """See :meth:`Patches.largest`."""
@@ -202,23 +197,31 @@ class Convolution(Patches):
         ):
             widths += [d * (k - 1) - p, size + p - n]
         ones = values.new_ones(1, 1, *self.kernel_size)
-        return self._of(_CONVOLUTIONS)(F.pad(apart, widths), ones, dilation=self.dilation)
+        return self._convolution(F.pad(apart, widths), ones, dilation=self.dilation)
 
     def outer(self, error: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.outer`."""
-        kernel = (error.shape[1], images.shape[1], *self.kernel_size)
-        return self._of(_WEIGHT_GRADIENTS)(images, kernel, error, self.stride, self.padding, self.dilation).flatten(1)
+        kernel = images.new_empty(error.shape[1], images.shape[1], *self.kernel_size)
+        return self._gradient(1, error, images, kernel).flatten(1)
 
     def weighted_squares(self, weights: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.weighted_squares`."""
         # A patch holds either all channels of a pixel, or none.
         channels = images.square().sum(1, keepdim=True)
         ones = channels.new_ones(1, 1, *self.kernel_size)
-        sums = self._of(_CONVOLUTIONS)(channels, ones, None, self.stride, self.padding, self.dilation)
+        sums = self._convolution(channels, ones, None, self.stride, self.padding, self.dilation)
         return sums.mul_(weights).sum()
 
-    def _of(self, functions: tuple[Any, ...]) -> Any:
-        return functions[len(self.kernel_size) - 1]
+    @property
+    def _convolution(self) -> Any:
+        return _CONVOLUTIONS[len(self.kernel_size) - 1]
+
+    def _gradient(self, wanted: int, error: Tensor, images: Tensor, kernel: Tensor) -> Tensor:
+        """Return the gradient of the images (0) or of the kernel (1), for whose values any others may stand."""
+        # The functions of torch.nn.grad return contiguous gradients for images in channels_last too, which is slow.
+        zeros, only = [0] * len(self.kernel_size), [wanted == 0, wanted == 1, False]
+        geometry = self.stride, self.padding, self.dilation, False, zeros, 1
+        return torch.ops.aten.convolution_backward(error, images, kernel, None, *geometry, only)[wanted]
 
     def _kernel(self, weight: Tensor) -> Tensor:
         return weight.unflatten(1, (-1, *self.kernel_size))

@@ -52,6 +52,21 @@ def test_products_are_the_convolution_and_its_gradients(name):
                 torch.testing.assert_close(kind.largest(patches, images.abs()), expected)
 
 
+@pytest.mark.parametrize("name", ["3x3", "strided", "dilated"])
+def test_errors_have_the_layout_of_the_images(name):
+    """Check that a network in channels_last stays in it, since mixed layouts are slow."""
+    layer, images, convolution = made(name)
+    images = images.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = layer(images)
+    error = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, images, error)
+    ours = convolution.multiply_transposed(layer.weight.detach().flatten(1), error, images.detach())
+    torch.testing.assert_close(ours, expected)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    assert not expected.is_contiguous()
+
+
 @pytest.mark.parametrize("name", [name for name, (layer, _) in SHAPES.items() if isinstance(layer, nn.Conv2d)])
 def test_columns_are_torchs_unfolding_times_a_gain(name):
     layer, images, convolution = made(name)
