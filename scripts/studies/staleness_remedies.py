@@ -1,11 +1,12 @@
 """This study asks which remedies against stale weights help by how much, alone and in pairs.
 
 A residual network of 16 layers, 16 wide, learns handwritten digits by analog SGD, by residual learning and in mixed
-precision, through an asynchronous pipeline of 4 to 16 stages. Pairs are tried with 16 stages. One stage, which makes
-the same updates without delay, is what they are compared with. For each combination, the learning rate is the one with
-the lowest loss on validation images, for a seed that counts for nothing else. The grid of rates grows until its best is
-inside. Losses and accuracies are those of the test images at the end of a run. Runs that the CSV file already holds are
-not repeated. Usage:
+precision, through an asynchronous pipeline of 4 to 16 stages. Pairs are tried with 16 stages. The pipeline itself is
+changed too: in full duplex, staleness is twice as large; with one layer in all stages but the last, fewer layers are
+stale, but the last stage takes longest. One stage, which makes the same updates without delay, is what all are compared
+with. For each combination, the learning rate is the one with the lowest loss on validation images, for a seed that
+counts for nothing else. The grid of rates grows until its best is inside. Losses and accuracies are those of the test
+images at the end of a run. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/staleness_remedies.py --folder docs/results
 """
@@ -68,6 +69,9 @@ OPTIMIZERS: dict[str, Callable[[Any, float, int], torch.optim.Optimizer]] = {
 }
 """The optimizers that make up for staleness, as functions of the parameters, the rate and the number of stages."""
 
+FULL_DUPLEX = "full duplex"
+SMALL_STAGES = "small first stages"
+
 ADAM_RATES = (0.005, 0.01, 0.02)
 
 
@@ -94,6 +98,9 @@ def settings(quick: bool) -> list[Setting]:
         found.append(Setting(algorithm, 1, "none"))
         found += [Setting(algorithm, m, name) for m in stages for name in ("none", *names)]
         found += [Setting(algorithm, stages[-1], pair) for pair in pairs]
+        if not quick:
+            found += [Setting(algorithm, m, FULL_DUPLEX) for m in stages]
+            found += [Setting(algorithm, m, SMALL_STAGES) for m in stages if m < DEPTH]
     return found
 
 
@@ -139,13 +146,16 @@ def run(
             return optimizers[0](parameters, learning_rate, num_stages)
         return torch.optim.SGD(parameters, learning_rate, momentum)
 
+    later = range(1, num_stages)
+    first_layers = later if SMALL_STAGES in names else [stage * DEPTH // num_stages for stage in later]
     clock = ClockMonitor()
     strategy = AnalogPipelineStrategy(
         num_stages,
         "async",
         NUM_MICROBATCHES,
         device=device,
-        split_at=[f"network.{1 + stage * DEPTH // num_stages}" for stage in range(1, num_stages)],
+        duplex="full" if FULL_DUPLEX in names else "half",
+        split_at=[f"network.{1 + layer}" for layer in first_layers],
         remedies=[REMEDIES[name](mini_batches) for name in names if name in REMEDIES],
         on_nonfinite="warn",  # a rate that is too large is not the best one
     )
@@ -158,18 +168,14 @@ def run(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
     )
     inner = (Residual() for _ in range(DEPTH - 2))
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, WIDTH), *inner, nn.Linear(WIDTH, 10))
     task = Classifier(network, optimizer=optimizer)
     trainer.fit(task, data.train_dataloader())
-    if seed == TUNING_SEED:
-        (result,) = trainer.validate(task, data.val_dataloader(), verbose=False)
-    else:
-        (result,) = trainer.test(task, data.test_dataloader(), verbose=False)
-    part = "val" if seed == TUNING_SEED else "test"
-    return [{"loss": result[f"{part}/loss"], "accuracy": result[f"{part}/accuracy"], "cycles": clock.cycles}]
+    images = data.val_dataloader() if seed == TUNING_SEED else data.test_dataloader()
+    (result,) = trainer.test(task, images, verbose=False)
+    return [{"loss": result["test/loss"], "accuracy": result["test/accuracy"], "cycles": clock.cycles}]
 
 
 def mean_loss(rows: Sequence[Row]) -> float:
