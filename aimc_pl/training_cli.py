@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
@@ -320,15 +319,9 @@ def _remedy(message: str) -> str | None:
 
 
 def silence() -> None:
-    """Keep Lightning from printing what is of no use to the users of this command."""
-    # Lightning advertises other packages.
-    for handler in logging.getLogger("lightning.pytorch").handlers:
-        handler.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
-    # Lightning itself uses a name that torch will drop, which a user cannot change.
-    warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
+    """Keep all processes but the first from printing what that one prints."""
     # Lightning adds the attribute to a function.
     if rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
-        # Every process would print what the first one prints.
         for name in ("lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
