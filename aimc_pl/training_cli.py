@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from shutil import rmtree
 from traceback import walk_tb
-from typing import Any, get_args, override
+from typing import IO, Any, get_args, override
 
 import yaml
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -42,6 +42,10 @@ from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+
+
+_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+"""What ``ckpt_path`` may say to Lightning instead of a path."""
 
 
 class _RunConfig(SaveConfigCallback):
@@ -118,11 +122,14 @@ class AnalogCLI(CheckpointReadingCLI):
         """Return a context manager for reading hyperparameters from a checkpoint.
 
         It checks the checkpoint, and keeps it from running code.
+
+        Raises:
+            UsageError: if the checkpoint is a file that cannot be read.
         """
         with ExitStack() as stack:
-            if path and Path(path).is_file():
+            if path and path not in _NAMED_CHECKPOINTS and ":" not in str(path):  # no address
                 stack.enter_context(admitted_classes(nn.Module()))
-                stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
+                stack.enter_context(reading(stack.enter_context(_opened(path)), path))
             return stack.pop_all()
 
     def instantiate_classes(self) -> None:
@@ -324,6 +331,13 @@ def silence() -> None:
     if rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
         for name in ("lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _opened(path: str) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UsageError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
 
 
 def _check_folder(path: Path, new: Sequence[Path]) -> None:
