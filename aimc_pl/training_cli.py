@@ -28,7 +28,7 @@ from rich.console import Console
 from torch import nn
 from torch.distributed import DistNetworkError
 
-from aimc_pl.arguments import shown
+from aimc_pl.arguments import check_number, shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
@@ -43,6 +43,8 @@ from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 
+_AT_LEAST = {"check_val_every_n_epoch": 1, "gradient_clip_val": 0}
+"""Numbers that the Trainer does not check: it divides by the first, and takes a negative second one for none."""
 
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 """What ``ckpt_path`` may say to Lightning instead of a path."""
@@ -104,6 +106,9 @@ class AnalogCLI(CheckpointReadingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Instantiate the trainer, with a progress bar that shows what the pipeline does, unless the user has one."""
         config = self._get(self.config_init, "trainer", default={})
+        for name, least in _AT_LEAST.items():
+            if config.get(name) is not None:
+                check_number(name, config[name], at_least=least)
         callbacks = config.get("callbacks") or []
         if isinstance(callbacks, Callback):
             callbacks = [callbacks]
@@ -136,7 +141,7 @@ class AnalogCLI(CheckpointReadingCLI):
         """Instantiate the classes that the configuration names.
 
         Raises:
-            UsageError: if a class refuses its arguments, or if the folder of a logger cannot be created.
+            UsageError: if a class refuses its arguments, or if the folder of logs cannot be created.
         """
         try:
             super().instantiate_classes()
@@ -149,9 +154,9 @@ class AnalogCLI(CheckpointReadingCLI):
                     "aimc_pl.strategies.AnalogPipelineStrategy"
                 ) from error
             raise UsageError(str(error)) from error
-        for logger in self.trainer.loggers:
-            if logger.log_dir is not None:
-                path = Path(logger.log_dir)
+        for logs in [logger.log_dir for logger in self.trainer.loggers] or [self.trainer.default_root_dir]:
+            if logs is not None:
+                path = Path(logs)
                 new = [folder for folder in (path, *path.parents) if not folder.exists()]
                 if self.trainer.is_global_zero:
                     _check_folder(path, new)
@@ -353,7 +358,7 @@ def _check_folder(path: Path, new: Sequence[Path]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the logger cannot write: {error.strerror}: {error.filename}") from error
+        raise UsageError(f"the run cannot write: {error.strerror}: {error.filename}") from error
     finally:
         _remove(new)
 
