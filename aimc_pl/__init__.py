@@ -8,10 +8,14 @@ analog devices. The core is in ``aimc_pl.schedule``, ``aimc_pl.flight``, ``aimc_
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from aimc_pl.quiet import quiet_lightning
+
 if TYPE_CHECKING:
     from aimc_pl.runs import compare, history
 
 __all__ = ["compare", "history"]
+
+quiet_lightning()
 
 
 def __getattr__(name: str) -> Any:

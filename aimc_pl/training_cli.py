@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
@@ -13,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from shutil import rmtree
 from traceback import walk_tb
-from typing import Any, get_args, override
+from typing import IO, Any, get_args, override
 
 import yaml
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -29,7 +28,7 @@ from rich.console import Console
 from torch import nn
 from torch.distributed import DistNetworkError
 
-from aimc_pl.arguments import shown
+from aimc_pl.arguments import check_number, shown
 from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
@@ -43,6 +42,12 @@ from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+
+_AT_LEAST = {"check_val_every_n_epoch": 1, "gradient_clip_val": 0}
+"""Numbers that the Trainer does not check: it divides by the first, and takes a negative second one for none."""
+
+_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
+"""What ``ckpt_path`` may say to Lightning instead of a path."""
 
 
 class _RunConfig(SaveConfigCallback):
@@ -101,6 +106,9 @@ class AnalogCLI(CheckpointReadingCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Instantiate the trainer, with a progress bar that shows what the pipeline does, unless the user has one."""
         config = self._get(self.config_init, "trainer", default={})
+        for name, least in _AT_LEAST.items():
+            if config.get(name) is not None:
+                check_number(name, config[name], at_least=least)
         callbacks = config.get("callbacks") or []
         if isinstance(callbacks, Callback):
             callbacks = [callbacks]
@@ -119,18 +127,21 @@ class AnalogCLI(CheckpointReadingCLI):
         """Return a context manager for reading hyperparameters from a checkpoint.
 
         It checks the checkpoint, and keeps it from running code.
+
+        Raises:
+            UsageError: if the checkpoint is a file that cannot be read.
         """
         with ExitStack() as stack:
-            if path and Path(path).is_file():
+            if path and path not in _NAMED_CHECKPOINTS and ":" not in str(path):  # no address
                 stack.enter_context(admitted_classes(nn.Module()))
-                stack.enter_context(reading(stack.enter_context(open(path, "rb")), path))
+                stack.enter_context(reading(stack.enter_context(_opened(path)), path))
             return stack.pop_all()
 
     def instantiate_classes(self) -> None:
         """Instantiate the classes that the configuration names.
 
         Raises:
-            UsageError: if a class refuses its arguments, or if the folder of a logger cannot be created.
+            UsageError: if a class refuses its arguments, or if the folder of logs cannot be created.
         """
         try:
             super().instantiate_classes()
@@ -143,9 +154,9 @@ class AnalogCLI(CheckpointReadingCLI):
                     "aimc_pl.strategies.AnalogPipelineStrategy"
                 ) from error
             raise UsageError(str(error)) from error
-        for logger in self.trainer.loggers:
-            if logger.log_dir is not None:
-                path = Path(logger.log_dir)
+        for logs in [logger.log_dir for logger in self.trainer.loggers] or [self.trainer.default_root_dir]:
+            if logs is not None:
+                path = Path(logs)
                 new = [folder for folder in (path, *path.parents) if not folder.exists()]
                 if self.trainer.is_global_zero:
                     _check_folder(path, new)
@@ -320,17 +331,18 @@ def _remedy(message: str) -> str | None:
 
 
 def silence() -> None:
-    """Keep Lightning from printing what is of no use to the users of this command."""
-    # Lightning advertises other packages.
-    for handler in logging.getLogger("lightning.pytorch").handlers:
-        handler.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))
-    # Lightning itself uses a name that torch will drop, which a user cannot change.
-    warnings.filterwarnings("ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated")
+    """Keep all processes but the first from printing what that one prints."""
     # Lightning adds the attribute to a function.
     if rank_zero_only.rank:  # pyright: ignore[reportFunctionMemberAccess]
-        # Every process would print what the first one prints.
         for name in ("lightning.fabric", "lightning.pytorch"):
             logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _opened(path: str) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UsageError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
 
 
 def _check_folder(path: Path, new: Sequence[Path]) -> None:
@@ -346,7 +358,7 @@ def _check_folder(path: Path, new: Sequence[Path]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the logger cannot write: {error.strerror}: {error.filename}") from error
+        raise UsageError(f"the run cannot write: {error.strerror}: {error.filename}") from error
     finally:
         _remove(new)
 

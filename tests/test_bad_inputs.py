@@ -230,7 +230,19 @@ COMMANDS = {
     "a folder as checkpoint": (["--ckpt_path=."], "cannot read checkpoint .: Is a directory"),
     "a text as checkpoint": (["--ckpt_path=text.ckpt"], "text.ckpt is no checkpoint, or only a part of one"),
     "a file as folder of logs": (["--trainer.logger.init_args.save_dir=text.ckpt"], "Not a directory: "),
-    "logs where no folder can be made": (["--trainer.logger.init_args.save_dir=/proc/x"], "the logger cannot write: "),
+    "logs where no folder can be made": (["--trainer.logger.init_args.save_dir=/proc/x"], "the run cannot write: "),
+    "a file as folder of a run without logs": (
+        ["--trainer.logger=false", "--trainer.default_root_dir=text.ckpt"],
+        "the run cannot write: File exists: ",
+    ),
+    "a negative limit of gradients": (
+        ["--trainer.gradient_clip_val=-1"],
+        "gradient_clip_val must be a finite number of at least 0, got -1",
+    ),
+    "a validation every 0 epochs": (
+        ["--trainer.check_val_every_n_epoch=0"],
+        "check_val_every_n_epoch must be a finite number of at least 1, got 0",
+    ),
     "an interpolation of nothing": (["--config=reference.yaml"], "nowhere.size' not found"),
     "a number as trainer": (["--config=number.yaml"], "node `trainer` is not a container"),
     "one callback without a list, and without pipeline": (

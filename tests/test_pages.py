@@ -139,6 +139,15 @@ def test_every_page_is_in_the_sites_table_of_contents():
     assert listed - pages == notebooks | {"index.md", "CHANGELOG.md", "CONTRIBUTING.md"}
 
 
+def test_the_error_of_an_unknown_strategy_is_on_the_page_as_lightning_says_it():
+    with pytest.raises(ValueError, match="invalid strategy name") as caught:
+        L.Trainer(strategy="aimc_unknown")
+    said = str(caught.value).partition(" Example")[0].replace("aimc_unknown", "aimc_async")
+    # pytorch_lightning is the same code with its own name, and importing it here would make other tests warn.
+    said = said.replace("lightning.pytorch.", "pytorch_lightning.")
+    assert f"``{said} …``" in (DOCS / "TROUBLESHOOTING.md").read_text()
+
+
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 
 

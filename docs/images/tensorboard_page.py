@@ -30,11 +30,17 @@ NOISE = '[{"class_path": "aimc_pl.callbacks.WriteNoise", "init_args": {"std": 0.
 
 
 @contextmanager
-def tensorboard(folder: str | Path) -> Iterator[str]:
-    """Context manager in which TensorBoard serves the runs in a folder on a free port. It gives the address."""
+def tensorboard(folder: str | Path, load_fast: bool = False) -> Iterator[str]:
+    """Context manager in which TensorBoard serves the runs in a folder on a free port. It gives the address.
+
+    Args:
+        folder: the folder.
+        load_fast: whether TensorBoard reads the files as it does by default, while it serves them. A chart that is
+            drawn too early then stays empty. Otherwise all data are read before the server starts.
+    """
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1", "--port", "0"]
-    # All data are read before the server starts. Otherwise a chart may be drawn too early, and stay empty.
-    command += ["--load_fast", "false", "--reload_interval", "0", "--reload_task", "blocking"]
+    if not load_fast:
+        command += ["--load_fast", "false", "--reload_interval", "0", "--reload_task", "blocking"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None

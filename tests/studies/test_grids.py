@@ -68,6 +68,7 @@ def test_a_refused_run_ends_the_sweep_in_a_line_and_finished_ones_stay(tmp_path,
             "a mini-batch of 32 samples cannot be split into num_microbatches=5000",
         ),
         ({f"{STRATEGY}.num_stages": "[4, 3]"}, "num_stages=3 needs 2 names in split_at, got 3"),
+        ({"ckpt_path": "[null, nowhere.ckpt]"}, "ckpt_path=nowhere.ckpt: cannot read checkpoint nowhere.ckpt: No such"),
         ({"seed_everything": "[0, -3]"}, "seed_everything=-3: -3 is not in bounds"),
     ],
 )
