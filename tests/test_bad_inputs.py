@@ -185,8 +185,16 @@ COMMANDS = {
     ),
     "unknown backend": (
         ["--trainer.strategy.init_args.device.init_args.backend=exact"],
-        "'backend' matches no layer: the layers are network.1, network.3, network.5, network.7 (for the arguments of a "
-        "device see aimc-pl devices)",
+        "device argument backend='exact' must be Literal['mean_field', 'bits', 'aihwkit'] (see aimc-pl",
+    ),
+    "a device's argument of another type": (
+        [STRATEGY + "device.init_args.tau=high"],
+        "device argument tau='high' must be float (see aimc-pl devices)",
+    ),
+    "a device's argument that is misspelt": (
+        [STRATEGY + "device.init_args.taus=3"],
+        "device key 'taus' matches no layer: the layers are network.1, network.3, network.5, network.7; did you mean "
+        "the argument tau?",
     ),
     "a device of no range": ([STRATEGY + "device.init_args.tau=.nan"], "tau must be a finite number above 0"),
     "an endless timeout": ([STRATEGY + "timeout=.inf"], "timeout must be a finite number above 0"),
