@@ -467,6 +467,7 @@ MODULES = {
     "a schedule out of order": (MLP, {"schedule": Hasty}, {}, "schedule= cannot run: Hasty has B(stage 2, micro-"),
     "duplex of a schedule of one's own": (MLP, {"schedule": Hasty, "duplex": "full"}, {}, "a custom schedule sets"),
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
+    "split_at twice": (MLP, {"num_stages": 3, "split_at": ["2", "2"]}, {}, "split_at has '2' twice"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),
     "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: 'aimc-pl devices' lists"),
