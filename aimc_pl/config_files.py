@@ -69,8 +69,8 @@ def with_kept_strategies(args: list[str]) -> list[str]:
                 del kept[-1 if arg.startswith("-") else -2 :]
         elif is_set_up and is_ours:
             raise UsageError(
-                f"{option} {Path(value).name}: strategy: {strategy} would drop the arguments of an earlier config, such "
-                f"as its device: write strategy: {{init_args: {{schedule: {schedule or 'NAME'}}}}}"
+                f"{option} {Path(value).name}: strategy: {strategy} would drop the arguments of an earlier config, "
+                f"such as its device: write strategy: {{init_args: {{schedule: {schedule or 'NAME'}}}}}"
             )
         if not (is_ours and is_set_up) and (is_ours or "." in strategy):
             path = strategy if "." in strategy else _STRATEGY
