@@ -237,8 +237,12 @@ def _output_variance(io: IOParameters) -> float:
 
 
 def _step(resolution: float, bound: float) -> float:
-    """Return the step of a converter, or 0 without rounding. A resolution above 1 is a number of steps."""
-    resolution = max(resolution, 0.0)
+    """Return the step of a converter, or 0 without rounding. A resolution above 1 is a number of steps.
+
+    A step is a share of the range. So, as in aihwkit, converters without a bound (at most 0) do not round.
+    """
+    if resolution <= 0 or not 0 < bound < inf:
+        return 0.0
     return (1 / resolution if resolution > 1 else resolution) * 2 * bound
 
 

@@ -147,7 +147,7 @@ class Crossbar(nn.Module):
         """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
         if learning_rate == 0:
             return
-        loop = self._loop(learning_rate, update)
+        loop = self._loop(self.response, learning_rate, update)
         if loop is not None:
             kernels.pulse_column(self.weight.numpy(), column, kernels.array(error), *loop)
         else:
@@ -169,7 +169,7 @@ class Crossbar(nn.Module):
         Returns:
             Whether a compiled loop could do this. Otherwise, nothing has happened.
         """
-        loop = self._loop(learning_rate, update)
+        loop = self._loop(self.response, learning_rate, update)
         if loop is None or not is_simple(io):
             return False
         kernels.transfer(source.numpy(), self.weight.numpy(), column, *kernel_arguments(io), *loop)
@@ -229,7 +229,7 @@ class Crossbar(nn.Module):
         if self._responses_to is not self.hidden:
             self._responses_to = self.hidden
             self._responses = {}
-        if self.hidden.shape[-1] == 1:
+        if column is not None and self.hidden.shape[-1] == 1:
             column = None
         response = self._responses.get(column)
         if response is None:
@@ -263,9 +263,8 @@ class Crossbar(nn.Module):
             and weight.numel() <= LENGTH
         )
 
-    def _loop(self, learning_rate: float, update: UpdateParameters) -> tuple[Any, ...] | None:
+    def _loop(self, response: Response, learning_rate: float, update: UpdateParameters) -> tuple[Any, ...] | None:
         """Return the last arguments of the compiled loops that send pulses, or ``None`` if they cannot."""
-        response = self.response
         if self._sample_pulses or not is_managed(update) or not self._has_moving_loop(response):
             return None
         trains = learning_rate / self.granularity, update.desired_bl, update.update_bl_management
@@ -286,13 +285,14 @@ class Crossbar(nn.Module):
         Returns:
             The reach (or 0 if it is small), and the share of the pulses that do not fit into the trains.
         """
-        loop = self._loop(learning_rate, update) if vectors is ROWS and error.numel() <= LENGTH else None
+        response = self.response
+        is_small = vectors is ROWS and error.numel() <= LENGTH
+        loop = self._loop(response, learning_rate, update) if is_small else None
         if loop is not None:
-            steepness = self.response.steepness
             arrays = self.weight.numpy(), kernels.array(x), kernels.array(error)
             turned = _NO_SIGNS if signs is None else kernels.array(signs)
-            most, cut = kernels.pulse(*arrays, turned, furthest / steepness if steepness else inf, *loop)
-            return most * steepness, cut
+            most, cut = kernels.pulse(*arrays, turned, furthest / (response.steepness or 1e-30), *loop)
+            return most * response.steepness, cut
         counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
         reach = self._reach(counts)
         if reach <= furthest:

@@ -37,6 +37,14 @@ QUIET = {
     "bound exceeded beyond help": IOParameters(out_noise=0.0, out_bound=0.1, max_bm_factor=4),
     "bound clips": IOParameters(out_noise=0.0, out_bound=1.0, bound_management=BoundManagementType.NONE),
     "scaled": IOParameters(out_noise=0.0, out_scale=1.7),
+    "outputs without a bound": IOParameters(out_noise=0.0, out_bound=-1.0),
+    "inputs without a bound": IOParameters(
+        out_noise=0.0,
+        inp_bound=-1.0,
+        out_bound=0.0,
+        noise_management=NoiseManagementType.NONE,
+        bound_management=BoundManagementType.NONE,
+    ),
 }
 
 
@@ -75,6 +83,7 @@ NOISY = {
     "PCM": IOParameters(out_noise=0.02, w_noise=0.1, w_noise_type=WeightNoiseType.PCM_READ),
     "stochastic rounding": IOParameters(out_noise=0.0, inp_res=10, inp_sto_round=True, out_res=60, out_sto_round=True),
     "bound exceeded": IOParameters(out_noise=0.1, out_bound=1.2),
+    "without a bound": IOParameters(out_noise=0.1, out_bound=-1.0),
 }
 
 

@@ -211,6 +211,7 @@ CONVERTERS = {
     "small outputs": {"out_bound": 2.0, "out_scale": 0.5},
     "small outputs up only": {"out_bound": 2.0, "bm_test_negative_bound": False},
     "small outputs once": {"out_bound": 1.0, "max_bm_factor": 1},
+    "outputs without a bound": {"out_bound": -1.0},
 }
 
 
