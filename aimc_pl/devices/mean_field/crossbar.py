@@ -201,9 +201,14 @@ class Crossbar(nn.Module):
         self._move(counts, self._reach(counts))
         shown.copy_(self.weight * scale)
 
+    @property
+    def leaks(self) -> bool:
+        """Whether the devices have a lifetime, so that their weights leak."""
+        return self._device.lifetime > 0
+
     def decay(self) -> None:
         """Let the weights leak, as once per mini-batch, if the devices have a lifetime."""
-        if self._device.lifetime > 0:
+        if self.leaks:
             scale, target = (self.hidden[self.names.index(name)] for name in ("decay_scales", "reset_bias"))
             self.response.clip(self.weight.sub_(target).mul_(scale).add_(target))
 

@@ -127,8 +127,9 @@ class MixedPrecisionTile(MeanFieldTile):
         # Optimizers leave parameters without a gradient alone. Those of other processes have no memory here.
         if self.shared_weights.grad is not None:
             self._program()
-            super().post_update_step()
-            self._show()
+            if self.tile.crossbar.leaks:
+                super().post_update_step()
+                self._show()
 
     def set_weights(self, *args: Any, **kwargs: Any) -> None:
         """Program new weights, clipped to the bounds of the cross-points. The residual stays."""
