@@ -40,8 +40,10 @@ class TableGenerator(Generator):
 
     def set_state(self, new_state: Tensor) -> "TableGenerator":
         """See :meth:`torch.Generator.set_state`."""
-        super().set_state(new_state[: -self.offsets.nbytes])
-        self.offsets[:] = new_state[-self.offsets.nbytes :].numpy().view(np.uint64)
+        of_torch, of_offsets = new_state.tensor_split([super().get_state().numel()])
+        super().set_state(of_torch)
+        # The checkpoints of earlier versions hold the state of torch's generator alone.
+        self.offsets[:] = of_offsets.numpy().view(np.uint64) if len(of_offsets) > 0 else self.initial_seed()
         return self
 
     def __reduce__(self) -> Any:

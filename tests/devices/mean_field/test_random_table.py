@@ -64,6 +64,12 @@ def test_copies_of_a_generator_draw_the_same_numbers(copy):
     assert not torch.equal(draws(copied), expected)
 
 
+def test_a_state_of_torchs_generator_alone_is_read():
+    expected = [random_table.start(TableGenerator().manual_seed(seed).offsets) for seed in (5, 6)]
+    old = [TableGenerator().set_state(torch.Generator().manual_seed(seed).get_state()) for seed in (5, 6)]
+    assert [random_table.start(generator.offsets) for generator in old] == expected
+
+
 def test_slices_begin_anywhere_with_equal_probability():
     """Sort 100,000 beginnings, and the differences of successive ones, into 1,000 bins each.
 
