@@ -168,22 +168,13 @@ def transfer(
     gaussians: np.ndarray,
     offsets: np.ndarray,
 ) -> None:
-    """Read a column of one crossbar, and add it to a column of another by pulses.
+    """Read a column of one crossbar, and add it to the same column of another by pulses.
 
     Args:
-        source: weights ``(out, in)`` of the crossbar that is read.
-        weight: see :func:`pulse`.
-        column: the number of the column.
-        to_line: arguments of :func:`to_codes`.
-        from_line: arguments of :func:`from_sums`.
-        rate: see :func:`pulse`.
-        length: see :func:`pulse`.
-        is_adaptive: see :func:`pulse`.
-        response: see :func:`pulse`.
-        spread: see :func:`pulse`.
-        uniforms: see :func:`pulse`.
-        gaussians: see :func:`pulse`.
-        offsets: see :func:`start`.
+        source: weights ``(out, in)`` of the crossbar that is read. The arguments that are not listed are those of
+            :func:`pulse_column`.
+        to_line: how the input becomes a code, see :func:`to_codes`.
+        from_line: what the converters of the outputs do, see :func:`from_sums`.
     """
     codes, scales = to_codes(np.ones((1, 1), _f32), *to_line)
     values = np.empty((1, len(source)), _f32)
@@ -207,18 +198,14 @@ def program(
     gaussians: np.ndarray,
     offsets: np.ndarray,
 ) -> None:
-    """Add what has been changed of weights that are shown to a residual, send whole pulses, and show the new weights.
+    """Do what :meth:`~aimc_pl.devices.mean_field.crossbar.Crossbar.program` does.
 
     Args:
-        weight: ``(out, in)``, which changes.
-        residual: ``(out, in)``, of which the pulses are subtracted.
-        shown: the weights of the crossbar times the scales, changed by an optimizer.
+        weight: ``(out, in)``, which changes. The arguments that are not listed are those of :func:`pulse`.
+        residual: ``(out, in)``, which changes.
+        shown: ``(out, in)``, which changes.
         scales: of the outputs ``(out,)``, or one for all ``(1,)``.
-        step: the weight of a pulse.
-        response: the parameters of :func:`_move`.
-        spread: see :func:`pulse`.
-        gaussians: see :func:`pulse`.
-        offsets: see :func:`start`.
+        step: the mean step of the devices.
     """
     outputs, inputs = weight.shape
     counts = np.empty((4, inputs), _f32)

@@ -130,7 +130,7 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
         periods = [*self._periods(len(x) * each)]
         # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
-        parts = min(len(x), max(ceil(len(x) * each / period) for period in periods if period) if any(periods) else 1)
+        parts = min(len(x), max(ceil(len(x) * each / period) if period else 1 for period in periods))
         for some_x, some_error in split(parts, x, error):
             self._pulse(some_x, some_error, vectors, len(x) * each)
             before, self._num_vectors = self._num_vectors, self._num_vectors + len(some_x) * each
