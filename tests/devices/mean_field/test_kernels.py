@@ -18,12 +18,20 @@ from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
 from aimc_pl.devices.mean_field.transfer import TransferSimulatorTile
 
+
+def uneven():
+    """Return a device whose steps up and down differ, with a noise that does not depend on the weight."""
+    device = soft_bounds_reference(device_to_device=0.1)
+    device.rpu_config.device.up_down_dtod = 0.3
+    return device
+
+
 DEVICES = (
     soft_bounds(),
     soft_bounds(num_states=30),
     soft_bounds(device_to_device=0.3),
     soft_bounds(num_states=30, device_to_device=0.3),
-    soft_bounds_reference(device_to_device=0.1),
+    uneven(),
     linear_step(device_to_device=0.3),
     constant_step(),
 )
@@ -80,13 +88,14 @@ def test_pulses_move_weights_as_those_of_torch(device, update, turned):
 
 
 @pytest.mark.parametrize("relaxation", [1e-3, 0.1, 0.5, 3.0, 15.9, 16.1, 300.0])
-def test_weights_relax_to_a_soft_bound_by_an_exponential(relaxation):
-    """Without noise, n pulses up of relative size s end at w' = 1 - (1 - w)·exp(-ns)."""
+@pytest.mark.parametrize("end", [1.0, -0.3])
+def test_weights_relax_by_an_exponential(relaxation, end):
+    """Without noise, n pulses of relative size s of which n·e is the net end at w' = e + (w - e)·exp(-ns)."""
     response = crossbar_of(soft_bounds(tau=1.0, num_states=200, cycle_to_cycle=0.0)).response
     weight = torch.linspace(-0.9, 0.9, IN).expand(OUT, IN).contiguous()
-    expected = 1 - (1 - weight.double()) * exp(-relaxation)
+    expected = end + (weight.double() - end) * exp(-relaxation)
     count, nothing = torch.full((OUT, IN), 100 * relaxation), torch.zeros(OUT, IN)
-    response.step(weight, Counts(count, count, (nothing, nothing)), relaxation, nothing)
+    response.step(weight, Counts(count * end, count, (nothing, nothing)), relaxation, nothing)
     torch.testing.assert_close(weight.double(), expected, rtol=0, atol=5e-7)
 
 
@@ -107,8 +116,9 @@ def test_pulses_move_a_column_as_those_of_torch(device, learning_rate):
 
 READS = {
     "converters": {},
-    "perfect": {"is_perfect": True},
+    "perfect": {"is_perfect": True, "out_scale": 0.7},
     "without noise": {"out_noise": 0.0},
+    "noisy inputs": {"inp_noise": 0.1},
     "scaled": {"out_bound": 0.1, "out_scale": 0.7, "inp_bound": 0.5, "nm_thres": 0.7},
 }
 
