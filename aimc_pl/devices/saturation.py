@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aimc_pl.devices.mean_field import MeanFieldTile
+from aimc_pl.devices.mean_field.crossbar import Tally
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
 
 _MARGIN = 0.05
@@ -53,9 +54,9 @@ def cut_fraction(layer: Any) -> float:
     """
     fractions = [0.0]
     for crossbar in (tile.crossbars[0] for tile in _mean_field_tiles(layer)):
-        if crossbar.num_updates >= _ENOUGH:
-            fractions.append(float(crossbar.cut) / crossbar.num_updates)
-            crossbar.num_updates, crossbar.cut = 0, 0.0
+        if crossbar.tally.num_updates >= _ENOUGH:
+            fractions.append(float(crossbar.tally.cut) / crossbar.tally.num_updates)
+            crossbar.tally = Tally()
     return max(fractions)
 
 

@@ -95,8 +95,8 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
         self._counters[name] = float(means[-1])
         return means.view_as(values)
 
-    def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
-        compound, held = self._chopped, self._held[column]
+    def _transfer_column(self, source: int, column: int, rate: float) -> None:
+        compound, held, values = self._chopped, self._held[column], self._read(source, column)
         if compound.no_buffer:
             held.zero_()
         held.addcmul_(values, self._out_signs * self._in_signs[column], value=self._steps_per_unit(rate))
@@ -165,8 +165,9 @@ class DynamicTransferSimulatorTile(ChoppedTransferSimulatorTile):
         own = {"mean": self._mean, "reference": self._reference, "has_flipped": self._has_flipped}
         return super()._states() | own
 
-    def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
+    def _transfer_column(self, source: int, column: int, rate: float) -> None:
         compound, held, mean = self._dynamic, self._held[column], self._mean[column]
+        values = self._read(source, column)
         period, cycles = self._period(), self._counters["cycles"]
         reference = torch.where(self._has_flipped[column] > 0, mean, self._reference[column])
         self._reference[column] = reference

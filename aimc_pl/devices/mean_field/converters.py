@@ -7,14 +7,13 @@ parameters are those of aihwkit's ``IOParameters``, applied vector by vector as 
 from collections.abc import Callable
 from math import inf
 
-import numpy as np
 import torch
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, WeightNoiseType
 from aihwkit.simulator.parameters.io import IOParameters
-from torch import Generator, Tensor
+from torch import Tensor
 
 from aimc_pl.devices.mean_field import kernels
-from aimc_pl.devices.mean_field.random_table import LENGTH, gaussian, starts, tables, uniform
+from aimc_pl.devices.mean_field.random_table import LENGTH, TableGenerator, gaussian, tables, uniform
 from aimc_pl.devices.mean_field.vectors import Convolution, Patches, Vectors
 
 
@@ -50,7 +49,7 @@ def product(
     vectors: Vectors,
     scale: Tensor | float,
     io: IOParameters,
-    generator: Generator,
+    generator: TableGenerator,
     bound_management: bool,
     reduction: float = 1.0,
 ) -> Tensor:
@@ -96,20 +95,38 @@ def product(
 
 
 def has_row_product(weight: Tensor, x: Tensor, io: IOParameters) -> bool:
-    """Return whether :func:`row_product` can compute the product.
+    """Return whether :func:`row_product` can compute the product: on a CPU, with :func:`is_simple` converters."""
+    return x.is_cpu and is_simple(io) and x.numel() * weight.shape[0] <= LENGTH * weight.shape[1]
 
-    It can on a CPU, if converters round to the nearest number, and if the outputs alone are noisy.
-    """
-    return (
-        x.is_cpu
-        and io.w_noise_type == WeightNoiseType.NONE
-        and io.inp_noise == 0
-        and not (io.inp_sto_round or io.out_sto_round)
-        and x.numel() * weight.shape[0] <= LENGTH * weight.shape[1]
+
+def is_simple(io: IOParameters) -> bool:
+    """Return whether converters round to the nearest number, and the outputs alone are noisy."""
+    return is_perfect(io) or (
+        io.w_noise_type == WeightNoiseType.NONE and io.inp_noise == 0 and not (io.inp_sto_round or io.out_sto_round)
     )
 
 
-def row_product(weight: Tensor, x: Tensor, io: IOParameters, generator: Generator, bound_management: bool) -> Tensor:
+def kernel_arguments(io: IOParameters) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the arguments of :func:`kernels.to_codes` and :func:`kernels.from_sums` for :func:`is_simple` converters.
+
+    Perfect products are those of converters that change nothing.
+    """
+    if is_perfect(io):
+        return (0.0, 1.0, 1.0, inf), (1.0, 0.0, False, -inf, inf, io.out_scale)
+    step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
+    limit = inf if _fits(io) else _bound(io.inp_bound) / (step or 1.0)
+    bound = _bound(io.out_bound) / (unit or 1.0)
+    gain, scale = 1 / (unit or 1.0), unit or 1.0
+    low = -bound if io.bm_test_negative_bound else -inf
+    return (
+        (step, *_scale_limits(io), limit),
+        ((step or 1.0) * gain, io.out_noise * gain, unit > 0, low, bound, scale * io.out_scale),
+    )
+
+
+def row_product(
+    weight: Tensor, x: Tensor, io: IOParameters, generator: TableGenerator, bound_management: bool
+) -> Tensor:
     """Return the same as :func:`product` for inputs ``(..., in)`` with :func:`has_row_product`.
 
     Args:
@@ -119,28 +136,12 @@ def row_product(weight: Tensor, x: Tensor, io: IOParameters, generator: Generato
         generator: draws the noise.
         bound_management: see :func:`product`.
     """
-    step, unit = _step(io.inp_res, io.inp_bound), _step(io.out_res, io.out_bound)
+    to_line, from_line = kernel_arguments(io)
     rows = x.reshape(-1, x.shape[-1])
-    scales, exceeds = np.empty(len(rows), np.float32), np.empty(len(rows), np.bool)
-    limit = inf if _fits(io) else _bound(io.inp_bound) / (step or 1.0)
-    codes = kernels.to_codes(kernels.array(rows), step, *_scale_limits(io), limit, scales)
+    codes, scales = kernels.to_codes(kernels.array(rows), *to_line)
     y = torch.from_numpy(codes) @ weight.T
-    _, gaussians = tables()
-    bound = _bound(io.out_bound) / (unit or 1.0)
-    any_exceeds = kernels.from_sums(
-        y.numpy(),
-        (step or 1.0) / (unit or 1.0),
-        io.out_noise / (unit or 1.0),
-        gaussians,
-        starts(1, generator)[0] if io.out_noise > 0 else 0,
-        unit > 0,
-        -bound if io.bm_test_negative_bound else -inf,
-        bound,
-        scales,
-        (unit or 1.0) * io.out_scale,
-        exceeds,
-    )
-    if any_exceeds and bound_management and _may_repeat(1.0, step, io):
+    exceeds = kernels.from_sums(y.numpy(), scales, *from_line, tables()[1], generator.offsets)
+    if bound_management and exceeds.any() and _may_repeat(1.0, to_line[0], io):
         which = torch.from_numpy(exceeds)
         scale = torch.from_numpy(scales)[which, None]
         y[which] = product(weight, rows[which].mul, Vectors(-1), scale, io, generator, bound_management, 2.0)
@@ -175,7 +176,7 @@ def acts_as_noise(weight: Tensor, io: IOParameters) -> bool:
 
 
 def noisy_convolution(
-    weight: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: Generator
+    weight: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: TableGenerator
 ) -> Tensor | None:
     """Return the convolution on a crossbar with :func:`acts_as_noise`, or ``None`` if an output exceeds its bound.
 
@@ -197,7 +198,7 @@ def noisy_convolution(
 
 
 def noisy_transposed_convolution(
-    weight: Tensor, error: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: Generator
+    weight: Tensor, error: Tensor, images: Tensor, convolution: Convolution, io: IOParameters, generator: TableGenerator
 ) -> Tensor:
     """Return the transposed convolution on a crossbar with :func:`acts_as_noise` and :func:`never_exceeds`.
 
@@ -236,8 +237,12 @@ def _output_variance(io: IOParameters) -> float:
 
 
 def _step(resolution: float, bound: float) -> float:
-    """Return the step of a converter, or 0 without rounding. A resolution above 1 is a number of steps."""
-    resolution = max(resolution, 0.0)
+    """Return the step of a converter, or 0 without rounding. A resolution above 1 is a number of steps.
+
+    A step is a share of the range. So, as in aihwkit, converters without a bound (at most 0) do not round.
+    """
+    if resolution <= 0 or not 0 < bound < inf:
+        return 0.0
     return (1 / resolution if resolution > 1 else resolution) * 2 * bound
 
 
@@ -255,7 +260,7 @@ def _to_codes(
     scale: Tensor | float,
     step: float,
     io: IOParameters,
-    generator: Generator,
+    generator: TableGenerator,
 ) -> Tensor:
     """Return the inputs that the crossbar receives, in units of the converter's step. Zero vectors stay zero."""
     gain = scale.reciprocal().nan_to_num_(posinf=0.0) if isinstance(scale, Tensor) else 1 / scale
@@ -275,7 +280,7 @@ def _fits(io: IOParameters) -> bool:
     return io.noise_management == NoiseManagementType.ABS_MAX and io.nm_thres <= 0 and io.inp_bound >= 1
 
 
-def _round(values: Tensor, stochastic: bool, generator: Generator) -> Tensor:
+def _round(values: Tensor, stochastic: bool, generator: TableGenerator) -> Tensor:
     if stochastic:
         values += uniform(values.shape, generator, values.device) - 0.5
     return values.round_()

@@ -1,19 +1,23 @@
 """This module holds the cross-points of a crossbar, and moves their weights by update pulses."""
 
+from collections.abc import Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from math import ceil, inf, isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from aihwkit.simulator.configs import SingleRPUConfig, UpdateParameters
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import RPUDataType
-from torch import Generator, Tensor, nn
+from aihwkit.simulator.parameters.io import IOParameters
+from torch import Tensor, nn
 
 from aimc_pl.devices.mean_field import kernels
+from aimc_pl.devices.mean_field.converters import is_simple, kernel_arguments
 from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, is_managed, sampled_counts
-from aimc_pl.devices.mean_field.random_table import LENGTH, gaussian, starts, tables, uniform
+from aimc_pl.devices.mean_field.random_table import LENGTH, TableGenerator, gaussian, tables, uniform
 from aimc_pl.devices.mean_field.response import LinearResponse, Number, Response, response_of
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
@@ -23,7 +27,18 @@ ROWS = Vectors(-1)
 _LARGEST_REACH = 0.5
 """A batch is split if it moves weights by more than this, in units of their device's relaxation."""
 
-_NO_SIGNS = np.empty((0, 0), np.float32)
+_NO_SIGNS, _ONE = np.empty((0, 0), np.float32), np.ones(1, np.float32)
+
+
+@dataclass
+class Tally:
+    """The number of updates of a crossbar, and what they have lost."""
+
+    num_updates: int = 0
+    """How often :meth:`Crossbar.pulse` has been called."""
+
+    cut: Tensor | float = 0.0
+    """The sum over these calls of the share of the pulses that did not fit into the trains."""
 
 
 class Crossbar(nn.Module):
@@ -43,15 +58,14 @@ class Crossbar(nn.Module):
         hidden: the parameters of the devices ``(names, out, in)``, or ``(names, 1, 1)`` if all devices are equal.
         names: aihwkit's names of these parameters.
         granularity: the mean step of the devices.
-        num_updates: how often :meth:`pulse` has been called.
-        cut: the sum over these calls of the share of the pulses that did not fit into the trains.
+        tally: counts the updates.
     """
 
     weight: Tensor
     hidden: Tensor
 
     def __init__(
-        self, x_size: int, d_size: int, device: PulsedDevice, sample_pulses: bool, generator: Generator
+        self, x_size: int, d_size: int, device: PulsedDevice, sample_pulses: bool, generator: TableGenerator
     ) -> None:
         super().__init__()
         self._device = device
@@ -73,8 +87,7 @@ class Crossbar(nn.Module):
         self.register_buffer("hidden", hidden.clone(), persistent=False)
         if self._write_noise > 0:
             self._persistent.zero_()  # aihwkit draws these without the construction's seed
-        self.num_updates = 0
-        self.cut: Tensor | float = 0.0
+        self.tally = Tally()
         self._responses: dict[int | None, Response] = {}
         """The responses of single columns, and under ``None`` that of all cross-points."""
         self._responses_to: Tensor | None = None
@@ -119,35 +132,83 @@ class Crossbar(nn.Module):
         """
         if learning_rate == 0:
             return
-        self.num_updates += 1
         furthest = _LARGEST_REACH if len(x) > 1 else inf
         reach, cut = self._attempt(x, error, vectors, learning_rate, update, signs, furthest)
-        self.cut += cut
+        self.tally.num_updates += 1
+        self.tally.cut += cut
         if reach <= furthest:
             return
         # The order of the samples matters: split the batch, and apply its parts one after another.
         parts = min(len(x), ceil(reach / _LARGEST_REACH))
-        for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
+        for some_x, some_error in split(parts, x, error):
             self._attempt(some_x, some_error, vectors, learning_rate, update, signs)
 
     def pulse_column(self, column: int, error: Tensor, learning_rate: float, update: UpdateParameters) -> None:
         """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
-        if learning_rate != 0:
-            self._attempt(error.new_ones(1, 1), error[None], ROWS, learning_rate, update, column=column)
+        if learning_rate == 0:
+            return
+        loop = self._loop(self.response, learning_rate, update)
+        if loop is not None:
+            kernels.pulse_column(self.weight.numpy(), column, kernels.array(error), *loop)
+        else:
+            counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
+            self._move(counts, self._reach(counts), column)
 
-    def send(self, pulses: Tensor) -> None:
-        """Send every cross-point a whole number of pulses ``(out, in)``: up if it is positive, down if negative.
+    def add_column(
+        self, column: int, source: Tensor, io: IOParameters, learning_rate: float, update: UpdateParameters
+    ) -> bool:
+        """Read a column of other weights, and add learning_rate times what was read to the same column, by pulses.
+
+        Args:
+            column: the number of the column.
+            source: the other weights ``(out, in)``.
+            io: the converters of the reads.
+            learning_rate: the learning rate.
+            update: the parameters of the pulse trains.
+
+        Returns:
+            Whether a compiled loop could do this. Otherwise, nothing has happened.
+        """
+        loop = self._loop(self.response, learning_rate, update)
+        if loop is None or not is_simple(io):
+            return False
+        kernels.transfer(source.numpy(), self.weight.numpy(), column, *kernel_arguments(io), *loop)
+        return True
+
+    def program(self, residual: Tensor, shown: Tensor, scales: Tensor | None) -> None:
+        """Move the weights by what has changed of a tensor that shows them, in whole pulses, and show the new weights.
 
         The crossbar must have been created with ``sample_pulses``.
+
+        Args:
+            residual: the change ``(out, in)`` that is less than a pulse. The new change is added, and what the pulses
+                carry is subtracted.
+            shown: the weights ``(out, in)``, times the scales.
+            scales: one scale per output ``(out, 1)`` or one for all ``(1, 1)``; ``None`` stands for 1.
         """
+        response = self.response
+        if self._has_moving_loop(response) and shown.is_contiguous() and shown.dtype == torch.float32:
+            arrays = self.weight.numpy(), residual.numpy(), shown.detach().numpy()
+            scale = _ONE if scales is None else kernels.array(scales.view(-1))
+            settings = self.granularity, response.parameters, response.spread
+            kernels.program(*arrays, scale, *settings, tables()[1], self._generator.offsets)
+            return
+        scale = 1.0 if scales is None else scales
+        pulses = residual.add_((shown - self.weight * scale) / scale).div(self.granularity, rounding_mode="trunc")
+        residual.sub_(pulses, alpha=self.granularity)
         total, variance = pulses.abs(), self.response.spread**2
-        if total.max() != 0:
-            counts = Counts(pulses, total, (pulses * variance, total * variance))
-            self._move(counts, self._reach(counts))
+        counts = Counts(pulses, total, (pulses * variance, total * variance))
+        self._move(counts, self._reach(counts))
+        shown.copy_(self.weight * scale)
+
+    @property
+    def leaks(self) -> bool:
+        """Whether the devices have a lifetime, so that their weights leak."""
+        return self._device.lifetime > 0
 
     def decay(self) -> None:
         """Let the weights leak, as once per mini-batch, if the devices have a lifetime."""
-        if self._device.lifetime > 0:
+        if self.leaks:
             scale, target = (self.hidden[self.names.index(name)] for name in ("decay_scales", "reset_bias"))
             self.response.clip(self.weight.sub_(target).mul_(scale).add_(target))
 
@@ -173,7 +234,7 @@ class Crossbar(nn.Module):
         if self._responses_to is not self.hidden:
             self._responses_to = self.hidden
             self._responses = {}
-        if self.hidden.shape[-1] == 1:
+        if column is not None and self.hidden.shape[-1] == 1:
             column = None
         response = self._responses.get(column)
         if response is None:
@@ -197,6 +258,23 @@ class Crossbar(nn.Module):
         reach = self.response.steepness * float(counts.total.max())
         return reach if isfinite(reach) else 0.0
 
+    def _has_moving_loop(self, response: Response) -> TypeGuard[LinearResponse]:
+        """Return whether compiled loops can move the weights."""
+        weight = self.weight
+        return (
+            isinstance(response, LinearResponse)
+            and self._write_noise == 0
+            and weight.is_cpu
+            and weight.numel() <= LENGTH
+        )
+
+    def _loop(self, response: Response, learning_rate: float, update: UpdateParameters) -> tuple[Any, ...] | None:
+        """Return the last arguments of the compiled loops that send pulses, or ``None`` if they cannot."""
+        if self._sample_pulses or not is_managed(update) or not self._has_moving_loop(response):
+            return None
+        trains = learning_rate / self.granularity, update.desired_bl, update.update_bl_management
+        return *trains, response.parameters, response.spread, *tables(), self._generator.offsets
+
     def _attempt(
         self,
         x: Tensor,
@@ -204,61 +282,27 @@ class Crossbar(nn.Module):
         vectors: Vectors | Patches,
         learning_rate: float,
         update: UpdateParameters,
-        signs: Tensor | None = None,
+        signs: Tensor | None,
         furthest: float = inf,
-        column: int | None = None,
     ) -> tuple[float, Tensor | float]:
-        """Do what :meth:`pulse` does to all weights or to a column, unless the reach is larger than ``furthest``.
+        """Do what :meth:`pulse` does, unless the reach is larger than ``furthest``.
 
         Returns:
             The reach (or 0 if it is small), and the share of the pulses that do not fit into the trains.
         """
         response = self.response
-        if (
-            isinstance(response, LinearResponse)
-            and vectors is ROWS
-            and self.weight.is_cpu
-            and not self._sample_pulses
-            and self._write_noise == 0
-            and is_managed(update)
-            and max(error.numel(), self.weight.numel()) <= LENGTH
-        ):
-            return self._attempt_rows(x, error, learning_rate, update, signs, furthest, column or 0, response)
+        is_small = vectors is ROWS and error.numel() <= LENGTH
+        loop = self._loop(response, learning_rate, update) if is_small else None
+        if loop is not None:
+            arrays = self.weight.numpy(), kernels.array(x), kernels.array(error)
+            turned = _NO_SIGNS if signs is None else kernels.array(signs)
+            most, cut = kernels.pulse(*arrays, turned, furthest / (response.steepness or 1e-30), *loop)
+            return most * response.steepness, cut
         counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
         reach = self._reach(counts)
         if reach <= furthest:
-            self._move(counts, reach, column)
+            self._move(counts, reach)
         return reach, counts.cut
-
-    def _attempt_rows(
-        self,
-        x: Tensor,
-        error: Tensor,
-        learning_rate: float,
-        update: UpdateParameters,
-        signs: Tensor | None,
-        furthest: float,
-        first: int,
-        response: LinearResponse,
-    ) -> tuple[float, float]:
-        inputs, errors = kernels.array(x), kernels.array(error)
-        trains = np.empty(len(inputs), np.int64), np.empty(len(inputs), np.float32), np.empty_like(errors)
-        rate, adaptive = learning_rate / self.granularity, update.update_bl_management
-        cut = kernels.trains(inputs, errors, rate, update.desired_bl, adaptive, *trains)
-        turned = _NO_SIGNS if signs is None else kernels.array(signs)
-        most = kernels.pulse_rows(
-            self.weight.numpy(),
-            first,
-            inputs,
-            *trains,
-            turned,
-            response.parameters,
-            response.spread,
-            furthest / response.steepness if response.steepness else inf,
-            *tables(),
-            starts(int(trains[0].max()) + 1, self._generator),
-        )
-        return most * response.steepness, cut
 
     def _count(
         self, x: Tensor, error: Tensor, vectors: Vectors | Patches, learning_rate: float, update: UpdateParameters
@@ -289,6 +333,11 @@ class Crossbar(nn.Module):
 
     def _gaussian(self, like: Tensor) -> Tensor:
         return gaussian(like.shape, self._generator, like.device)
+
+
+def split(parts: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Split tensors along their first dimension into a number of parts."""
+    return [tensors] if parts == 1 else zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True)
 
 
 def _turned(counts: Counts, signs: Tensor | None) -> Counts:

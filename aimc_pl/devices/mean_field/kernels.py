@@ -15,6 +15,9 @@ from numba import njit, types
 from numba.extending import overload
 from torch import Tensor
 
+LENGTH = 2**22
+"""The longest slice of a table of random numbers. A table has twice as many."""
+
 _f32: Any = np.float32
 
 _compiled: Any = njit(
@@ -31,33 +34,356 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 @_compiled
-def trains(
+def start(offsets: np.ndarray) -> int:
+    """Return where a slice of a table of random numbers begins, by splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
+
+    Args:
+        offsets: the state of the generator of these numbers, one integer of 64 bits, which changes.
+    """
+    offsets[0] += np.uint64(0x9E3779B97F4A7C15)
+    bits = offsets[0]
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((bits ^ (bits >> np.uint64(31))) % np.uint64(LENGTH))
+
+
+@_compiled
+def pulse(
+    weight: np.ndarray,
     x: np.ndarray,
+    error: np.ndarray,
+    signs: np.ndarray,
+    furthest: float,
+    rate: float,
+    length: int,
+    is_adaptive: bool,
+    response: tuple[Any, ...],
+    spread: float,
+    uniforms: np.ndarray,
+    gaussians: np.ndarray,
+    offsets: np.ndarray,
+) -> tuple[float, float]:
+    """Send pulses to all cross-points, unless a cross-point would receive too many.
+
+    Args:
+        weight: ``(out, in)``, which changes.
+        x: inputs ``(batch, in)``.
+        error: errors ``(batch, out)``.
+        signs: direction of the pulses ``(1, in)`` or ``(out, in)``, or an empty array if all are positive.
+        furthest: the most pulses a cross-point may receive.
+        rate: learning rate in units of the mean step.
+        length: of the pulse trains, at most or exactly.
+        is_adaptive: whether trains may be shorter.
+        response: the parameters of :func:`_move`.
+        spread: standard deviation of a step from cycle to cycle, in units of the step.
+        uniforms: a table of random numbers between 0 and 1.
+        gaussians: a table of Gaussian random numbers.
+        offsets: see :func:`start`.
+
+    Returns:
+        How many pulses the cross-point that receives most receives at most, or 0 if this is not finite; and the share
+        of the pulses that do not fit into the trains.
+    """
+    (batch, inputs), outputs = x.shape, len(weight)
+    lengths, x_gain, probabilities, cut = _trains(x, error, rate, length, is_adaptive)
+    fired, gains = np.zeros((batch + 1, outputs), _f32), np.zeros(batch + 1, _f32)
+    padded, counts = np.zeros((batch + 1, inputs), _f32), np.empty((4, inputs), _f32)
+    which = np.empty(batch + 4, np.int64)
+    spread = _f32(spread)
+    starts = np.array([start(offsets) for _ in range(lengths.max())])
+    most = _f32(0)
+    for b in range(batch):
+        for slot in range(lengths[b]):
+            first = starts[slot] + b * outputs
+            _fire(fired[b], probabilities[b], uniforms[first : first + outputs])
+        gains[b] = x_gain[b]
+        for o in range(outputs):
+            fired[b, o] *= x_gain[b]
+        for i in range(inputs):
+            padded[b, i] = x[b, i]
+        most += _largest(fired[b])[0] * _largest(x[b])[0]
+    if furthest < most < np.inf:
+        most = _f32(0)
+        for o in range(outputs):
+            _count(counts, padded, fired[:, o], gains, spread, which)
+            most = max(most, _largest(counts[1])[0])
+        if furthest < most < np.inf:
+            return most, cut
+    first = start(offsets)
+    for o in range(outputs):
+        _count(counts, padded, fired[:, o], gains, spread, which)
+        if len(signs) > 0:
+            for i in range(inputs):
+                sign = signs[min(o, len(signs) - 1), i]
+                counts[0, i] *= sign
+                counts[2, i] *= sign
+        _move(weight[o], counts, response, o, gaussians[first + o * inputs :])
+    return most if isfinite(most) else _f32(0), cut
+
+
+@_compiled
+def pulse_column(
+    weight: np.ndarray,
+    column: int,
     error: np.ndarray,
     rate: float,
     length: int,
     is_adaptive: bool,
-    lengths: np.ndarray,
-    x_gain: np.ndarray,
-    probabilities: np.ndarray,
-) -> float:
-    """Choose the pulse trains of all vectors, with update management.
+    response: tuple[Any, ...],
+    spread: float,
+    uniforms: np.ndarray,
+    gaussians: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    """Send pulses to the cross-points of one column, whose input is 1, for one error ``(out,)``.
+
+    For the arguments see :func:`pulse`.
+    """
+    lengths, x_gain, probabilities, _ = _trains(np.ones((1, 1), _f32), error.reshape(1, -1), rate, length, is_adaptive)
+    fired = np.zeros(len(error), _f32)
+    for _ in range(lengths[0]):
+        _fire(fired, probabilities[0], uniforms[start(offsets) :])
+    gain, spread = x_gain[0], _f32(spread)
+    variance = _f32(1) + spread * spread - gain
+    noise = gaussians[start(offsets) :]
+    for o in range(len(error)):
+        net = fired[o] * gain
+        each = net, abs(net), net * variance, abs(net) * variance
+        weight[o, column] = _moved(weight[o, column], each, response, o, column, noise[o])
+
+
+@_compiled
+def transfer(
+    source: np.ndarray,
+    weight: np.ndarray,
+    column: int,
+    to_line: tuple[Any, ...],
+    from_line: tuple[Any, ...],
+    rate: float,
+    length: int,
+    is_adaptive: bool,
+    response: tuple[Any, ...],
+    spread: float,
+    uniforms: np.ndarray,
+    gaussians: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    """Read a column of one crossbar, and add it to the same column of another by pulses.
 
     Args:
-        x: inputs ``(batch, in)``.
-        error: errors ``(batch, out)``.
-        rate: learning rate in units of the mean step.
-        length: of the trains, at most or exactly.
-        is_adaptive: whether trains may be shorter.
-        lengths: receives the numbers of slots ``(batch,)``, as integers.
-        x_gain: receives the factors ``(batch,)`` that turn inputs into probabilities.
-        probabilities: receives the signed probabilities ``(batch, out)`` with which errors fire.
+        source: weights ``(out, in)`` of the crossbar that is read. The arguments that are not listed are those of
+            :func:`pulse_column`.
+        to_line: how the input becomes a code, see :func:`to_codes`.
+        from_line: what the converters of the outputs do, see :func:`from_sums`.
+    """
+    codes, scales = to_codes(np.ones((1, 1), _f32), *to_line)
+    values = np.empty((1, len(source)), _f32)
+    for o in range(len(source)):
+        values[0, o] = codes[0, 0] * source[o, column]
+    from_sums(values, scales, *from_line, gaussians, offsets)
+    for o in range(len(source)):
+        values[0, o] *= -1
+    pulse_column(weight, column, values[0], rate, length, is_adaptive, response, spread, uniforms, gaussians, offsets)
+
+
+@_compiled
+def program(
+    weight: np.ndarray,
+    residual: np.ndarray,
+    shown: np.ndarray,
+    scales: np.ndarray,
+    step: float,
+    response: tuple[Any, ...],
+    spread: float,
+    gaussians: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    """Do what :meth:`~aimc_pl.devices.mean_field.crossbar.Crossbar.program` does.
+
+    Args:
+        weight: ``(out, in)``, which changes. The arguments that are not listed are those of :func:`pulse`.
+        residual: ``(out, in)``, which changes.
+        shown: ``(out, in)``, which changes.
+        scales: of the outputs ``(out,)``, or one for all ``(1,)``.
+        step: the mean step of the devices.
+    """
+    outputs, inputs = weight.shape
+    counts = np.empty((4, inputs), _f32)
+    step, variance = _f32(step), _f32(spread * spread)
+    first = start(offsets)
+    for o in range(outputs):
+        scale = scales[min(o, len(scales) - 1)]
+        for i in range(inputs):
+            held = residual[o, i] + (shown[o, i] - weight[o, i] * scale) / scale
+            pulses = np.trunc(held / step)
+            residual[o, i] = held - pulses * step
+            counts[0, i] = pulses
+        for i in range(inputs):
+            counts[1, i] = abs(counts[0, i])
+            counts[2, i] = counts[0, i] * variance
+            counts[3, i] = abs(counts[0, i]) * variance
+        _move(weight[o], counts, response, o, gaussians[first + o * inputs :])
+        for i in range(inputs):
+            shown[o, i] = weight[o, i] * scale
+
+
+@_compiled
+def move(
+    weight: np.ndarray,
+    net: np.ndarray,
+    total: np.ndarray,
+    net_noise: np.ndarray,
+    total_noise: np.ndarray,
+    response: tuple[Any, ...],
+    noise: np.ndarray,
+) -> None:
+    """Move the weights ``(out, in)`` of all cross-points by pulses that have been counted.
+
+    Args:
+        weight: ``(out, in)``, which changes.
+        net: see :class:`~aimc_pl.devices.mean_field.pulses.Counts`; all counts have the shape of ``weight``.
+        total: see ``net``.
+        net_noise: see ``net``.
+        total_noise: see ``net``.
+        response: the parameters of :func:`_move`.
+        noise: Gaussian numbers ``(out, in)``.
+    """
+    for o in range(len(weight)):
+        _move(weight[o], (net[o], total[o], net_noise[o], total_noise[o]), response, o, noise[o])
+
+
+@_compiled
+def fire(
+    error: np.ndarray,
+    x_gain: np.ndarray,
+    error_gain: np.ndarray,
+    lengths: np.ndarray,
+    longest: int,
+    fired: np.ndarray,
+    uniforms: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    """Draw in how many slots the errors of images fire, and multiply these numbers by the gains of the inputs.
+
+    Args:
+        error: ``(batch, out, positions)``.
+        x_gain: ``(batch, positions)``.
+        error_gain: ``(batch, positions)``.
+        lengths: number of slots ``(batch, positions)``.
+        longest: the largest of ``lengths``.
+        fired: receives the products and, as further outputs, their magnitudes: ``(batch, 2·out, positions)``.
+        uniforms: see :func:`pulse`.
+        offsets: see :func:`start`.
+    """
+    batch, outputs, positions = error.shape
+    probabilities = np.empty(positions, _f32)
+    starts = np.array([start(offsets) for _ in range(longest)])
+    for b in range(batch):
+        for o in range(outputs):
+            number = fired[b, o]
+            number[:] = 0
+            for i in range(positions):
+                probabilities[i] = max(min(error[b, o, i] * error_gain[b, i], _f32(1)), _f32(-1))
+            for slot in range(longest):
+                first = starts[slot] + (b * outputs + o) * positions
+                u = uniforms[first : first + positions]
+                for i in range(positions):
+                    more = np.floor(u[i] + probabilities[i])
+                    number[i] += more if lengths[b, i] > slot else _f32(0)
+            magnitude = fired[b, outputs + o]
+            for i in range(positions):
+                number[i] *= x_gain[b, i]
+                magnitude[i] = abs(number[i])
+
+
+@_compiled
+def to_codes(
+    x: np.ndarray, step: float, least_scale: float, largest_scale: float, limit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return vectors ``(batch, features)`` as they leave the converters of the inputs, in units of their step.
+
+    Args:
+        x: the vectors.
+        step: of the converters.
+        least_scale: vectors are divided by their largest magnitude, or by this if it is larger.
+        largest_scale: vectors are divided by this if it is smaller.
+        limit: codes are clipped to this.
 
     Returns:
-        The share of the pulses that do not fit into the trains.
+        The codes, and by what the vectors have been divided, ``(batch,)``.
+    """
+    codes, scales = np.empty_like(x), np.empty(len(x), _f32)
+    step, limit = _f32(step), _f32(limit)
+    for b in range(len(x)):
+        largest, is_finite = _largest(x[b])
+        scales[b] = max(min(largest, _f32(largest_scale)), _f32(least_scale)) if is_finite else _f32(np.nan)
+        gain = _f32(1) / scales[b] if scales[b] != 0 else _f32(0)
+        for i in range(x.shape[1]):
+            code = np.rint(x[b, i] * gain / step) if step > 0 else x[b, i] * gain
+            codes[b, i] = max(min(code, limit), -limit)
+    return codes, scales
+
+
+@_compiled
+def from_sums(
+    y: np.ndarray,
+    scales: np.ndarray,
+    gain: float,
+    std: float,
+    is_rounded: bool,
+    low: float,
+    bound: float,
+    scale: float,
+    gaussians: np.ndarray,
+    offsets: np.ndarray,
+) -> np.ndarray:
+    """Turn sums over the inputs into what the converters of the outputs return, in place.
+
+    Args:
+        y: the sums ``(batch, out)``.
+        scales: of the vectors ``(batch,)``, see :func:`to_codes`.
+        gain: turns the sums into units of the converters' step, or of the output without rounding.
+        std: standard deviation of the noise, in units of the step.
+        is_rounded: whether converters round.
+        low: the lowest output, in units of the step, that does not exceed the bound.
+        bound: of the outputs, in units of the step.
+        scale: of all outputs.
+        gaussians: see :func:`pulse`.
+        offsets: see :func:`start`.
+
+    Returns:
+        Whether an output of a vector exceeds the bound, ``(batch,)``.
+    """
+    gain, std, low, bound = _f32(gain), _f32(std), _f32(low), _f32(bound)
+    exceeds = np.empty(len(y), np.bool_)
+    first = start(offsets) if std > 0 else 0
+    for b in range(len(y)):
+        outside = 0
+        factor = _f32(scales[b] * scale)
+        noise = gaussians[first + b * y.shape[1] :]
+        for o in range(y.shape[1]):
+            value = y[b, o] * gain + std * noise[o]
+            value = np.rint(value) if is_rounded else value
+            outside += (value < low) | (value > bound)
+            y[b, o] = max(min(value, bound), -bound) * factor
+        exceeds[b] = outside > 0
+    return exceeds
+
+
+@_compiled
+def _trains(
+    x: np.ndarray, error: np.ndarray, rate: float, length: int, is_adaptive: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Choose the pulse trains of all vectors, with update management. For the arguments see :func:`pulse`.
+
+    Returns:
+        The numbers of slots ``(batch,)``, as integers; the factors ``(batch,)`` that turn inputs into probabilities;
+        the signed probabilities ``(batch, out)`` with which errors fire; and the share of the pulses that do not fit
+        into the trains.
     """
     batch = len(x)
     rate = _f32(rate)
+    lengths, x_gain, probabilities = np.empty(batch, np.int64), np.empty(batch, _f32), np.empty_like(error)
     largest, strongest = np.empty(batch, _f32), np.empty(batch, _f32)
     most, is_finite = _f32(0), True
     for b in range(batch):
@@ -85,218 +411,7 @@ def trains(
                 pulses = largest[b] * rate * abs(error[b, o])
                 wanted += pulses
                 lost += max(pulses - length, _f32(0))
-    return lost / wanted if most > length else _f32(0)
-
-
-@_compiled
-def pulse_rows(
-    weight: np.ndarray,
-    first: int,
-    x: np.ndarray,
-    lengths: np.ndarray,
-    x_gain: np.ndarray,
-    probabilities: np.ndarray,
-    signs: np.ndarray,
-    response: tuple[Any, ...],
-    spread: float,
-    furthest: float,
-    uniforms: np.ndarray,
-    gaussians: np.ndarray,
-    starts: np.ndarray,
-) -> float:
-    """Send pulses to all cross-points, unless a cross-point would receive too many.
-
-    Args:
-        weight: ``(out, all inputs)``, which changes.
-        first: the first input whose weights change.
-        x: inputs ``(batch, in)``, from the first on.
-        lengths: see :func:`trains`.
-        x_gain: see :func:`trains`.
-        probabilities: see :func:`trains`.
-        signs: direction of the pulses ``(1, in)`` or ``(out, in)``, or an empty array if all are positive.
-        response: the parameters of :func:`_move`.
-        spread: standard deviation of a step from cycle to cycle, in units of the step.
-        furthest: the most pulses a cross-point may receive.
-        uniforms: a table of random numbers between 0 and 1.
-        gaussians: a table of Gaussian random numbers.
-        starts: where the random numbers of every slot begin in the first table, and those of the weights in the second.
-
-    Returns:
-        How many pulses the cross-point that receives most receives at most, or 0 if this is not finite.
-    """
-    (batch, inputs), outputs = x.shape, len(weight)
-    fired, gains = np.zeros((batch + 1, outputs), _f32), np.zeros(batch + 1, _f32)
-    padded, counts = np.zeros((batch + 1, inputs), _f32), np.empty((4, inputs), _f32)
-    which = np.empty(batch + 4, np.int64)
-    spread = _f32(spread)
-    most = _f32(0)
-    for b in range(batch):
-        for slot in range(lengths[b]):
-            start = starts[slot] + b * outputs
-            _fire(fired[b], probabilities[b], uniforms[start : start + outputs])
-        gains[b] = x_gain[b]
-        for o in range(outputs):
-            fired[b, o] *= x_gain[b]
-        for i in range(inputs):
-            padded[b, i] = x[b, i]
-        most += _largest(fired[b])[0] * _largest(x[b])[0]
-    if furthest < most < np.inf:
-        most = _f32(0)
-        for o in range(outputs):
-            _count(counts, padded, fired[:, o], gains, spread, which)
-            most = max(most, _largest(counts[1])[0])
-        if furthest < most < np.inf:
-            return most
-    for o in range(outputs):
-        _count(counts, padded, fired[:, o], gains, spread, which)
-        if len(signs) > 0:
-            for i in range(inputs):
-                sign = signs[min(o, len(signs) - 1), i]
-                counts[0, i] *= sign
-                counts[2, i] *= sign
-        start = starts[-1] + o * inputs
-        noise = gaussians[start : start + inputs]
-        moved = weight[o, first : first + inputs]
-        _move(moved, (counts[0], counts[1], counts[2], counts[3]), response, o, first, noise)
-    return most if isfinite(most) else _f32(0)
-
-
-@_compiled
-def move(
-    weight: np.ndarray,
-    net: np.ndarray,
-    total: np.ndarray,
-    net_noise: np.ndarray,
-    total_noise: np.ndarray,
-    response: tuple[Any, ...],
-    noise: np.ndarray,
-) -> None:
-    """Move the weights ``(out, in)`` of all cross-points by pulses that have been counted.
-
-    Args:
-        weight: ``(out, in)``, which changes.
-        net: see :class:`~aimc_pl.devices.mean_field.pulses.Counts`; all counts have the shape of ``weight``.
-        total: see ``net``.
-        net_noise: see ``net``.
-        total_noise: see ``net``.
-        response: the parameters of :func:`_move`.
-        noise: Gaussian numbers ``(out, in)``.
-    """
-    for o in range(len(weight)):
-        _move(weight[o], (net[o], total[o], net_noise[o], total_noise[o]), response, o, 0, noise[o])
-
-
-@_compiled
-def fire(
-    error: np.ndarray,
-    x_gain: np.ndarray,
-    error_gain: np.ndarray,
-    lengths: np.ndarray,
-    uniforms: np.ndarray,
-    starts: np.ndarray,
-    fired: np.ndarray,
-) -> None:
-    """Draw in how many slots the errors of images fire, and multiply these numbers by the gains of the inputs.
-
-    Args:
-        error: ``(batch, out, positions)``.
-        x_gain: ``(batch, positions)``.
-        error_gain: ``(batch, positions)``.
-        lengths: number of slots ``(batch, positions)``.
-        uniforms: see :func:`pulse_rows`.
-        starts: where the random numbers of every slot begin in the table.
-        fired: receives the products and, as further outputs, their magnitudes: ``(batch, 2·out, positions)``.
-    """
-    batch, outputs, positions = error.shape
-    probabilities = np.empty(positions, _f32)
-    for b in range(batch):
-        for o in range(outputs):
-            number = fired[b, o]
-            number[:] = 0
-            for i in range(positions):
-                probabilities[i] = max(min(error[b, o, i] * error_gain[b, i], _f32(1)), _f32(-1))
-            for slot in range(len(starts)):
-                start = starts[slot] + (b * outputs + o) * positions
-                u = uniforms[start : start + positions]
-                for i in range(positions):
-                    more = np.floor(u[i] + probabilities[i])
-                    number[i] += more if lengths[b, i] > slot else _f32(0)
-            magnitude = fired[b, outputs + o]
-            for i in range(positions):
-                number[i] *= x_gain[b, i]
-                magnitude[i] = abs(number[i])
-
-
-@_compiled
-def to_codes(
-    x: np.ndarray, step: float, least_scale: float, largest_scale: float, limit: float, scales: np.ndarray
-) -> np.ndarray:
-    """Return vectors ``(batch, features)`` as they leave the converters of the inputs, in units of their step.
-
-    Args:
-        x: the vectors.
-        step: of the converters.
-        least_scale: vectors are divided by their largest magnitude, or by this if it is larger.
-        largest_scale: vectors are divided by this if it is smaller.
-        limit: codes are clipped to this.
-        scales: receives by what the vectors have been divided, ``(batch,)``.
-    """
-    codes = np.empty_like(x)
-    step, limit = _f32(step), _f32(limit)
-    for b in range(len(x)):
-        largest, is_finite = _largest(x[b])
-        scales[b] = max(min(largest, _f32(largest_scale)), _f32(least_scale)) if is_finite else _f32(np.nan)
-        gain = _f32(1) / scales[b] if scales[b] != 0 else _f32(0)
-        for i in range(x.shape[1]):
-            code = np.rint(x[b, i] * gain / step) if step > 0 else x[b, i] * gain
-            codes[b, i] = max(min(code, limit), -limit)
-    return codes
-
-
-@_compiled
-def from_sums(
-    y: np.ndarray,
-    gain: float,
-    std: float,
-    gaussians: np.ndarray,
-    start: int,
-    is_rounded: bool,
-    low: float,
-    bound: float,
-    scales: np.ndarray,
-    scale: float,
-    exceeds: np.ndarray,
-) -> bool:
-    """Turn sums over the inputs into what the converters of the outputs return, in place.
-
-    Args:
-        y: the sums ``(batch, out)``.
-        gain: turns the sums into units of the converters' step, or of the output without rounding.
-        std: standard deviation of the noise, in units of the step.
-        gaussians: see :func:`pulse_rows`.
-        start: where the random numbers begin in the table.
-        is_rounded: whether converters round.
-        low: the lowest output, in units of the step, that does not exceed the bound.
-        bound: of the outputs, in units of the step.
-        scales: of the vectors ``(batch,)``, see :func:`to_codes`.
-        scale: of all outputs.
-        exceeds: receives whether an output of the vector exceeds the bound, ``(batch,)``.
-
-    Returns:
-        Whether an output of any vector exceeds the bound.
-    """
-    gain, std, low, bound = _f32(gain), _f32(std), _f32(low), _f32(bound)
-    for b in range(len(y)):
-        outside = 0
-        factor = _f32(scales[b] * scale)
-        noise = gaussians[start + b * y.shape[1] :]
-        for o in range(y.shape[1]):
-            value = y[b, o] * gain + std * noise[o]
-            value = np.rint(value) if is_rounded else value
-            outside += (value < low) | (value > bound)
-            y[b, o] = max(min(value, bound), -bound) * factor
-        exceeds[b] = outside > 0
-    return bool(exceeds.any())
+    return lengths, x_gain, probabilities, lost / wanted if most > length else _f32(0)
 
 
 @_compiled
@@ -328,7 +443,7 @@ def _count(
         x: inputs ``(batch + 1, in)``, of which the last is zero.
         fired: how often the output's line fires ``(batch + 1,)``, times the gain of the inputs.
         x_gain: gains of the inputs ``(batch + 1,)``.
-        spread: see :func:`pulse_rows`.
+        spread: see :func:`pulse`.
         which: memory for ``(batch + 4,)`` indices.
     """
     net, total, net_noise, total_noise = counts[0], counts[1], counts[2], counts[3]
@@ -360,14 +475,7 @@ def _count(
 
 
 @_compiled
-def _move(
-    weight: np.ndarray,
-    counts: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-    response: tuple[Any, ...],
-    o: int,
-    first: int,
-    noise: np.ndarray,
-) -> None:
+def _move(weight: np.ndarray, counts: Any, response: tuple[Any, ...], o: int, noise: np.ndarray) -> None:
     """Move the weights of an output ``(in,)``.
 
     Args:
@@ -375,59 +483,47 @@ def _move(
         counts: net and total counts and their two variances, ``(in,)`` each.
         response: :attr:`~aimc_pl.devices.mean_field.response.LinearResponse.parameters`.
         o: number of the output.
-        first: number of the first input.
         noise: Gaussian numbers ``(in,)``.
     """
-    net, total, net_noise, total_noise = counts
-    large = 0
+    net, total, net_noise, total_noise = counts[0], counts[1], counts[2], counts[3]
     for i in range(len(weight)):
-        large += abs(_relaxation(net[i], total[i], response, o, first + i)) > 0.5
-    if large > 0:
-        for i in range(len(weight)):
-            a = _relaxation(net[i], total[i], response, o, first + i)
-            growth = np.expm1(a) / a if a != 0 else _f32(1)
-            each = net[i], total[i], net_noise[i], total_noise[i]
-            weight[i] = _moved(weight[i], each, a, growth, response, o, first + i, noise[i])
-    else:
-        for i in range(len(weight)):
-            a = _relaxation(net[i], total[i], response, o, first + i)
-            growth = _f32(1)
-            for n in (8, 7, 6, 5, 4, 3, 2):  # the Taylor series of expm1(a)/a, with an error below 1e-7
-                growth = _f32(1) + growth * a * _f32(1 / n)
-            each = net[i], total[i], net_noise[i], total_noise[i]
-            weight[i] = _moved(weight[i], each, a, growth, response, o, first + i, noise[i])
-
-
-@_compiled
-def _relaxation(net: float, total: float, response: tuple[Any, ...], o: int, i: int) -> float:
-    """Return by how much the pulses of a cross-point change its steps: a of the class LinearResponse."""
-    return total * _at(response[3][0], o, i) + net * _at(response[3][1], o, i)
+        each = net[i], total[i], net_noise[i], total_noise[i]
+        weight[i] = _moved(weight[i], each, response, o, i, noise[i])
 
 
 @_compiled
 def _moved(
-    w: float,
-    counts: tuple[float, float, float, float],
-    a: float,
-    growth: float,
-    response: tuple[Any, ...],
-    o: int,
-    i: int,
-    noise: float,
+    w: float, counts: tuple[float, float, float, float], response: tuple[Any, ...], o: int, i: int, noise: float
 ) -> float:
-    """Return the new weight of a cross-point, where ``growth`` is expm1(a)/a."""
+    """Return the new weight of a cross-point. For the formulas see the class LinearResponse."""
     net, total, net_noise, total_noise = counts
-    lower, upper, rate, _, squares, linear, constant, fixed = response
-    motion = (total * _at(rate[0], o, i) + net * _at(rate[1], o, i) + a * w) * growth
+    lower, upper, (s_up, k_up), (s_down, k_down), (fixed_up, fixed_down) = response
+    ups, downs = _f32(0.5) * (total + net), _f32(0.5) * (total - net)
+    a = ups * _at(k_up, o, i) - downs * _at(k_down, o, i)
+    growth = _growth(a)
+    motion = (ups * _at(s_up, o, i) - downs * _at(s_down, o, i) + a * w) * growth
     # The steps change on the way: take those in the middle. Early deviations relax: a factor of expm1(2a)/(2a).
     middle = w + _f32(0.5) * motion
-    variance = total_noise * _at(squares[0], o, i) + net_noise * _at(squares[1], o, i)
-    variance = variance * middle + (total_noise * _at(linear[0], o, i) + net_noise * _at(linear[1], o, i))
-    variance = variance * middle + (total_noise * _at(constant[0], o, i) + net_noise * _at(constant[1], o, i))
-    variance += total * _at(fixed[0], o, i) + net * _at(fixed[1], o, i)
+    up, down = _at(s_up, o, i) + _at(k_up, o, i) * middle, _at(s_down, o, i) + _at(k_down, o, i) * middle
+    variance = _f32(0.5) * ((total_noise + net_noise) * up * up + (total_noise - net_noise) * down * down)
+    variance += ups * _at(fixed_up, o, i) + downs * _at(fixed_down, o, i)
     variance *= growth * (_f32(1) + _f32(0.5) * a * growth)
     w += motion + np.sqrt(max(variance, _f32(0))) * noise
     return max(min(w, _at(upper, o, i)), _at(lower, o, i))
+
+
+@_compiled
+def _growth(a: float) -> float:
+    """Return g(a) = expm1(a)/a, with a relative error of about 1e-7. Unlike expm1, this uses vector instructions."""
+    bounded = max(min(a, _f32(16)), _f32(-16))  # exp(-16) vanishes beside 1, and exp(16) moves every weight to a bound
+    x = bounded / _f32(32)
+    growth = _f32(1)
+    for n in (8, 7, 6, 5, 4, 3, 2):  # the Taylor series of g
+        growth = _f32(1) + growth * x * _f32(1 / n)
+    for _ in range(5):
+        growth *= _f32(1) + _f32(0.5) * x * growth  # g(2x) = g(x)·(1 + x·g(x)/2)
+        x *= _f32(2)
+    return growth if a == bounded else growth * bounded / a
 
 
 def _at(value: Any, o: int, i: int) -> Any:

@@ -41,12 +41,12 @@ class MixedPrecisionSimulatorTile(MeanFieldSimulatorTile):
     def _make_crossbar(self, device: Any) -> Crossbar:
         return Crossbar(self.x_size, self.d_size, device.device, True, self._generator)
 
-    def program(self, change: Tensor) -> None:
-        """Add a change of the weights ``(out, in)`` to the residual, and send the whole steps in it as pulses."""
-        step = self.crossbar.granularity
-        pulses = self._residual.add_(change).div(step, rounding_mode="trunc")
-        self._residual.sub_(pulses, alpha=step)
-        self.crossbar.send(pulses)
+    def program(self, shown: Tensor, scales: Tensor | None) -> None:
+        """Add the changes of a tensor that shows the weights to the residual, and send the whole steps in it as pulses.
+
+        For the arguments see :meth:`Crossbar.program`.
+        """
+        self.crossbar.program(self._residual, shown, scales)
 
     def get_weights(self, as_ref: bool = False) -> Tensor:
         """Return a copy of the weights ``(out, in)`` on the CPU.
@@ -127,8 +127,9 @@ class MixedPrecisionTile(MeanFieldTile):
         # Optimizers leave parameters without a gradient alone. Those of other processes have no memory here.
         if self.shared_weights.grad is not None:
             self._program()
-            super().post_update_step()
-            self._show()
+            if self.tile.crossbar.leaks:
+                super().post_update_step()
+                self._show()
 
     def set_weights(self, *args: Any, **kwargs: Any) -> None:
         """Program new weights, clipped to the bounds of the cross-points. The residual stays."""
@@ -178,9 +179,8 @@ class MixedPrecisionTile(MeanFieldTile):
         return weight if self._scales is None else weight * self._scales
 
     def _program(self) -> None:
-        change = self.shared_weights - self._weight
-        self.tile.program(change if self._scales is None else change / self._scales)
-        self._show()
+        self.tile.program(self.shared_weights, self._scales)
+        self._shown = version(self.shared_weights)
 
     @torch.no_grad()
     def _show(self) -> None:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from aihwkit.simulator.parameters.training import UpdateParameters
-from torch import Generator, Tensor
+from torch import Tensor
 
 from aimc_pl.devices.mean_field import kernels
-from aimc_pl.devices.mean_field.random_table import LENGTH, starts, tables, uniform
+from aimc_pl.devices.mean_field.random_table import LENGTH, TableGenerator, tables, uniform
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 _RARELY = 0.2
@@ -58,7 +58,7 @@ def expected_counts(
     granularity: float,
     update: UpdateParameters,
     spread: float,
-    generator: Generator,
+    generator: TableGenerator,
 ) -> Counts:
     """Return the expected counts, given how often the lines of the errors fire.
 
@@ -108,7 +108,7 @@ def sampled_counts(
     granularity: float,
     update: UpdateParameters,
     spread: float,
-    generator: Generator,
+    generator: TableGenerator,
 ) -> Counts:
     """Return the counts of pulse trains that are drawn slot by slot.
 
@@ -186,7 +186,7 @@ def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: Upd
     return _Trains(lengths, length, x_gain, (x_gain * lengths).reciprocal_().mul_(-rate), cut)
 
 
-def _fired(error: Tensor, trains: _Trains, dim: int, generator: Generator) -> Tensor:
+def _fired(error: Tensor, trains: _Trains, dim: int, generator: TableGenerator) -> Tensor:
     """Return how often every error element fires, times the gain of its vector's inputs.
 
     The numbers have the sign of the pulses. Along the dimension of the vectors, their magnitudes follow them.
@@ -203,7 +203,7 @@ def _fired(error: Tensor, trains: _Trains, dim: int, generator: Generator) -> Te
     return fired
 
 
-def _drawn(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
+def _drawn(error: Tensor, trains: _Trains, generator: TableGenerator) -> Tensor:
     """Return in how many slots of its vector's train every error element fires, with the sign of its pulses."""
     probabilities = error.mul(trains.error_gain).clamp_(-1, 1)
     shape, device = error.shape, error.device
@@ -217,7 +217,7 @@ def _drawn(error: Tensor, trains: _Trains, generator: Generator) -> Tensor:
     return fired
 
 
-def _fire_on_cpu(error: Tensor, trains: _Trains, generator: Generator, fired: Tensor) -> None:
+def _fire_on_cpu(error: Tensor, trains: _Trains, generator: TableGenerator, fired: Tensor) -> None:
     """Write the result of :func:`_fired` for errors of images ``(batch, out, *out_size)`` to ``fired``."""
     uniforms, _ = tables()
     gains = trains.x_gain, trains.error_gain, trains.lengths
@@ -226,10 +226,11 @@ def _fire_on_cpu(error: Tensor, trains: _Trains, generator: Generator, fired: Te
     tensors = error.flatten(2), *per_vector, fired.flatten(2)
     portion = LENGTH // error[0].numel()
     for *inputs, output in zip(*(tensor.split(portion) for tensor in tensors), strict=True):
-        kernels.fire(*map(kernels.array, inputs), uniforms, starts(trains.longest, generator), output.numpy())
+        arrays = map(kernels.array, inputs)
+        kernels.fire(*arrays, trains.longest, output.numpy(), uniforms, generator.offsets)
 
 
-def _binomial(probabilities: Tensor, lengths: Tensor | float, generator: Generator) -> Tensor:
+def _binomial(probabilities: Tensor, lengths: Tensor | float, generator: TableGenerator) -> Tensor:
     """Return in how many of so many slots an element fires, with its sign."""
     lengths = torch.as_tensor(lengths, dtype=probabilities.dtype, device="cpu").expand(probabilities.shape)
     count = torch.binomial(lengths, probabilities.abs().cpu(), generator).to(probabilities.device)
@@ -249,7 +250,7 @@ def _outer(fired: Tensor, x: Tensor, magnitude: Tensor, vectors: Vectors | Patch
     return vectors.outer(signed, x), vectors.outer(unsigned, magnitude)
 
 
-def _sample(probabilities: Tensor, repeats: Tensor, generator: Generator) -> Tensor:
+def _sample(probabilities: Tensor, repeats: Tensor, generator: TableGenerator) -> Tensor:
     """Return signed slots ``(sum(repeats), features)``: the sign where an element fires, 0 elsewhere."""
     slots = probabilities.repeat_interleave(repeats, 0)
     return slots.sign() * (uniform(slots.shape, generator, slots.device) < slots.abs())

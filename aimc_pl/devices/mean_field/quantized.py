@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from aihwkit.simulator.configs import UpdateParameters
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from aimc_pl.devices.mean_field.random_table import gaussian
+from aimc_pl.devices.mean_field.crossbar import Tally
+from aimc_pl.devices.mean_field.random_table import TableGenerator, gaussian
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
@@ -46,12 +47,12 @@ class NoisyQuantizedCrossbar(nn.Module):
     weight: Tensor
     hidden: Tensor
 
-    def __init__(self, x_size: int, d_size: int, device: NoisyQuantizedDevice, generator: Generator) -> None:
+    def __init__(self, x_size: int, d_size: int, device: NoisyQuantizedDevice, generator: TableGenerator) -> None:
         super().__init__()
         self._device = device
         self._generator = generator
         self.names: list[str] = []
-        self.num_updates, self.cut = 0, 0.0
+        self.tally = Tally()
         self.bounds = -device.w_max, device.w_max
         self.register_buffer("weight", torch.zeros(d_size, x_size), persistent=False)
         self.register_buffer("hidden", torch.zeros(0, 1, 1), persistent=False)

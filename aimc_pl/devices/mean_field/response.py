@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from itertools import batched
+from itertools import batched, chain
 from math import ceil
 from typing import Any
 
@@ -139,7 +139,9 @@ class LinearResponse(Response):
         if not (_vanishes(k_up) and _vanishes(k_down)):
             linear, quadratic = (2 * s_up * k_up, 2 * s_down * k_down), (k_up * k_up, k_down * k_down)
             self.squares = [_OfCounts(*quadratic), _OfCounts(*linear), *self.squares]
-        self.fixed = _OfCounts(*(spread * spread for spread in fixed_spread))
+        fixed = tuple(spread * spread for spread in fixed_spread)
+        self.fixed = _OfCounts(*fixed)
+        self._pairs = up, down, fixed
 
     def column(self, index: int) -> "LinearResponse":
         """Return the response of a single column of cross-points."""
@@ -149,6 +151,7 @@ class LinearResponse(Response):
         part.rate, part.relaxation = self.rate.column(index), self.relaxation.column(index)
         part.squares = [square.column(index) for square in self.squares]
         part.fixed = self.fixed.column(index)
+        part._pairs = tuple((_column(one, index), _column(other, index)) for one, other in self._pairs)
         return part
 
     def step(self, weight: Tensor, counts: Counts, reach: float, noise: Tensor) -> None:
@@ -164,14 +167,11 @@ class LinearResponse(Response):
     def parameters(self) -> tuple[Any, ...]:
         """The parameters for :mod:`~aimc_pl.devices.mean_field.kernels`.
 
-        These are the bounds, and pairs of factors of the total and the net count: for s, for k, for the polynomial of
-        the variance from its highest coefficient on, and for the fixed variance. All are numbers if cross-points are
-        alike. Otherwise all are arrays ``(out, in)``, or ``(1, in)`` for a parameter that is the same for all.
+        These are the bounds, s₊ and k₊, s₋ and k₋, and the fixed variances of a step up and of a step down. All are
+        numbers if cross-points are alike. Otherwise all are arrays ``(out, in)``, or ``(1, in)`` for a parameter that
+        is the same for all.
         """
-        nothing = _OfCounts(0.0, 0.0)
-        squares = [nothing] * (3 - len(self.squares)) + self.squares
-        of_counts = [self.rate, self.relaxation, *squares, self.fixed]
-        values = [*self.bounds, *(value for one in of_counts for value in (one.of_total, one.of_net))]
+        values = [*self.bounds, *chain(*self._pairs)]
         widths = {value.shape[1] for value in values if isinstance(value, Tensor) and value.dim()}
         lower, upper, *factors = (_parameter(value, *widths) for value in values)
         return lower, upper, *batched(factors, 2)

@@ -17,7 +17,7 @@ from aihwkit.simulator.tiles.base import SimulatorTile, SimulatorTileWrapper
 from aihwkit.simulator.tiles.custom import CustomRPUConfig, CustomTile
 from aihwkit.simulator.tiles.module import TileModule
 from aihwkit.simulator.tiles.periphery import TileWithPeriphery
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from aimc_pl.devices.mean_field.converters import (
     acts_as_noise,
@@ -32,6 +32,7 @@ from aimc_pl.devices.mean_field.converters import (
     row_product,
 )
 from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
+from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.vectors import Convolution, Gathered, Patches, Vectors
 from aimc_pl.devices.private_aihwkit import RecreatedQuietly
 
@@ -53,7 +54,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         self.d_size = d_size
         self.learning_rate = 0.1
         self.set_config(rpu_config)
-        self._generator = Generator().manual_seed(int(torch.randint(2**62, ())))
+        self._generator = TableGenerator().manual_seed(int(torch.randint(2**62, ())))
         self.crossbar = self._make_crossbar(rpu_config.device)
 
     def _make_crossbar(self, device: Any) -> Crossbar:

@@ -73,9 +73,10 @@ class TrackingSimulatorTile(TransferSimulatorTile):
     def _signs(self) -> Tensor | None:
         return self._in_signs[None] if self._tracking.chop_prob > 0 else None
 
-    def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
-        point, sign = self._point[:, column], self._in_signs[column]
-        super()._write(source, column, (values - point) * sign, rate)
+    def _transfer_column(self, source: int, column: int, rate: float) -> None:
+        point, sign, values = self._point[:, column], self._in_signs[column], self._read(source, column)
+        error = (point - values) * sign
+        self.crossbars[source + 1].pulse_column(column, error, rate, self._tracking.transfer_update)
         point.lerp_(values, self._tracking.tracking_rate)
         if self._tracking.chop_prob > 0 and self._happens(self._tracking.chop_prob):
             sign.neg_()

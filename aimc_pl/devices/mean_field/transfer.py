@@ -13,7 +13,7 @@ from aihwkit.simulator.configs.compounds import BufferedTransferCompound, Transf
 from torch import Tensor, nn
 
 from aimc_pl.devices.mean_field.converters import is_perfect
-from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
+from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar, split
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
@@ -39,12 +39,14 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         compound: Any = rpu_config.device
         self._compound: TransferCompound = compound
         devices: Any = compound.unit_cell_devices
-        self._chain = nn.ModuleList([self.crossbar, *(self._make_crossbar(devices[1]) for _ in devices[1:])])
+        self._crossbars = [self.crossbar, *(self._make_crossbar(devices[1]) for _ in devices[1:])]
+        self._chain = nn.ModuleList(self._crossbars)
         self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(len(devices)))]
         self._num_vectors = 0
         self._columns = [0] * len(devices)
         """The column of each crossbar that is read next."""
-        if any(self._gammas[:-1]):
+        self._is_sum = any(self._gammas[:-1])
+        if self._is_sum:
             self.register_buffer("_sum", torch.zeros(d_size, x_size), persistent=False)
 
     def _make_crossbar(self, device: Any) -> Crossbar:
@@ -54,12 +56,11 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
     @property
     def crossbars(self) -> Sequence[Crossbar]:
         """See :meth:`MeanFieldSimulatorTile.crossbars`."""
-        crossbars: Any = self._chain
-        return [*crossbars]
+        return self._crossbars
 
     @property
     def _weight(self) -> Tensor:
-        return self._sum if any(self._gammas[:-1]) else self.crossbars[-1].weight
+        return self._sum if self._is_sum else self.crossbars[-1].weight
 
     def set_weights(self, weight: Tensor) -> None:
         """Program the last crossbar, set the weights of the others to zero, and forget all that has been learnt."""
@@ -129,8 +130,8 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
         periods = [*self._periods(len(x) * each)]
         # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
-        parts = min(len(x), max(ceil(len(x) * each / period) for period in periods if period) if any(periods) else 1)
-        for some_x, some_error in zip(x.tensor_split(parts), error.tensor_split(parts), strict=True):
+        parts = min(len(x), max(ceil(len(x) * each / period) if period else 1 for period in periods))
+        for some_x, some_error in split(parts, x, error):
             self._pulse(some_x, some_error, vectors, len(x) * each)
             before, self._num_vectors = self._num_vectors, self._num_vectors + len(some_x) * each
             for n, period in enumerate(periods):
@@ -171,7 +172,7 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         if compound.random_selection:
             column = int(torch.randint(self.x_size, (), generator=self._generator))
         for _ in range(min(compound.n_reads_per_transfer, self.x_size)):
-            self._write(source, column, self._read(source, column), rate)
+            self._transfer_column(source, column, rate)
             column = (column + 1) % self.x_size
         self._columns[source] = column
 
@@ -187,9 +188,12 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
             line = weight.new_ones(1, 1)
         return self._product(weight, line, ROWS, io, False)[0]
 
-    def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
-        """Add rate·values to a column of the crossbar after ``source``."""
-        self.crossbars[source + 1].pulse_column(column, -values, rate, self._compound.transfer_update)
+    def _transfer_column(self, source: int, column: int, rate: float) -> None:
+        """Add rate times a column of a crossbar to the next crossbar."""
+        io, update = self._compound.transfer_forward, self._compound.transfer_update
+        ours, target = self._crossbars[source : source + 2]
+        if not target.add_column(column, ours.weight, io, rate, update):
+            target.pulse_column(column, -self._read(source, column), rate, update)
 
     def _happens(self, probability: float) -> bool:
         return float(torch.rand((), generator=self._generator)) < probability
@@ -207,7 +211,7 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
             target.pulse_column(column, -steps, compound.step * target.granularity, compound.transfer_update)
 
     def _add_up(self) -> None:
-        if any(self._gammas[:-1]):
+        if self._is_sum:
             last = self.crossbars[-1]
             total = last.weight if self._gammas[-1] == 1 else last.weight * self._gammas[-1]
             for gamma, residual in zip(self._gammas, self._residuals(), strict=False):
@@ -237,10 +241,10 @@ class BufferedTransferSimulatorTile(TransferSimulatorTile):
     def _states(self) -> dict[str, Tensor]:
         return {"digital": self._digital}
 
-    def _write(self, source: int, column: int, values: Tensor, rate: float) -> None:
+    def _transfer_column(self, source: int, column: int, rate: float) -> None:
         compound, target = self._buffered, self.crossbars[source + 1]
         threshold = compound.thres_scale * target.granularity
-        held = self._digital[source, column].add_(values, alpha=rate * self._seen(source))
+        held = self._digital[source, column].add_(self._read(source, column), alpha=rate * self._seen(source))
         self._send(source, column, take_steps(held, threshold, compound))
 
 

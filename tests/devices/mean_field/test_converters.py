@@ -7,7 +7,6 @@ import torch
 from aihwkit.simulator.configs import ConstantStepDevice, IOParameters, SingleRPUConfig
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType, WeightNoiseType
 from aihwkit.simulator.tiles.analog import AnalogTile
-from torch import Generator
 
 from aimc_pl.devices.mean_field.converters import (
     acts_as_noise,
@@ -17,6 +16,7 @@ from aimc_pl.devices.mean_field.converters import (
     noisy_transposed_convolution,
     product,
 )
+from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.vectors import Convolution, Vectors
 
 ROWS = Vectors(-1)
@@ -37,6 +37,14 @@ QUIET = {
     "bound exceeded beyond help": IOParameters(out_noise=0.0, out_bound=0.1, max_bm_factor=4),
     "bound clips": IOParameters(out_noise=0.0, out_bound=1.0, bound_management=BoundManagementType.NONE),
     "scaled": IOParameters(out_noise=0.0, out_scale=1.7),
+    "outputs without a bound": IOParameters(out_noise=0.0, out_bound=-1.0),
+    "inputs without a bound": IOParameters(
+        out_noise=0.0,
+        inp_bound=-1.0,
+        out_bound=0.0,
+        noise_management=NoiseManagementType.NONE,
+        bound_management=BoundManagementType.NONE,
+    ),
 }
 
 
@@ -49,7 +57,7 @@ def aihwkits(io, weight):
 
 
 def ours(io, weight, x, bound_management, generator=None):
-    generator = generator or Generator().manual_seed(0)
+    generator = generator or TableGenerator().manual_seed(0)
     return product(weight, x.mul, ROWS, input_scale(x, ROWS, io), io, generator, bound_management)
 
 
@@ -75,6 +83,7 @@ NOISY = {
     "PCM": IOParameters(out_noise=0.02, w_noise=0.1, w_noise_type=WeightNoiseType.PCM_READ),
     "stochastic rounding": IOParameters(out_noise=0.0, inp_res=10, inp_sto_round=True, out_res=60, out_sto_round=True),
     "bound exceeded": IOParameters(out_noise=0.1, out_bound=1.2),
+    "without a bound": IOParameters(out_noise=0.1, out_bound=-1.0),
 }
 
 
@@ -118,7 +127,7 @@ def test_a_convolutions_converters_act_as_noise(stride):
     weight, images = torch.randn(4, 27) * 0.2, torch.randn(1, 3, 5, 6)
     assert acts_as_noise(weight, io)
     assert never_exceeds(weight.T, io)
-    generator, many = Generator().manual_seed(1), images.expand(draws, -1, -1, -1)
+    generator, many = TableGenerator().manual_seed(1), images.expand(draws, -1, -1, -1)
     exact = convolution.multiply(weight, images)
     error = torch.randn_like(exact) * 1e-3
     errors = error.expand(draws, -1, -1, -1)
@@ -155,7 +164,7 @@ def test_a_convolutions_converters_act_as_noise(stride):
 def test_a_convolution_that_exceeds_its_bound_is_left_to_the_patches():
     io, convolution = IOParameters(out_bound=2.0), Convolution((3, 3), (1, 1), (1, 1), (1, 1))
     weight, images = torch.full((2, 9), 0.5), torch.ones(1, 1, 4, 4)
-    assert noisy_convolution(weight, images, convolution, io, Generator()) is None
+    assert noisy_convolution(weight, images, convolution, io, TableGenerator()) is None
     assert not never_exceeds(weight, io)
 
 

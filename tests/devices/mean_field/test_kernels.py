@@ -9,20 +9,29 @@ import pytest
 import torch
 from aihwkit.simulator.configs import UpdateParameters
 from aihwkit.simulator.parameters.enums import NoiseManagementType
-from torch import Generator
 
-from aimc_pl.devices import constant_step, linear_step, soft_bounds, soft_bounds_reference
+from aimc_pl.devices import constant_step, linear_step, residual_learning, soft_bounds, soft_bounds_reference
 from aimc_pl.devices.mean_field import converters, crossbar, pulses, response, tile
 from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
 from aimc_pl.devices.mean_field.pulses import Counts
+from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
+from aimc_pl.devices.mean_field.transfer import TransferSimulatorTile
+
+
+def uneven():
+    """Return a device whose steps up and down differ, with a noise that does not depend on the weight."""
+    device = soft_bounds_reference(device_to_device=0.1)
+    device.rpu_config.device.up_down_dtod = 0.3
+    return device
+
 
 DEVICES = (
     soft_bounds(),
     soft_bounds(num_states=30),
     soft_bounds(device_to_device=0.3),
     soft_bounds(num_states=30, device_to_device=0.3),
-    soft_bounds_reference(device_to_device=0.1),
+    uneven(),
     linear_step(device_to_device=0.3),
     constant_step(),
 )
@@ -38,7 +47,7 @@ def with_torch():
     """Return a context in which tiles use torch's operations, and never the shortcut for small motions."""
     stack = ExitStack()
     for where, name, value in (
-        (crossbar, "is_managed", lambda update: False),
+        (Crossbar, "_has_moving_loop", lambda self, response: False),
         (pulses, "LENGTH", 0),
         (response.LinearResponse, "step", response.Response.step),
         (response, "_SECOND_ORDER_REACH", 0.0),
@@ -50,7 +59,7 @@ def with_torch():
 
 def crossbar_of(device):
     torch.manual_seed(3)
-    made = Crossbar(IN, OUT, device.rpu_config.device, False, Generator().manual_seed(5))
+    made = Crossbar(IN, OUT, device.rpu_config.device, False, TableGenerator().manual_seed(5))
     made.write(torch.randn(OUT, IN) / 5)
     return made
 
@@ -75,17 +84,18 @@ def test_pulses_move_weights_as_those_of_torch(device, update, turned):
                 plain.pulse(x, error, ROWS, learning_rate, UPDATES[update], signs)
         assert not torch.equal(compiled.weight, before)
         torch.testing.assert_close(compiled.weight, plain.weight, rtol=0, atol=3e-5)
-        torch.testing.assert_close(float(compiled.cut), float(plain.cut), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(float(compiled.tally.cut), float(plain.tally.cut), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("relaxation", [1e-3, 0.1, 0.499, 0.501, 3.0])
-def test_weights_relax_to_a_soft_bound_by_an_exponential(relaxation):
-    """Without noise, n pulses up of relative size s end at w' = 1 - (1 - w)·exp(-ns)."""
+@pytest.mark.parametrize("relaxation", [1e-3, 0.1, 0.5, 3.0, 15.9, 16.1, 300.0])
+@pytest.mark.parametrize("end", [1.0, -0.3])
+def test_weights_relax_by_an_exponential(relaxation, end):
+    """Without noise, n pulses of relative size s of which n·e is the net end at w' = e + (w - e)·exp(-ns)."""
     response = crossbar_of(soft_bounds(tau=1.0, num_states=200, cycle_to_cycle=0.0)).response
     weight = torch.linspace(-0.9, 0.9, IN).expand(OUT, IN).contiguous()
-    expected = 1 - (1 - weight.double()) * exp(-relaxation)
+    expected = end + (weight.double() - end) * exp(-relaxation)
     count, nothing = torch.full((OUT, IN), 100 * relaxation), torch.zeros(OUT, IN)
-    response.step(weight, Counts(count, count, (nothing, nothing)), relaxation, nothing)
+    response.step(weight, Counts(count * end, count, (nothing, nothing)), relaxation, nothing)
     torch.testing.assert_close(weight.double(), expected, rtol=0, atol=5e-7)
 
 
@@ -102,6 +112,58 @@ def test_pulses_move_a_column_as_those_of_torch(device, learning_rate):
     torch.testing.assert_close(compiled.weight, plain.weight, rtol=0, atol=3e-5)
     moved = (compiled.weight != before).any(0).nonzero().flatten()
     assert moved.tolist() == [0, 3, IN - 1]
+
+
+READS = {
+    "converters": {},
+    "perfect": {"is_perfect": True, "out_scale": 0.7},
+    "without noise": {"out_noise": 0.0},
+    "noisy inputs": {"inp_noise": 0.1},
+    "scaled": {"out_bound": 0.1, "out_scale": 0.7, "inp_bound": 0.5, "nm_thres": 0.7},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=repr)
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("size", [(OUT, IN), (1, 3), (50, 2)], ids=str)
+def test_transfers_are_those_of_torch(device, read, size):
+    config = residual_learning(device, num_crossbars=3, transfer_every=[1, 2], transfer_lr=0.4).rpu_config
+    for name, value in READS[read].items():
+        setattr(config.device.transfer_forward, name, value)
+    ends = []
+    for compiled in (True, False):
+        torch.manual_seed(4)
+        made = TransferSimulatorTile(*reversed(size), config)
+        made.set_weights(torch.randn(size) / 5)
+        made.crossbars[0].write(torch.randn(size) / 5)
+        with ExitStack() if compiled else with_torch():
+            for _ in range(8):
+                made.update(torch.randn(3, size[1]), torch.randn(3, size[0]) / 5)
+        ends.append([*(one.weight for one in made.crossbars), made.get_weights()])
+    assert all(crossbar.weight.any() for crossbar in made.crossbars)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=repr)
+@pytest.mark.parametrize("size", [(OUT, IN), (1, 1), (3, 200)], ids=str)
+@pytest.mark.parametrize("scales", [None, "one", "one per output"])
+def test_programming_is_that_of_torch(device, size, scales):
+    ends = []
+    for compiled in (True, False):
+        torch.manual_seed(3)
+        made = Crossbar(*reversed(size), device.rpu_config.device, True, TableGenerator().manual_seed(5))
+        made.write(torch.randn(size) / 5)
+        scale = None if scales is None else torch.rand(1 if scales == "one" else size[0], 1) + 0.5
+        residual, shown = torch.zeros(size), made.weight * (1.0 if scale is None else scale)
+        with ExitStack() if compiled else with_torch():
+            for _ in range(5):
+                shown += torch.randn(size) / 30
+                made.program(residual, shown, scale)
+                made.program(residual, shown, scale)  # Nothing has changed.
+        assert (residual.abs() < made.granularity).all()
+        torch.testing.assert_close(shown, made.weight * (1.0 if scale is None else scale), rtol=1e-6, atol=1e-7)
+        ends.append((made.weight, residual, shown))
+    torch.testing.assert_close(*ends, rtol=0, atol=3e-5)
 
 
 @pytest.mark.slow
@@ -132,9 +194,9 @@ def test_errors_of_images_fire_as_with_torch(longest, is_managed):
     per_vector = [torch.rand(3, 1, 5, 6) for _ in range(2)] if is_managed else [0.7, -0.4]
     lengths = torch.randint(1, longest + 1, (3, 1, 5, 6)).float() if is_managed else float(longest)
     trains = pulses._Trains(lengths, longest, *per_vector)
-    ours = pulses._fired(error, trains, 1, Generator().manual_seed(2))
+    ours = pulses._fired(error, trains, 1, TableGenerator().manual_seed(2))
     with with_torch():
-        torch.testing.assert_close(pulses._fired(error, trains, 1, Generator().manual_seed(2)), ours)
+        torch.testing.assert_close(pulses._fired(error, trains, 1, TableGenerator().manual_seed(2)), ours)
     assert ours.abs().max() > 0
 
 
@@ -144,7 +206,7 @@ def test_errors_of_more_images_than_a_table_has_numbers(monkeypatch):
     error = torch.arange(1.0, 6.0).view(5, 1, 1, 1) * torch.tensor([1.0, -1.0, 1.0, 0.0]).view(4, 1, 1)
     gains = 0.5 * torch.rand(5, 1, 5, 6)
     trains = pulses._Trains(7.0, 7, gains, -9.0)
-    fired = pulses._fired(error.expand(5, 4, 5, 6), trains, 1, Generator())
+    fired = pulses._fired(error.expand(5, 4, 5, 6), trains, 1, TableGenerator())
     expected = -7 * error.sign() * gains
     torch.testing.assert_close(fired, torch.cat([expected, expected.abs()], 1))
 
@@ -159,6 +221,7 @@ CONVERTERS = {
     "small outputs": {"out_bound": 2.0, "out_scale": 0.5},
     "small outputs up only": {"out_bound": 2.0, "bm_test_negative_bound": False},
     "small outputs once": {"out_bound": 1.0, "max_bm_factor": 1},
+    "outputs without a bound": {"out_bound": -1.0},
 }
 
 
@@ -188,6 +251,9 @@ def test_numbers_that_are_not_finite_go_through(value):
     moved = crossbar_of(soft_bounds())
     moved.pulse(x, error, ROWS, 0.05, UpdateParameters())
     assert moved.weight[:, 3].isnan().all()
+    moved = crossbar_of(soft_bounds())
+    moved.pulse_column(5, torch.full((OUT,), value), 0.05, UpdateParameters())
+    assert moved.weight.isnan().all(0).nonzero().flatten().tolist() == [5]
     made = MeanFieldSimulatorTile(IN, OUT, soft_bounds().rpu_config)
     made.set_weights(torch.randn(OUT, IN) / 3)
     assert made.forward(x).isnan().all(1).tolist() == [False, False, True, False, False]
@@ -195,5 +261,5 @@ def test_numbers_that_are_not_finite_go_through(value):
 
 def test_inputs_of_zero_give_only_noise():
     io = soft_bounds().rpu_config.forward
-    y = converters.row_product(torch.ones(OUT, IN), torch.zeros(2, IN), io, Generator(), True)
+    y = converters.row_product(torch.ones(OUT, IN), torch.zeros(2, IN), io, TableGenerator(), True)
     assert torch.equal(y, torch.zeros(2, OUT))

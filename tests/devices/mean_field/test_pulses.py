@@ -7,10 +7,11 @@ import torch
 from aihwkit.simulator.configs import ConstantStepDevice, SingleRPUConfig
 from aihwkit.simulator.parameters.training import UpdateParameters
 from sklearn.datasets import load_digits
-from torch import Generator, nn
+from torch import nn
 from torch.nn import functional as F
 
 from aimc_pl.devices.mean_field.pulses import expected_counts, sampled_counts
+from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.vectors import Convolution, Vectors
 
 ROWS = Vectors(-1)
@@ -70,7 +71,7 @@ def test_expected_counts_have_the_mean_and_the_variance(name, learning_rate, sig
     x, error = torch.randn(6, 7) if signed else torch.rand(6, 7), torch.randn(6, 4) * 0.4
     error *= torch.tensor([1, 0.5, 0.2, 0.05])
     x[2] = 0
-    update, generator, draws = UPDATES[name], Generator().manual_seed(5), 800
+    update, generator, draws = UPDATES[name], TableGenerator().manual_seed(5), 800
     net, total, variance = by_vector(x, error, learning_rate, 0.01, update)
     counts = [expected_counts(x, error, ROWS, learning_rate, 0.01, update, SPREAD, generator) for _ in range(draws)]
     nets, totals = (torch.stack(values).double() for values in zip(*[c[:2] for c in counts], strict=True))
@@ -90,15 +91,15 @@ def test_what_pulse_trains_are_too_short_for_is_counted(learning_rate):
     torch.manual_seed(4)
     x, error = (torch.rand(1, 7) - 0.5).expand(6, 7), torch.randn(6, 4)
     update = UpdateParameters(desired_bl=20)
-    counts = expected_counts(x, error, ROWS, learning_rate, 0.01, update, SPREAD, Generator())
-    sampled = sampled_counts(x, error, learning_rate, 0.01, update, SPREAD, Generator())
+    counts = expected_counts(x, error, ROWS, learning_rate, 0.01, update, SPREAD, TableGenerator())
+    sampled = sampled_counts(x, error, learning_rate, 0.01, update, SPREAD, TableGenerator())
     total = by_vector(x, error, learning_rate, 0.01, update)[1]
     asked = learning_rate / 0.01 * error.abs().T.double() @ x.abs().double()
     assert float(counts.cut) == pytest.approx(1 - float(total.sum() / asked.sum()), abs=1e-5)
     assert float(sampled.cut) == float(counts.cut)
     assert (learning_rate == 0.05) == (float(counts.cut) == 0)
     images = x.view(6, 7, 1, 1), error.view(6, 4, 1, 1), Convolution((1, 1), (1, 1), (0, 0), (1, 1))
-    of_images = expected_counts(*images, learning_rate, 0.01, update, SPREAD, Generator())
+    of_images = expected_counts(*images, learning_rate, 0.01, update, SPREAD, TableGenerator())
     assert float(of_images.cut) == pytest.approx(float(counts.cut))
 
 
@@ -112,7 +113,7 @@ def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
     images[:, 0] = 1
     error = torch.randn(3, 5, *convolution.out_size(images)).sign()
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
-    update, generator = UpdateParameters(desired_bl=10), Generator()
+    update, generator = UpdateParameters(desired_bl=10), TableGenerator()
     of_images = expected_counts(images, error, convolution, rate, 1.0, update, SPREAD, generator)
     of_rows = expected_counts(*rows, ROWS, rate, 1.0, update, SPREAD, generator)
     assert float(of_images.total.max()) <= 10 * len(rows[0])
@@ -134,7 +135,7 @@ def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_ra
     convolution = Convolution((3, 3), (1, 1), (1, 1), (1, 1))
     images, error = torch.randn(2, 4, 6, 6).relu(), torch.randn(2, 5, 6, 6)
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
-    update, generator, draws = UpdateParameters(), Generator().manual_seed(2), 400
+    update, generator, draws = UpdateParameters(), TableGenerator().manual_seed(2), 400
     counts = [
         expected_counts(images, error, convolution, learning_rate, 0.001, update, SPREAD, generator)
         for _ in range(draws)
@@ -175,7 +176,7 @@ def test_patches_of_real_images_get_aihwkits_mean_and_variance():
     """
     convolution, images, error = patches_of_digits()
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
-    generator, draws, settings = Generator().manual_seed(2), 400, (0.02, 0.001, UpdateParameters())
+    generator, draws, settings = TableGenerator().manual_seed(2), 400, (0.02, 0.001, UpdateParameters())
     counts = [expected_counts(images, error, convolution, *settings, 0.0, generator) for _ in range(draws)]
     _, total, variance = by_vector(*rows, *settings)
     totals = torch.stack([c.total for c in counts]).double()
@@ -203,7 +204,7 @@ def test_sampled_counts_have_the_expected_mean_and_variance(name):
     """
     torch.manual_seed(2)
     x, error = torch.randn(5, 7), torch.randn(5, 4) * 0.4
-    update, generator, draws = UPDATES[name], Generator().manual_seed(3), 1000
+    update, generator, draws = UPDATES[name], TableGenerator().manual_seed(3), 1000
     samples = torch.stack(
         [torch.stack(sampled_counts(x, error, 0.05, 0.01, update, SPREAD, generator)[:2]) for _ in range(draws)]
     ).double()
@@ -220,7 +221,7 @@ def test_sampling_in_portions_counts_every_vector(monkeypatch):
     monkeypatch.setattr("aimc_pl.devices.mean_field.pulses._SLOTS", 100)
     x, error = torch.ones(50, 6), -torch.ones(50, 3)
     # Every vector gives exactly one pulse.
-    counts = sampled_counts(x, error, 0.01, 0.01, UpdateParameters(), SPREAD, Generator())
+    counts = sampled_counts(x, error, 0.01, 0.01, UpdateParameters(), SPREAD, TableGenerator())
     assert torch.equal(counts.net, torch.full((3, 6), 50.0))
     assert torch.equal(counts.total, torch.full((3, 6), 50.0))
     torch.testing.assert_close(counts.noise, (counts.net * SPREAD**2, counts.total * SPREAD**2))
