@@ -73,6 +73,7 @@ OPTIMIZERS: dict[str, Callable[[Any, float, int], torch.optim.Optimizer]] = {
 
 FULL_DUPLEX = "full duplex"
 SMALL_STAGES = "small first stages"
+BEST_PAIR = "lower rates + start in sync"
 
 ADAM_RATES = (0.005, 0.01, 0.02)
 
@@ -183,28 +184,28 @@ def run(
 @styled
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw, for each algorithm, how far the loss is above that of the same seed without delay, by number of stages."""
-    shown_names = ["none", *REMEDIES, *OPTIMIZERS, FULL_DUPLEX, SMALL_STAGES]
+    drawn = ["none", *REMEDIES, *OPTIMIZERS, FULL_DUPLEX, SMALL_STAGES, BEST_PAIR]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, algorithm in zip(figure.subplots(1, len(ALGORITHMS), sharey=True), ALGORITHMS, strict=True):
         prompt = select(rows, algorithm=algorithm, num_stages=1)
-        for place, name in enumerate(shown_names):
+        for place, name in enumerate(drawn):
             mine = {m: select(rows, algorithm=algorithm, num_stages=m, remedies=name) for m in STAGES}
             above = {m: losses_of(each) - losses_of(prompt) for m, each in mine.items() if prompt and each}
             axes.errorbar(
-                [m + 0.16 * (place - 3.5) for m in above],
+                [m + 0.16 * (place - 4) for m in above],
                 [values.mean() for values in above.values()],
                 [half_width(values) for values in above.values()],
                 label=name.replace("none", "no remedy"),
-                color=(BLACK, *THINGS, GREY)[place],
+                color=(BLACK, *THINGS, GREY, BLACK)[place],
                 linestyle="--" if name in (FULL_DUPLEX, SMALL_STAGES) else "-",
-                marker=".",
+                marker="*" if name == BEST_PAIR else ".",
                 linewidth=1.2,
                 capsize=2,
             )
         axes.axhline(0, color=GREY, linewidth=1)
         axes.set(xlabel="stages", title=algorithm, xticks=STAGES)
     figure.axes[0].set(ylabel="test loss above training without delay")
-    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
