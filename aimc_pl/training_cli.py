@@ -33,6 +33,7 @@ from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
+from aimc_pl.earlier_checkpoints import last_checkpoint
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import ScheduleName
 
@@ -161,20 +162,33 @@ class AnalogCLI(CheckpointReadingCLI):
                 if self.trainer.is_global_zero:
                     _check_folder(path, new)
                 self._new_folders += new
-        self._find_last_checkpoint()
+        self._find_checkpoint()
 
-    def _find_last_checkpoint(self) -> None:
-        """Let ``ckpt_path=last`` mean the newest ``last.ckpt`` of earlier runs with the same loggers.
+    def _find_checkpoint(self) -> None:
+        """Let ``ckpt_path=last`` mean the last checkpoint of earlier runs with the same loggers.
 
-        Lightning looks only in the folder of this run, which is new.
+        Raises:
+            UsageError: if there is none, and the weights are not to be trained.
         """
-        if str(self._get(self.config_init, "ckpt_path")) == "last":
-            roots = {Path(logger.save_dir or "") / str(logger.name) for logger in self.trainer.loggers}
-            found = [path for root in roots for path in root.glob("*/checkpoints/last*.ckpt")]
-            if found:
-                newest = max(found, key=lambda path: path.stat().st_mtime)
-                self.config_init[str(self.subcommand)]["ckpt_path"] = newest
-                rank_zero_info(f"--ckpt_path last is {newest}")
+        if str(self._get(self.config_init, "ckpt_path")) != "last":
+            return
+        loggers = self._get(self.config_init, "trainer.logger")
+        if not isinstance(loggers, list):
+            loggers = [] if self._get(self.config_init, "trainer.fast_dev_run") else self.trainer.loggers
+        path = last_checkpoint(self.trainer, loggers)
+        if path is not None:
+            rank_zero_info(f"--ckpt_path last is {path}")
+        elif self.subcommand == "fit":
+            # As in Lightning, one command can start the first run and, after it was stopped, all others.
+            rank_zero_info(
+                "--ckpt_path last: no earlier run of this name has left a last.ckpt, so training begins anew"
+            )
+        else:
+            raise UsageError(
+                "--ckpt_path last: no earlier run of this name has left a last.ckpt: give the path of a checkpoint, or "
+                "the --trainer.logger of the run"
+            )
+        self.config_init[str(self.subcommand)]["ckpt_path"] = path
 
     def _another_process_says(self, error: Exception) -> bool:
         """Return whether another process of this machine ends with the same error, and has been the first to do so."""

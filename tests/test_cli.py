@@ -15,6 +15,7 @@ import torch
 import torchvision
 import yaml
 from aihwkit.simulator.presets import ReRamSBPreset
+from lightning.pytorch import Trainer
 from matplotlib.pyplot import imread
 
 import aimc_pl.configs
@@ -124,6 +125,45 @@ def test_resume_from_the_command_line(command, monkeypatch):
     command("fit", *options, "--trainer.max_epochs=3", "--ckpt_path=last")
     assert clocks[2] == 3 * 41 * 14
     assert Path("logs/digits_sync/version_2").exists()
+
+
+@pytest.fixture
+def given_checkpoints(monkeypatch):
+    """The ``ckpt_path`` that the Trainer gets from the command, which runs nothing."""
+    given = []
+    for name in TRAINING:
+        monkeypatch.setattr(Trainer, name, lambda self, ckpt_path=None, **others: given.append(ckpt_path))
+    monkeypatch.setattr(aimc_pl.training_cli.AnalogCLI, "after_fit", lambda self: None)
+    return given
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subcommand", TRAINING)
+def test_the_last_checkpoint_is_that_of_an_earlier_run_of_the_same_name(subcommand, command, given_checkpoints, caplog):
+    for time, name in enumerate(("digits_async/version_0", "digits_async/version_1", "digits_sync/version_0")):
+        path = Path(f"logs/{name}/checkpoints/last.ckpt")
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time, time))
+    before = sorted(Path().rglob("*"))
+    options = ("--config=digits_async.yaml", "--ckpt_path=last", "--trainer.enable_progress_bar=false")
+    command(subcommand, *options)
+    command(subcommand, *options, "--trainer.fast_dev_run=true")
+    assert given_checkpoints == [Path("logs/digits_async/version_1/checkpoints/last.ckpt")] * 2
+    fresh = "--trainer.logger=[{class_path: aimc_pl.callbacks.RunTable, init_args: {save_dir: logs, name: fresh}}]"
+    with caplog.at_level("INFO"):
+        if subcommand == "fit":
+            command(subcommand, *options, fresh)
+            assert given_checkpoints[2:] == [None]
+            assert "no earlier run of this name has left a last.ckpt, so training begins anew" in caplog.text
+        else:
+            with pytest.raises(
+                SystemExit, match="error: --ckpt_path last: no earlier run of this name has left a"
+            ) as stop:
+                command(subcommand, *options, fresh)
+            assert len(stop.value.code) <= 200
+            assert len(given_checkpoints) == 2
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch):
