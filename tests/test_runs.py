@@ -83,6 +83,29 @@ def test_the_newest_version_and_single_files_are_read(tmp_path):
     assert history(tmp_path / "version_2" / "metrics.csv")[0]["loss"] == 2.0
 
 
+def test_the_newest_version_that_trained_is_read(folder, tmp_path):
+    """Check after a validation and a test, with and without steps of training, and an empty folder."""
+    for name in ("csv", "tensorboard"):
+        logs = tmp_path / name
+        (logs / "version_0").mkdir(parents=True)
+        with pytest.raises(UsageError, match=f"no run in {logs} has trained: give the folder of a run, such as"):
+            history(logs)
+        for path in (folder / name / "version_0").glob("*.*"):
+            (logs / "version_0" / path.name).symlink_to(path)
+        expected = history(logs / "version_0")
+        for evaluation in ("validate", "test"):
+            logger = (CSVLogger if name == "csv" else TensorBoardLogger)(tmp_path, name)
+            trainer = make_trainer(AnalogPipelineStrategy(2), logger=logger)
+            getattr(trainer, evaluation)(Classifier(MLP([64, 8, 10])), Digits(), verbose=False)
+            assert "test/loss" in history(logger.log_dir)[0] or "val/loss" in history(logger.log_dir)[0]
+        (logs / "version_3").mkdir()
+        assert history(logs) == expected
+    # A fit of one step is known by its checkpoints.
+    (tmp_path / "short" / "version_0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "short" / "version_0" / "metrics.csv").write_text("step,loss\n0,1\n")
+    assert history(tmp_path / "short") == [{"step": 0, "loss": 1.0}]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
