@@ -33,7 +33,7 @@ from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
-from aimc_pl.earlier_checkpoints import last_checkpoint
+from aimc_pl.earlier_checkpoints import best_checkpoint, last_checkpoint
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.schedule import ScheduleName
 
@@ -49,6 +49,9 @@ _AT_LEAST = {"check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 """What ``ckpt_path`` may say to Lightning instead of a path."""
+
+_EARLIER = {"last": last_checkpoint, "best": best_checkpoint}
+"""Functions that find the checkpoints of earlier runs that two of these words mean."""
 
 
 class _RunConfig(SaveConfigCallback):
@@ -165,27 +168,27 @@ class AnalogCLI(CheckpointReadingCLI):
         self._find_checkpoint()
 
     def _find_checkpoint(self) -> None:
-        """Let ``ckpt_path=last`` mean the last checkpoint of earlier runs with the same loggers.
+        """Let ``ckpt_path=last`` and ``best`` mean checkpoints of earlier runs with the same loggers.
 
         Raises:
-            UsageError: if there is none, and the weights are not to be trained.
+            UsageError: if there is none. (A fit from the last one begins anew.)
         """
-        if str(self._get(self.config_init, "ckpt_path")) != "last":
+        word = str(self._get(self.config_init, "ckpt_path"))
+        if word not in _EARLIER:
             return
         loggers = self._get(self.config_init, "trainer.logger")
         if not isinstance(loggers, list):
             loggers = [] if self._get(self.config_init, "trainer.fast_dev_run") else self.trainer.loggers
-        path = last_checkpoint(self.trainer, loggers)
+        path = _EARLIER[word](self.trainer, loggers)
         if path is not None:
-            rank_zero_info(f"--ckpt_path last is {path}")
-        elif self.subcommand == "fit":
+            rank_zero_info(f"--ckpt_path {word} is {path}")
+        elif (word, self.subcommand) == ("last", "fit"):
             # As in Lightning, one command can start the first run and, after it was stopped, all others.
-            rank_zero_info(
-                "--ckpt_path last: no earlier run of this name has left a last.ckpt, so training begins anew"
-            )
+            rank_zero_info("--ckpt_path last: no earlier run of this name has left a last.ckpt, so training begins anew")
         else:
+            file = "last.ckpt" if word == "last" else "best checkpoint"
             raise UsageError(
-                "--ckpt_path last: no earlier run of this name has left a last.ckpt: give the path of a checkpoint, or "
+                f"--ckpt_path {word}: no earlier run of this name has left a {file}: give the path of a checkpoint, or "
                 "the --trainer.logger of the run"
             )
         self.config_init[str(self.subcommand)]["ckpt_path"] = path

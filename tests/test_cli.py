@@ -166,6 +166,36 @@ def test_the_last_checkpoint_is_that_of_an_earlier_run_of_the_same_name(subcomma
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.slow
+def test_the_best_checkpoint_is_what_the_newest_run_says(command, given_checkpoints):
+    """Check two runs, of which the newest has several checkpoints, a renamed folder, and a best one that is gone."""
+
+    def save(run, step, best, time):
+        path = Path(f"logs/digits_async/{run}/checkpoints/step={step}.ckpt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        states = {"EarlyStopping{}": {}, "ModelCheckpoint{'monitor': 'a'}": {"best_model_path": best}}
+        torch.save({"callbacks": states | {"ModelCheckpoint{'monitor': 'b'}": {"best_model_path": "other"}}}, path)
+        os.utime(path, (time, time))
+        return path
+
+    options = ("--config=digits_async.yaml", "--ckpt_path=best", "--trainer.enable_progress_bar=false")
+    refusal = "--ckpt_path best: no earlier run of this name has left a best checkpoint: give the path of a checkpoint"
+    with pytest.raises(SystemExit, match=refusal) as stop:
+        command("test", *options)
+    assert len(stop.value.code) <= 200
+    save("version_0", 1, "logs/digits_async/version_0/checkpoints/step=1.ckpt", 1)
+    best = save("version_1", 2, "logs/digits_async/version_1/checkpoints/step=2.ckpt", 2)
+    save("version_1", 3, str(best), 3)
+    command("test", *options)
+    Path("logs/digits_async/version_1").rename("logs/digits_async/renamed")
+    command("predict", *options)
+    assert given_checkpoints == [best, Path("logs/digits_async/renamed/checkpoints/step=2.ckpt")]
+    given_checkpoints[1].unlink()
+    with pytest.raises(SystemExit, match=refusal):
+        command("fit", *options)
+    assert len(given_checkpoints) == 2
+
+
 def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch):
     seen = []
     monkeypatch.setattr(aimc_pl.training_cli, "AnalogCLI", lambda: seen.append(sys.argv[1:]))
