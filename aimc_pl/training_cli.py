@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import rmtree
 from traceback import walk_tb
 from typing import IO, Any, get_args, override
+from warnings import catch_warnings
 
 import yaml
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -35,6 +36,7 @@ from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.earlier_checkpoints import best_checkpoint, last_checkpoint
 from aimc_pl.errors import PeerError, UsageError
+from aimc_pl.quiet import quiet_evaluation
 from aimc_pl.schedule import ScheduleName
 
 # This import registers the strategy's names, such as "aimc_async".
@@ -211,6 +213,7 @@ class AnalogCLI(CheckpointReadingCLI):
         """Say so if no checkpoint is given. (Lightning calls this method and the next two by their names.)"""
         if not self._get(self.config, "ckpt_path"):
             rank_zero_info("--ckpt_path is not set: the weights are those that the module begins with")
+        quiet_evaluation()
 
     before_test = before_predict = before_validate
 
@@ -280,7 +283,7 @@ def train() -> None:
     # Python finds modules beside a script. The user's are in the current folder, and the script is this command.
     sys.path.append(os.getcwd())
     silence()
-    with explained(), _help_without_markup():
+    with explained(), _help_without_markup(), catch_warnings():
         AnalogCLI()
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from inspect import getdoc, signature
 from pathlib import Path
@@ -16,6 +17,7 @@ import torchvision
 import yaml
 from aihwkit.simulator.presets import ReRamSBPreset
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.pyplot import imread
 
 import aimc_pl.configs
@@ -194,6 +196,24 @@ def test_the_best_checkpoint_is_what_the_newest_run_says(command, given_checkpoi
     with pytest.raises(SystemExit, match=refusal):
         command("fit", *options)
     assert len(given_checkpoints) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subcommand", TRAINING)
+def test_only_a_fit_warns_that_the_folder_of_a_checkpoint_is_not_its_own(subcommand, command, monkeypatch):
+    def load(self, **others):
+        ModelCheckpoint(dirpath="a").load_state_dict(ModelCheckpoint(dirpath="b").state_dict())
+
+    for name in TRAINING:
+        monkeypatch.setattr(Trainer, name, load)
+    monkeypatch.setattr(aimc_pl.training_cli.AnalogCLI, "after_fit", lambda self: None)
+    filters = [*warnings.filters]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        command(subcommand, "--config=digits_async.yaml", "--trainer.enable_progress_bar=false")
+    changed = [warning for warning in caught if str(warning.message).startswith("The dirpath has changed from")]
+    assert len(changed) == (subcommand == "fit")
+    assert warnings.filters == filters
 
 
 def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch):
