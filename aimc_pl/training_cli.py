@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+from aimc_pl.tasks import Classifier, LanguageModel
 
 _AT_LEAST = {"check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 """Numbers that the Trainer does not check: it divides by the first, and takes a negative second one for none."""
@@ -186,7 +188,9 @@ class AnalogCLI(CheckpointReadingCLI):
             rank_zero_info(f"--ckpt_path {word} is {path}")
         elif (word, self.subcommand) == ("last", "fit"):
             # As in Lightning, one command can start the first run and, after it was stopped, all others.
-            rank_zero_info("--ckpt_path last: no earlier run of this name has left a last.ckpt, so training begins anew")
+            rank_zero_info(
+                "--ckpt_path last: no earlier run of this name has left a last.ckpt, so training begins anew"
+            )
         else:
             file = "last.ckpt" if word == "last" else "best checkpoint"
             raise UsageError(
@@ -252,6 +256,8 @@ class _CheckingCLI(AnalogCLI):
     @override
     def before_fit(self) -> None:
         super().before_fit()
+        if isinstance(self.model, Classifier | LanguageModel):  # another module might need the Trainer for it
+            self.model.configure_optimizers()
         raise _Checked
 
 
@@ -262,7 +268,8 @@ class _Checked(Exception):  # noqa: N818, this is no error
 def check_fit(args: list[str]) -> None:
     """Check the arguments of ``aimc-pl``, of which the first is ``fit``, without a run.
 
-    The config is read, and the model, the data, the strategy and the callbacks that it names are made.
+    The config is read, and the model, the data, the strategy and the callbacks that it names are made. So is the
+    optimizer of this package's tasks.
 
     Raises:
         UsageError: if what the arguments ask for cannot work.
@@ -338,13 +345,18 @@ def _remedy(message: str) -> str | None:
     if word.endswith((".yaml", ".yml")) and not word.startswith("-"):
         return f"write --config {word}: a config has no place of its own among the arguments"
     known = signature(Trainer).parameters
+    if in_config := re.search(r"does not accept option 'trainer\.(\w+)", message):
+        alike = get_close_matches(in_config[1], known, n=1)
+        hint = f": did you mean {alike[0]}?" if alike else ""
+        return f"trainer.{in_config[1]} in a config is no argument of the Trainer{hint}"
     if word.startswith("--") and name in known:
         return f"write --trainer.{name}: --{name} is an argument of the Trainer"
     alike = get_close_matches(name.removeprefix("trainer."), known, n=1) if word.startswith("--trainer.") else []
     if alike:
         return f"--{name} is no argument: did you mean --trainer.{alike[0]}?"
-    if "arguments are required: fit.model" in message:
-        return "what to train? Add --config with a file, such as --config digits_async.yaml, or --model with a class"
+    if missing := re.search(r"arguments are required: (\w+)\.model", message):
+        verb = "train" if missing[1] == "fit" else missing[1]
+        return f"what to {verb}? Add --config with a file, such as --config digits_async.yaml, or --model with a class"
     if "does not correspond to a subclass of Lightning" in message and "pytorch_lightning" in sys.modules:
         return OTHER_PACKAGE
     return None

@@ -70,6 +70,10 @@ def test_a_refused_run_ends_the_sweep_in_a_line_and_finished_ones_stay(tmp_path,
         ({f"{STRATEGY}.num_stages": "[4, 3]"}, "num_stages=3 needs 2 names in split_at, got 3"),
         ({"ckpt_path": "[null, nowhere.ckpt]"}, "ckpt_path=nowhere.ckpt: cannot read checkpoint nowhere.ckpt: No such"),
         ({"seed_everything": "[0, -3]"}, "seed_everything=-3: -3 is not in bounds"),
+        (
+            {"model.init_args.optimizer.init_args.lr": "[0.1, -1]"},
+            "model.init_args.optimizer.init_args.lr=-1: optimizer cannot be made: Invalid learning rate: -1.0",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_before_the_first_run(grid, message, monkeypatch, capsys):
