@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from aimc_pl.arguments import check_instance, check_list, check_path, listed, shown
 from aimc_pl.errors import UsageError
-from aimc_pl.figures import THINGS, styled
+from aimc_pl.figures import SCHEDULES, THINGS, styled
 from aimc_pl.stage_names import name_of
 
 History = Sequence[Mapping[str, float]]
@@ -79,15 +79,15 @@ def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figu
         for progress in PROGRESS
     }
     if not any(lines.values()):
-        known = sorted({name for rows in runs.values() for row in rows for name in row} - {"step", "time"})
-        hint = f"choose one of {listed(known)}" if known else f"{len(runs)} runs have logged nothing"
+        known = sorted({name for rows in runs.values() for row in rows for name in row} - {"step", "time"}, key=_rank)
+        hint = f"choose one of {listed(known, 100)}" if known else f"{len(runs)} runs have logged nothing"
         raise UsageError(f"no run has metric {shown(metric)}: {hint}")
     shown_lines = {progress: line for progress, line in lines.items() if line}
     width = 4 * len(shown_lines)
     columns = max(1, 12 * width // (max(map(len, runs)) + 10))  # an inch has 12 letters, and a line of a legend 10
     figure = Figure(figsize=(width, 3.2 + 0.25 * -(-len(runs) // columns)), layout="constrained")
     all_axes = figure.subplots(1, len(shown_lines), sharey=True, squeeze=False)[0]
-    colours = dict(zip(runs, cycle(THINGS), strict=False))
+    colours = _colours([*runs])
     for axes, (progress, of_runs) in zip(all_axes, shown_lines.items(), strict=True):
         for name, line in of_runs.items():
             axes.plot(*zip(*line, strict=True), marker=".", label=name, color=colours[name])
@@ -126,6 +126,20 @@ def names_of(paths: Sequence[Path]) -> dict[str, Path]:
     while first + last < shortest - 1 and len({part[len(part) - 1 - last] for part in parts}) == 1:
         last += 1
     return {"/".join(part[first : len(part) - last]): path for part, path in zip(parts, paths, strict=True)}
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Return the place of a metric in a list, in which those of a module come first."""
+    return next((n for n, part in enumerate(("val", "test", "train")) if name.startswith(f"{part}/")), 3), name
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Return the colours of runs: those of the schedules, if the names have them and each has another one."""
+    found = [[name for name in SCHEDULES if re.search(f"(^|[^a-z]){name}([^a-z]|$)", run)] for run in names]
+    told_apart = {name for schedules in found for name in schedules if len(schedules) == 1}
+    if len(told_apart) == len(names):
+        return {run: SCHEDULES[name] for run, (name,) in zip(names, found, strict=True)}
+    return dict(zip(names, cycle(THINGS), strict=False))
 
 
 def _line(rows: History, progress: str, metric: str) -> list[tuple[float, float]]:

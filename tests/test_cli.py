@@ -445,6 +445,12 @@ def test_arguments_by_position(command, capsys):
     assert not Path("x.png").exists()
 
 
+@pytest.mark.slow
+def test_python_runs_the_package_as_the_command():
+    command = [sys.executable, "-m", "aimc_pl", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("aimc-pl ")
+
+
 def test_overview(command, capsys):
     """Check that the command alone prints what its help prints: all commands, each with a line."""
     with pytest.raises(SystemExit) as stop:

@@ -13,7 +13,7 @@ import aimc_pl
 from aimc_pl.callbacks import ClockMonitor, RunBoard, RunTable, StalenessMonitor
 from aimc_pl.data import Digits
 from aimc_pl.errors import UsageError
-from aimc_pl.figures import BLUE, ORANGE
+from aimc_pl.figures import BLUE, ORANGE, SCHEDULES
 from aimc_pl.models import MLP
 from aimc_pl.runs import compare, draw_runs, history, names_of
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -149,9 +149,28 @@ def test_seconds_and_joules_are_drawn_where_they_are_and_keep_their_colours():
     assert figure.axes[2].lines[0].get_xydata().tolist() == [[2.0, 4.0]]
 
 
+def test_schedules_have_their_colours_where_the_names_tell_them_apart():
+    row = {"step": 1, "epoch": 0, "loss": 3.0}
+    colours = {
+        ("digits_sync", "digits_async"): [SCHEDULES["sync"], SCHEDULES["async"]],
+        ("none/version_0", "1f1b"): [SCHEDULES["none"], SCHEDULES["1f1b"]],
+        ("async 1", "async 2"): [BLUE, ORANGE],
+        ("async", "mine"): [BLUE, ORANGE],
+        ("nonesuch", "syncope"): [BLUE, ORANGE],
+        ("async_sync", "mine"): [BLUE, ORANGE],
+    }
+    for names, expected in colours.items():
+        (axes,) = draw_runs({name: [row] for name in names}, "loss").axes
+        assert [line.get_color() for line in axes.lines] == expected, names
+
+
 def test_an_unknown_metric_is_refused(folder):
     with pytest.raises(UsageError, match=r"no run has metric 'accuracy': choose one of .*clock/cycles") as error:
         compare([folder / "csv"], "accuracy")
+    assert len(str(error.value)) <= 200
+    assert "choose one of val/accuracy, val/loss, train/accuracy, train/loss" in str(error.value)
+    with pytest.raises(UsageError, match=r"runs must be a mapping from names to histories, got \[{") as error:
+        draw_runs(history(folder / "csv"), "accuracy")
     assert len(str(error.value)) <= 200
     with pytest.raises(UsageError, match=r"no run has metric 'a': 1 runs have logged nothing"):
         draw_runs({"empty": []}, "a")
