@@ -35,7 +35,6 @@ from aimc_pl.callbacks import ClockMonitor, PipelineBar
 from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
-from aimc_pl.earlier_checkpoints import best_checkpoint, last_checkpoint
 from aimc_pl.errors import PeerError, UsageError
 from aimc_pl.quiet import quiet_evaluation
 from aimc_pl.schedule import ScheduleName
@@ -45,6 +44,7 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
+from aimc_pl.strategies.earlier_checkpoints import best_checkpoint, last_checkpoint
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 from aimc_pl.tasks import Classifier, LanguageModel
 
