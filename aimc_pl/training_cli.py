@@ -44,7 +44,7 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
-from aimc_pl.strategies.earlier_checkpoints import best_checkpoint, last_checkpoint
+from aimc_pl.strategies.earlier_checkpoints import are_local, best_checkpoint, last_checkpoint
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
 from aimc_pl.tasks import Classifier, LanguageModel
 
@@ -183,6 +183,8 @@ class AnalogCLI(CheckpointReadingCLI):
         loggers = self._get(self.config_init, "trainer.logger")
         if not isinstance(loggers, list):
             loggers = [] if self._get(self.config_init, "trainer.fast_dev_run") else self.trainer.loggers
+        if not are_local(self.trainer, loggers):
+            return
         path = _EARLIER[word](self.trainer, loggers)
         if path is not None:
             rank_zero_info(f"--ckpt_path {word} is {path}")

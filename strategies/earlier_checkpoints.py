@@ -15,6 +15,13 @@ from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 
 
+def are_local(trainer: "pl.Trainer", loggers: Sequence[Logger]) -> bool:
+    """Return whether all checkpoints are in folders of this machine. Lightning itself looks for those elsewhere."""
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    places = [trainer.default_root_dir, *(logger.save_dir for logger in loggers), *(saver.dirpath for saver in savers)]
+    return not any("://" in str(place) for place in places)
+
+
 def last_checkpoint(trainer: "pl.Trainer", loggers: Sequence[Logger]) -> Path | None:
     """Return the newest ``last.ckpt`` of the runs with these loggers, or ``None`` if there is none."""
     return _newest("last*.ckpt", trainer, loggers)
@@ -41,14 +48,11 @@ def best_checkpoint(trainer: "pl.Trainer", loggers: Sequence[Logger]) -> Path | 
 
 def _newest(pattern: str, trainer: "pl.Trainer", loggers: Sequence[Logger]) -> Path | None:
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    roots = [Path(logger.save_dir or "", str(logger.name)) for logger in loggers] or [Path(trainer.default_root_dir)]
     folders = [
-        *(folder for logger in loggers for folder in _root(logger).glob("*/checkpoints")),
+        *(root / "checkpoints" for root in roots),  # of a run whose version is an empty word
+        *(folder for root in roots for folder in root.glob("*/checkpoints") if loggers),
         *(Path(saver.dirpath) for saver in savers if saver.dirpath),
-        *([] if loggers else [Path(trainer.default_root_dir, "checkpoints")]),
     ]
     found = [path for folder in folders for path in folder.glob(pattern)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def _root(logger: Logger) -> Path:
-    return Path(logger.save_dir or "", str(logger.name))

@@ -169,6 +169,31 @@ def test_the_last_checkpoint_is_that_of_an_earlier_run_of_the_same_name(subcomma
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        (["--trainer.logger=false"], "checkpoints"),
+        (["--trainer.logger=false", "--trainer.default_root_dir=elsewhere"], "elsewhere/checkpoints"),
+        (
+            ["--trainer.logger={class_path: aimc_pl.callbacks.RunTable, init_args: {save_dir: a, version: ''}}"],
+            "a/*/checkpoints",
+        ),
+        (["--trainer.callbacks={class_path: ModelCheckpoint, init_args: {dirpath: own}}"], "own"),
+        (["--trainer.callbacks={class_path: ModelCheckpoint, init_args: {dirpath: 'memory://own'}}"], None),
+    ],
+)
+def test_the_last_checkpoint_is_where_lightning_saves_it(options, place, command, given_checkpoints):
+    """Check checkpoints elsewhere than in a folder of a run, and those that only Lightning can find."""
+    if place:
+        path = Path(place.replace("*", "lightning_logs"), "last.ckpt")
+        path.parent.mkdir(parents=True)
+        path.touch()
+    command("test", "--config=digits_async.yaml", "--ckpt_path=last", *options)
+    (given,) = given_checkpoints
+    assert (Path(given).absolute() == path.absolute()) if place else (given == "last")
+
+
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_the_newest_run_says(command, given_checkpoints):
     """Check two runs, of which the newest has several checkpoints, a renamed folder, and a best one that is gone."""
 
