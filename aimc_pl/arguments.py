@@ -5,6 +5,7 @@ from math import inf
 from numbers import Integral, Real
 from os import PathLike
 from reprlib import Repr
+from types import UnionType
 from typing import Any, get_args
 
 from aimc_pl.errors import UsageError
@@ -79,13 +80,13 @@ def check_path(name: str, value: Any) -> None:
         raise UsageError(f"{name} must be a path, got {shown(value)}")
 
 
-def check_instance(name: str, value: Any, kind: type, what: str) -> None:
+def check_instance(name: str, value: Any, kind: type | UnionType, what: str) -> None:
     """Check that a value is an instance of a class.
 
     Args:
         name: the name of the argument.
         value: the value of the argument.
-        kind: the class.
+        kind: the class, or the classes, such as ``int | float``.
         what: an instance of the class in words, for the message, such as "a torch.nn.Module".
 
     Raises:

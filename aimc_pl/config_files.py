@@ -54,35 +54,42 @@ def with_kept_strategies(args: list[str]) -> list[str]:
     """Return the arguments of the command, in which a strategy's name sets the schedule of the strategy of a config.
 
     ``--trainer.strategy=aimc_sync`` alone would make a new strategy, without the config's device and other arguments.
+    The path of a strategy's class is written as a mapping, since the parser takes a text for a name.
 
     Raises:
-        UsageError: if a config names the strategy that an earlier config sets up.
+        UsageError: if a config names the strategy that an earlier config sets up, or replaces one that has been named
+            before it.
     """
     kept: list[str] = []
-    is_set_up = False
+    is_set_up, named = False, ""
     for before, arg in pairwise(["", *args]):
         kept.append(arg)
         option, _, value = (arg if arg.startswith("-") else f"{before}={arg}").partition("=")
-        strategy = None
-        if option in ("--config", "-c") and value:
-            strategy = _strategy(Path(value))
-            if is_set_up and strategy in [*_SCHEDULES]:
-                raise UsageError(
-                    f"config {value}: strategy: {strategy} would drop the arguments of an earlier config, such as its "
-                    f"device: write strategy: {{init_args: {{schedule: {_SCHEDULES[strategy]}}}}}"
-                )
-        elif option == "--trainer.strategy" and value:
-            strategy = value
-            if strategy in _SCHEDULES:
-                del kept[-1 if arg.startswith("-") else -2 :]
-        if strategy in [*_SCHEDULES]:
-            kept += [] if is_set_up else [f"--trainer.strategy={_STRATEGY}"]
-            kept.append(f"--trainer.strategy.init_args.schedule={_SCHEDULES[strategy]}")
-            is_set_up = True
-        elif isinstance(strategy, dict):
+        strategy = _strategy(option, value) if value else None
+        if isinstance(strategy, dict):
+            if named and option != "--trainer.strategy":
+                name = f"{option} {Path(value).name}"
+                raise UsageError(f"{named} comes before {name}, which sets the strategy again: put it after")
             is_set_up = _is_ours(strategy.get("class_path", _STRATEGY))
-        elif strategy is not None:
-            is_set_up = _is_ours(strategy)
+        if not isinstance(strategy, str):
+            continue
+        schedule = _SCHEDULES.get(strategy)
+        is_ours = schedule is not None or _is_ours(strategy)
+        if option == "--trainer.strategy":
+            named = f"{option} {value}"
+            if is_ours or "." in strategy:
+                del kept[-1 if arg.startswith("-") else -2 :]
+        elif is_set_up and is_ours:
+            raise UsageError(
+                f"{option} {Path(value).name}: strategy: {strategy} would drop the arguments of an earlier config, "
+                f"such as its device: write strategy: {{init_args: {{schedule: {schedule or 'NAME'}}}}}"
+            )
+        if not (is_ours and is_set_up) and (is_ours or "." in strategy):
+            path = strategy if "." in strategy else _STRATEGY
+            kept.append(f'--trainer.strategy={{"class_path": "{path}"}}')
+        if schedule is not None:
+            kept.append(f"--trainer.strategy.init_args.schedule={schedule}")
+        is_set_up = is_ours
     return kept
 
 
@@ -90,11 +97,25 @@ def _is_ours(class_path: str) -> bool:
     return class_path.rpartition(".")[2] == _STRATEGY.rpartition(".")[2]
 
 
-def _strategy(path: Path) -> Any:
-    """Return what a config says of the strategy; ``None`` if it says nothing."""
-    config = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-    trainer = config.get("trainer")
-    return trainer.get("strategy") if isinstance(trainer, dict) else None
+def _strategy(option: str, value: str) -> Any:
+    """Return what an argument of the command says of the strategy; ``None`` if it says nothing."""
+    if option == "--trainer.strategy":
+        return _mapping(value) or value
+    if option == "--trainer":
+        return _mapping(value).get("strategy")
+    if option in ("--config", "-c") and Path(value).is_file():
+        trainer = _mapping(Path(value).read_text("utf-8")).get("trainer")
+        return trainer.get("strategy") if isinstance(trainer, dict) else None
+    return None
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Return the mapping that a text contains as YAML; empty if it contains anything else."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:  # The parser refuses it later.
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _config_path(name: str) -> str:

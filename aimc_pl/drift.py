@@ -21,7 +21,7 @@ from aimc_pl.arguments import check_callable, check_instance, check_list, check_
 from aimc_pl.devices import convert_to_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.export import to_digital
-from aimc_pl.figures import BLACK, BLUE, ORANGE, styled
+from aimc_pl.figures import BLUE, LAYERS, ORANGE, styled
 from aimc_pl.patches import patched
 
 _ROW = {"compensated", "time", "mean", "std"}
@@ -141,7 +141,7 @@ def draw_drift(rows: Sequence[dict[str, Any]], name: str = "metric", digital: fl
             time, mean, std = (np.array([row[key] for row in chosen]) for key in ("time", "mean", "std"))
             axes.errorbar(time, mean, np.nan_to_num(std), marker="o", capsize=3, label=label, color=colour)
     if digital is not None:
-        axes.axhline(digital, color=BLACK, linestyle=":", label="digital")
+        axes.axhline(digital, color=LAYERS["digital"], linestyle=":", label="digital")
     axes.set_xscale("symlog", linthresh=SECOND)
     axes.set_xticks([SECOND, HOUR, DAY, YEAR], ["1 s", "1 h", "1 d", "1 y"])
     axes.minorticks_off()

@@ -19,6 +19,9 @@ SCHEDULES = {"none": GREY, "sync": BLUE, "1f1b": SKY, "zero_bubble": PURPLE, "as
 OPERATIONS = {"F": SKY, "B": ORANGE, "W": GREEN}
 """Colours of forwards, backwards and gradients of weights."""
 
+LAYERS = {"analog": GREEN, "digital": BLACK}
+"""Colours of layers, in figures that compare layers and not schedules."""
+
 BACKENDS = {"aihwkit": BLACK, "mean_field": RED, "bits": GREEN}
 """Colours of what simulates a device."""
 

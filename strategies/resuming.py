@@ -47,6 +47,21 @@ class Resuming(Callback):
         self._before_iterator = self._random.read()
 
     @override
+    def on_sanity_check_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Keep the random states that a checkpoint has restored, those of tiles too.
+
+        The fit that made the checkpoint did not check there. Lightning only keeps torch's, NumPy's and Python's.
+        """
+        if trainer.ckpt_path is not None:
+            self._restored = RandomStates(_generators_of(pl_module.modules()))
+            self._before_check = self._restored.read()
+
+    @override
+    def on_sanity_check_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.ckpt_path is not None:
+            self._restored.write(self._before_check)
+
+    @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._watch(trainer)
 

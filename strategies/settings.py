@@ -97,6 +97,9 @@ class Settings:
                 check_callable(name, getattr(self, name))
         if self.split_at is not None:
             check_list("split_at", self.split_at, str, "module names")
+            twice = [name for name in self.split_at if [*self.split_at].count(name) > 1]
+            if twice:
+                raise UsageError(f"split_at has {twice[0]!r} twice: every stage begins at a module of its own")
         if not self.schedule.is_async and self.gradient_scale == "microbatch":
             raise UsageError(
                 f"gradient_scale='microbatch' needs schedule='async': {self.schedule.name!r} updates per mini-batch"

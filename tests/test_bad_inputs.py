@@ -212,8 +212,16 @@ COMMANDS = {
     ),
     "unknown backend": (
         ["--trainer.strategy.init_args.device.init_args.backend=exact"],
-        "'backend' matches no layer: the layers are network.1, network.3, network.5, network.7 (for the arguments of a "
-        "device see aimc-pl devices)",
+        "device argument backend='exact' must be Literal['mean_field', 'bits', 'aihwkit'] (see aimc-pl",
+    ),
+    "a device's argument of another type": (
+        [STRATEGY + "device.init_args.tau=high"],
+        "device argument tau='high' must be float (see aimc-pl devices)",
+    ),
+    "a device's argument that is misspelt": (
+        [STRATEGY + "device.init_args.taus=3"],
+        "device key 'taus' matches no layer: the layers are network.1, network.3, network.5, network.7; did you mean "
+        "the argument tau?",
     ),
     "a device of no range": ([STRATEGY + "device.init_args.tau=.nan"], "tau must be a finite number above 0"),
     "an endless timeout": ([STRATEGY + "timeout=.inf"], "timeout must be a finite number above 0"),
@@ -498,6 +506,7 @@ MODULES = {
     "a schedule out of order": (MLP, {"schedule": Hasty}, {}, "schedule= cannot run: Hasty has B(stage 2, micro-"),
     "duplex of a schedule of one's own": (MLP, {"schedule": Hasty, "duplex": "full"}, {}, "a custom schedule sets"),
     "stashing under sync": (MLP, {"schedule": "sync", "weight_stashing": True}, {}, "weight_stashing needs"),
+    "split_at twice": (MLP, {"num_stages": 3, "split_at": ["2", "2"]}, {}, "split_at has '2' twice"),
     "split_at as a string": (MLP, {"num_stages": 2, "split_at": "4"}, {}, "split_at is a list"),
     "device key without layer": (MLP, ASYNC | {"device": {"fc": "ideal"}}, {}, "device key 'fc' matches no layer"),
     "a number as device": (MLP, ASYNC | {"device": {"*": 3.0}}, {}, "unknown device 3.0: 'aimc-pl devices' lists"),

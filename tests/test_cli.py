@@ -312,7 +312,9 @@ def test_a_config_names_a_configuration_of_aihwkit(command, monkeypatch):
     assert [type(get_device(device)) for device in devices] == [ReRamSBPreset]
 
 
-NAMED = "--trainer.strategy=aimc_pl.strategies.AnalogPipelineStrategy"
+PATH = "aimc_pl.strategies.AnalogPipelineStrategy"
+NAMED = f'--trainer.strategy={{"class_path": "{PATH}"}}'
+OTHER = "lightning.pytorch.strategies.DDPStrategy"
 SCHEDULE = "--trainer.strategy.init_args.schedule="
 SET_UP = ["--config=full.yaml"]
 
@@ -324,7 +326,13 @@ SET_UP = ["--config=full.yaml"]
         ([*SET_UP, "--trainer.strategy", "aimc_1f1b", "--x"], [*SET_UP, SCHEDULE + "1f1b", "--x"]),
         (["-c", "short.yaml", "--trainer.strategy=aimc_none"], ["-c", "short.yaml", SCHEDULE + "none"]),
         (["--trainer.strategy", "aimc_sync"], [NAMED, SCHEDULE + "sync"]),
-        (["--trainer.strategy=aimc_sync", *SET_UP], [NAMED, SCHEDULE + "sync", *SET_UP]),
+        (["--trainer.strategy", PATH], [NAMED]),
+        (["--trainer.strategy=AnalogPipelineStrategy"], [NAMED]),
+        ([*SET_UP, f"--trainer.strategy={PATH}", "--x"], [*SET_UP, "--x"]),
+        (["--config", "path.yaml"], ["--config", "path.yaml", NAMED]),
+        ([f"--trainer.strategy={OTHER}"], [f'--trainer.strategy={{"class_path": "{OTHER}"}}']),
+        ([NAMED, "--trainer.strategy=aimc_sync"], [NAMED, SCHEDULE + "sync"]),
+        (["--trainer", "{strategy: aimc_sync}"], ["--trainer", "{strategy: aimc_sync}", NAMED, SCHEDULE + "sync"]),
         (["--config", "named.yaml", "--x"], ["--config", "named.yaml", NAMED, SCHEDULE + "async", "--x"]),
         (
             ["--config=named.yaml", "--trainer.strategy=aimc_sync"],
@@ -346,13 +354,28 @@ SET_UP = ["--config=full.yaml"]
 def test_a_strategy_by_name_keeps_the_arguments_of_the_config(args, kept):
     ours = "class_path: aimc_pl.strategies.AnalogPipelineStrategy, init_args: {device: ideal}"
     strategies = {"full": f"{{{ours}}}", "named": "aimc_async", "short": "{init_args: {num_stages: 2}}"}
-    strategies |= {"other": "{class_path: lightning.pytorch.strategies.DDPStrategy}"}
+    strategies |= {"other": f"{{class_path: {OTHER}}}", "path": PATH}
     for name, text in strategies.items():
         Path(f"{name}.yaml").write_text(f"trainer: {{strategy: {text}}}")
     Path("none.yaml").write_text("seed_everything: 0")
     assert with_kept_strategies(args) == kept
+
+
+@pytest.mark.parametrize(
+    "later", [["--config=named.yaml"], ["--config", "path.yaml"], ["--trainer={strategy: aimc_sync}"]]
+)
+def test_a_strategy_by_name_in_a_later_config_is_refused(later):
+    Path("named.yaml").write_text("trainer: {strategy: aimc_async}")
+    Path("path.yaml").write_text(f"trainer: {{strategy: {PATH}}}")
+    Path("full.yaml").write_text("trainer: {strategy: {init_args: {device: ideal}}}")
     with pytest.raises(UsageError, match="would drop the arguments of an earlier config, such as its device"):
-        with_kept_strategies([*SET_UP, "--config=named.yaml"])
+        with_kept_strategies([*SET_UP, *later])
+
+
+def test_a_strategy_by_name_before_the_config_that_sets_it_is_refused():
+    Path("full.yaml").write_text("trainer: {strategy: {init_args: {device: ideal}}}")
+    with pytest.raises(UsageError, match=r"--trainer.strategy aimc_sync comes before --config full.yaml, which sets"):
+        with_kept_strategies(["--trainer.strategy", "aimc_sync", *SET_UP])
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from aimc_pl.figures import BACKENDS, OPERATIONS, SCHEDULES, THINGS, shade, styled
+from aimc_pl.figures import BACKENDS, LAYERS, OPERATIONS, SCHEDULES, THINGS, shade, styled
 
 
 def test_a_styled_figure_has_the_style_and_leaves_matplotlib_alone():
@@ -28,7 +28,7 @@ def test_a_styled_figure_has_the_style_and_leaves_matplotlib_alone():
     assert {tick.label1.get_fontsize() for tick in axes.xaxis.get_major_ticks()} == {9}
 
 
-@pytest.mark.parametrize("colors", [SCHEDULES, OPERATIONS, BACKENDS, dict(enumerate(THINGS))], ids=str)
+@pytest.mark.parametrize("colors", [SCHEDULES, OPERATIONS, LAYERS, BACKENDS, dict(enumerate(THINGS))], ids=str)
 def test_no_two_things_of_a_kind_have_one_colour(colors):
     for one, other in combinations(colors.values(), 2):
         assert sum(abs(a - b) for a, b in zip(to_rgb(one), to_rgb(other), strict=True)) > 0.3

@@ -25,7 +25,7 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
 
 from aimc_pl.arguments import check_flag, check_number
-from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, described, simulated, soft_bounds
+from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, copied_config, described, simulated
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
 from aimc_pl.devices.mean_field.tracking import TrackingCompound
 from aimc_pl.errors import UsageError
@@ -265,7 +265,7 @@ def mixed_precision(device: AnalogDevice | Material = "ReRamSB") -> AnalogDevice
     """
     if not isinstance(device, AnalogDevice):
         return ConfiguredDevice(to_mean_field(_preset("MixedPrecision", device)))
-    config: Any = deepcopy(device.rpu_config)
+    config = copied_config(device)
     if not isinstance(config.device, PulsedDevice):
         raise UsageError(
             f"mixed_precision needs a pulsed device of one crossbar, got {type(config.device).__name__}: "
@@ -290,7 +290,7 @@ def _preset(algorithm: str, material: str) -> Any:
 
 def _pulsed(device: AnalogDevice | None, algorithm: str) -> Any:
     """Return a copy of the configuration of a pulsed device, for the algorithm of this name."""
-    config: Any = deepcopy((device or soft_bounds()).rpu_config)
+    config = copied_config(device)
     if not isinstance(config, MeanFieldRPUConfig | SingleRPUConfig) or isinstance(config.device, TransferCompound):
         raise UsageError(
             f"{algorithm} needs a pulsed device of one crossbar, got {type(config.device).__name__}: choose "

@@ -5,6 +5,7 @@ A config file names a function, too: ``class_path: aimc_pl.devices.soft_bounds``
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import deepcopy
 from functools import wraps
 from inspect import signature
 from math import exp
@@ -25,7 +26,7 @@ from aihwkit.simulator.configs import (
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.base import RPUConfigBase
 
-from aimc_pl.arguments import check_choice, check_flag, check_number
+from aimc_pl.arguments import check_choice, check_flag, check_instance, check_number
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
 from aimc_pl.devices.mean_field.quantized import NoisyQuantizedDevice, NoisyQuantizedSimulatorTile
 
@@ -56,9 +57,13 @@ class ConfiguredDevice(AnalogDevice):
 
     Args:
         rpu_config: an aihwkit configuration or a mean-field one.
+
+    Raises:
+        UsageError: if ``rpu_config`` is anything else.
     """
 
     def __init__(self, rpu_config: RPUConfigBase) -> None:
+        check_instance("rpu_config", rpu_config, RPUConfigBase, "a configuration of aihwkit, such as SingleRPUConfig()")
         self._rpu_config = rpu_config
 
     @property
@@ -80,6 +85,18 @@ def described[**P](function: Callable[P, AnalogDevice]) -> Callable[P, AnalogDev
         return device
 
     return make
+
+
+def copied_config(device: AnalogDevice | None) -> Any:
+    """Return a copy of a device's configuration; that of :func:`soft_bounds` if ``device`` is ``None``.
+
+    Raises:
+        UsageError: if ``device`` is anything else.
+    """
+    device = soft_bounds() if device is None else device
+    what = "a device such as soft_bounds(), or ConfiguredDevice(...) around a configuration of aihwkit"
+    check_instance("device", device, AnalogDevice, what)
+    return deepcopy(device.rpu_config)
 
 
 Backend = Literal["mean_field", "bits", "aihwkit"]

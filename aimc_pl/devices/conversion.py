@@ -3,7 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from inspect import formatannotation, signature
 from types import new_class
 from typing import Any
 
@@ -19,7 +21,7 @@ from aimc_pl.arguments import check_instance, listed, shown
 from aimc_pl.devices.catalogue import AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray, to_mean_field
-from aimc_pl.devices.names import Device, get_device
+from aimc_pl.devices.names import DEVICES, Device, get_device
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import show_steps_to_schedulers
 from aimc_pl.weights import read_weights
@@ -211,13 +213,22 @@ def _choose(
             raise UsageError(f"layer {key!r} cannot be analog ({obstacles[str(key)]}): keep it digital")
         matches = [n for n, stage in stages.items() if stage == key or fnmatchcase(n, str(key))]
         if not matches:
-            raise UsageError(
-                f"device key {shown(key)} matches no layer: the layers are {listed(able, 60)} (for the arguments of a "
-                "device see aimc-pl devices)"
-            )
+            raise UsageError(_unmatched(str(key), value, able))
         chosen.update(dict.fromkeys(matches, value))
     digital = _digital_layers(network)
     return {name: value for name, value in chosen.items() if name in digital and name not in obstacles}
+
+
+def _unmatched(key: str, value: object, able: Sequence[str]) -> str:
+    """Return what is wrong with a key of ``device`` that matches no layer."""
+    # A config's device whose arguments do not fit arrives here as a mapping of its arguments.
+    arguments = {name: each for device in DEVICES.values() for name, each in signature(device).parameters.items()}
+    if key in arguments:
+        kind = formatannotation(arguments[key].annotation)
+        return f"device argument {key}={shown(value)} must be {kind} (see aimc-pl devices)"
+    alike = get_close_matches(key, arguments, n=1)
+    hint = f"; did you mean the argument {alike[0]}?" if alike else ""
+    return f"device key {shown(key)} matches no layer: the layers are {listed(able, 60)}{hint}"
 
 
 def _convert(network: nn.Module, name: str, rpu_config: RPUConfigBase, device_name: str) -> None:

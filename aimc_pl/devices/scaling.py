@@ -1,11 +1,10 @@
 """This module holds the scaling of weights, with which small weights use the range of their devices."""
 
-from copy import deepcopy
 from math import inf
 from typing import Any
 
 from aimc_pl.arguments import check_flag, check_number
-from aimc_pl.devices.catalogue import AnalogDevice, ConfiguredDevice, described, soft_bounds
+from aimc_pl.devices.catalogue import AnalogDevice, ConfiguredDevice, copied_config, described
 from aimc_pl.errors import UsageError
 
 
@@ -28,7 +27,7 @@ def weight_scaling(device: AnalogDevice | None = None, omega: float = 0.6, colum
     """
     check_number("omega", omega, above=0)
     check_flag("columnwise", columnwise)
-    config: Any = deepcopy((device or soft_bounds()).rpu_config)
+    config = copied_config(device)
     if not hasattr(config, "mapping"):
         raise UsageError(f"weight_scaling needs the device of a crossbar, got {device!r}")
     bound = _bound(getattr(config, "device", None))

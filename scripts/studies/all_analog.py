@@ -19,7 +19,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from aimc_pl.cli import main as aimc_pl
-from aimc_pl.figures import SCHEDULES, styled
+from aimc_pl.figures import LAYERS as LAYER_COLORS
+from aimc_pl.figures import styled
 from aimc_pl.runs import history
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
@@ -104,10 +105,9 @@ def draw(rows: Sequence[Row]) -> Figure:
         for layers, style in (("analog", "-"), ("digital", "--")):
             lines = curves(select(rows, network=network, layers=layers, part="val"), "value")
             epochs = range(1, lines.shape[1] + 1)
-            schedule = "none" if network.startswith("wide") else "async"
-            name = {"none": "no pipeline"}.get(schedule, schedule)
-            labels = [f"{layers}, {name}", *["_"] * (len(lines) - 1)]
-            axes.plot(epochs, lines.T, color=SCHEDULES[schedule], linestyle=style, marker=".", label=labels)
+            schedule = "no pipeline" if network.startswith("wide") else "async"
+            labels = [f"{layers}, {schedule}", *["_"] * (len(lines) - 1)]
+            axes.plot(epochs, lines.T, color=LAYER_COLORS[layers], linestyle=style, marker=".", label=labels)
         metric = NETWORKS[network][1].replace("bits", "bits per character")
         axes.set(title=network, xlabel="epoch", ylabel=f"validation {metric}")
         axes.legend()

@@ -30,7 +30,8 @@ from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import CIFAR10
 from aimc_pl.data.images import InMemoryImages
 from aimc_pl.devices import mixed_precision, soft_bounds
-from aimc_pl.figures import BLUE, GREY, RED, styled
+from aimc_pl.figures import GREY, styled
+from aimc_pl.figures import LAYERS as KINDS
 from aimc_pl.figures import SCHEDULES as COLORS
 from aimc_pl.models import ConvNet
 from aimc_pl.schedule import Schedule, ScheduleName
@@ -296,8 +297,9 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     by_epoch, by_stages, speedup = figure.subplots(1, 3)
     per_epoch = 45_000 // BATCH_SIZE
-    kinds: tuple[tuple[Kind, str, str], ...] = (("analog", "-", RED), ("digital", "--", BLUE))
-    for kind, style, color in kinds:
+    kinds: tuple[tuple[Kind, str], ...] = (("analog", "-"), ("digital", "--"))
+    for kind, style in kinds:
+        color = KINDS[kind]
         stages = finished(rows, kind)
         if not stages:
             continue

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import Digits
 from aimc_pl.devices import AnalogDevice, mixed_precision, residual_learning, soft_bounds
+from aimc_pl.figures import BLACK, GREY, THINGS, styled
 from aimc_pl.optim import AsyncNAdam, SpikeCompensatedSGD
 from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, Remedy, StageLearningRate, SyncStart
 from aimc_pl.studies.arguments import sweep_parser
@@ -178,6 +180,39 @@ def run(
     return [{"loss": result["test/loss"], "accuracy": result["test/accuracy"], "cycles": clock.cycles}]
 
 
+@styled
+def draw(rows: Sequence[Row]) -> Figure:
+    """Draw, for each algorithm, how far the loss is above that of the same seed without delay, by number of stages."""
+    shown_names = ["none", *REMEDIES, *OPTIMIZERS, FULL_DUPLEX, SMALL_STAGES]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, algorithm in zip(figure.subplots(1, len(ALGORITHMS), sharey=True), ALGORITHMS, strict=True):
+        prompt = select(rows, algorithm=algorithm, num_stages=1)
+        for place, name in enumerate(shown_names):
+            mine = {m: select(rows, algorithm=algorithm, num_stages=m, remedies=name) for m in STAGES}
+            above = {m: losses_of(each) - losses_of(prompt) for m, each in mine.items() if prompt and each}
+            axes.errorbar(
+                [m + 0.16 * (place - 3.5) for m in above],
+                [values.mean() for values in above.values()],
+                [half_width(values) for values in above.values()],
+                label=name.replace("none", "no remedy"),
+                color=(BLACK, *THINGS, GREY)[place],
+                linestyle="--" if name in (FULL_DUPLEX, SMALL_STAGES) else "-",
+                marker=".",
+                linewidth=1.2,
+                capsize=2,
+            )
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.set(xlabel="stages", title=algorithm, xticks=STAGES)
+    figure.axes[0].set(ylabel="test loss above training without delay")
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def losses_of(rows: Sequence[Row]) -> np.ndarray:
+    """Return the loss of each seed."""
+    return curves(rows, "loss")[:, -1]
+
+
 def mean_loss(rows: Sequence[Row]) -> float:
     """Return the mean loss of some runs; infinity if one is not finite."""
     losses = [float(row["loss"]) for row in rows]
@@ -193,7 +228,7 @@ def report(rows: Sequence[Row]) -> None:
         prompt = select(rows, algorithm=algorithm, num_stages=1)
         if not prompt:
             continue
-        losses, accuracies = (curves(prompt, field)[:, -1] for field in ("loss", "accuracy"))
+        losses, accuracies = losses_of(prompt), curves(prompt, "accuracy")[:, -1]
         print(f"\n{algorithm} without delay: loss {shown(losses, 3)}, accuracy {shown(100 * accuracies, 1)} %\n")
         stages = [m for m in STAGES if select(rows, num_stages=m)]
         print("| remedy | " + " | ".join(f"{m} stages" for m in stages) + " |\n" + "| --- " * (len(stages) + 1) + "|")
@@ -204,7 +239,7 @@ def report(rows: Sequence[Row]) -> None:
                 if len(mine) < len(prompt):
                     cells.append("not run")
                     continue
-                above = curves(mine, "loss")[:, -1] - losses
+                above = losses_of(mine) - losses
                 below = accuracies - curves(mine, "accuracy")[:, -1]
                 cells.append(f"{shown(above, 3)}; {shown(100 * below, 1)} points")
             print(f"| {name} | " + " | ".join(cells) + " |")
@@ -216,7 +251,7 @@ def shown(values: np.ndarray, digits: int) -> str:
 
 
 def main() -> None:
-    """Tune the learning rates, run the missing cases and print the report."""
+    """Tune the learning rates, run the missing cases, print the report and draw the figure."""
     args = sweep_parser(__doc__, seeds=5).parse_args()
     path, epochs = args.folder / "staleness_remedies.csv", 1 if args.quick else EPOCHS
     chosen: dict[Setting, float] = {}
@@ -232,7 +267,9 @@ def main() -> None:
         for seed in range(args.seeds)
         for setting in settings(args.quick)
     ]
-    report(sweep(run, best, path, args.jobs))
+    rows = sweep(run, best, path, args.jobs)
+    report(rows)
+    draw(rows).savefig(args.folder / "staleness_remedies.png", dpi=110)
 
 
 if __name__ == "__main__":

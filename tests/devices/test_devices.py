@@ -13,8 +13,10 @@ from aimc_pl.devices import (
     DEVICES,
     ConfiguredDevice,
     analog_layers,
+    chopped_transfer,
     convert_to_analog,
     describe_updates,
+    dynamic_transfer,
     get_device,
     ideal,
     make_analog_aware,
@@ -22,6 +24,9 @@ from aimc_pl.devices import (
     reset_pending_updates,
     residual_learning,
     soft_bounds,
+    symmetric_point_tracking,
+    to_mean_field,
+    weight_scaling,
 )
 from aimc_pl.errors import UsageError
 
@@ -196,6 +201,21 @@ def test_a_device_shows_what_differs_from_the_defaults():
     assert repr(eval(repr(device)).rpu_config) == repr(device.rpu_config)
     assert repr(ConfiguredDevice(EcRamPreset())) == "ConfiguredDevice(EcRamPresetDevice)"
     assert repr(ConfiguredDevice(FloatingPointRPUConfig())) == "ConfiguredDevice(FloatingPointDevice)"
+
+
+@pytest.mark.parametrize("device", ["soft_bounds", 3, EcRamPreset()])
+@pytest.mark.parametrize(
+    "around", [residual_learning, chopped_transfer, dynamic_transfer, symmetric_point_tracking, weight_scaling]
+)
+def test_what_is_no_device_is_refused(around, device):
+    with pytest.raises(UsageError, match=r"device must be a device such as soft_bounds\(\), or Conf.*, got "):
+        around(device)
+
+
+@pytest.mark.parametrize("around", [ConfiguredDevice, to_mean_field])
+def test_what_is_no_configuration_is_refused(around):
+    with pytest.raises(UsageError, match=r"config must be .*such as SingleRPUConfig\(\), got 'ECRAM'"):
+        around("ECRAM")
 
 
 def test_devices_are_drawn_however_they_are_given():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from aimc_pl.cli import main
 from aimc_pl.data import Digits
-from aimc_pl.devices import convert_to_analog, soft_bounds
+from aimc_pl.devices import analog_layers, convert_to_analog, soft_bounds
 from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.resuming import Resuming, _checksum
@@ -317,6 +317,22 @@ def test_a_fit_goes_on_from_any_place_in_an_epoch(place, places, tmp_path):
     folder, whole = places
     resumed = second_epoch(noisy_loader, tmp_path, folder / f"{place}.ckpt", val=Repeating())
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "async"])
+def test_a_sanity_check_does_not_change_a_resumed_fit(schedule, tmp_path):
+    """Check that a resumed fit equals one that was never stopped, also with converters' noise in validation steps."""
+
+    def fit(ckpt_path=None):
+        resumed, kept = module(), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        options = {"num_sanity_val_steps": 2, "callbacks": [kept], "enable_checkpointing": True}
+        fitting = trainer(strategy(soft_bounds(), schedule=schedule), max_epochs=2, **options)
+        fitting.fit(resumed, data(), data(), ckpt_path=ckpt_path)
+        return [layer.get_weights()[0] for layer in analog_layers(resumed)]
+
+    expected = fit()
+    assert len(expected) == 4
+    assert all(map(torch.equal, fit(tmp_path / "epoch=0.ckpt"), expected))
 
 
 @pytest.mark.parametrize(("rank", "seed"), [(0, 5), (1, 6), (2, 5)])

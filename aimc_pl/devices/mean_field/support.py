@@ -14,7 +14,7 @@ from aihwkit.simulator.configs.compounds import (
 )
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, PulseType
 
-from aimc_pl.arguments import check_number
+from aimc_pl.arguments import check_instance, check_number
 from aimc_pl.devices.mean_field.chopped import ChoppedTransferSimulatorTile, DynamicTransferSimulatorTile
 from aimc_pl.devices.mean_field.mixed_precision import MixedPrecisionSimulatorTile, MixedPrecisionTile
 from aimc_pl.devices.mean_field.response import SUPPORTED_DEVICES
@@ -112,6 +112,7 @@ def check_support(config: _Config) -> None:
     Raises:
         UsageError: if only aihwkit's own tiles can. The message names the first such setting.
     """
+    check_instance("config", config, _Config, "aihwkit's configuration of a pulsed device, such as SingleRPUConfig()")
     device: Any = config.device
     devices, updates, ios = [device], [config.update], [config.forward, config.backward]
     if type(device) in _COMPOUNDS:
