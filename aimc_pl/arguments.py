@@ -121,8 +121,9 @@ def check_list(name: str, value: Any, kinds: type | tuple[type, ...], what: str)
 
 
 def shown(value: Any) -> str:
-    """Return a short text of a value, in one line."""
-    return " ".join(_short.repr(value).split())
+    """Return a short text of a value, in one line of at most 100 characters."""
+    text = " ".join(_short.repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def listed(names: Sequence[str], most: int = 80) -> str:

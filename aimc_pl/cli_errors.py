@@ -6,15 +6,19 @@ repeats all values around the argument. Only one of these reasons helps: the fir
 
 import ast
 import re
+import sys
 import textwrap
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from inspect import signature
 from typing import NoReturn, override
 
 from aimc_pl.errors import UsageError
 
 _UNION = re.compile(r"^Does not validate against any of the Union subtypes\n.*?^(?P<indent> *)Errors:\n", re.M | re.S)
-_PATH = re.compile(r"^(?:Parser key \"(?P<key>[^\"]*)\":|Problem with given class_path '[^']*':) *\n*")
+_PATH = re.compile(r"^(?:Parser key \"(?P<key>[^\"]*)\":|Problem with given class_path '(?P<owner>[^']*)':) *\n*")
 _EXPECTED = re.compile(
     r"^Expected an? (?:<class '(?:\w+\.)*(?P<name>\w+)'>|(?P<text>[^\n:]*?))"
     r"(?:: (?P<word>[^\n]*?))?(?:\. Got value: (?P<given>.*))?$"
@@ -25,6 +29,10 @@ _NESTED = re.compile(r"NestedArg\(key='([^']*)'")
 _CLASS_PATH = re.compile(r"NestedArg\(key='(?P<key>[^']*class_path)', val='(?P<given>[^']*)'\)")
 _NO_CLASS = "'NoneType' object has no attribute 'get'"
 """What jsonargparse says of a ``class_path`` of an argument of a class that names nothing."""
+_NO_MAPPING = re.compile(r"^'(\w+)' object has no attribute 'keys'")
+"""What jsonargparse says of the ``init_args`` of a class that are no mapping."""
+_NO_ARGUMENT = re.compile(r"^Option '(?P<name>\w+)[\w.]*' is not accepted$")
+_NO_ATTRIBUTE = re.compile(r"^module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'$")
 _CALLABLE = re.compile(r"^Type \S*Callable\[.*\] expects a function or a callable class:\s*")
 _WORDS = {
     "NoneType": "null",
@@ -51,10 +59,11 @@ class OneLineParser(ArgumentParser):
 
 def one_line(message: str) -> str:
     """Return the innermost reason in a message of jsonargparse, after the dotted name of the argument."""
-    reason, keys = message.strip(), list[str]()
+    reason, keys, owner = message.strip(), list[str](), ""
     while True:
         if path := _PATH.match(reason):
             keys += [path["key"]] if path["key"] else []
+            owner = path["owner"] or owner
             reason = textwrap.dedent(reason[path.end() :])
         elif union := _UNION.match(reason):
             reason = _telling(reason[union.end() :], len(union["indent"]))
@@ -73,12 +82,33 @@ def one_line(message: str) -> str:
         reason = f"{unknown['given']} is no class or function that can be imported and used here"
         if unknown["given"].startswith("aihwkit."):
             reason = f"{unknown['given']} is no device: aimc_pl.devices.ConfiguredDevice takes it as rpu_config"
+    elif wrong := _NO_MAPPING.match(reason):
+        reason = f"init_args must have lines NAME: VALUE, got a {wrong[1]}"
     if wrong := _EXPECTED.match(reason):
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")
     reason, *_ = reason.split(". Got value: Namespace(")
     reason, *_ = reason.split("\n    full_key: ")  # what OmegaConf adds
-    return " ".join(f"{'.'.join(keys)}: {reason}".removeprefix(": ").split())
+    reason = " ".join(reason.split())
+    return f"{'.'.join(keys)}: {reason}{_hint(reason, owner)}".removeprefix(": ")
+
+
+def _hint(reason: str, owner: str) -> str:
+    """Return the question whether another name was meant, if there is one like the name that a reason does not know.
+
+    Args:
+        reason: the reason.
+        owner: the path of the class or function whose arguments the reason is about. jsonargparse has imported it.
+    """
+    names: Iterable[str] = ()
+    if unknown := _NO_ARGUMENT.match(reason):
+        module, _, name = owner.rpartition(".")
+        with suppress(TypeError, ValueError):  # it cannot be found, or has no signature
+            names = signature(getattr(sys.modules.get(module), name, None)).parameters  # pyright: ignore[reportArgumentType]
+    elif unknown := _NO_ATTRIBUTE.match(reason):
+        names = dir(sys.modules.get(unknown["module"]))
+    alike = get_close_matches(unknown["name"], names, n=1) if unknown else []
+    return f": did you mean {alike[0]}?" if alike else ""
 
 
 def _telling(text: str, indent: int) -> str:

@@ -38,6 +38,18 @@ def with_shipped_configs(args: list[str]) -> list[str]:
     return found
 
 
+def read_config(name: str) -> dict[str, Any]:
+    """Return what a config says, before interpolations are resolved.
+
+    Args:
+        name: a config file, or the name of a config of the package.
+
+    Raises:
+        UsageError: if :func:`check_config` refuses the config.
+    """
+    return yaml.safe_load(Path(_config_path(name)).read_text("utf-8"))
+
+
 def with_kept_strategies(args: list[str]) -> list[str]:
     """Return the arguments of the command, in which a strategy's name sets the schedule of the strategy of a config.
 

@@ -4,6 +4,14 @@ import logging
 import warnings
 
 
+def quiet_evaluation() -> None:
+    """Silence, until the filters of warnings are restored, Lightning's warning that a checkpoint has another folder."""
+    # Every run of the command has a new folder, and the warning is about the best checkpoints, which only a fit saves.
+    warnings.filterwarnings(
+        "ignore", "The dirpath has changed from", module=r"lightning\.pytorch\.callbacks\.model_checkpoint"
+    )
+
+
 def quiet_lightning() -> None:
     """Silence one warning of Lightning about its own code, and its advertisements."""
     # Lightning itself uses a name that torch will drop, which its users cannot change.

@@ -13,11 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from aimc_pl.arguments import check_instance, check_list, check_path, listed, shown
 from aimc_pl.errors import UsageError
-from aimc_pl.figures import THINGS, styled
+from aimc_pl.figures import SCHEDULES, THINGS, styled
 from aimc_pl.stage_names import name_of
 
 History = Sequence[Mapping[str, float]]
 """A row for each step at which something was logged. A row has the values that were logged at its step."""
+
+_EVENTS = "events.out.tfevents.*"
+"""TensorBoard's files."""
 
 PROGRESS = {
     "epoch": "epochs",
@@ -37,20 +40,23 @@ def history(run: str | Path) -> list[dict[str, float]]:
 
     Args:
         run: the folder of a run, such as ``logs/digits_async/version_0``; a folder with such folders, of which the last
-            version is read; or a file. The CSV files of ``RunTable`` and of Lightning's ``CSVLogger`` are read (without
-            ``time``), and else TensorBoard's event files.
+            that trained is read; or a file. The CSV files of ``RunTable`` and of Lightning's ``CSVLogger`` are read
+            (without ``time``), and else TensorBoard's event files.
 
     Raises:
         UsageError: if there is nothing to read.
     """
     check_path("run", run)
-    path = _file_or_folder(Path(run))
-    table = path if path.suffix == ".csv" else path / "metrics.csv"
-    logged = _from_csv(table) if table.is_file() else _from_events(path)
-    rows: dict[int, dict[str, float]] = {}
-    for step, values in logged:
-        rows.setdefault(step, {"step": step}).update(values)
-    return [rows[step] for step in sorted(rows)]
+    path = Path(run)
+    if not path.exists():
+        raise UsageError(f"run {path} does not exist: give the folder of a run, such as logs/NAME/version_0")
+    versions = {int(folder.name.removeprefix("version_")): folder for folder in path.glob("version_*[0-9]")}
+    if not versions or (path / "metrics.csv").exists():
+        return _rows(path)
+    for _, folder in sorted(versions.items(), reverse=True):
+        if _has_logged(folder) and _has_trained(rows := _rows(folder), folder):
+            return rows
+    raise UsageError(f"no run in {path} has trained: give the folder of a run, such as {versions[max(versions)]}")
 
 
 @styled
@@ -73,15 +79,15 @@ def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figu
         for progress in PROGRESS
     }
     if not any(lines.values()):
-        known = sorted({name for rows in runs.values() for row in rows for name in row} - {"step", "time"})
-        hint = f"choose one of {listed(known)}" if known else f"{len(runs)} runs have logged nothing"
+        known = sorted({name for rows in runs.values() for row in rows for name in row} - {"step", "time"}, key=_rank)
+        hint = f"choose one of {listed(known, 100)}" if known else f"{len(runs)} runs have logged nothing"
         raise UsageError(f"no run has metric {shown(metric)}: {hint}")
     shown_lines = {progress: line for progress, line in lines.items() if line}
     width = 4 * len(shown_lines)
     columns = max(1, 12 * width // (max(map(len, runs)) + 10))  # an inch has 12 letters, and a line of a legend 10
     figure = Figure(figsize=(width, 3.2 + 0.25 * -(-len(runs) // columns)), layout="constrained")
     all_axes = figure.subplots(1, len(shown_lines), sharey=True, squeeze=False)[0]
-    colours = dict(zip(runs, cycle(THINGS), strict=False))
+    colours = _colours([*runs])
     for axes, (progress, of_runs) in zip(all_axes, shown_lines.items(), strict=True):
         for name, line in of_runs.items():
             axes.plot(*zip(*line, strict=True), marker=".", label=name, color=colours[name])
@@ -122,16 +128,42 @@ def names_of(paths: Sequence[Path]) -> dict[str, Path]:
     return {"/".join(part[first : len(part) - last]): path for part, path in zip(parts, paths, strict=True)}
 
 
+def _rank(name: str) -> tuple[int, str]:
+    """Return the place of a metric in a list, in which those of a module come first."""
+    return next((n for n, part in enumerate(("val", "test", "train")) if name.startswith(f"{part}/")), 3), name
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    """Return the colours of runs: those of the schedules, if the names have them and each has another one."""
+    found = [[name for name in SCHEDULES if re.search(f"(^|[^a-z]){name}([^a-z]|$)", run)] for run in names]
+    told_apart = {name for schedules in found for name in schedules if len(schedules) == 1}
+    if len(told_apart) == len(names):
+        return {run: SCHEDULES[name] for run, (name,) in zip(names, found, strict=True)}
+    return dict(zip(names, cycle(THINGS), strict=False))
+
+
 def _line(rows: History, progress: str, metric: str) -> list[tuple[float, float]]:
     one = 1 if progress == "epoch" else 0  # the first epoch is 0, and has ended where its metrics are logged
     return [(row[progress] + one, row[metric]) for row in rows if progress in row and metric in row]
 
 
-def _file_or_folder(path: Path) -> Path:
-    if not path.exists():
-        raise UsageError(f"run {path} does not exist: give the folder of a run, such as logs/NAME/version_0")
-    versions = {int(folder.name.removeprefix("version_")): folder for folder in path.glob("version_*[0-9]")}
-    return path if (path / "metrics.csv").exists() or not versions else versions[max(versions)]
+def _rows(path: Path) -> list[dict[str, float]]:
+    """Return the table of a run from its folder or file."""
+    table = path if path.suffix == ".csv" else path / "metrics.csv"
+    logged = _from_csv(table) if table.is_file() else _from_events(path)
+    rows: dict[int, dict[str, float]] = {}
+    for step, values in logged:
+        rows.setdefault(step, {"step": step}).update(values)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _has_trained(rows: History, folder: Path) -> bool:
+    """Return whether a run is a fit. A validation, a test or a prediction logs at step 0 only, and saves nothing."""
+    return any(row["step"] > 0 for row in rows) or (folder / "checkpoints").exists()
+
+
+def _has_logged(folder: Path) -> bool:
+    return (folder / "metrics.csv").exists() or any(folder.glob(_EVENTS))
 
 
 def _from_csv(path: Path) -> list[tuple[int, dict[str, float]]]:
@@ -151,7 +183,7 @@ def _from_csv(path: Path) -> list[tuple[int, dict[str, float]]]:
 def _from_events(path: Path) -> list[tuple[int, dict[str, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if path.is_dir() and not [*path.glob("events.out.tfevents.*")]:
+    if path.is_dir() and not _has_logged(path):
         raise UsageError(f"run {path} has no metrics.csv and no event files: was it trained with a logger?")
     scalars: list[tuple[str, Any]] = []
     for stage in (None, *path.glob("stage_*[0-9]")):  # RunBoard writes the values of stages into folders of their own.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from shutil import rmtree
 from traceback import walk_tb
 from typing import IO, Any, get_args, override
+from warnings import catch_warnings
 
 import yaml
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -34,6 +36,7 @@ from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
 from aimc_pl.errors import PeerError, UsageError
+from aimc_pl.quiet import quiet_evaluation
 from aimc_pl.schedule import ScheduleName
 
 # This import registers the strategy's names, such as "aimc_async".
@@ -41,13 +44,18 @@ from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.analog_parts import admitted_classes
 from aimc_pl.strategies.checkpoint_io import reading
 from aimc_pl.strategies.checks import OTHER_PACKAGE, too_few_samples
+from aimc_pl.strategies.earlier_checkpoints import are_local, best_checkpoint, last_checkpoint
 from aimc_pl.strategies.private_lightning import CheckpointReadingCLI
+from aimc_pl.tasks import Classifier, LanguageModel
 
 _AT_LEAST = {"check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 """Numbers that the Trainer does not check: it divides by the first, and takes a negative second one for none."""
 
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 """What ``ckpt_path`` may say to Lightning instead of a path."""
+
+_EARLIER = {"last": last_checkpoint, "best": best_checkpoint}
+"""Functions that find the checkpoints of earlier runs that two of these words mean."""
 
 
 class _RunConfig(SaveConfigCallback):
@@ -161,20 +169,37 @@ class AnalogCLI(CheckpointReadingCLI):
                 if self.trainer.is_global_zero:
                     _check_folder(path, new)
                 self._new_folders += new
-        self._find_last_checkpoint()
+        self._find_checkpoint()
 
-    def _find_last_checkpoint(self) -> None:
-        """Let ``ckpt_path=last`` mean the newest ``last.ckpt`` of earlier runs with the same loggers.
+    def _find_checkpoint(self) -> None:
+        """Let ``ckpt_path=last`` and ``best`` mean checkpoints of earlier runs with the same loggers.
 
-        Lightning looks only in the folder of this run, which is new.
+        Raises:
+            UsageError: if there is none. (A fit from the last one begins anew.)
         """
-        if str(self._get(self.config_init, "ckpt_path")) == "last":
-            roots = {Path(logger.save_dir or "") / str(logger.name) for logger in self.trainer.loggers}
-            found = [path for root in roots for path in root.glob("*/checkpoints/last*.ckpt")]
-            if found:
-                newest = max(found, key=lambda path: path.stat().st_mtime)
-                self.config_init[str(self.subcommand)]["ckpt_path"] = newest
-                rank_zero_info(f"--ckpt_path last is {newest}")
+        word = str(self._get(self.config_init, "ckpt_path"))
+        if word not in _EARLIER:
+            return
+        loggers = self._get(self.config_init, "trainer.logger")
+        if not isinstance(loggers, list):
+            loggers = [] if self._get(self.config_init, "trainer.fast_dev_run") else self.trainer.loggers
+        if not are_local(self.trainer, loggers):
+            return
+        path = _EARLIER[word](self.trainer, loggers)
+        if path is not None:
+            rank_zero_info(f"--ckpt_path {word} is {path}")
+        elif (word, self.subcommand) == ("last", "fit"):
+            # As in Lightning, one command can start the first run and, after it was stopped, all others.
+            rank_zero_info(
+                "--ckpt_path last: no earlier run of this name has left a last.ckpt, so training begins anew"
+            )
+        else:
+            file = "last.ckpt" if word == "last" else "best checkpoint"
+            raise UsageError(
+                f"--ckpt_path {word}: no earlier run of this name has left a {file}: give the path of a checkpoint, or "
+                "the --trainer.logger of the run"
+            )
+        self.config_init[str(self.subcommand)]["ckpt_path"] = path
 
     def _another_process_says(self, error: Exception) -> bool:
         """Return whether another process of this machine ends with the same error, and has been the first to do so."""
@@ -194,6 +219,7 @@ class AnalogCLI(CheckpointReadingCLI):
         """Say so if no checkpoint is given. (Lightning calls this method and the next two by their names.)"""
         if not self._get(self.config, "ckpt_path"):
             rank_zero_info("--ckpt_path is not set: the weights are those that the module begins with")
+        quiet_evaluation()
 
     before_test = before_predict = before_validate
 
@@ -232,6 +258,8 @@ class _CheckingCLI(AnalogCLI):
     @override
     def before_fit(self) -> None:
         super().before_fit()
+        if isinstance(self.model, Classifier | LanguageModel):  # another module might need the Trainer for it
+            self.model.configure_optimizers()
         raise _Checked
 
 
@@ -242,7 +270,8 @@ class _Checked(Exception):  # noqa: N818, this is no error
 def check_fit(args: list[str]) -> None:
     """Check the arguments of ``aimc-pl``, of which the first is ``fit``, without a run.
 
-    The config is read, and the model, the data, the strategy and the callbacks that it names are made.
+    The config is read, and the model, the data, the strategy and the callbacks that it names are made. So is the
+    optimizer of this package's tasks.
 
     Raises:
         UsageError: if what the arguments ask for cannot work.
@@ -263,7 +292,7 @@ def train() -> None:
     # Python finds modules beside a script. The user's are in the current folder, and the script is this command.
     sys.path.append(os.getcwd())
     silence()
-    with explained(), _help_without_markup():
+    with explained(), _help_without_markup(), catch_warnings():
         AnalogCLI()
 
 
@@ -318,13 +347,18 @@ def _remedy(message: str) -> str | None:
     if word.endswith((".yaml", ".yml")) and not word.startswith("-"):
         return f"write --config {word}: a config has no place of its own among the arguments"
     known = signature(Trainer).parameters
+    if in_config := re.search(r"does not accept option 'trainer\.(\w+)", message):
+        alike = get_close_matches(in_config[1], known, n=1)
+        hint = f": did you mean {alike[0]}?" if alike else ""
+        return f"trainer.{in_config[1]} in a config is no argument of the Trainer{hint}"
     if word.startswith("--") and name in known:
         return f"write --trainer.{name}: --{name} is an argument of the Trainer"
     alike = get_close_matches(name.removeprefix("trainer."), known, n=1) if word.startswith("--trainer.") else []
     if alike:
         return f"--{name} is no argument: did you mean --trainer.{alike[0]}?"
-    if "arguments are required: fit.model" in message:
-        return "what to train? Add --config with a file, such as --config digits_async.yaml, or --model with a class"
+    if missing := re.search(r"arguments are required: (\w+)\.model", message):
+        verb = "train" if missing[1] == "fit" else missing[1]
+        return f"what to {verb}? Add --config with a file, such as --config digits_async.yaml, or --model with a class"
     if "does not correspond to a subclass of Lightning" in message and "pytorch_lightning" in sys.modules:
         return OTHER_PACKAGE
     return None

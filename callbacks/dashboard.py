@@ -42,8 +42,9 @@ class PipelineDiagram(Callback):
     """A callback that draws the first clocks of the running schedule, as in the paper's Figure 2, for TensorBoard.
 
     Args:
-        num_clocks: the number of clocks to draw, at most 256. The default shows how the pipeline fills and goes on: 3
-            clocks for each stage, but at least 12 and at most 96.
+        num_clocks: the number of clocks to draw, at most 256. The default shows a mini-batch from the fill to its
+            update, as far as 96 clocks. An asynchronous pipeline does not end there: it is drawn for 3 clocks per
+            stage, but at least 12 and at most 96.
     """
 
     def __init__(self, num_clocks: int | None = None) -> None:
@@ -54,7 +55,8 @@ class PipelineDiagram(Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         schedule = get_strategy(self, trainer).schedule
-        clocks = self.num_clocks or max(12, 3 * min(schedule.num_stages, MAX_DRAWN_STAGES))
+        shown = max(12, 3 * schedule.num_stages) if schedule.is_async else schedule.num_clocks()
+        clocks = self.num_clocks or min(shown, 3 * MAX_DRAWN_STAGES)
         # An asynchronous pipeline goes on with the micro-batches of the next mini-batches.
         batches = clocks if schedule.is_async else schedule.num_microbatches
         clocks = min(clocks, schedule.num_clocks(batches))

@@ -127,6 +127,33 @@ COMMANDS = {
         ["--model=aimc_pl.tasks.Regressor"],
         "module 'aimc_pl.tasks' has no attribute 'Regressor'",
     ),
+    "a misspelt argument of the Trainer": (
+        ["--config=epoch.yaml"],
+        "trainer.max_epoch in a config is no argument of the Trainer: did you mean max_epochs?",
+    ),
+    "an unknown argument of the Trainer": (["--config=word.yaml"], "wxyz in a config is no argument of the Trainer"),
+    "a misspelt argument of the strategy": (
+        ["--config=stage.yaml"],
+        "trainer.strategy: Option 'num_stage' is not accepted: did you mean num_stages?",
+    ),
+    "a misspelt argument, after the config": (
+        ["--trainer.strategy.num_stage=3"],
+        "Option 'num_stage' is not accepted: did you mean num_stages?",
+    ),
+    "a list of arguments": (["--config=list.yaml"], "strategy: init_args must have lines NAME: VALUE, got a list"),
+    "a misspelt optimizer": (
+        ["--config=rate.yaml"],
+        "model: Option 'optimiser.init_args.lr' is not accepted: did you mean optimizer?",
+    ),
+    "a misspelt device": (
+        ["--config=device.yaml"],
+        "module 'aimc_pl.devices' has no attribute 'soft_bound': did you mean soft_bounds?",
+    ),
+    "a misspelt argument of a device": (["--config=tau.yaml"], "Option 'tua' is not accepted: did you mean tau?"),
+    "a misspelt callback": (
+        ["--config=callback.yaml"],
+        "trainer.callbacks: module 'aimc_pl.callbacks' has no attribute 'DeviceMonitr': did you mean DeviceMonitor?",
+    ),
     "unknown callback": (["--trainer.callbacks+=Foo"], "trainer.callbacks: expected the name of a class or null, got"),
     "a number as callback": (["--trainer.callbacks=[1]"], "callbacks: Not a valid subclass of Callback. Got value: 1"),
     "unknown optimizer": (
@@ -273,6 +300,14 @@ def assert_one_line(text, *parts):
 
 PRESET = "{class_path: aihwkit.simulator.presets.ReRamSBPreset}"
 FILES = {
+    "epoch.yaml": "trainer: {max_epoch: 5}",
+    "word.yaml": "trainer: {wxyz: 5}",
+    "stage.yaml": "trainer: {strategy: {init_args: {num_stage: 5}}}",
+    "list.yaml": "trainer: {strategy: {init_args: [1, 2]}}",
+    "rate.yaml": "model: {init_args: {optimiser: {init_args: {lr: 0.1}}}}",
+    "device.yaml": "trainer: {strategy: {init_args: {device: {class_path: aimc_pl.devices.soft_bound}}}}",
+    "tau.yaml": "trainer: {strategy: {init_args: {device: {init_args: {tua: 1}}}}}",
+    "callback.yaml": "trainer: {callbacks: [{class_path: aimc_pl.callbacks.DeviceMonitr}]}",
     "preset.yaml": f"trainer: {{strategy: {{init_args: {{device: {PRESET}}}}}}}",
     "text.ckpt": "a letter",
     "number.yaml": "trainer: 5",
@@ -282,6 +317,10 @@ FILES = {
 
 OTHER_MISTAKES = {
     "nothing to train": (["fit"], "what to train? Add --config with a file, such as --config digits_async.yaml"),
+    "nothing to predict": (
+        ["predict"],
+        "what to predict? Add --config with a file, such as --config digits_async.yaml",
+    ),
     "a config that is nowhere": (
         ["fit", "--config", "digits_asynk.yaml"],
         "config digits_asynk.yaml does not exist: the package has digits_async.yaml",

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from inspect import getdoc, signature
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 import torchvision
 import yaml
 from aihwkit.simulator.presets import ReRamSBPreset
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.pyplot import imread
 
 import aimc_pl.configs
@@ -124,6 +127,118 @@ def test_resume_from_the_command_line(command, monkeypatch):
     command("fit", *options, "--trainer.max_epochs=3", "--ckpt_path=last")
     assert clocks[2] == 3 * 41 * 14
     assert Path("logs/digits_sync/version_2").exists()
+
+
+@pytest.fixture
+def given_checkpoints(monkeypatch):
+    """The ``ckpt_path`` that the Trainer gets from the command, which runs nothing."""
+    given = []
+    for name in TRAINING:
+        monkeypatch.setattr(Trainer, name, lambda self, ckpt_path=None, **others: given.append(ckpt_path))
+    monkeypatch.setattr(aimc_pl.training_cli.AnalogCLI, "after_fit", lambda self: None)
+    return given
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subcommand", TRAINING)
+def test_the_last_checkpoint_is_that_of_an_earlier_run_of_the_same_name(subcommand, command, given_checkpoints, caplog):
+    for time, name in enumerate(("digits_async/version_0", "digits_async/version_1", "digits_sync/version_0")):
+        path = Path(f"logs/{name}/checkpoints/last.ckpt")
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time, time))
+    before = sorted(Path().rglob("*"))
+    options = ("--config=digits_async.yaml", "--ckpt_path=last", "--trainer.enable_progress_bar=false")
+    command(subcommand, *options)
+    command(subcommand, *options, "--trainer.fast_dev_run=true")
+    assert given_checkpoints == [Path("logs/digits_async/version_1/checkpoints/last.ckpt")] * 2
+    fresh = "--trainer.logger=[{class_path: aimc_pl.callbacks.RunTable, init_args: {save_dir: logs, name: fresh}}]"
+    with caplog.at_level("INFO"):
+        if subcommand == "fit":
+            command(subcommand, *options, fresh)
+            assert given_checkpoints[2:] == [None]
+            assert "no earlier run of this name has left a last.ckpt, so training begins anew" in caplog.text
+        else:
+            with pytest.raises(
+                SystemExit, match="error: --ckpt_path last: no earlier run of this name has left a"
+            ) as stop:
+                command(subcommand, *options, fresh)
+            assert len(stop.value.code) <= 200
+            assert len(given_checkpoints) == 2
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        (["--trainer.logger=false"], "checkpoints"),
+        (["--trainer.logger=false", "--trainer.default_root_dir=elsewhere"], "elsewhere/checkpoints"),
+        (
+            ["--trainer.logger={class_path: aimc_pl.callbacks.RunTable, init_args: {save_dir: a, version: ''}}"],
+            "a/*/checkpoints",
+        ),
+        (["--trainer.callbacks={class_path: ModelCheckpoint, init_args: {dirpath: own}}"], "own"),
+        (["--trainer.callbacks={class_path: ModelCheckpoint, init_args: {dirpath: 'memory://own'}}"], None),
+    ],
+)
+def test_the_last_checkpoint_is_where_lightning_saves_it(options, place, command, given_checkpoints):
+    """Check checkpoints elsewhere than in a folder of a run, and those that only Lightning can find."""
+    if place:
+        path = Path(place.replace("*", "lightning_logs"), "last.ckpt")
+        path.parent.mkdir(parents=True)
+        path.touch()
+    command("test", "--config=digits_async.yaml", "--ckpt_path=last", *options)
+    (given,) = given_checkpoints
+    assert (Path(given).absolute() == path.absolute()) if place else (given == "last")
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_what_the_newest_run_says(command, given_checkpoints):
+    """Check two runs, of which the newest has several checkpoints, a renamed folder, and a best one that is gone."""
+
+    def save(run, step, best, time):
+        path = Path(f"logs/digits_async/{run}/checkpoints/step={step}.ckpt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        states = {"EarlyStopping{}": {}, "ModelCheckpoint{'monitor': 'a'}": {"best_model_path": best}}
+        torch.save({"callbacks": states | {"ModelCheckpoint{'monitor': 'b'}": {"best_model_path": "other"}}}, path)
+        os.utime(path, (time, time))
+        return path
+
+    options = ("--config=digits_async.yaml", "--ckpt_path=best", "--trainer.enable_progress_bar=false")
+    refusal = "--ckpt_path best: no earlier run of this name has left a best checkpoint: give the path of a checkpoint"
+    with pytest.raises(SystemExit, match=refusal) as stop:
+        command("test", *options)
+    assert len(stop.value.code) <= 200
+    save("version_0", 1, "logs/digits_async/version_0/checkpoints/step=1.ckpt", 1)
+    best = save("version_1", 2, "logs/digits_async/version_1/checkpoints/step=2.ckpt", 2)
+    save("version_1", 3, str(best), 3)
+    command("test", *options)
+    Path("logs/digits_async/version_1").rename("logs/digits_async/renamed")
+    command("predict", *options)
+    assert given_checkpoints == [best, Path("logs/digits_async/renamed/checkpoints/step=2.ckpt")]
+    given_checkpoints[1].unlink()
+    with pytest.raises(SystemExit, match=refusal):
+        command("fit", *options)
+    assert len(given_checkpoints) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subcommand", TRAINING)
+def test_only_a_fit_warns_that_the_folder_of_a_checkpoint_is_not_its_own(subcommand, command, monkeypatch):
+    def load(self, **others):
+        ModelCheckpoint(dirpath="a").load_state_dict(ModelCheckpoint(dirpath="b").state_dict())
+
+    for name in TRAINING:
+        monkeypatch.setattr(Trainer, name, load)
+    monkeypatch.setattr(aimc_pl.training_cli.AnalogCLI, "after_fit", lambda self: None)
+    filters = [*warnings.filters]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        command(subcommand, "--config=digits_async.yaml", "--trainer.enable_progress_bar=false")
+    changed = [warning for warning in caught if str(warning.message).startswith("The dirpath has changed from")]
+    assert len(changed) == (subcommand == "fit")
+    assert warnings.filters == filters
 
 
 def test_shipped_configs_are_found_by_their_bare_names_only(command, monkeypatch):
@@ -376,6 +491,12 @@ def test_arguments_by_position(command, capsys):
     with pytest.raises(SystemExit, match="unrecognized arguments: more"):
         command("schedule", "3", "2", "sync", "half", "x.png", "x.json", "more")
     assert not Path("x.png").exists()
+
+
+@pytest.mark.slow
+def test_python_runs_the_package_as_the_command():
+    command = [sys.executable, "-m", "aimc_pl", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("aimc-pl ")
 
 
 def test_overview(command, capsys):

@@ -13,7 +13,7 @@ import aimc_pl
 from aimc_pl.callbacks import ClockMonitor, RunBoard, RunTable, StalenessMonitor
 from aimc_pl.data import Digits
 from aimc_pl.errors import UsageError
-from aimc_pl.figures import BLUE, ORANGE
+from aimc_pl.figures import BLUE, ORANGE, SCHEDULES
 from aimc_pl.models import MLP
 from aimc_pl.runs import compare, draw_runs, history, names_of
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -83,6 +83,29 @@ def test_the_newest_version_and_single_files_are_read(tmp_path):
     assert history(tmp_path / "version_2" / "metrics.csv")[0]["loss"] == 2.0
 
 
+def test_the_newest_version_that_trained_is_read(folder, tmp_path):
+    """Check after a validation and a test, with and without steps of training, and an empty folder."""
+    for name in ("csv", "tensorboard"):
+        logs = tmp_path / name
+        (logs / "version_0").mkdir(parents=True)
+        with pytest.raises(UsageError, match=f"no run in {logs} has trained: give the folder of a run, such as"):
+            history(logs)
+        for path in (folder / name / "version_0").glob("*.*"):
+            (logs / "version_0" / path.name).symlink_to(path)
+        expected = history(logs / "version_0")
+        for evaluation in ("validate", "test"):
+            logger = (CSVLogger if name == "csv" else TensorBoardLogger)(tmp_path, name)
+            trainer = make_trainer(AnalogPipelineStrategy(2), logger=logger)
+            getattr(trainer, evaluation)(Classifier(MLP([64, 8, 10])), Digits(), verbose=False)
+            assert "test/loss" in history(logger.log_dir)[0] or "val/loss" in history(logger.log_dir)[0]
+        (logs / "version_3").mkdir()
+        assert history(logs) == expected
+    # A fit of one step is known by its checkpoints.
+    (tmp_path / "short" / "version_0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "short" / "version_0" / "metrics.csv").write_text("step,loss\n0,1\n")
+    assert history(tmp_path / "short") == [{"step": 0, "loss": 1.0}]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
@@ -126,9 +149,28 @@ def test_seconds_and_joules_are_drawn_where_they_are_and_keep_their_colours():
     assert figure.axes[2].lines[0].get_xydata().tolist() == [[2.0, 4.0]]
 
 
+def test_schedules_have_their_colours_where_the_names_tell_them_apart():
+    row = {"step": 1, "epoch": 0, "loss": 3.0}
+    colours = {
+        ("digits_sync", "digits_async"): [SCHEDULES["sync"], SCHEDULES["async"]],
+        ("none/version_0", "1f1b"): [SCHEDULES["none"], SCHEDULES["1f1b"]],
+        ("async 1", "async 2"): [BLUE, ORANGE],
+        ("async", "mine"): [BLUE, ORANGE],
+        ("nonesuch", "syncope"): [BLUE, ORANGE],
+        ("async_sync", "mine"): [BLUE, ORANGE],
+    }
+    for names, expected in colours.items():
+        (axes,) = draw_runs({name: [row] for name in names}, "loss").axes
+        assert [line.get_color() for line in axes.lines] == expected, names
+
+
 def test_an_unknown_metric_is_refused(folder):
     with pytest.raises(UsageError, match=r"no run has metric 'accuracy': choose one of .*clock/cycles") as error:
         compare([folder / "csv"], "accuracy")
+    assert len(str(error.value)) <= 200
+    assert "choose one of val/accuracy, val/loss, train/accuracy, train/loss" in str(error.value)
+    with pytest.raises(UsageError, match=r"runs must be a mapping from names to histories, got \[{") as error:
+        draw_runs(history(folder / "csv"), "accuracy")
     assert len(str(error.value)) <= 200
     with pytest.raises(UsageError, match=r"no run has metric 'a': 1 runs have logged nothing"):
         draw_runs({"empty": []}, "a")

@@ -93,7 +93,8 @@ class PydocText(pl.LightningDataModule):
         return self._loader("test")
 
     def _loader(self, name: str, sampler: Sampler[int] | None = None) -> DataLoader[Sequences]:
-        return DataLoader(self._sets[name], self.batch_size, sampler=sampler, collate_fn=_as_is)
+        # To predict, Lightning makes the loader anew, which it can only if batch_size has its name.
+        return DataLoader(self._sets[name], batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is)
 
 
 class TextSet(Dataset[Sequences]):

@@ -17,7 +17,7 @@ from aihwkit.simulator.tiles.module import TileModule
 from torch import Tensor, nn
 from torch.serialization import add_safe_globals
 
-from aimc_pl.arguments import listed
+from aimc_pl.arguments import listed, shown
 from aimc_pl.devices.conversion import convert_to_analog
 from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 
@@ -176,10 +176,10 @@ def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
         saved = state.get(f"{name}.analog_tile_state")
         layer = name.partition(".analog_module")[0]
         if saved is not None and (differing := [*_differing(saved["rpu_config"], tile.rpu_config)]):
-            theirs, ours = _contrast(differing, saved["rpu_config"], tile.rpu_config)
+            contrast = _contrast(differing, saved["rpu_config"], tile.rpu_config)
             raise UsageError(
-                f"layer {layer!r} has another device than in the checkpoint: {theirs} there, {ours} here. Set device= "
-                "to the checkpoint's, or begin a new run without ckpt_path"
+                f"layer {layer!r} has another device than in the checkpoint: {contrast}. Set that device=, or "
+                "leave out ckpt_path"
             )
         if saved is None and f"{layer}.weight" in state:
             raise UsageError(
@@ -210,19 +210,12 @@ def _name(config: RPUConfigBase) -> str:
     return type(config).__name__ if device is None else f"{type(device).__name__} in a {type(config).__name__}"
 
 
-def _contrast(differing: Sequence[tuple[str, Any, Any]], theirs: RPUConfigBase, ours: RPUConfigBase) -> tuple[str, str]:
-    """Return two descriptions, one per configuration, that show how the configurations differ."""
+def _contrast(differing: Sequence[tuple[str, Any, Any]], theirs: RPUConfigBase, ours: RPUConfigBase) -> str:
+    """Return how the configuration of a checkpoint differs from that of a module, in their kinds or in a parameter."""
     if _name(theirs) != _name(ours):
-        return _name(theirs), _name(ours)
-    named = differing[:_FEW]
-    return (
-        f"{_name(theirs)} with {', '.join(f'{path}={value}' for path, value, _ in named)}",
-        f"{', '.join(f'{path}={value}' for path, _, value in named)}",
-    )
-
-
-_FEW = 4
-"""How many differing parameters a message names at most."""
+        return f"{_name(theirs)} there, {_name(ours)} here"
+    path, there, here = next((each for each in differing if each[0] == "device.w_max"), differing[0])  # τ tells most
+    return f"{path} is {shown(there)} there, {shown(here)} here"
 
 
 def _differing(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

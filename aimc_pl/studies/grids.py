@@ -15,14 +15,16 @@ from textwrap import shorten
 from typing import Any, TextIO
 from zlib import crc32
 
+import yaml
 from matplotlib.figure import Figure
 
 from aimc_pl.arguments import listed, shown
 from aimc_pl.cli_errors import one_line
+from aimc_pl.config_files import read_config
 from aimc_pl.errors import UsageError
 from aimc_pl.figures import styled
 from aimc_pl.runs import history
-from aimc_pl.studies.rows import Row
+from aimc_pl.studies.rows import Row, read_rows
 from aimc_pl.studies.statistics import half_width
 from aimc_pl.studies.sweeps import missing_cases, sweep
 
@@ -39,8 +41,8 @@ def run_grid(
     """Run ``aimc-pl fit`` for every combination of the grid that the folder lacks, and return a row for each.
 
     A row has the values of the grid and, of everything that the run logged as ``train/…``, ``val/…``, ``test/…`` or
-    ``clock/…``, the last value. Rows are in ``results.csv``. Each run has its own folder in ``runs``, with its table,
-    its checkpoints and what it printed.
+    ``clock/…``, the last value. Rows are in ``results.csv``, and what the config said is in ``results.yaml``. Each run
+    has its own folder in ``runs``, with its table, its checkpoints and what it printed.
 
     Args:
         config: a config file, or the name of a config of the package.
@@ -49,10 +51,11 @@ def run_grid(
         jobs: number of runs at a time; by default one per core.
 
     Raises:
-        UsageError: if a run is refused, if the results in the folder are those of another grid or config, or if another
-            sweep runs in the folder. What the command itself refuses of a value is refused before the first run.
+        UsageError: if a run is refused, if the results in the folder are those of another grid, if the config has
+            changed since, or if another sweep runs in the folder. What the command itself refuses of a value is refused
+            before the first run.
     """
-    fit, table = _Fit(folder.absolute() / "runs"), folder / "results.csv"
+    fit, table = _Fit(folder), folder / "results.csv"
     cases = [
         {"config": config} | {key: _text(value) for key, value in zip(grid, values, strict=True)}
         for values in product(*grid.values())
@@ -70,6 +73,7 @@ def run_grid(
             raise UsageError(
                 f"another sweep runs in {folder}: wait until it has ended, or choose another folder"
             ) from error
+        _keep_config(config, folder)
         return sweep(fit, cases, table, jobs)
 
 
@@ -113,12 +117,14 @@ def draw_grid(rows: Sequence[Row], keys: Sequence[str], metric: str = "test/accu
 class _Fit:
     """Run the command once. The class is a function that other processes can import, with a folder."""
 
-    def __init__(self, runs: Path) -> None:
-        self._runs = runs
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._runs = self._folder / "runs"
 
     def __call__(self, config: str, **values: str) -> list[dict[str, float]]:
         from aimc_pl.cli import main
 
+        _keep_config(config, self._folder)  # refuses a config that has changed while the sweep runs
         folder = self._runs / _name_of(config, values)
         rmtree(folder, ignore_errors=True)  # what a stopped sweep has left
         folder.mkdir(parents=True)
@@ -156,6 +162,37 @@ class _Fit:
         table = json.dumps({"class_path": "aimc_pl.callbacks.RunTable", "init_args": logger})
         overrides = [f"--{key}={value}" for key, value in values.items()]
         return ["fit", "--config", config, *_FIT, f"--trainer.logger={table}", *overrides]
+
+
+def _keep_config(config: str, folder: Path) -> None:
+    """Keep what a config says beside the results, of which the config's name identifies the rows.
+
+    Raises:
+        UsageError: if the config has changed since the first of its runs in the folder.
+    """
+    path = folder / "results.yaml"
+    kept = yaml.safe_load(path.read_text("utf-8")) if path.exists() else {}
+    content = read_config(config)
+    if config in kept:
+        before, now = _flat(kept[config]), _flat(content)
+        changed = sorted(key for key in before | now if before.get(key, _flat) != now.get(key, _flat))
+        if changed:
+            raise UsageError(
+                f"{config} has changed since its runs in {folder}, in {listed(changed, 60)}: undo that, or start anew "
+                "with another --folder"
+            )
+    elif any(row.get("config") == config for row in read_rows(folder / "results.csv")):
+        raise UsageError(f"{folder} does not say with which {config} its results were made: choose another --folder")
+    else:
+        path.write_text(yaml.safe_dump({**kept, config: content}, sort_keys=False), "utf-8")
+
+
+def _flat(config: Any, name: str = "") -> dict[str, Any]:
+    """Return the values in a config by their dotted names."""
+    if not isinstance(config, dict) or not config:
+        return {name: config}
+    parts = [_flat(value, f"{name}.{key}".lstrip(".")) for key, value in config.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 @contextmanager

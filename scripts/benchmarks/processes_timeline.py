@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from machine import conditions, write_measured
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
 from aimc_pl.diagram import draw_table
@@ -185,6 +186,10 @@ def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int
         axes[1].set_xticks(range(0, clocks + 1, clocks // 5))
         axes[1].grid(visible=False)
         axes[1].set_title(f"{name}, {duplex} duplex: {num_stages} processes")
+    kinds = {"forward": OPERATIONS["F"], "backward": OPERATIONS["B"]}
+    figure.legend(
+        handles=[Patch(color=color, label=kind) for kind, color in kinds.items()], loc="outside upper center", ncols=2
+    )
     return figure
 
 

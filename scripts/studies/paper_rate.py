@@ -9,7 +9,7 @@ different learning rates, dynamic ranges τ, label noises and seeds run side by 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, product
 from math import inf
 from typing import Any
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, NullLocator
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor, nn
 
@@ -336,7 +336,7 @@ def draw_reach(axes: Axes, rows: Sequence[Row], problem: str) -> None:
         xlabel="updates, best learning rate",
         ylabel="mean squared gradient\nabove its floor",
     )
-    _label(axes.yaxis, EPSILONS[problem])
+    _label(axes.yaxis, LogLocator(subs=(1, 2, 4)))
     axes.set_title(f"{problem}: τ = {best:g} (—), {worst:g} (- -)".replace("inf", "∞"))
     axes.legend()
 
@@ -358,7 +358,7 @@ def draw_extra(axes: Axes, rows: Sequence[Row], problem: str) -> None:
         )
     axes.set(xscale="log", xlabel="ε", ylabel="updates to ε\nover those without delay")
     axes.invert_xaxis()
-    _label(axes.xaxis, EPSILONS[problem])
+    _label(axes.xaxis, LogLocator(subs=(1, 2, 4)))
     axes.set_title("what delay adds, τ = ∞")
     axes.legend()
 
@@ -383,17 +383,17 @@ def draw_floor(axes: Axes, rows: Sequence[Row], problem: str) -> None:
             means, errors = [v.mean() for v in values], [half_width(v) for v in values]
             axes.errorbar(finite, means, errors, fmt=style, color=color, label=label if num_stages == 1 else None)
     axes.set(xscale="log", yscale="log", xlabel="τ", ylabel="squared gradient norm\nin the last quarter")
-    _label(axes.xaxis, finite)
+    _label(axes.xaxis, FixedLocator(finite))
     axes.set_title(f"the end (M = 1 and {max(STAGES[problem])})")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 8)  # room for the legend
+    axes.legend(loc="lower left", fontsize=8)
 
 
-def _label(axis: Axis, values: Iterable[float]) -> None:
-    """Label some values of a logarithmic axis, and no others."""
-    every = [float(value) for value in values]
-    axis.set_major_locator(FixedLocator(every[:: 2 if len(every) > 4 else 1]))
+def _label(axis: Axis, locator: Locator) -> None:
+    """Label these values of a logarithmic axis, and no others."""
+    axis.set_major_locator(locator)
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter("{x:.2g}")
+    axis.set_major_formatter("{x:g}")
 
 
 def main() -> None:

@@ -79,13 +79,16 @@ def test_counts_go_on_after_a_resume(tmp_path):
         (("async", 3), {}, 12),
         (("async", 5), {}, 15),
         pytest.param(("async", 40), {}, 96, marks=pytest.mark.slow),
+        (("sync", 4), {}, 14),
+        (("none", 3), {}, 2 * 3 * 4),
+        pytest.param(("none", 40), {}, 96, marks=pytest.mark.slow),
         (("async", 3), {"num_clocks": 1}, 1),
         (("sync", 3), {"num_clocks": 50}, 2 * (4 + 3 - 1)),
         (("sync", 3), {"num_clocks": 5}, 5),
     ],
 )
 def test_the_diagram_shows_the_first_clocks(pipeline, arguments, expected):
-    """Check the number of clocks in the picture. A drained pipeline of 3 stages needs 2·(4 + 3 - 1) of them."""
+    """Check the number of clocks in the picture. A drained pipeline of M stages needs 2·(4 + M - 1) of them."""
     (schedule, num_stages), pictures = pipeline, []
 
     class Logger(TensorBoardLogger):

@@ -52,6 +52,23 @@ def test_the_parts_are_pieces_of_the_text_without_overlap():
     assert test == [TEXT[start : start + 50] for start in range(first_test, len(TEXT) - 50, 50)]
 
 
+def test_predictions_are_of_the_test_sequences_in_order():
+    class Echo(pl.LightningModule):
+        def predict_step(self, batch):
+            return batch[0]
+
+    data = PydocText(batch_size=16)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    predicted = trainer.predict(Echo(), data)
+    torch.testing.assert_close(torch.cat(predicted), torch.cat([inputs for inputs, _ in data.test_dataloader()]))
+
+
 def test_an_epoch_has_an_order_of_its_own_and_a_seed_the_same_again():
     orders = []
     for seed in (3, 3, 4):

@@ -88,7 +88,11 @@ def test_configurations_beyond_the_catalogue_go_on(checkpoints):
 @pytest.mark.parametrize(
     ("saved", "device", "message"),
     [
-        ("analog", soft_bounds(tau=9.0), "layer 'l1' has another device than in the checkpoint: SoftBoundsDevice in a"),
+        (
+            "analog",
+            soft_bounds(tau=9.0),
+            r"layer 'l1' has another device .* checkpoint: device\.w_max is 1\.0 there, 9\.0 h",
+        ),
         ("analog", "ecram", "SoftBoundsDevice in a MeanFieldRPUConfig there, EcRamPresetDevice in a"),
         ("analog", soft_bounds(backend="aihwkit"), "MeanFieldRPUConfig there, SoftBoundsDevice in a SingleRPUConfig"),
         ("analog", None, "layer 'l1' is analog in the checkpoint .* set device="),
@@ -97,10 +101,11 @@ def test_configurations_beyond_the_catalogue_go_on(checkpoints):
     ],
 )
 def test_other_devices_are_refused(saved, device, message, entry, checkpoints):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as error:
         getattr(trainer(strategy(device), max_epochs=2), entry)(
             module(), data(), ckpt_path=checkpoints / f"{saved}.ckpt"
         )
+    assert saved == "inference" or len(str(error.value)) <= 200
 
 
 @pytest.mark.slow

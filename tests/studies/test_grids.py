@@ -70,6 +70,10 @@ def test_a_refused_run_ends_the_sweep_in_a_line_and_finished_ones_stay(tmp_path,
         ({f"{STRATEGY}.num_stages": "[4, 3]"}, "num_stages=3 needs 2 names in split_at, got 3"),
         ({"ckpt_path": "[null, nowhere.ckpt]"}, "ckpt_path=nowhere.ckpt: cannot read checkpoint nowhere.ckpt: No such"),
         ({"seed_everything": "[0, -3]"}, "seed_everything=-3: -3 is not in bounds"),
+        (
+            {"model.init_args.optimizer.init_args.lr": "[0.1, -1]"},
+            "model.init_args.optimizer.init_args.lr=-1: optimizer cannot be made: Invalid learning rate: -1.0",
+        ),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_before_the_first_run(grid, message, monkeypatch, capsys):
@@ -83,7 +87,61 @@ def test_a_value_that_cannot_work_is_refused_before_the_first_run(grid, message,
     assert not [*Path().iterdir()]
 
 
+@pytest.fixture
+def fake_runs(monkeypatch):
+    """Runs that are not run, but remembered, of a config ``mine.yaml``."""
+    runs = []
+    monkeypatch.setattr(grids._Fit, "check", lambda self, new, **case: None)
+    monkeypatch.setattr(grids, "history", lambda folder: [{"val/loss": 1}])
+    monkeypatch.setattr("aimc_pl.cli.main", runs.append)
+    Path("mine.yaml").write_text("trainer: {max_epochs: 1, callbacks: [A]}\nmodel: Net\n")
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("content", "changed"),
+    [
+        ("trainer: {max_epochs: 2, callbacks: [A]}\nmodel: Net\n", "trainer.max_epochs"),
+        ("trainer: {max_epochs: 1, callbacks: [B]}\nmodel: {a: 1}\n", "model, model.a, trainer.callbacks"),
+        ("trainer: {max_epochs: 1, callbacks: [A]}\nmodel: Net\ndata: null\n", "data"),
+        ("model: Net\n# A comment.\ntrainer:\n  max_epochs: 1\n  callbacks:\n  - A\n", None),
+    ],
+)
+def test_a_config_that_has_changed_since_its_runs_is_refused(content, changed, fake_runs):
+    Path("other.yaml").write_text("seed_everything: 1")
+    run_grid("other.yaml", {"a": [1]}, Path("results"), jobs=1)
+    run_grid("mine.yaml", {"a": [1]}, Path("results"), jobs=1)
+    Path("mine.yaml").write_text(content)
+    if changed:
+        with pytest.raises(UsageError) as error:
+            run_grid("mine.yaml", {"a": [1, 2]}, Path("results"), jobs=1)
+        assert str(error.value).startswith(f"mine.yaml has changed since its runs in results, in {changed}: undo that")
+        assert len(str(error.value)) <= 200
+        assert len(fake_runs) == 2
+        run_grid("mine.yaml", {"a": [1, 2]}, Path("elsewhere"), jobs=1)
+        assert len(fake_runs) == 4
+    else:
+        assert len(run_grid("mine.yaml", {"a": [1, 2]}, Path("results"), jobs=1)) == 2
+        assert len(fake_runs) == 3
+    assert len(run_grid("other.yaml", {"a": [1]}, Path("results"), jobs=1)) == 1
+
+
+def test_a_config_that_changes_while_its_sweep_runs_is_refused(fake_runs, monkeypatch):
+    monkeypatch.setattr("aimc_pl.cli.main", lambda args: Path("mine.yaml").write_text("model: Other"))
+    with pytest.raises(UsageError, match=r"mine\.yaml has changed since its runs in .*, in model, trainer.callbacks"):
+        run_grid("mine.yaml", {"a": [1, 2]}, Path("results"), jobs=1)
+    assert [row["a"] for row in read_rows(Path("results/results.csv"))] == ["1"]
+
+
+def test_results_of_an_unknown_config_are_refused(fake_runs):
+    run_grid("mine.yaml", {"a": [1]}, Path("results"), jobs=1)
+    Path("results/results.yaml").unlink()
+    with pytest.raises(UsageError, match=r"results does not say with which mine\.yaml its results were made"):
+        run_grid("mine.yaml", {"a": [1]}, Path("results"), jobs=1)
+
+
 def test_every_new_value_is_checked_once_and_only_in_runs_that_are_missing(tmp_path, monkeypatch):
+    Path("x.yaml").write_text("model: Net")
     checked = []
     monkeypatch.setattr(grids._Fit, "check", lambda self, new, **case: checked.append(new))
     monkeypatch.setattr(grids._Fit, "__call__", lambda self, **case: [{"val/loss": 1}])
