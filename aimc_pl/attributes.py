@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from aimc_pl.analog import is_analog
+from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import parameters_of
 from aimc_pl.watch import Watch
 
@@ -117,6 +118,24 @@ class Attributes:
                 vars(module).pop(name, None)
             else:
                 vars(module)[name] = _thaw(frozen)
+
+    def check_images(self, changed: Iterable[Place]) -> None:
+        """Check that a micro-batch before which others are under way has changed no size of a tile's images.
+
+        aihwkit's own tiles know the images of one size, also in the backwards that are still to come.
+
+        Args:
+            changed: the attributes that the micro-batch has set.
+
+        Raises:
+            UsageError: if it has. The message names the tile.
+        """
+        for number, name in changed:
+            if name == "image_sizes":
+                raise UsageError(
+                    f"images of another size reach {self._names[number]!r} while others are under way: aihwkit's tiles "
+                    "know one size at a time. Use images of one size, schedule='none', or backend='mean_field'"
+                )
 
     def name(self, place: Place) -> str:
         """Return the attribute's name as the user writes it, such as ``"net.hidden"``."""

@@ -97,7 +97,9 @@ class StagedStep:
         self.saved = SavedParameters(self.parameters, stash=True) if weight_stashing else None
         """Decides what autograd saves of parameters; ``None`` if references to the parameters are enough."""
         self.waiting: list[Flight] = []
-        """The micro-batches that have begun and have not ended."""
+        """The micro-batches whose step has begun and has not ended."""
+        self.under_way: list[Flight] = []
+        """The micro-batches that have begun and have not gone back through all stages."""
         self.carried: set[Place] = set()
         """The attributes that have been set between mini-batches, and never by a step."""
         self._writers: dict[Place, set[int]] = {}
@@ -384,13 +386,16 @@ class Flight:
             except RuntimeError as error:
                 _explain(error, stage)
                 raise
+        if stage == 0 and self in step.under_way:
+            step.under_way.remove(self)
 
     def abort(self) -> None:
         """End the waiting step without running the rest of it."""
         with self._own_switches():
             self._call.abort()
-        if self in self._step.waiting:
-            self._step.waiting.remove(self)
+        for flights in (self._step.waiting, self._step.under_way):
+            if self in flights:
+                flights.remove(self)
 
     def keep(self, values: dict[Place, Any]) -> None:
         """Set the attributes with which this micro-batch goes on, except those that it has set itself."""
@@ -468,12 +473,15 @@ class Flight:
         assert attributes is not None
         if self.stage == 0:
             step.waiting.append(self)
+            step.under_way.append(self)
             self._attributes = attributes.current(step.carried)
         outside = attributes.current(self._attributes)
         attributes.write(self._attributes)
         before = attributes.read()
         yield
         changed = attributes.changes(before)
+        if any(flight.stage >= self.stage for flight in step.under_way if flight is not self):
+            attributes.check_images(changed)
         step.note_writes(self.stage, changed)
         # Attributes that this stage may set but has not set are kept too: other micro-batches may set them meanwhile.
         self._attributes |= attributes.current(step.set_in(self.stage)) | changed

@@ -269,6 +269,7 @@ class Trials:
             flight = Flight(step, function)
             for stage in range(len(step.stages)):
                 flight.forward(stage)
+            step.under_way.clear()  # It does not go back.
             return flight.loss
 
     def _start_again(self, before: Outcome | None = None) -> None:

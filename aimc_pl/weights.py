@@ -73,7 +73,7 @@ def _pending_gradient(layer: Any, context: Any) -> Tensor:
         if not context.use_indexed:
             total += error.flatten(0, -2).T @ x.flatten(0, -2)
         elif isinstance(tile, MeanFieldTile):
-            total += tile.patches.outer(error, x)
+            total += tile.patches.outer(error, x)[:, : total.shape[1]]  # without the column of an analog bias
         else:
             convolution = Convolution(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
             total += convolution.outer(error, x)
