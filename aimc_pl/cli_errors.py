@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from inspect import signature
-from typing import NoReturn, override
+from typing import Any, NoReturn, override
 
 from aimc_pl.errors import UsageError
 
@@ -104,7 +104,8 @@ def _hint(reason: str, owner: str) -> str:
     if unknown := _NO_ARGUMENT.match(reason):
         module, _, name = owner.rpartition(".")
         with suppress(TypeError, ValueError):  # it cannot be found, or has no signature
-            names = signature(getattr(sys.modules.get(module), name, None)).parameters  # pyright: ignore[reportArgumentType]
+            known: Any = getattr(sys.modules.get(module), name, None)
+            names = signature(known).parameters
     elif unknown := _NO_ATTRIBUTE.match(reason):
         names = dir(sys.modules.get(unknown["module"]))
     alike = get_close_matches(unknown["name"], names, n=1) if unknown else []
