@@ -168,6 +168,7 @@ def test_changes_are_found_after_a_long_rest(change):
     holder = Holder()
     attributes = Attributes(holder)
     holder.number, holder.inner.outputs["c"], holder.odd.other = 7, 7, 7
+    before = attributes.read()
     for _ in range(1005):
         before = attributes.read()
     act(holder)

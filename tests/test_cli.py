@@ -184,8 +184,8 @@ def test_the_last_checkpoint_is_that_of_an_earlier_run_of_the_same_name(subcomma
 )
 def test_the_last_checkpoint_is_where_lightning_saves_it(options, place, command, given_checkpoints):
     """Check checkpoints elsewhere than in a folder of a run, and those that only Lightning can find."""
+    path = Path((place or "").replace("*", "lightning_logs"), "last.ckpt")
     if place:
-        path = Path(place.replace("*", "lightning_logs"), "last.ckpt")
         path.parent.mkdir(parents=True)
         path.touch()
     command("test", "--config=digits_async.yaml", "--ckpt_path=last", *options)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aimc_pl.devices.mean_field import random_table
+from aimc_pl.devices.mean_field.kernels import LENGTH, start
 from aimc_pl.devices.mean_field.random_table import TableGenerator
 
 CPU = torch.device("cpu")
@@ -65,9 +66,9 @@ def test_copies_of_a_generator_draw_the_same_numbers(copy):
 
 
 def test_a_state_of_torchs_generator_alone_is_read():
-    expected = [random_table.start(TableGenerator().manual_seed(seed).offsets) for seed in (5, 6)]
+    expected = [start(TableGenerator().manual_seed(seed).offsets) for seed in (5, 6)]
     old = [TableGenerator().set_state(torch.Generator().manual_seed(seed).get_state()) for seed in (5, 6)]
-    assert [random_table.start(generator.offsets) for generator in old] == expected
+    assert [start(generator.offsets) for generator in old] == expected
 
 
 def test_slices_begin_anywhere_with_equal_probability():
@@ -76,11 +77,11 @@ def test_slices_begin_anywhere_with_equal_probability():
     Chi-square has 999 degrees of freedom. Its bounds would be exceeded for one in 1,700 seeds each (3.3 sigma).
     """
     generator = TableGenerator().manual_seed(1)
-    beginnings = np.array([random_table.start(generator.offsets) for _ in range(100_000)])
+    beginnings = np.array([start(generator.offsets) for _ in range(100_000)])
     assert beginnings.min() >= 0
-    assert beginnings.max() < random_table.LENGTH
-    for numbers in (beginnings, np.diff(beginnings) % random_table.LENGTH):
-        counts, _ = np.histogram(numbers, 1000, (0, random_table.LENGTH))
+    assert beginnings.max() < LENGTH
+    for numbers in (beginnings, np.diff(beginnings) % LENGTH):
+        counts, _ = np.histogram(numbers, 1000, (0, LENGTH))
         expected = len(numbers) / 1000
         assert abs(((counts - expected) ** 2 / expected).sum() - 999) < 3.3 * (2 * 999) ** 0.5
 
@@ -89,4 +90,4 @@ def test_slices_begin_where_splitmix64_says():
     """Compare with the published first numbers of the generator for seed 0."""
     generator = TableGenerator()
     for bits in (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC):
-        assert random_table.start(generator.offsets) == bits % random_table.LENGTH
+        assert start(generator.offsets) == bits % LENGTH
