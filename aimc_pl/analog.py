@@ -11,6 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from aimc_pl.errors import UsageError
+
+OF_IMAGES = ("patches", "image_sizes")
+"""The attributes of a tile that follow from the size of the images."""
+
 
 def is_analog(value: Any) -> bool:
     """Return whether a layer computes on crossbars, or a parameter stands for the weights of a crossbar.
@@ -62,6 +67,26 @@ def own_pending_errors(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         if not context.requires_grad:
             context.reset()
         context.analog_grad_output[first:] = [error.clone() for error in context.analog_grad_output[first:]]
+
+
+def known_images(parameter: nn.Parameter) -> Any:
+    """Return what the tile behind a parameter keeps for images of one size, or ``None`` if it keeps nothing.
+
+    After images of another size it is another object.
+    """
+    kept = vars(parameter.analog_tile) if is_analog(parameter) else {}
+    return next((kept[name] for name in OF_IMAGES if name in kept), None)
+
+
+def images_of_another_size(tile: str) -> UsageError:
+    """Return the error to raise when a tile would confuse the images of two micro-batches.
+
+    aihwkit's own tiles know the images of one size, also in the backwards that are still to come.
+    """
+    return UsageError(
+        f"images of another size reach {tile!r} while others are under way, and its tile knows one size at a time: use "
+        "images of one size, schedule='none', or backend='mean_field' with devices=1"
+    )
 
 
 def time_update(module: nn.Module) -> float:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from aimc_pl.analog import is_analog
-from aimc_pl.errors import UsageError
+from aimc_pl.analog import OF_IMAGES, images_of_another_size, is_analog
 from aimc_pl.private_torch import parameters_of
 from aimc_pl.watch import Watch
 
@@ -21,8 +20,8 @@ PLAIN = (bool, int, float, str, type(None))
 
 _COUNT = {"training", "_buffers", "_parameters"}
 _OF_TORCH = vars(nn.Module()).keys() - _COUNT
-_OF_TILES = _COUNT | {"patches", "image_sizes"}
-"""The attributes of a tile that count. The last two follow from the size of a micro-batch's images."""
+_OF_TILES = _COUNT.union(OF_IMAGES)
+"""The attributes of a tile that count."""
 
 _FLAGS = "requires_grad of parameters"
 """A name among a module's attributes. Its value is the ``requires_grad`` of all parameters of the module."""
@@ -122,8 +121,6 @@ class Attributes:
     def check_images(self, changed: Iterable[Place]) -> None:
         """Check that a micro-batch before which others are under way has changed no size of a tile's images.
 
-        aihwkit's own tiles know the images of one size, also in the backwards that are still to come.
-
         Args:
             changed: the attributes that the micro-batch has set.
 
@@ -132,10 +129,7 @@ class Attributes:
         """
         for number, name in changed:
             if name == "image_sizes":
-                raise UsageError(
-                    f"images of another size reach {self._names[number]!r} while others are under way: aihwkit's tiles "
-                    "know one size at a time. Use images of one size, schedule='none', or backend='mean_field'"
-                )
+                raise images_of_another_size(self._names[number])
 
     def name(self, place: Place) -> str:
         """Return the attribute's name as the user writes it, such as ``"net.hidden"``."""

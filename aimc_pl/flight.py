@@ -480,6 +480,7 @@ class Flight:
         before = attributes.read()
         yield
         changed = attributes.changes(before)
+        # Micro-batches that have passed this stage have their backward here still to come.
         if any(flight.stage >= self.stage for flight in step.under_way if flight is not self):
             attributes.check_images(changed)
         step.note_writes(self.stage, changed)

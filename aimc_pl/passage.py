@@ -1,14 +1,14 @@
 """This module runs an unmodified training step with one process per stage (see :mod:`aimc_pl.ghosts`)."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aimc_pl.analog import own_pending_errors
+from aimc_pl.analog import images_of_another_size, known_images, own_pending_errors
 from aimc_pl.distributed import Link
 from aimc_pl.ghosts import Flight, Ghosts
 from aimc_pl.private_torch import versions_of
@@ -52,6 +52,8 @@ class StageProcess:
         self.saved = saved
         self._seed = seed
         self.count = count
+        self.under_way = 0
+        """The number of micro-batches between their forward and their backward."""
 
     def microbatch(self, function: Callable[[], Any], weight: float, inputs: Any) -> "Passage":
         """Return a micro-batch for the pipeline.
@@ -76,6 +78,19 @@ class StageProcess:
         """Return the seed of the random numbers that micro-batch ``number`` draws."""
         return int.from_bytes(blake2b(f"{self._seed} {number}".encode(), digest_size=8).digest())
 
+    @contextmanager
+    def checking_images(self) -> Iterator[None]:
+        """Context manager that checks that a micro-batch before which others are under way changes no size of images.
+
+        Raises:
+            UsageError: at the end, if it has. The message names the tile.
+        """
+        before = {parameter: known_images(parameter) for parameter in self.stage.parameters if self.under_way}
+        yield
+        for parameter, known in before.items():
+            if known and known_images(parameter) is not known:
+                raise images_of_another_size(self.ghosts.name_of(parameter).removesuffix(".analog_ctx"))
+
     def _next(self) -> int:
         self.count += 1
         return self.count
@@ -99,8 +114,10 @@ class Passage:
         """Receive values from the stage before, run the forward of this stage, and send values on."""
         process = self._process
         message = process.link.receive(Operation("F", stage, self._number)) if stage else None
-        with process.saved.hooks(process.stage.version) if process.saved else nullcontext():
+        saving = process.saved.hooks(process.stage.version) if process.saved else nullcontext()
+        with saving, process.checking_images():
             self._flight = process.ghosts.forward(self._function, message, process.seed(self._number), self._inputs)
+        process.under_way += 1
         self._versions = versions_of(process.stage.parameters)
         if self._flight.outgoing is not None:
             process.link.send(Operation("F", stage + 1, self._number), self._flight.outgoing)
@@ -118,6 +135,7 @@ class Passage:
         with weights, own_pending_errors(parameters):
             back = process.ghosts.backward(flight, gradients, weight)
         self._flight = None
+        process.under_way -= 1
         if back is not None:
             process.link.send(Operation("B", stage - 1, self._number), back)
 

@@ -11,6 +11,8 @@ from reference import delayed_updates
 from staged import make_step
 from torch import nn
 
+from aimc_pl.devices import convert_to_analog, ideal, soft_bounds
+from aimc_pl.errors import UsageError
 from aimc_pl.flight import Flight
 from aimc_pl.ghosts import Ghosts
 from aimc_pl.passage import StageProcess
@@ -221,3 +223,48 @@ def test_micro_batches_draw_numbers_of_their_own_that_the_seed_decides():
     # The seed depends on the number only, and not on the process.
     one, other = Processes(make_network(), seed=1).all[:2]
     assert [one.seed(number) for number in (1, 2)] == [other.seed(number) for number in (1, 2)]
+
+
+def with_analog_bias():
+    """Return a device of our own tile, which unfolds images by the layer's indices if it holds the bias."""
+    rpu_config = soft_bounds(perfect_io=True).rpu_config
+    rpu_config.mapping.digital_bias = False
+    return rpu_config
+
+
+@pytest.mark.parametrize("device", [ideal(), with_analog_bias()], ids=["aihwkit", "mean_field"])
+def test_tiles_meet_images_of_another_size_only_while_no_others_are_under_way(device):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 4, 3))
+    convert_to_analog(network, {"0": device})
+    owners = {name: int(name[0] == "2") for name, _ in network.named_parameters()}
+    letters, copies = Letters(), [network, copy.deepcopy(network)]
+    first, last = [
+        StageProcess(
+            Ghosts(own, ["2"], index, owners),
+            letters,
+            Stage(index, [parameter for name, parameter in own.named_parameters() if owners[name] == index]),
+            2,
+        )
+        for index, own in enumerate(copies)
+    ]
+
+    def passages(size):
+        x = torch.randn(4, 2, size)
+        processes = zip((first, last), copies, strict=True)
+        return [process.microbatch(lambda own=own: own(x).sum(), 1.0, x) for process, own in processes]
+
+    def call(process, operation, stage):
+        with process.ghosts.intercepting():
+            operation(stage)
+
+    for size in (9, 12):  # One after the other
+        ours, theirs = passages(size)
+        call(first, ours.forward, 0)
+        call(last, theirs.forward, 1)
+        call(last, theirs.backward, 1)
+        call(first, ours.backward, 0)
+    call(first, passages(12)[0].forward, 0)
+    call(first, passages(12)[0].forward, 0)
+    with pytest.raises(UsageError, match=r"images of another size reach '0.analog_module' while others are under way"):
+        call(first, passages(9)[0].forward, 0)

@@ -91,6 +91,10 @@ class Ghosts:
             learned=Learned(stage),
         )
 
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """Return a parameter's name in the module."""
+        return self._names[id(parameter)]
+
     def free(self) -> None:
         """Free the memory of other stages' parameters, except those of analog tiles.
 
