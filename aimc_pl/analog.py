@@ -74,8 +74,8 @@ def known_images(parameter: nn.Parameter) -> Any:
 
     After images of another size it is another object.
     """
-    kept = vars(parameter.analog_tile) if is_analog(parameter) else {}
-    return next((kept[name] for name in OF_IMAGES if name in kept), None)
+    tile = getattr(parameter, "analog_tile", None)
+    return next((getattr(tile, name) for name in OF_IMAGES if hasattr(tile, name)), None)
 
 
 def images_of_another_size(tile: str) -> UsageError:

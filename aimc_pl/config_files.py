@@ -58,13 +58,15 @@ def with_kept_strategies(args: list[str]) -> list[str]:
 
     Raises:
         UsageError: if a config names the strategy that an earlier config sets up, or replaces one that has been named
-            before it.
+            before it, or if a device has no name.
     """
     kept: list[str] = []
     is_set_up, named = False, ""
     for before, arg in pairwise(["", *args]):
         kept.append(arg)
         option, _, value = (arg if arg.startswith("-") else f"{before}={arg}").partition("=")
+        if option.endswith(".device"):
+            _check_named(option, _mapping(value))
         strategy = _strategy(option, value) if value else None
         if isinstance(strategy, dict):
             if named and option != "--trainer.strategy":
@@ -91,6 +93,13 @@ def with_kept_strategies(args: list[str]) -> list[str]:
             kept.append(f"--trainer.strategy.init_args.schedule={schedule}")
         is_set_up = is_ours
     return kept
+
+
+def _check_named(option: str, devices: dict[str, Any]) -> None:
+    """Check that no layer is given an empty mapping as its device. The parser would leave out the layer."""
+    for name, device in devices.items():
+        if device == {}:
+            raise UsageError(f"{option}: {name!r} has no device: write null for a digital layer")
 
 
 def _is_ours(class_path: str) -> bool:

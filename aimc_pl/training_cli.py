@@ -51,6 +51,12 @@ from aimc_pl.tasks import Classifier, LanguageModel
 _AT_LEAST = {"check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 """Numbers that the Trainer does not check: it divides by the first, and takes a negative second one for none."""
 
+_TOP_LEVEL = (
+    *("trainer", "model", "data", "optimizer", "lr_scheduler"),
+    *("seed_everything", "test_after_fit", "ckpt_path"),
+)
+"""What a config, or an argument of the command, may begin with."""
+
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 """What ``ckpt_path`` may say to Lightning instead of a path."""
 
@@ -351,11 +357,19 @@ def _remedy(message: str) -> str | None:
         alike = get_close_matches(in_config[1], known, n=1)
         hint = f": did you mean {alike[0]}?" if alike else ""
         return f"trainer.{in_config[1]} in a config is no argument of the Trainer{hint}"
+    if at_top := re.search(r"does not accept option '(\w+)", message):
+        alike = get_close_matches(at_top[1], _TOP_LEVEL, n=1)
+        return f"{at_top[1]} in a config is no argument{f': did you mean {alike[0]}?' if alike else ''}"
     if word.startswith("--") and name in known:
         return f"write --trainer.{name}: --{name} is an argument of the Trainer"
+    if word.startswith("--") and name in signature(AnalogPipelineStrategy).parameters:
+        return f"write --trainer.strategy.{name}: --{name} is an argument of the strategy"
     alike = get_close_matches(name.removeprefix("trainer."), known, n=1) if word.startswith("--trainer.") else []
     if alike:
         return f"--{name} is no argument: did you mean --trainer.{alike[0]}?"
+    first, dot, rest = name.partition(".")
+    if word.startswith("--") and first not in _TOP_LEVEL and (alike := get_close_matches(first, _TOP_LEVEL, n=1)):
+        return f"--{name} is no argument: did you mean --{alike[0]}{dot}{rest}?"
     if missing := re.search(r"arguments are required: (\w+)\.model", message):
         verb = "train" if missing[1] == "fit" else missing[1]
         return f"what to {verb}? Add --config with a file, such as --config digits_async.yaml, or --model with a class"

@@ -134,31 +134,52 @@ COMMANDS = {
     "an unknown argument of the Trainer": (["--config=word.yaml"], "wxyz in a config is no argument of the Trainer"),
     "a misspelt argument of the strategy": (
         ["--config=stage.yaml"],
-        "trainer.strategy: Option 'num_stage' is not accepted: did you mean num_stages?",
+        "trainer.strategy: AnalogPipelineStrategy has no argument 'num_stage': did you mean num_stages?",
     ),
     "a misspelt argument, after the config": (
         ["--trainer.strategy.num_stage=3"],
-        "Option 'num_stage' is not accepted: did you mean num_stages?",
+        "AnalogPipelineStrategy has no argument 'num_stage': did you mean num_stages?",
     ),
     "a list of arguments": (["--config=list.yaml"], "strategy: init_args must have lines NAME: VALUE, got a list"),
     "a misspelt optimizer": (
         ["--config=rate.yaml"],
-        "model: Option 'optimiser.init_args.lr' is not accepted: did you mean optimizer?",
+        "model: Classifier has no argument 'optimiser': did you mean optimizer?",
     ),
     "a misspelt device": (
         ["--config=device.yaml"],
         "module 'aimc_pl.devices' has no attribute 'soft_bound': did you mean soft_bounds?",
     ),
-    "a misspelt argument of a device": (["--config=tau.yaml"], "Option 'tua' is not accepted: did you mean tau?"),
+    "a misspelt argument of a device": (["--config=tau.yaml"], "soft_bounds has no argument 'tua': did you mean tau?"),
     "a misspelt callback": (
         ["--config=callback.yaml"],
         "trainer.callbacks: module 'aimc_pl.callbacks' has no attribute 'DeviceMonitr': did you mean DeviceMonitor?",
     ),
+    "a misspelt key of a class": (
+        ["--config=keys.yaml"],
+        "beside class_path a mapping may have init_args only",
+    ),
+    "a misspelt part of a config": (["--config=part.yaml"], "modle in a config is no argument: did you mean model?"),
+    "a misspelt argument of the command": (["--modle.lr=1"], "--modle.lr is no argument: did you mean --model.lr?"),
+    "an argument of the strategy": (["--device=ecram"], "write --trainer.strategy.device: --device is an argument of"),
+    "a misspelt logger in a list": (
+        ["--config=logger.yaml"],
+        "trainer.logger: module 'aimc_pl.callbacks' has no attri",
+    ),
+    "a misspelt argument of a logger": (
+        ["--config=folder.yaml"],
+        "RunTable has no argument 'save_dr': did you mean save_",
+    ),
+    "a misspelt callback, after the config": (
+        ["--trainer.callbacks+=EarlyStoping"],
+        "got EarlyStoping: did you mean lightning.pytorch.callbacks.EarlyStopping?",
+    ),
+    "a class of another kind": (["--model=aimc_pl.models.MLP"], "model: aimc_pl.models.MLP is no LightningModule"),
+    "numbers as names": ([STRATEGY + "split_at=[1, 2]"], "expected a list of str or cost or null, got [1, 2]"),
     "unknown callback": (["--trainer.callbacks+=Foo"], "trainer.callbacks: expected the name of a class or null, got"),
-    "a number as callback": (["--trainer.callbacks=[1]"], "callbacks: Not a valid subclass of Callback. Got value: 1"),
+    "a number as callback": (["--trainer.callbacks=[1]"], "callbacks: expected Callback, got 1"),
     "unknown optimizer": (
         ["--model.init_args.optimizer=Adamm"],
-        "model.optimizer: expected the name of a class, got Adamm",
+        "model.optimizer: expected the name of a class, got Adamm: did you mean torch.optim.Adam?",
     ),
     "an unknown word as precision": (
         ["--trainer.precision=8"],
@@ -222,6 +243,24 @@ COMMANDS = {
         [STRATEGY + "device.init_args.taus=3"],
         "device key 'taus' matches no layer: the layers are network.1, network.3, network.5, network.7; did you mean "
         "the argument tau?",
+    ),
+    "a layer without a device": ([STRATEGY + 'device={"network.1": {}}'], "'network.1' has no device: write null"),
+    "a layer's device without a class": (
+        [STRATEGY + 'device={"network.1": {"tau": 2}}'],
+        "strategy.device: 'network.1' needs a class_path, with tau in its init_args",
+    ),
+    "a misspelt argument of a layer's device": (
+        [STRATEGY + 'device={"network.1": {"class_path": "aimc_pl.devices.soft_bounds", "init_args": {"tua": 2}}}'],
+        "soft_bounds has no argument 'tua': did you mean tau?",
+    ),
+    "a device by its path": ([STRATEGY + "device=aimc_pl.devices.linear_step"], "did you mean 'linear_step'?"),
+    "a device of a device by its name": (
+        ["--config=residual.yaml"],
+        "expected the name of a class or null, got soft_bounds: did you mean aimc_pl.devices.soft_bounds?",
+    ),
+    "a device of a device by its name, after the config": (
+        [STRATEGY + "device=aimc_pl.devices.residual_learning", STRATEGY + "device.init_args.device=soft_bounds"],
+        "device='soft_bounds' must be a class_path, such as aimc_pl.devices.soft_bounds, with init_args",
     ),
     "a device of no range": ([STRATEGY + "device.init_args.tau=.nan"], "tau must be a finite number above 0"),
     "an endless timeout": ([STRATEGY + "timeout=.inf"], "timeout must be a finite number above 0"),
@@ -309,6 +348,14 @@ FILES = {
     "tau.yaml": "trainer: {strategy: {init_args: {device: {init_args: {tua: 1}}}}}",
     "callback.yaml": "trainer: {callbacks: [{class_path: aimc_pl.callbacks.DeviceMonitr}]}",
     "preset.yaml": f"trainer: {{strategy: {{init_args: {{device: {PRESET}}}}}}}",
+    "keys.yaml": "trainer: {strategy: {class_path: aimc_pl.strategies.AnalogPipelineStrategy, init_arg: {}}}",
+    "part.yaml": "modle: {class_path: aimc_pl.tasks.Classifier}",
+    "logger.yaml": "trainer: {logger: [{class_path: aimc_pl.callbacks.RunTabel}]}",
+    "folder.yaml": "trainer: {logger: [{class_path: aimc_pl.callbacks.RunTable, init_args: {save_dr: logs}}]}",
+    "residual.yaml": (
+        "trainer: {strategy: {init_args: {device: {class_path: aimc_pl.devices.residual_learning, init_args: {device: "
+        "soft_bounds}}}}}"
+    ),
     "text.ckpt": "a letter",
     "number.yaml": "trainer: 5",
     "reference.yaml": "data: {init_args: {batch_size: '${nowhere.size}'}}",
@@ -722,6 +769,10 @@ def test_ranges(make, name, value):
         (lambda: constant_step(cycle_to_cycle=-1), "cycle_to_cycle must be a finite number of at least 0, got -1"),
         (lambda: constant_step(w_max=torch.ones(9, 9)), "w_max must be a finite number above 0"),
         (lambda: soft_bounds(backend="exact"), "unknown backend 'exact': choose one of mean_field, bits, aihwkit"),
+        (
+            lambda: tiki_taka(soft_bounds()),
+            "TikiTaka takes the name of a material, got soft_bounds(): residual_learning, chop",
+        ),
         (lambda: tiki_taka("Gold"), "no TikiTaka of material 'Gold'"),
         (lambda: get_device("mram"), "unknown device 'mram'"),
         (lambda: get_device(soft_bounds), "call the function 'soft_bounds': device=soft_bounds()"),

@@ -24,7 +24,7 @@ from aihwkit.simulator.configs.compounds import (
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
 
-from aimc_pl.arguments import check_flag, check_number
+from aimc_pl.arguments import check_flag, check_number, shown
 from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, copied_config, described, simulated
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
 from aimc_pl.devices.mean_field.tracking import TrackingCompound
@@ -282,6 +282,11 @@ def mixed_precision(device: AnalogDevice | Material = "ReRamSB") -> AnalogDevice
 
 
 def _preset(algorithm: str, material: str) -> Any:
+    if isinstance(material, AnalogDevice):
+        raise UsageError(
+            f"{algorithm} takes the name of a material, got {shown(material)}: residual_learning, chopped_transfer and "
+            "dynamic_transfer take any pulsed device"
+        )
     preset = getattr(presets, f"{algorithm}{material}Preset", None)
     if preset is None:
         raise UsageError(f"there is no {algorithm} of material {material!r}: see aihwkit.simulator.presets")

@@ -66,8 +66,11 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
     chosen = _choose(network, choices, _stages_of_layers(network, split_at or ()))
     analog = {name: (value, get_device(value)) for name, value in chosen.items() if value is not None}
     _check_untied(network, analog)
-    for name, (value, rpu_config) in analog.items():
-        _convert(network, name, rpu_config, _text(value, rpu_config))
+    # All layers are made before the first is replaced: an error leaves the network as it was.
+    layers = {name: _analog(network, name, rpu_config) for name, (_, rpu_config) in analog.items()}
+    for name, layer in layers.items():
+        layer.device_name = _text(*analog[name])
+        _replace(network, network.get_submodule(name), layer)
     _avoid_nested_tensors(network)
     return list(analog)
 
@@ -224,21 +227,26 @@ def _unmatched(key: str, value: object, able: Sequence[str]) -> str:
     # A config's device whose arguments do not fit arrives here as a mapping of its arguments.
     arguments = {name: each for device in DEVICES.values() for name, each in signature(device).parameters.items()}
     if key in arguments:
-        kind = formatannotation(arguments[key].annotation)
+        kind = re.sub(r"\b(?:\w+\.)+", "", formatannotation(arguments[key].annotation))
+        if "AnalogDevice" in kind:
+            kind = "a class_path, such as aimc_pl.devices.soft_bounds, with init_args"
         return f"device argument {key}={shown(value)} must be {kind} (see aimc-pl devices)"
     alike = get_close_matches(key, arguments, n=1)
     hint = f"; did you mean the argument {alike[0]}?" if alike else ""
     return f"device key {shown(key)} matches no layer: the layers are {listed(able, 60)}{hint}"
 
 
-def _convert(network: nn.Module, name: str, rpu_config: RPUConfigBase, device_name: str) -> None:
-    digital = network.get_submodule(name)
-    layer = to_analog(digital, rpu_config, name)
-    layer.device_name = device_name
+def _analog(network: nn.Module, name: str, rpu_config: RPUConfigBase) -> Any:
+    """Return an analog layer to replace the layer of this name."""
+    layer = to_analog(network.get_submodule(name), rpu_config, name)
     _compute_on_images(layer)
     # Tiles compute in float32, but under autocast a digital layer before them may send a lower precision. The hook also
     # keeps nn.TransformerEncoderLayer from its fast path, which reads weights instead of calling layers.
     layer.register_forward_pre_hook(_to_float32)
+    return layer
+
+
+def _replace(network: nn.Module, digital: nn.Module, layer: nn.Module) -> None:
     for path, module in list(network.named_modules(remove_duplicate=False)):
         if module is digital:
             network.set_submodule(path, layer)

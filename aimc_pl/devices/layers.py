@@ -157,11 +157,20 @@ def to_analog(layer: Any, rpu_config: RPUConfigBase, name: str) -> Any:
         layer: a Linear or Conv layer, or the Conv1D of transformers.
         rpu_config: the configuration of the layer's tiles.
         name: how messages name the layer.
+
+    Raises:
+        UsageError: if aihwkit's tiles for the configuration cannot compute the layer.
     """
     transposed = is_transposed_linear(layer)
     analog: Any = conversion.convert_to_analog(
         _transposed(layer) if transposed else layer, rpu_config, ensure_analog_root=False
     )
+    tile = analog.analog_module
+    if getattr(analog, "NEEDS_INDEXED", False) and not tile.supports_indexed:
+        raise UsageError(
+            f"{type(layer).__name__} {name!r} cannot be analog on {type(tile).__name__}, which takes no images: keep "
+            "it digital, or use another device, such as soft_bounds"
+        )
     analog.__class__ = AnalogLinearTransposed if transposed else _READABLE[type(analog)]
     analog.name = name
     return analog.train(layer.training)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from difflib import get_close_matches
 from types import FunctionType
 
 from aihwkit.simulator.parameters.base import RPUConfigBase
@@ -101,7 +102,10 @@ def get_device(device: Device) -> RPUConfigBase:
         raise UsageError(f"call the function {shown(device.__name__)}: device={device.__name__}()")
     rpu_config = device.rpu_config if isinstance(device, AnalogDevice) else device
     if not isinstance(rpu_config, RPUConfigBase):
+        alike = get_close_matches(device.rpartition(".")[2], DEVICES, n=1) if isinstance(device, str) else []
+        meant = f"did you mean {alike[0]!r}? " if alike else ""
         raise UsageError(
-            f"unknown device {shown(device)}: 'aimc-pl devices' lists the names; an aihwkit RPUConfig will do too"
+            f"unknown device {shown(device)}: {meant}'aimc-pl devices' lists the names; an aihwkit RPUConfig will do "
+            "too"
         )
     return deepcopy(rpu_config)

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsDevice
+from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsDevice, TorchInferenceRPUConfig
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
@@ -234,3 +234,17 @@ def test_a_configuration_on_the_slow_backend_is_told():
     assert describe_slow({"0": "ideal", "1": slow}) == describe_slow(slow)
     for device in (None, "soft_bounds", soft_bounds(backend="aihwkit"), to_mean_field(slow), other, {"0": None}):
         assert describe_slow(device) is None
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(2, 4, 3), nn.Conv3d(2, 4, 3)])
+@pytest.mark.parametrize("is_small", [False, True])
+def test_tiles_that_take_no_images_are_refused_and_the_network_stays_as_it_was(layer, is_small):
+    """Check tiles of torch, which take none, and aihwkit's arrays of small tiles."""
+    rpu_config = SingleRPUConfig() if is_small else TorchInferenceRPUConfig()
+    if is_small:
+        rpu_config.mapping.max_input_size = 4
+    network = nn.Sequential(nn.Linear(2, 2), layer)
+    message = rf"{type(layer).__name__} '1' cannot be analog on (TileModuleArray|TorchInferenceTile), which takes no"
+    with pytest.raises(UsageError, match=message):
+        convert_to_analog(network, rpu_config)
+    assert analog_layers(network) == []
