@@ -132,7 +132,7 @@ class Crossbar(nn.Module):
         """
         if learning_rate == 0:
             return
-        furthest = _LARGEST_REACH if len(x) > 1 else inf
+        furthest = _LARGEST_REACH if x.shape[0] > 1 else inf
         reach, cut = self._attempt(x, error, vectors, learning_rate, update, signs, furthest)
         self.tally.num_updates += 1
         self.tally.cut += cut

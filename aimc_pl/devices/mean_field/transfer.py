@@ -5,6 +5,7 @@ version 1, residual learning, and Tiki-Taka version 2, which has a digital buffe
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
@@ -16,6 +17,17 @@ from aimc_pl.devices.mean_field.converters import is_perfect
 from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar, split
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
+
+
+@dataclass
+class _Progress:
+    """How far the transfers of a tile have come."""
+
+    columns: list[int]
+    """The column of each crossbar that is read next."""
+
+    num_vectors: int = 0
+    """The number of vectors so far."""
 
 
 class TransferSimulatorTile(MeanFieldSimulatorTile):
@@ -42,9 +54,7 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         self._crossbars = [self.crossbar, *(self._make_crossbar(devices[1]) for _ in devices[1:])]
         self._chain = nn.ModuleList(self._crossbars)
         self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(len(devices)))]
-        self._num_vectors = 0
-        self._columns = [0] * len(devices)
-        """The column of each crossbar that is read next."""
+        self._progress = _Progress([0] * len(devices))
         self._is_sum = any(self._gammas[:-1])
         if self._is_sum:
             self.register_buffer("_sum", torch.zeros(d_size, x_size), persistent=False)
@@ -95,16 +105,15 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
         return {
             "generator": self._generator.get_state(),
-            "num_vectors": self._num_vectors,
-            "columns": [*self._columns],
+            "num_vectors": self._progress.num_vectors,
+            "columns": [*self._progress.columns],
             "crossbars": [{"weight": one.weight.clone()} | one.extra() for one in self.crossbars],
         } | {name: state.clone() for name, state in self._states().items()}
 
     def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
         """See :meth:`MeanFieldSimulatorTile.load_extra`."""
         self._generator.set_state(extra["generator"].cpu())
-        self._num_vectors = extra["num_vectors"]
-        self._columns = [*extra["columns"]]
+        self._progress = _Progress([*extra["columns"]], extra["num_vectors"])
         for crossbar, state in zip(self.crossbars, extra["crossbars"], strict=True):
             crossbar.weight.copy_(state["weight"])
             crossbar.load_extra(state)
@@ -118,24 +127,25 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
 
     def _forget(self) -> None:
         """Set all that is not on a crossbar to its state in a new tile."""
-        self._num_vectors = 0
-        self._columns = [0] * len(self._columns)
+        self._progress = _Progress([0] * len(self._crossbars))
         for state in self._states().values():
             state.zero_()
 
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
         if self.learning_rate == 0:
             return
-        compound = self._compound
+        compound, progress = self._compound, self._progress
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
-        periods = [*self._periods(len(x) * each)]
+        batch = x.shape[0] * each
+        periods = [*self._periods(batch)]
         # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
-        parts = min(len(x), max(ceil(len(x) * each / period) if period else 1 for period in periods))
-        for some_x, some_error in split(parts, x, error):
-            self._pulse(some_x, some_error, vectors, len(x) * each)
-            before, self._num_vectors = self._num_vectors, self._num_vectors + len(some_x) * each
+        parts = max([ceil(batch / period) for period in periods if period], default=1)
+        for some_x, some_error in split(min(x.shape[0], parts), x, error):
+            self._pulse(some_x, some_error, vectors, batch)
+            before = progress.num_vectors
+            progress.num_vectors += some_x.shape[0] * each
             for n, period in enumerate(periods):
-                for _ in range(self._num_vectors // period - before // period if period else 0):
+                for _ in range(progress.num_vectors // period - before // period if period else 0):
                     self._transfer(n, compound.transfer_lr_vec[n] if compound.transfer_lr_vec else compound.transfer_lr)
         self._add_up()
 
@@ -168,13 +178,13 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         rate *= self.learning_rate if compound.scale_transfer_lr else 1.0
         if rate == 0:
             return
-        column = self._columns[source]
+        column = self._progress.columns[source]
         if compound.random_selection:
             column = int(torch.randint(self.x_size, (), generator=self._generator))
         for _ in range(min(compound.n_reads_per_transfer, self.x_size)):
             self._transfer_column(source, column, rate)
             column = (column + 1) % self.x_size
-        self._columns[source] = column
+        self._progress.columns[source] = column
 
     def _read(self, source: int, column: int) -> Tensor:
         """Return a column ``(out,)`` of a crossbar, as its converters show it."""
