@@ -1,10 +1,11 @@
 """This study asks how far the asynchronous speedup carries: 1 to 16 stages with all layers analog, and a control.
 
 It is Figure 4 of the paper with the paper's eight micro-batches. A narrow `ConvNet` learns CIFAR-10, with all
-convolutions and the linear layer in mixed precision on soft-bounds devices, or digitally. For each kind of layers,
-schedule and number of stages, the learning rate is the one with the best accuracy on validation images, for a seed that
-counts for nothing else. The grid of rates grows until its best is inside. Then other seeds are trained. Speedups are
-measured on validation images, and each run reads the test images once, at its end.
+convolutions and the linear layer in mixed precision on soft-bounds devices, or digitally. With 12 and 16 stages, two
+remedies against stale weights are tried too: those that were best for a smaller network in ``staleness_remedies.py``.
+For each kind of layers, schedule, number of stages and remedy, the learning rate is the one with the best accuracy on
+validation images, for a seed that counts for nothing else. The grid of rates grows until its best is inside. Then other
+seeds are trained. Speedups are measured on validation images, and each run reads the test images once, at its end.
 
 `none` and `sync` do the same arithmetic with any number of stages. One run therefore stands for both, and their clock
 cycles are computed from the schedule. Runs that the CSV file already holds are not repeated. Usage:
@@ -14,13 +15,13 @@ cycles are computed from the schedule. Runs that the CSV file already holds are 
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
-from operator import attrgetter
+from itertools import groupby, product
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paper_accuracy import PAPER, DigitsInColour, band, cycles_to
 from sklearn.isotonic import IsotonicRegression
@@ -30,12 +31,13 @@ from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import CIFAR10
 from aimc_pl.data.images import InMemoryImages
 from aimc_pl.devices import mixed_precision, soft_bounds
-from aimc_pl.figures import GREY, styled
+from aimc_pl.figures import BLACK, GREY, ORANGE, PURPLE, styled
 from aimc_pl.figures import LAYERS as KINDS
 from aimc_pl.figures import SCHEDULES as COLORS
 from aimc_pl.models import ConvNet
+from aimc_pl.optim import AsyncNAdam
 from aimc_pl.schedule import Schedule, ScheduleName
-from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies import AnalogPipelineStrategy, Remedy, StageLearningRate, SyncStart
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
 from aimc_pl.studies.statistics import estimate, half_width
@@ -52,6 +54,7 @@ class Setting(NamedTuple):
     kind: Kind
     schedule: ScheduleName
     num_stages: int
+    remedies: str = "none"
 
 
 BATCH_SIZE = 256
@@ -60,6 +63,9 @@ EPOCHS = 5
 WIDTHS = (16, 32, 64)
 FIRST_RATES = (0.05, 0.1, 0.2)
 """The learning rates from which each grid grows, by factors of 2."""
+
+ADAM_RATES = (0.002, 0.004, 0.008)
+"""The same for AsyncNAdam."""
 
 TUNING_SEED = 100
 TARGETS = (0.6, 0.7)
@@ -86,17 +92,34 @@ SPLITS: dict[int, list[str] | None] = {
 CONTROL_STAGES = (1, 4, 8, 16)
 """The numbers of stages with digital layers."""
 
+LINES = (BLACK, ORANGE, PURPLE)
+"""Colours of remedies, of which the first stands for none."""
+
+DEEP_STAGES = (12, 16)
+"""The numbers of stages with remedies."""
+
+REMEDIES: dict[str, list[Remedy]] = {
+    "AsyncNAdam": [],  # an optimizer
+    "lower rates + start in sync": [StageLearningRate(0.5), SyncStart(44)],  # for a quarter of an epoch
+}
+
 
 def settings(quick: bool) -> list[Setting]:
     """Return the settings whose learning rates are tuned."""
-    stages: dict[Kind, tuple[int, ...]] = {"analog": tuple(SPLITS), "digital": CONTROL_STAGES}
+    stages, control, deep, remedies = tuple(SPLITS), CONTROL_STAGES, DEEP_STAGES, [*REMEDIES]
     if quick:
-        stages = {"analog": (1, 16)}
-    return [
-        setting
-        for kind in stages
-        for setting in (Setting(kind, "sync", 1), *(Setting(kind, "async", m) for m in stages[kind]))
-    ]
+        stages, control, deep, remedies = (1, 16), (), (16,), remedies[-1:]
+    found = [Setting("analog", "sync", 1), *(Setting("analog", "async", m) for m in stages)]
+    found += [Setting("analog", "async", m, name) for name in remedies for m in deep]
+    if control:
+        found += [Setting("digital", "sync", 1), *(Setting("digital", "async", m) for m in control)]
+    return found
+
+
+def first_rates(setting: Setting, quick: bool) -> tuple[float, ...]:
+    """Return the learning rates from which the grid of a setting grows."""
+    rates = ADAM_RATES if setting.remedies == "AsyncNAdam" else FIRST_RATES
+    return rates[:1] if quick else rates
 
 
 class InChannelsLast(Classifier):
@@ -134,6 +157,7 @@ def run(
     kind: Kind,
     schedule: ScheduleName,
     num_stages: int,
+    remedies: str,
     epochs: int,
     learning_rate: float,
     seed: int,
@@ -145,6 +169,7 @@ def run(
         kind: of all convolutions and of the linear layer.
         schedule: of the pipeline.
         num_stages: one of :data:`SPLITS`.
+        remedies: one of :data:`REMEDIES`, or ``"none"``.
         epochs: length of the run, and of the cosine.
         learning_rate: at the start; it falls by a cosine.
         seed: of weights, devices and the order of images. That of the tuning has other validation images, and no test.
@@ -163,6 +188,7 @@ def run(
         NUM_MICROBATCHES,
         device=ANALOG if kind == "analog" else None,
         split_at=SPLITS[num_stages],
+        remedies=REMEDIES.get(remedies, []),
         on_nonfinite="warn",  # a rate that is too large is not the best one
     )
     trainer = pl.Trainer(
@@ -177,11 +203,15 @@ def run(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        if remedies == "AsyncNAdam":
+            return AsyncNAdam(parameters, num_stages, learning_rate, weight_decay=0.05)
+        return torch.optim.SGD(parameters, learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
     task = InChannelsLast(
         ConvNet(WIDTHS if root else (4, 4, 4)),
-        optimizer=lambda parameters: torch.optim.SGD(
-            parameters, lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-        ),
+        optimizer=optimizer,
         lr_scheduler=lambda optimizer: CosineAnnealingLR(optimizer, epochs),
     )
     trainer.fit(task, data.train_dataloader(), data.val_dataloader())
@@ -231,30 +261,31 @@ def speedups(rows: Sequence[Row], setting: Setting, target: float, over: Setting
     return np.divide(alone, ours, out=np.full_like(ours, np.nan), where=np.isfinite(alone) & np.isfinite(ours))
 
 
-def finished(rows: Sequence[Row], kind: Kind) -> list[int]:
+def finished(rows: Sequence[Row], kind: Kind, remedies: str = "none") -> list[int]:
     """Return the numbers of stages of the asynchronous runs that have ended, with as many seeds as `sync` has."""
     tested = select(rows, kind=kind, part="test")
     needed = len(select(tested, schedule="sync"))
-    stages = [m for m in SPLITS if len(select(tested, schedule="async", num_stages=m)) == needed]
-    return stages if needed and 1 in stages else []
+    stages = [m for m in SPLITS if len(select(tested, **Setting(kind, "async", m, remedies)._asdict())) == needed]
+    return stages if needed and select(tested, **Setting(kind, "async", 1)._asdict()) else []
 
 
 def report(rows: Sequence[Row], rates: dict[Setting, float]) -> None:
     """Print learning rates, accuracies, what `async` loses to `sync`, speedups, and whether the goal is reached."""
     kinds: tuple[Kind, ...] = ("analog", "digital")
-    for kind in kinds:
-        for m in finished(rows, kind):
-            report_setting(rows, Setting(kind, "async", m), rates)
+    for kind, name in product(kinds, ("none", *REMEDIES)):
+        for m in finished(rows, kind, name):
+            report_setting(rows, Setting(kind, "async", m, name), rates)
 
 
 def report_setting(rows: Sequence[Row], setting: Setting, rates: dict[Setting, float]) -> None:
     """Print the report of an asynchronous setting beside `sync`."""
-    kind, _, m = setting
+    kind, _, m, name = setting
     prompt = Setting(kind, "sync", 1)
     if m == 1:
         print(f"{kind} none, sync: rate {rates[prompt]}, test accuracy {shown(last(rows, **prompt._asdict()), 4)}")
     behind = last(rows, **prompt._asdict()) - last(rows, **setting._asdict())
-    print(f"{kind} async, {m} stages: rate {rates[setting]}, test accuracy {shown(last(rows, **setting._asdict()), 4)}")
+    how = f"{kind} async, {m} stages{'' if name == 'none' else f', {name}'}"
+    print(f"{how}: rate {rates[setting]}, test accuracy {shown(last(rows, **setting._asdict()), 4)}")
     print(f"    points behind sync, same seed: {shown(100 * behind)}")
     for target in TARGETS:
         sync = Schedule("sync", m, NUM_MICROBATCHES).speedup()
@@ -294,36 +325,35 @@ def shown(values: np.ndarray, digits: int = 2) -> str:
 @styled
 def draw(rows: Sequence[Row]) -> Figure:
     """Draw accuracy by epoch, the points behind `sync` and the speedup by number of stages."""
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     by_epoch, by_stages, speedup = figure.subplots(1, 3)
-    per_epoch = 45_000 // BATCH_SIZE
     kinds: tuple[tuple[Kind, str], ...] = (("analog", "-"), ("digital", "--"))
     for kind, style in kinds:
-        color = KINDS[kind]
-        stages = finished(rows, kind)
-        if not stages:
-            continue
-        for setting in (Setting(kind, "sync", 1), Setting(kind, "async", stages[-1])):
-            mine = select(rows, part="val", **setting._asdict())
-            epochs, name = curves(mine, "mini_batches")[0] / per_epoch, setting.schedule
-            label = f"{kind}, {name}" + (f", {setting.num_stages} stages" if name == "async" else "")
-            band(by_epoch, epochs, curves(mine, "accuracy"), label, color=COLORS[name], linestyle=style)
-        prompt = last(rows, kind=kind, schedule="sync")
-        behind = [100 * (prompt - last(rows, kind=kind, schedule="async", num_stages=m)) for m in stages]
-        options: Any = {"color": color, "linestyle": style, "marker": "."}
-        by_stages.errorbar(
-            stages, [b.mean() for b in behind], [half_width(b) for b in behind], label=kind, capsize=2, **options
-        )
-        for target, marker in zip(TARGETS, ("o", "s"), strict=True):
-            values = [speedups(rows, Setting(kind, "async", m), target, Setting(kind, "async", 1)) for m in stages]
-            speedup.errorbar(
-                stages,
-                [v.mean() for v in values],
-                [half_width(v) for v in values],
-                label=f"{kind}, async, to {target:.0%}",
-                markersize=4,
-                **options | {"marker": marker},
-            )
+        for number, name in enumerate(("none", *REMEDIES)):
+            stages = finished(rows, kind, name)
+            if not stages:
+                continue
+            what = kind if name == "none" else f"{kind}, {name}"
+            last_setting = Setting(kind, "async", stages[-1], name)
+            shown_in_full = [last_setting, Setting(kind, "sync", 1)] if name == "none" else [last_setting]
+            for setting in shown_in_full:
+                draw_learning(by_epoch, rows, setting, what, style, number)
+            color = LINES[number] if number else KINDS[kind]
+            options: Any = {"color": color, "linestyle": style, "marker": ".", "capsize": 2}
+            prompt = last(rows, kind=kind, schedule="sync")
+            settings = [Setting(kind, "async", m, name) for m in stages]
+            behind = [100 * (prompt - last(rows, **setting._asdict())) for setting in settings]
+            by_stages.errorbar(stages, [b.mean() for b in behind], [*map(half_width, behind)], label=what, **options)
+            for target, marker in zip(TARGETS, ("o", "s"), strict=True):
+                values = [speedups(rows, setting, target, Setting(kind, "async", 1)) for setting in settings]
+                speedup.errorbar(
+                    stages,
+                    [v.mean() for v in values],
+                    [*map(half_width, values)],
+                    label=f"{what}, to {target:.0%}",
+                    markersize=4,
+                    **options | {"marker": marker},
+                )
     by_stages.axhline(1, color=GREY, linewidth=1)
     stages = list(SPLITS)
     sync = [Schedule("sync", m, NUM_MICROBATCHES).speedup() for m in stages]
@@ -337,8 +367,17 @@ def draw(rows: Sequence[Row]) -> Figure:
     speedup.set(xlabel="stages", ylabel="times fewer clock cycles", title="speedup over one stage", xticks=stages)
     for axes in (by_epoch, by_stages, speedup):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize=8)
     return figure
+
+
+def draw_learning(axes: Axes, rows: Sequence[Row], setting: Setting, what: str, style: str, number: int) -> None:
+    """Draw the accuracy of a setting by epoch."""
+    mine = select(rows, part="val", **setting._asdict())
+    epochs = curves(mine, "mini_batches")[0] / (45_000 // BATCH_SIZE)
+    label = f"{what}, {setting.schedule}" + (f", {setting.num_stages} stages" if setting.schedule == "async" else "")
+    color = LINES[number] if number else COLORS[setting.schedule]
+    band(axes, epochs, curves(mine, "accuracy"), label, color=color, linestyle=style)
 
 
 def main() -> None:
@@ -355,13 +394,15 @@ def main() -> None:
     # A quick run trains a narrow network on handwritten digits.
     train = partial(run, root=None if args.quick else args.data)
     path = args.folder / "many_stages.csv"
-    epochs, first_rates = (1, FIRST_RATES[:1]) if args.quick else (EPOCHS, FIRST_RATES)
+    epochs = 1 if args.quick else EPOCHS
     rows: list[Row] = []
     rates: dict[Setting, float] = {}
-    for _, group in groupby(settings(args.quick), key=attrgetter("kind")):  # The analog ones end first.
+    # The analog ones end first.
+    for _, group in groupby(settings(args.quick), key=lambda setting: (setting.kind, setting.remedies)):
         mine = [*group]
         cases = [setting._asdict() | {"epochs": epochs} for setting in mine]
-        chosen = tune(train, cases, [TUNING_SEED], first_rates, lambda rows: last(rows, "val").mean(), path, args.jobs)
+        grid = first_rates(mine[0], args.quick)
+        chosen = tune(train, cases, [TUNING_SEED], grid, lambda rows: last(rows, "val").mean(), path, args.jobs)
         best = [
             case | {"learning_rate": rate, "seed": seed}
             for seed in range(args.seeds)
