@@ -132,7 +132,7 @@ def _no_argument(name: str, owner: str) -> str:
         # A mapping has been taken for the arguments of the class that was there before.
         return f"{name.removesuffix(f'.{last}')!r} needs a class_path, with {last} in its init_args"
     if first == "class_path":
-        return "beside class_path a mapping may have init_args only"
+        return "besides class_path, a mapping may have init_args only"
     wrong = last if _meant(last, known) and not _meant(first, known) else first
     return f"{function or 'this'} has no argument {wrong!r}{_meant(wrong, known)}"
 

@@ -156,7 +156,7 @@ COMMANDS = {
     ),
     "a misspelt key of a class": (
         ["--config=keys.yaml"],
-        "beside class_path a mapping may have init_args only",
+        "besides class_path, a mapping may have init_args only",
     ),
     "a misspelt part of a config": (["--config=part.yaml"], "modle in a config is no argument: did you mean model?"),
     "a misspelt argument of the command": (["--modle.lr=1"], "--modle.lr is no argument: did you mean --model.lr?"),

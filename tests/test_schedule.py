@@ -1,7 +1,7 @@
 """These tests compare clock tables with closed forms, with drawings, and with rules that hold for every pipeline."""
 
 from collections import Counter, defaultdict
-from itertools import accumulate
+from itertools import accumulate, combinations, product
 from unittest.mock import MagicMock
 
 import pytest
@@ -195,6 +195,22 @@ def test_async_versions_and_staleness_counted(duplex, total):
                     assert schedule.staleness(stage, k) == updates[stage] - seen[stage, k] == min(k, delay)
             # Updates come after all operations of a clock.
             updates.update(stage for kind, stage, _ in row if kind == "B")
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_no_other_order_has_less_staleness(stages):
+    """Check all tables that stages repeat every second clock, so that they are never idle, with short enough waits."""
+    clocks = range(2 * stages + 3)
+    least = [len(clocks)] * stages
+    for forward, backward in product(combinations(clocks, stages), combinations(reversed(clocks), stages)):
+        # A stage cannot do both in a clock, and the last stage has both in this order.
+        if backward[-1] < forward[-1] or any((b - f) % 2 == 0 for f, b in zip(forward, backward, strict=True)):
+            continue
+        for stage, (first, last) in enumerate(zip(forward, backward, strict=True)):
+            # The updates by micro-batches that are n places before or after this one.
+            between = [n for n in range(-len(clocks), len(clocks)) if first <= last + 2 * n < last]
+            least[stage] = min(least[stage], len(between))
+    assert least == [Schedule("async", stages).max_staleness(stage) for stage in range(stages)]
 
 
 @pytest.mark.parametrize("duplex", ["half", "full"])
