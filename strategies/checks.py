@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     GradientAccumulationScheduler,
     ModelPruning,
     StochasticWeightAveraging,
@@ -111,10 +112,10 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
 
 
 def check_analog_callbacks(trainer: "pl.Trainer") -> None:
-    """Check that no callback of Lightning sets weights, if there are analog layers. Crossbars learn by updates only.
+    """Check that no callback of Lightning reads or sets weights, if there are analog layers.
 
-    Weight averaging would end in an error of aihwkit after the training, and pruning would prune the layers that the
-    analog ones have replaced.
+    Weight averaging and finetuning would end in an error of aihwkit in the middle of the training, and pruning would
+    prune the layers that the analog ones have replaced.
 
     Raises:
         UsageError: with the name of the first callback that does.
@@ -122,10 +123,10 @@ def check_analog_callbacks(trainer: "pl.Trainer") -> None:
     if not analog_layers(trainer.lightning_module):
         return
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, ModelPruning | StochasticWeightAveraging | WeightAveraging):
+        if isinstance(callback, BaseFinetuning | ModelPruning | StochasticWeightAveraging | WeightAveraging):
             raise UsageError(
-                f"{type(callback).__name__} sets weights, which crossbars do not allow: leave out the callback, or set "
-                "device=None"
+                f"{type(callback).__name__} reads or sets weights, which crossbars do not allow: leave out the callback, "
+                "or set device=None"
             )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
     LearningRateMonitor,
@@ -603,18 +604,19 @@ def test_the_same_trainer_fits_twice(monkeypatch):
 # ------------------------------------------------------------------- crossbars
 
 
-AVERAGING = {
+SETTING = {
     "pruning": ModelPruning("l1_unstructured", amount=0.5),
     "stochastic averaging": StochasticWeightAveraging(0.05, 1),
+    "finetuning": BackboneFinetuning(),
     "moving average": EMAWeightAveraging(decay=0.9),
 }
 
 
-@pytest.mark.parametrize("callback", AVERAGING)
-def test_callbacks_that_set_weights_are_refused_with_analog_layers(callback):
+@pytest.mark.parametrize("callback", SETTING)
+def test_callbacks_that_read_or_set_weights_are_refused_with_analog_layers(callback):
     strategy = AnalogPipelineStrategy(2, "sync", 2, {"net.0": "soft_bounds"}, ["net.2"])
-    with pytest.raises(UsageError, match="sets weights, which crossbars do not allow: leave out the callback"):
-        fit(MLP(), strategy, callbacks=[copy.deepcopy(AVERAGING[callback])], precision="32-true", max_epochs=1)
+    with pytest.raises(UsageError, match="reads or sets weights, which crossbars do not allow: leave out the callback"):
+        fit(MLP(), strategy, callbacks=[copy.deepcopy(SETTING[callback])], precision="32-true", max_epochs=1)
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
