@@ -125,8 +125,8 @@ def check_analog_callbacks(trainer: "pl.Trainer") -> None:
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, BaseFinetuning | ModelPruning | StochasticWeightAveraging | WeightAveraging):
             raise UsageError(
-                f"{type(callback).__name__} reads or sets weights, which crossbars do not allow: leave out the callback, "
-                "or set device=None"
+                f"{type(callback).__name__} reads or sets weights, which crossbars do not allow: leave out the "
+                "callback, or set device=None"
             )
 
 
