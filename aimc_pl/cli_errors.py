@@ -41,6 +41,7 @@ _NO_MAPPING = re.compile(r"^'(\w+)' object has no attribute 'keys'")
 """What jsonargparse says of the ``init_args`` of a class that are no mapping."""
 _NO_ARGUMENT = re.compile(r"^Option '(?P<name>[^']*)' is not accepted")
 _NO_ATTRIBUTE = re.compile(r"^(?P<reason>module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)')")
+_SEVERAL = re.compile(r"^Multiple subclasses with name (?P<name>\w+)\..*?: (?P<path>[\w.]+)", re.S)
 _UNRESOLVED = re.compile(
     r"^\w+ raised while resolving interpolation: (?P<reason>[^\n]*)\n *full_key: (?:\w+\.(?=trainer))?(?P<key>\S*)"
 )
@@ -109,6 +110,8 @@ def one_line(message: str) -> str:
         reason = wrong["reason"] + _meant(wrong["name"], dir(sys.modules.get(wrong["module"])))
     elif wrong := _UNRESOLVED.match(reason):
         reason = f"{wrong['key']}: {wrong['reason']}"
+    elif wrong := _SEVERAL.match(reason):
+        reason = f"several classes have the name {wrong['name']}: give the path of one, such as {wrong['path']}"
     elif wrong := _EXPECTED.match(reason):
         reason = _expected([wrong], wrong["given"])
     reason, *_ = reason.split("\nSubclass types expect one of:")
@@ -133,6 +136,9 @@ def _no_argument(name: str, owner: str) -> str:
         return f"{name.removesuffix(f'.{last}')!r} needs a class_path, with {last} in its init_args"
     if first == "class_path":
         return "besides class_path, a mapping may have init_args only"
+    if function == "RPUConfigBase":
+        # The class_path before is a device's name alone, or there is none.
+        return f"write class_path: aimc_pl.devices.NAME, such as aimc_pl.devices.soft_bounds, with {first} in init_args"
     wrong = last if _meant(last, known) and not _meant(first, known) else first
     return f"{function or 'this'} has no argument {wrong!r}{_meant(wrong, known)}"
 

@@ -163,7 +163,7 @@ def check_config(path: Path) -> None:
     except yaml.YAMLError as error:
         raise UsageError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"config {path} must have lines NAME: VALUE, got {shown(root.value) if root else 'nothing'}")
+        raise UsageError(f"config {path} must have lines NAME: VALUE, got {_in_words(root)}")
     for mapping in _mappings(root, set()):
         lines: dict[str, int] = {}
         for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
@@ -171,6 +171,13 @@ def check_config(path: Path) -> None:
             if key.value in lines:
                 raise UsageError(f"config {path} has {key.value!r} twice, in lines {lines[key.value]} and {line}")
             lines[key.value] = line
+
+
+def _in_words(node: yaml.Node | None) -> str:
+    """Return what a YAML document has instead of a mapping."""
+    if node is None:
+        return "nothing"
+    return shown(node.value) if isinstance(node, yaml.ScalarNode) else "a list"
 
 
 def _mappings(node: yaml.Node, seen: set[int]) -> Iterator[yaml.MappingNode]:

@@ -559,9 +559,8 @@ def check_loss(loss: Tensor) -> None:
 def _shared_parameter(network: nn.Module, parameter: Tensor, first: int, second: int) -> UsageError:
     """Return the error to raise when two stages that update separately use the same parameter."""
     return UsageError(
-        f"{_name(network, parameter)} is used by stages {first} and {second}, which update their weights at different "
-        "times or in different processes: keep both uses on one stage with split_at, or use schedule='sync' and "
-        "devices=1"
+        f"{_name(network, parameter)} is used by stages {first} and {second}, which update separately: "
+        "keep both uses on one stage with split_at, or use schedule='sync' and devices=1"
     )
 
 

@@ -1,6 +1,8 @@
 """LightningModules for image classification and language modelling."""
 
 import math
+import re
+from textwrap import shorten
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +15,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from aimc_pl.arguments import check_callable, check_instance, check_number
 from aimc_pl.errors import UsageError
+
+_WRONG_SHAPE = re.compile(r"shapes cannot be multiplied|expected input\[|Expected \dD \(unbatched\)")
+"""What torch says of inputs that do not fit the weights of a linear or convolutional layer."""
 
 
 class Classifier(pl.LightningModule):
@@ -70,7 +75,15 @@ class Classifier(pl.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        try:
+            logits = self(images)
+        except RuntimeError as error:
+            if not _WRONG_SHAPE.search(str(error)):
+                raise
+            raise UsageError(
+                f"network takes no images of shape {tuple(images.shape[1:])}, which the data has: "
+                f"{shorten(str(error), 110, placeholder=' ...')}"
+            ) from error
         if logits.shape[1:] != (accuracy.num_classes,):
             raise UsageError(
                 f"network returns {tuple(logits.shape[1:])} numbers per image, and num_classes is "

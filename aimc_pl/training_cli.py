@@ -12,6 +12,7 @@ from inspect import signature
 from io import StringIO
 from pathlib import Path
 from shutil import rmtree
+from textwrap import shorten
 from traceback import walk_tb
 from typing import IO, Any, get_args, override
 from warnings import catch_warnings
@@ -65,7 +66,15 @@ _EARLIER = {"last": last_checkpoint, "best": best_checkpoint}
 
 
 class _RunConfig(SaveConfigCallback):
-    """A callback that saves the configuration of a run, overrides included, and logs it as hyperparameters."""
+    """A callback that saves the configuration of a run, overrides included, and logs it as hyperparameters.
+
+    A run without a logger has no folder of its own. It saves nothing: the current folder may have a config.yaml.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -336,13 +345,30 @@ def explained() -> Iterator[None]:
             f"the processes cannot connect, which a busy machine or a taken port causes: {reason:.90}"
         ) from error
     except (MisconfigurationException, OmegaConfBaseException) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_cut(str(error))) from error
+    except RuntimeError as error:
+        # EarlyStopping's monitor, which is unknown until the end of an epoch.
+        if not str(error).startswith("Early stopping conditioned on metric") or not _is_of_lightning(error):
+            raise
+        raise UsageError(
+            _cut(str(error).replace("Pass in or modify your `EarlyStopping` callback to use", "Use"))
+        ) from error
     except ValueError as error:
-        *_, (frame, _) = walk_tb(error.__traceback__)
-        if not frame.f_globals["__name__"].startswith("lightning."):
+        if not _is_of_lightning(error):
             raise
         # Lightning itself refuses an argument. Its first sentence says why, and the place in its code helps nobody.
         raise UsageError(str(error).strip().partition(". ")[0]) from error
+
+
+def _is_of_lightning(error: Exception) -> bool:
+    """Return whether Lightning itself has raised an error."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].startswith("lightning.")
+
+
+def _cut(message: str) -> str:
+    """Return a message in one line that leaves space for the name of the command."""
+    return shorten(message, 180, placeholder=" ...")
 
 
 def _remedy(message: str) -> str | None:

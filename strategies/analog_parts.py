@@ -73,6 +73,15 @@ def convert_optimizer(module: nn.Module, optimizer: Optimizer, lr_scale: float =
             rank_zero_info(line)
 
 
+def tell_of_clipping(module: nn.Module) -> None:
+    """Say that the clipping of gradients does not reach crossbars that learn by pulses, if there are any."""
+    if any(map(learns_by_pulses, module.parameters())):
+        rank_zero_info(
+            "gradient_clip_val clips the gradients of digital parameters only: layers that learn by pulses keep none. "
+            "For smaller updates of these, lower the learning rate"
+        )
+
+
 def saved(state: dict[str, Any]) -> dict[str, Any]:
     """Return a module's state dict without the values that are not part of a checkpoint."""
     checkpoints = _checkpoints()

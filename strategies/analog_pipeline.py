@@ -22,6 +22,7 @@ from aimc_pl.schedule import Duplex, Schedule, ScheduleName
 from aimc_pl.strategies import analog_parts
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 from aimc_pl.strategies.checks import (
+    check_analog_callbacks,
     check_closure,
     check_module,
     check_split,
@@ -193,6 +194,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
             self.share_start(self._module)
             evaluate_without_inference_mode(trainer)
         self._convert()
+        if fitting:
+            check_analog_callbacks(trainer)
         super().setup(trainer)
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if not any(isinstance(callback, DrainFirst) for callback in callbacks):
@@ -219,6 +222,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         check_updates(self._module, optimizer)
         check_closure(optimizer, stages_update_apart=self.schedule.is_async or self.is_multiprocess)
         analog_parts.convert_optimizer(self._module, optimizer, self.analog_lr_scale)
+        if trainer.gradient_clip_val:
+            analog_parts.tell_of_clipping(self._module)
 
     # --------------------------------------------------------------- training
 

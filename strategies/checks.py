@@ -10,7 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -103,6 +109,25 @@ def check_analog_support(module: nn.Module, device: torch.device, precision: Pre
                 )
     if precision.precision not in ("32-true", "bf16-mixed"):
         raise UsageError(f"tiles compute in float32: precision={precision.precision!r} is for digital networks")
+
+
+def check_analog_callbacks(trainer: "pl.Trainer") -> None:
+    """Check that no callback of Lightning reads or sets weights, if there are analog layers.
+
+    Weight averaging and finetuning would end in an error of aihwkit in the middle of the training, and pruning would
+    prune the layers that the analog ones have replaced.
+
+    Raises:
+        UsageError: with the name of the first callback that does.
+    """
+    if not analog_layers(trainer.lightning_module):
+        return
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(callback, BaseFinetuning | ModelPruning | StochasticWeightAveraging | WeightAveraging):
+            raise UsageError(
+                f"{type(callback).__name__} reads or sets weights, which crossbars do not allow: leave out the "
+                "callback, or set device=None"
+            )
 
 
 def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:

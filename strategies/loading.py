@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from aimc_pl.arguments import check_instance, check_path, shown
+from aimc_pl.arguments import check_instance, check_path, listed, shown
 from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 from aimc_pl.patches import patched
 from aimc_pl.strategies import analog_parts
@@ -31,11 +32,18 @@ def load_from_checkpoint[M: pl.LightningModule](module_class: type[M], checkpoin
 
     Raises:
         UsageError: if the file cannot be read, is damaged, is no checkpoint, names a class that is not admitted, or has
-            an analog layer that the module does not have, or if ``module_class`` is no LightningModule.
+            an analog layer that the module does not have, or if ``module_class`` is no LightningModule or does
+            not take an argument.
     """
     if not (isinstance(module_class, type) and issubclass(module_class, pl.LightningModule)):
         raise UsageError(f"module_class must be the class of a LightningModule, got {shown(module_class)}")
     check_path("checkpoint_path", checkpoint_path)
+    own = signature(module_class).parameters
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in own.values())
+    for name in kwargs:
+        if not (takes_all or name in own or name in signature(module_class.load_from_checkpoint).parameters):
+            # Lightning would leave it out without a word.
+            raise UsageError(f"{module_class.__name__} has no argument {name!r}: it has {listed([*own])}")
     load_state_dict = module_class.load_state_dict
 
     def load_as_saved(self: M, state: Any, *args: Any, **options: Any) -> Any:

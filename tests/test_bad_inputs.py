@@ -317,6 +317,22 @@ COMMANDS = {
         ["--trainer.check_val_every_n_epoch=0"],
         "check_val_every_n_epoch must be a finite number of at least 1, got 0",
     ),
+    "a device by its name, with arguments": (
+        [STRATEGY + "device={class_path: soft_bounds, init_args: {tau: 3}}"],
+        "strategy.device: write class_path: aimc_pl.devices.NAME, such as aimc_pl.devices.soft_bounds, with tau in",
+    ),
+    "a scheduler whose name two classes have": (
+        ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.mode=min"],
+        "several classes have the name ReduceLROnPlateau: give the path of one, such as torch.optim.",
+    ),
+    "a network for vectors of another length": (
+        ["--model.network.sizes=[32,9,9,9,10]"],
+        "network takes no images of shape (1, 8, 8), which the data has: mm: mat1 and mat2 shapes cannot be",
+    ),
+    "a network for images of other channels": (
+        ["--model.network=aimc_pl.models.ConvNet", STRATEGY + "split_at=null"],
+        "network takes no images of shape (1, 8, 8), which the data has: Given groups=1, weight of size",
+    ),
     "an interpolation of nothing": (["--config=reference.yaml"], "nowhere.size' not found"),
     "a number as trainer": (["--config=number.yaml"], "node `trainer` is not a container"),
     "one callback without a list, and without pipeline": (
@@ -422,6 +438,31 @@ def test_a_step_without_a_loss_is_told_of():
     trainer = make_trainer(AnalogPipelineStrategy(2, "async", 2, split_at=["net.4"]), max_epochs=1)
     with pytest.warns(UserWarning, match="training_step returns no loss for this mini-batch, so nothing is updated"):
         trainer.fit(module := Forgets(), loader(module))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_monitor_that_nothing_logs(callback, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["aimc-pl"])
+    options = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.logger=false"]
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                *("fit", "--config=digits_sync.yaml", *options, "--trainer.callbacks=null"),
+                *(f"--trainer.callbacks+={callback}", "--trainer.callbacks.monitor=nope"),
+            ]
+        )
+    assert_one_line(stop.value.code, "nope", "`train/loss`" if callback == "EarlyStopping" else "'train/loss'")
+
+
+@pytest.mark.slow
+def test_a_run_without_logger_leaves_the_config_of_the_current_folder(monkeypatch):
+    Path("config.yaml").write_text("trainer: {max_epochs: 1, limit_train_batches: 1}  # mine\n")
+    monkeypatch.setattr(sys, "argv", ["aimc-pl"])
+    quiet = ["--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_checkpointing=false"]
+    main(["fit", "--config=digits_sync.yaml", "--config=config.yaml", *quiet])
+    assert Path("config.yaml").read_text() == "trainer: {max_epochs: 1, limit_train_batches: 1}  # mine\n"
+    assert [*Path().iterdir()] == [Path("config.yaml")]
 
 
 @pytest.mark.slow
@@ -902,7 +943,7 @@ CONFIGS = {
     "a tab": ("trainer:\n\tmax_epochs: 1\n", "is not YAML in line 2"),
     "two documents": ("a: 1\n---\nb: 2\n", "is not YAML in line 2"),
     "prose": ("Two " * 99, "must have lines NAME: VALUE, got 'Two"),
-    "a list": ("[1, 2]", "must have lines NAME: VALUE"),
+    "a list": ("[1, 2]", "must have lines NAME: VALUE, got a list"),
     "nothing": ("", "must have lines NAME: VALUE, got nothing"),
     "a picture": (b"\x89PNG\r\n\xff\xff", "cannot be read as text"),
     "an odd character": ("a: \x01", "is not YAML"),

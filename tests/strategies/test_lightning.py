@@ -9,7 +9,15 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_modules import MLP, Attributes, DictBatch, loader, make_trainer
 from torch import nn
@@ -20,10 +28,13 @@ from aimc_pl import boundaries
 from aimc_pl.devices import (
     analog_layers,
     dynamic_transfer,
+    mixed_precision,
     residual_learning,
     soft_bounds,
     symmetric_point_tracking,
 )
+from aimc_pl.errors import UsageError
+from aimc_pl.export import to_digital
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 
@@ -588,3 +599,51 @@ def test_the_same_trainer_fits_twice(monkeypatch):
     assert trainer.global_step == 6
     assert any(not torch.equal(before[name], value) for name, value in weights(module).items())
     assert measured == [1]
+
+
+# ------------------------------------------------------------------- crossbars
+
+
+class Thaws(BaseFinetuning):
+    """Freezes a layer until epoch 1."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.net[2])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[2], optimizer)
+
+
+SETTING = {
+    "pruning": ModelPruning("l1_unstructured", amount=0.5),
+    "stochastic averaging": StochasticWeightAveraging(0.05, 1),
+    "finetuning": Thaws(),
+    "moving average": EMAWeightAveraging(decay=0.9),
+}
+
+
+@pytest.mark.parametrize("callback", SETTING)
+def test_callbacks_that_read_or_set_weights_are_refused_with_analog_layers(callback):
+    strategy = AnalogPipelineStrategy(2, "sync", 2, {"net.0": "soft_bounds"}, ["net.2"])
+    with pytest.raises(
+        UsageError, match="reads or sets weights, which crossbars do not allow: leave out the callback, or"
+    ):
+        fit(MLP(), strategy, callbacks=[copy.deepcopy(SETTING[callback])], precision="32-true", max_epochs=1)
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+@pytest.mark.parametrize("device", ["pulses", "mixed precision", "digital"])
+def test_clipping_reaches_all_but_crossbars_that_learn_by_pulses(schedule, device, caplog):
+    caplog.set_level("INFO")
+    devices = {"pulses": soft_bounds(), "mixed precision": mixed_precision(soft_bounds()), "digital": None}
+    strategy = AnalogPipelineStrategy(2, schedule, 2, devices[device], ["net.2"])
+    L.seed_everything(5)
+    module = MLP()
+    before = [layer.weight.detach().clone() for layer in module.net if isinstance(layer, nn.Linear)]
+    precision = "64-true" if device == "digital" else "32-true"
+    fit(module, strategy, precision=precision, max_epochs=1, gradient_clip_val=1e-6)
+    after = [layer.weight for layer in to_digital(module).net if isinstance(layer, nn.Linear)]
+    moved = max((now - then).abs().max() for now, then in zip(after, before, strict=True))
+    is_told = "gradient_clip_val clips the gradients of digital parameters only" in caplog.text
+    assert (moved > 1e-3) == is_told == (device == "pulses")

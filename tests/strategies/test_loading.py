@@ -154,3 +154,20 @@ def test_classes_that_are_not_admitted_are_refused(tmp_path):
         load_checkpoint(nn.Sequential(nn.Linear(4, 3)), tmp_path / "net.pt")
     # A module with tiles of this class admits it.
     load_checkpoint(network, tmp_path / "net.pt")
+
+
+def test_an_argument_that_the_class_does_not_have_is_refused(checkpoints):
+    path, _, _ = checkpoints["digital"]
+    with pytest.raises(UsageError, match="Saved has no argument 'widht': it has width"):
+        load_from_checkpoint(Saved, path, widht=9)
+    assert load_from_checkpoint(Saved, path, width=9, map_location="cpu", strict=True).hparams["width"] == 9
+
+
+def test_a_class_with_any_arguments_gets_them(checkpoints):
+    class Open(Saved):
+        def __init__(self, width: int, **options: str):
+            super().__init__(width)
+            self.options = options
+
+    path, _, _ = checkpoints["digital"]
+    assert load_from_checkpoint(Open, path, colour="red").options == {"colour": "red"}
