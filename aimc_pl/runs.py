@@ -74,6 +74,8 @@ def draw_runs(runs: Mapping[str, History], metric: str = "val/accuracy") -> Figu
         UsageError: if no run has logged the metric together with the progress.
     """
     check_instance("runs", runs, Mapping, "a mapping from names to histories")
+    if not runs:
+        raise UsageError("give at least one run to compare, such as compare({'a': history(\"logs/a\")})")
     lines = {
         progress: {name: line for name, rows in runs.items() if (line := _line(rows, progress, metric))}
         for progress in PROGRESS

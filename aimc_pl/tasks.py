@@ -173,4 +173,9 @@ def _configured(module: nn.Module, make: OptimizerCallable, scheduler: LRSchedul
     for group in optimizer.param_groups:
         if isinstance(group.get("lr"), float):
             check_number("lr of the optimizer", group["lr"])
-    return optimizer if scheduler is None else ([optimizer], [scheduler(optimizer)])
+    if scheduler is None:
+        return optimizer
+    try:
+        return [optimizer], [scheduler(optimizer)]
+    except ValueError as error:
+        raise UsageError(f"lr_scheduler cannot be made: {error}") from error

@@ -77,8 +77,8 @@ def tell_of_clipping(module: nn.Module) -> None:
     """Say that the clipping of gradients does not reach crossbars that learn by pulses, if there are any."""
     if any(map(learns_by_pulses, module.parameters())):
         rank_zero_info(
-            "gradient_clip_val clips the gradients of digital parameters only: layers that learn by pulses keep none. "
-            "For smaller updates of these, lower the learning rate"
+            "clipping applies to the gradients of digital parameters only: layers that learn by pulses keep none. For "
+            "smaller updates of these, lower the learning rate"
         )
 
 

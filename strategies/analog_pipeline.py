@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, override
 import lightning.pytorch as pl
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -222,7 +223,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         check_updates(self._module, optimizer)
         check_closure(optimizer, stages_update_apart=self.schedule.is_async or self.is_multiprocess)
         analog_parts.convert_optimizer(self._module, optimizer, self.analog_lr_scale)
-        if trainer.gradient_clip_val:
+        if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", self._module, pl.LightningModule):
             analog_parts.tell_of_clipping(self._module)
 
     # --------------------------------------------------------------- training

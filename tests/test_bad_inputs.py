@@ -321,6 +321,10 @@ COMMANDS = {
         [STRATEGY + "device={class_path: soft_bounds, init_args: {tau: 3}}"],
         "strategy.device: write class_path: aimc_pl.devices.NAME, such as aimc_pl.devices.soft_bounds, with tau in",
     ),
+    "a scheduler of no steps": (
+        ["--model.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr=1"],
+        "lr_scheduler cannot be made: You must define either total_steps OR",
+    ),
     "a scheduler whose name two classes have": (
         ["--model.lr_scheduler=ReduceLROnPlateau", "--model.lr_scheduler.mode=min"],
         "several classes have the name ReduceLROnPlateau: give the path of one, such as torch.optim.",

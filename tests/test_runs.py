@@ -172,6 +172,8 @@ def test_an_unknown_metric_is_refused(folder):
     with pytest.raises(UsageError, match=r"runs must be a mapping from names to histories, got \[{") as error:
         draw_runs(history(folder / "csv"), "accuracy")
     assert len(str(error.value)) <= 200
+    with pytest.raises(UsageError, match=r"give at least one run to compare, such as compare"):
+        compare([])
     with pytest.raises(UsageError, match=r"no run has metric 'a': 1 runs have logged nothing"):
         draw_runs({"empty": []}, "a")
 

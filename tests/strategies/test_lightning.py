@@ -645,5 +645,16 @@ def test_clipping_reaches_all_but_crossbars_that_learn_by_pulses(schedule, devic
     fit(module, strategy, precision=precision, max_epochs=1, gradient_clip_val=1e-6)
     after = [layer.weight for layer in to_digital(module).net if isinstance(layer, nn.Linear)]
     moved = max((now - then).abs().max() for now, then in zip(after, before, strict=True))
-    is_told = "gradient_clip_val clips the gradients of digital parameters only" in caplog.text
+    is_told = "clipping applies to the gradients of digital parameters only" in caplog.text
     assert (moved > 1e-3) == is_told == (device == "pulses")
+
+
+@pytest.mark.parametrize(("device", "precision"), [("soft_bounds", "32-true"), (None, "64-true")])
+def test_a_module_that_clips_by_itself_is_told_of_crossbars(device, precision, caplog):
+    class Clips(MLP):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.clip_gradients(optimizer, 0.1, "norm")
+
+    caplog.set_level("INFO")
+    fit(Clips(), AnalogPipelineStrategy(2, "sync", 2, device, ["net.2"]), precision=precision, max_epochs=1)
+    assert ("clipping applies to the gradients of digital" in caplog.text) == (device is not None)
