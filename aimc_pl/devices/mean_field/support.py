@@ -176,7 +176,8 @@ def _check_tracking(compound: TrackingCompound) -> None:
 def _check_one_sided(cell: OneSidedUnitCell) -> None:
     devices = cell.unit_cell_devices
     if len(devices) not in (1, 2) or devices[0] != devices[-1]:
-        raise UsageError(f"a OneSidedUnitCell needs one device, or two equal ones, got {len(devices)} that differ")
+        given = ", ".join(type(device).__name__ for device in devices) or "none"
+        raise UsageError(f"a OneSidedUnitCell needs one device, or two equal ones, got {given}")
     check_number("refresh_every", cell.refresh_every, at_least=0, whole=True)
     for name in ("refresh_lower_thres", "refresh_upper_thres"):
         check_number(name, getattr(cell, name), at_least=0, at_most=1)
