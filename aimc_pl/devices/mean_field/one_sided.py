@@ -38,6 +38,9 @@ class OneSidedSimulatorTile(CompoundSimulatorTile):
         x_size: number of inputs.
         d_size: number of outputs.
         rpu_config: the configuration, whose device is a ``OneSidedUnitCell``.
+
+    Attributes:
+        signs: the direction of the pulses of each crossbar, 1 for up, and the sign of its weights.
     """
 
     _difference: Tensor
@@ -46,8 +49,7 @@ class OneSidedSimulatorTile(CompoundSimulatorTile):
         super().__init__(x_size, d_size, rpu_config)
         cell: Any = rpu_config.device
         self._cell: OneSidedUnitCell = cell
-        self._signs = (1, -1) if cell.copy_inverted else (1, 1)
-        """The sign of a crossbar's weights and pulses."""
+        self.signs = (1, -1) if cell.copy_inverted else (1, 1)
         self._num_vectors = 0
         if cell.copy_inverted:
             self.crossbars[1].hidden.copy_(self.crossbar.hidden)
@@ -66,7 +68,7 @@ class OneSidedSimulatorTile(CompoundSimulatorTile):
 
     def set_weights(self, weight: Tensor) -> None:
         """Program positive weights on P and negative ones on M, and the other device of each pair to zero."""
-        for sign, crossbar, part in zip(self._signs, self.crossbars, _parts(weight), strict=True):
+        for sign, crossbar, part in zip(self.signs, self.crossbars, _parts(weight), strict=True):
             crossbar.write(sign * part)
         self._num_vectors = 0
         self._add_up()
@@ -102,20 +104,20 @@ class OneSidedSimulatorTile(CompoundSimulatorTile):
     def _send(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, rate: float, update: Any) -> Tensor | float:
         """Move P by the pulses up and M by the pulses down. Return the share of the pulses that trains cannot hold."""
         *pulses, cut = self.crossbar.draw_pulses(x, error, vectors, rate, update)
-        for sign, crossbar, some in zip(self._signs, self.crossbars, pulses, strict=True):
+        for sign, crossbar, some in zip(self.signs, self.crossbars, pulses, strict=True):
             crossbar.move_one_way(some, upward=sign > 0)
         return cut
 
     def _refresh(self) -> None:
         """Reset the pairs of which both devices are far up, and write their differences again."""
         cell = self._cell
-        plus, minus = (sign * self._read(crossbar) for sign, crossbar in zip(self._signs, self.crossbars, strict=True))
+        plus, minus = (sign * self._read(crossbar) for sign, crossbar in zip(self.signs, self.crossbars, strict=True))
         w_max = cell.unit_cell_devices[0].w_max
         due = torch.maximum(plus, minus) / w_max > cell.refresh_upper_thres
         due &= torch.minimum(plus, minus) / w_max > cell.refresh_lower_thres
         if not due.any():
             return
-        for sign, crossbar in zip(self._signs, self.crossbars, strict=True):
+        for sign, crossbar in zip(self.signs, self.crossbars, strict=True):
             crossbar.reset(due, sign)
         columns = due.any(0).nonzero()[:, 0]
         lines = torch.eye(self.x_size, device=columns.device)[columns]
@@ -133,7 +135,7 @@ class OneSidedSimulatorTile(CompoundSimulatorTile):
         return self._product(weight, lines, ROWS, io, has_bound_management(io)).T
 
     def _add_up(self) -> None:
-        (_, plus), (sign, minus) = zip(self._signs, self.crossbars, strict=True)
+        (_, plus), (sign, minus) = zip(self.signs, self.crossbars, strict=True)
         torch.sub(plus.weight, minus.weight, alpha=sign, out=self._difference)
 
 

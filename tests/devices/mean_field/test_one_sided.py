@@ -26,6 +26,7 @@ from aihwkit.simulator.presets import PCMPreset, PCMPresetDevice
 from torch import nn
 
 from aimc_pl.devices import MeanFieldRPUConfig, pcm, to_mean_field
+from aimc_pl.devices.saturation import saturated_fraction
 from aimc_pl.errors import UsageError
 
 ALIKE = {"w_max_dtod": 0.0, "w_min_dtod": 0.0, "dw_min_dtod": 0.0, "up_down_dtod": 0.0}
@@ -65,7 +66,9 @@ DEVICES = {
     "piecewise": PiecewiseStepDevice(**RANGE, piecewise_up=[1.5, 1.2, 0.9, 0.3], piecewise_down=[0.2, 1, 1.1, 2]),
     "constant": ConstantStepDevice(**RANGE),
     "soft bounds": SoftBoundsDevice(**RANGE),
-    "linear, fixed noise": LinearStepDevice(**TWO_SIDED, mult_noise=False, gamma_up_dtod=0.0, gamma_down_dtod=0.0),
+    "linear, fixed noise": LinearStepDevice(
+        **TWO_SIDED | {"dw_min_std": 1.0}, mult_noise=False, gamma_up_dtod=0.0, gamma_down_dtod=0.0
+    ),
     "reference": SoftBoundsReferenceDevice(**TWO_SIDED, reference_mean=0.1, reference_std=0.0, slope_up_dtod=0.0),
 }
 
@@ -207,22 +210,30 @@ def test_new_weights_are_positive_on_one_device_and_negative_on_the_other():
     assert torch.equal(tile.get_weights()[0], plus - minus)
 
 
+def test_a_device_at_the_bound_where_it_starts_is_not_saturated():
+    layer = AnalogLinear(6, 4, bias=False, rpu_config=pcm().rpu_config)
+    layer.set_weights(torch.zeros(4, 6))
+    assert saturated_fraction(layer) == 0
+    (tile,) = layer.analog_tiles()
+    tile.set_weights(torch.full((4, 6), -9.0))
+    assert saturated_fraction(layer) == 0.5
+
+
 def losses(config, seeds=14, steps=60):
-    """Return the losses of a linear regression in the second half of training, on new tiles ``(seeds,)``."""
+    """Return the mean losses of a linear regression in the thirds of training, on new tiles ``(seeds, 3)``."""
     found = []
     for seed in range(seeds):
         torch.manual_seed(seed)
         layer, target = AnalogLinear(6, 4, bias=False, rpu_config=config), torch.randn(4, 6) * 0.3
         optimizer = AnalogSGD(layer.parameters(), lr=0.02)
-        late = 0.0
-        for step, batch in enumerate(torch.randn(steps, 10, 6)):
+        found.append([])
+        for batch in torch.randn(steps, 10, 6):
             loss = (layer(batch) - batch @ target.T).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            late += loss.item() if step >= steps // 2 else 0.0
-        found.append(late / (steps - steps // 2))
-    return torch.tensor(found)
+            found[-1].append(loss.item())
+    return torch.tensor(found).view(seeds, 3, -1).mean(2)
 
 
 LEARNING = {"phase change": PCMPresetDevice(), "soft bounds": SoftBoundsDevice(**RANGE | {"dw_min": 0.005})}
@@ -233,7 +244,7 @@ LEARNING = {"phase change": PCMPresetDevice(), "soft bounds": SoftBoundsDevice(*
 def test_learning_is_aihwkits(name, sample_pulses):
     """Compare the loss, which falls to less than a half, over 14 seeds: within 5 standard errors.
 
-    One in 30,000 random seeds would exceed this.
+    One in 30,000 random seeds would exceed this in one of the three comparisons.
     """
     config = PCMPreset()
     config.device.unit_cell_devices = [LEARNING[name]]
@@ -277,7 +288,7 @@ def test_an_array_of_tiles_learns():
 @pytest.mark.parametrize("backend", ["mean_field", "bits"])
 def test_a_resumed_run_equals_the_uninterrupted_one(backend):
     config = pcm(backend).rpu_config
-    config.device.refresh_every, config.device.units_in_mbatch = 25, False
+    config.device.refresh_every, config.device.units_in_mbatch = 35, False
     config.device.refresh_upper_thres = 0.1
     config.device.refresh_lower_thres = 0.05
 
