@@ -58,6 +58,7 @@ _NAMES = {
     "aihwkit.simulator.tiles.floating_point": ("FloatingPointTile",),
     "aimc_pl.devices.mean_field.chopped": ("ChoppedTransferSimulatorTile", "DynamicTransferSimulatorTile"),
     "aimc_pl.devices.mean_field.mixed_precision": ("MixedPrecisionSimulatorTile", "MixedPrecisionTile"),
+    "aimc_pl.devices.mean_field.one_sided": ("OneSidedSimulatorTile",),
     "aimc_pl.devices.mean_field.quantized": ("NoisyQuantizedDevice", "NoisyQuantizedSimulatorTile"),
     "aimc_pl.devices.mean_field.tile": (
         "MeanFieldRPUConfig",

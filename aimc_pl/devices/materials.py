@@ -6,7 +6,7 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.presets.devices import ReRamArrayHfO2PresetDevice, ReRamArrayOMPresetDevice
 from aihwkit.simulator.presets.utils import PresetIOParameters, PresetUpdateParameters
 
-from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, described, simulated
+from aimc_pl.devices.catalogue import AnalogDevice, Backend, described, simulated
 
 
 @described
@@ -100,9 +100,13 @@ def idealized(backend: Backend = "mean_field") -> AnalogDevice:
 
 
 @described
-def pcm() -> AnalogDevice:
-    """Pairs of one-sided phase-change devices that are refreshed, fitted to measurements (runs on aihwkit)."""
-    return ConfiguredDevice(presets.PCMPreset())
+def pcm(backend: Backend = "mean_field") -> AnalogDevice:
+    """Pairs of one-sided phase-change devices that are refreshed, fitted to measurements (aihwkit's preset).
+
+    Args:
+        backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.
+    """
+    return simulated(presets.PCMPreset(), backend)
 
 
 def _on_presets_crossbar(device: PulsedDevice, backend: Backend) -> AnalogDevice:

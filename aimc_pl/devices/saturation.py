@@ -1,5 +1,7 @@
 """This module measures what keeps analog layers from learning: weights at a bound, and too short pulse trains."""
 
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from aimc_pl.devices.mean_field import MeanFieldTile
 from aimc_pl.devices.mean_field.crossbar import Tally
+from aimc_pl.devices.mean_field.one_sided import OneSidedSimulatorTile
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
 
 _MARGIN = 0.05
@@ -23,13 +26,18 @@ def positions(layer: Any) -> list[Tensor]:
         layer: an analog layer. Only its mean-field tiles count.
 
     Returns:
-        a vector for each crossbar. It is 1 for a cross-point whose weight cannot change.
+        a vector for each crossbar. It is 1 for a cross-point whose weight cannot change, and 0 for a one-sided device
+        that is in the half of its range where it starts.
     """
     found = []
-    for crossbar in (crossbar for tile in _mean_field_tiles(layer) for crossbar in tile.crossbars):
+    tiles = _mean_field_tiles(layer)
+    for crossbar, sign in ((crossbar, sign) for tile in tiles for crossbar, sign in _crossbars(tile)):
         weight = crossbar.weight
         lower, upper = (torch.as_tensor(bound, device=weight.device) for bound in crossbar.bounds)
         position = (2 * weight - lower - upper) / (upper - lower)
+        if sign != 0:
+            # The bound at which a one-sided device starts does not stop it.
+            position = (sign * position).clamp(min=0) * sign
         found.append(torch.where(upper > lower, position, 1.0).flatten())
     return found
 
@@ -58,6 +66,12 @@ def cut_fraction(layer: Any) -> float:
             fractions.append(float(crossbar.tally.cut) / crossbar.tally.num_updates)
             crossbar.tally = Tally()
     return max(fractions)
+
+
+def _crossbars(tile: MeanFieldSimulatorTile) -> Iterable[tuple[Any, int]]:
+    """Return the crossbars of a tile, each with the direction of its pulses, or 0 for both."""
+    signs = tile.signs if isinstance(tile, OneSidedSimulatorTile) else repeat(0)
+    return zip(tile.crossbars, signs, strict=False)
 
 
 def _mean_field_tiles(layer: Any) -> list[MeanFieldSimulatorTile]:

@@ -164,6 +164,7 @@ def test_speedups_in_many_stages_are_ratios_of_cycles():
     }
     rows = as_text(
         {"seed": 0, "kind": "analog", "schedule": schedule, "num_stages": m, "part": "val", "accuracy": accuracy}
+        | {"remedies": "none"}
         | {"mini_batches": 10 * (point + 1), "cycles": 170 * (point + 1)}
         for (schedule, m), values in accuracies.items()
         for point, accuracy in enumerate(values)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from aimc_pl.devices.mean_field import kernels
 from aimc_pl.devices.mean_field.converters import is_simple, kernel_arguments
-from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, is_managed, sampled_counts
+from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, is_managed, sampled_counts, whole_counts
 from aimc_pl.devices.mean_field.random_table import LENGTH, TableGenerator, gaussian, tables, uniform
-from aimc_pl.devices.mean_field.response import LinearResponse, Number, Response, response_of
+from aimc_pl.devices.mean_field.response import LinearResponse, Number, Response, after_pulse, response_of
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 ROWS = Vectors(-1)
@@ -175,6 +175,56 @@ class Crossbar(nn.Module):
         kernels.transfer(source.numpy(), self.weight.numpy(), column, *kernel_arguments(io), *loop)
         return True
 
+    def draw_pulses(
+        self,
+        x: Tensor,
+        error: Tensor,
+        vectors: Vectors | Patches,
+        learning_rate: float,
+        update: UpdateParameters,
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Draw how many pulses up and down every cross-point gets, and leave the weights alone.
+
+        For the arguments see :meth:`pulse`.
+
+        Returns:
+            Two tensors ``(out, in)`` of whole numbers, and the share of the pulses that do not fit into the trains.
+        """
+        counts = self._count(x, error, vectors, learning_rate, update, 0.0)
+        if self._sample_pulses:
+            return (counts.total + counts.net) / 2, (counts.total - counts.net) / 2, counts.cut
+        return *whole_counts(counts, self._generator), counts.cut
+
+    def move_one_way(self, pulses: Tensor, upward: bool) -> None:
+        """Move every weight by its number ``(out, in)`` of pulses, one after another, all up or all down."""
+        weight = (self._persistent if self._write_noise > 0 else self.weight).view(-1)
+        moving = pulses.flatten().nonzero()[:, 0]
+        remaining, hidden = pulses.flatten()[moving], self.hidden.flatten(1)
+        is_uniform = hidden.shape[1] == 1
+        hidden = hidden if is_uniform else hidden[:, moving]
+        while len(moving) > 0:
+            values = dict(zip(self.names, hidden, strict=True))
+            before = weight[moving]
+            weight[moving] = after_pulse(before, self._device, values, upward, self._gaussian(before))
+            remaining -= 1
+            more = remaining > 0
+            moving, remaining = moving[more], remaining[more]
+            hidden = hidden if is_uniform else hidden[:, more]
+        if self._write_noise > 0:
+            noisy = torch.add(self._persistent, self._gaussian(self.weight), alpha=self._write_noise)
+            self.weight.copy_(torch.where(pulses > 0, noisy, self.weight))
+
+    def reset(self, where: Tensor, sign: int = 1) -> None:
+        """Reset some weights, to the value (times ``sign``) to which their devices return, with noise.
+
+        Args:
+            where: a mask ``(out, in)`` of these weights.
+            sign: 1 or −1.
+        """
+        target = sign * self.hidden[self.names.index("reset_bias")]
+        target = torch.add(target, self._gaussian(self.weight), alpha=self._device.reset_std)
+        self.weight.copy_(torch.where(where, self.response.clip(target), self.weight))
+
     def program(self, residual: Tensor, shown: Tensor, scales: Tensor | None) -> None:
         """Move the weights by what has changed of a tensor that shows them, in whole pulses, and show the new weights.
 
@@ -305,9 +355,16 @@ class Crossbar(nn.Module):
         return reach, counts.cut
 
     def _count(
-        self, x: Tensor, error: Tensor, vectors: Vectors | Patches, learning_rate: float, update: UpdateParameters
+        self,
+        x: Tensor,
+        error: Tensor,
+        vectors: Vectors | Patches,
+        learning_rate: float,
+        update: UpdateParameters,
+        spread: float | None = None,
     ) -> Counts:
-        settings = learning_rate, self.granularity, update, self.response.spread, self._generator
+        spread = self.response.spread if spread is None else spread
+        settings = learning_rate, self.granularity, update, spread, self._generator
         if not self._sample_pulses:
             return expected_counts(x, error, vectors, *settings)
         if isinstance(vectors, Patches):

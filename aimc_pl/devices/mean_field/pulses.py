@@ -136,6 +136,32 @@ def sampled_counts(
     return Counts(net, total, (net * spread**2, total * spread**2), trains.cut)
 
 
+def whole_counts(counts: Counts, generator: TableGenerator) -> tuple[Tensor, Tensor]:
+    """Draw whole numbers of pulses up and down with the mean and variance of expected counts, from binomials.
+
+    Given how often an error line fires, these are the exact distributions for a single vector.
+
+    Args:
+        counts: the result of :func:`expected_counts` without ``spread``.
+        generator: draws the numbers.
+    """
+    net, total, (net_variance, total_variance), _ = counts
+    ups, downs = (
+        _of_mean_and_variance((total + sign * net) / 2, (total_variance + sign * net_variance) / 2, generator)
+        for sign in (1, -1)
+    )
+    return ups, downs
+
+
+def _of_mean_and_variance(mean: Tensor, variance: Tensor, generator: TableGenerator) -> Tensor:
+    # Where the variance is that of a Poisson distribution, a binomial with many trials stands for it.
+    probability = (1 - variance / mean).clamp_(1e-3, 1)
+    trials = (mean / probability).round_().maximum(mean.ceil())
+    probability = torch.where(mean > 0, mean / trials, 0.0)
+    drawn = torch.binomial(torch.where(mean > 0, trials, 0.0).cpu(), probability.cpu(), generator)
+    return drawn.to(mean.device)
+
+
 class _Trains(NamedTuple):
     """The pulse trains of every vector.
 

@@ -7,9 +7,9 @@ dw/dt = U·up(w) − D·down(w) over one unit of time, and every pulse adds a va
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import batched, chain
-from math import ceil
+from math import ceil, exp
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ Number = Tensor | float
 """One value for all cross-points, or one per cross-point ``(out, in)``."""
 
 _Curve = Callable[[Tensor], Tensor]
+_Deviation = Callable[[Tensor, Tensor], Number]
+"""The standard deviation of a step from cycle to cycle, as a function of the step and of the weight."""
+
 _Pair = tuple[Tensor, Tensor]
 
 SUPPORTED_DEVICES = (
@@ -45,6 +48,9 @@ SUPPORTED_DEVICES = (
     PiecewiseStepDevice,
 )
 """The device classes of aihwkit for which :func:`response_of` has a response."""
+
+_CURVED = (ExpStepDevice, PowStepDevice, PiecewiseStepDevice)
+"""Those whose steps are no linear functions of the weight."""
 
 _SECOND_ORDER_REACH = 0.02
 """Below this reach, motions are computed to second order (error 1e-4), and variances at the start (error 2 %)."""
@@ -211,6 +217,7 @@ class CurvedResponse(Response):
         upper: see :class:`Response`.
         steepness: see :class:`Response`; a step in units of the range.
         spread: see :class:`Response`.
+        deviation: the standard deviation of a step, where it is no multiple of the step. ``spread`` is then 0.
     """
 
     def __init__(
@@ -221,10 +228,12 @@ class CurvedResponse(Response):
         upper: Number,
         steepness: float,
         spread: float,
+        deviation: _Deviation | None = None,
     ) -> None:
         super().__init__(lower, upper, steepness, spread)
         self.up = up
         self.down = down
+        self.deviation = deviation
 
     def move(self, weight: Tensor, counts: Counts, reach: float) -> Tensor:
         """See :meth:`Response.move`."""
@@ -241,7 +250,10 @@ class CurvedResponse(Response):
                 up, down = self.up(middle), self.down(middle)
                 motion = ups * up - downs * down
                 (slope,) = torch.autograd.grad(motion.sum(), middle)
-            added = (total + net) * up.detach() ** 2 + (total - net) * down.detach() ** 2
+            middle, up, down = middle.detach(), up.detach(), down.detach()
+            added = (total + net) * up**2 + (total - net) * down**2
+            if self.deviation is not None:
+                added += ups * self.deviation(up, middle) ** 2 + downs * self.deviation(down, middle) ** 2
             variance = variance * torch.exp(2 * slope) + added * torch.exp(slope)
             self.clip(weight.add_(motion.detach()))
         return variance
@@ -257,35 +269,94 @@ def response_of(device: PulsedDevice, hidden: Mapping[str, Number], whole_pulses
             the factor is exp(μk), its mean over Poisson counts n of mean μ.
     """
     values: Any = device  # some fields exist on some devices only
-    up, down = hidden["dwmin_up"], hidden["dwmin_down"]
-    lower, upper = hidden["min_bound"], hidden["max_bound"]
-    spread = values.dw_min_std
-    if isinstance(device, ExpStepDevice | PowStepDevice | PiecewiseStepDevice):
-        steepness = (_typical(up) + _typical(down)) / _typical(_range(hidden))
-        if isinstance(device, PiecewiseStepDevice):
-            curves = _piecewise
-            steepness *= max(device.piecewise_up + device.piecewise_down)
-        else:
-            curves = _exponential if isinstance(device, ExpStepDevice) else _power
-        rise, fall = curves(values, hidden)
-        return CurvedResponse(rise, fall, lower, upper, steepness, spread)
-    slopes = hidden.get("slope_up", 0.0), hidden.get("slope_down", 0.0)
-    if isinstance(device, SoftBoundsReferenceDevice):
-        slopes = -_quotient(up, upper, positive=True), -_quotient(down, lower, positive=False)
-    reference = hidden.get("reference", 0.0)
+    up, down, spread = hidden["dwmin_up"], hidden["dwmin_down"], values.dw_min_std
+    lower, upper = _bounds(hidden)
+    if isinstance(device, _CURVED):
+        steepness = (_typical(up) + _typical(down)) / _typical(_range(hidden)) * _highest(values)
+        rise, fall = _steps(values, hidden)
+        if getattr(values, "dw_min_std_add", 0.0) == getattr(values, "dw_min_std_slope", 0.0) == 0:
+            return CurvedResponse(rise, fall, lower, upper, steepness, spread)
+        deviation = partial(_deviation, values, hidden, True)
+        return CurvedResponse(rise, fall, lower, upper, steepness, 0.0, deviation)
+    steps_up, steps_down = _lines(values, hidden)
     fixed = not getattr(values, "mult_noise", True)
-    steps_up = up + slopes[0] * reference, slopes[0]
-    steps_down = down + slopes[1] * reference, slopes[1]
     if whole_pulses:
         steps_up, steps_down = _compounded(*steps_up, 1), _compounded(*steps_down, -1)
     return LinearResponse(
         steps_up,
         steps_down,
-        lower - reference,
-        upper - reference,
+        lower,
+        upper,
         0.0 if fixed else spread,
         (spread * up, spread * down) if fixed else (0.0, 0.0),
     )
+
+
+def after_pulse(
+    weight: Tensor, device: PulsedDevice, hidden: Mapping[str, Number], upward: bool, noise: Tensor
+) -> Tensor:
+    """Return weights after one pulse each, which is exact for devices of few states and close to a bound, too.
+
+    Args:
+        weight: the weights before, of any shape.
+        device: see :func:`response_of`.
+        hidden: the parameters of these cross-points, as numbers or in the shape of the weights.
+        upward: whether the pulses go up.
+        noise: Gaussian numbers in the shape of the weights.
+    """
+    up, down = _steps(device, hidden)
+    step = up(weight) if upward else -down(weight)
+    moved = weight + step + _deviation(device, hidden, upward, step, weight) * noise
+    lower, upper = (torch.as_tensor(bound, device=weight.device) for bound in _bounds(hidden))
+    return moved.clamp_(lower, upper)
+
+
+def _bounds(hidden: Mapping[str, Number]) -> tuple[Number, Number]:
+    reference = hidden.get("reference", 0.0)
+    return hidden["min_bound"] - reference, hidden["max_bound"] - reference
+
+
+def _deviation(device: Any, hidden: Mapping[str, Number], upward: bool, step: Tensor, weight: Tensor) -> Number:
+    """Return the standard deviation of a step from cycle to cycle, in weight units."""
+    if not getattr(device, "mult_noise", True):
+        return device.dw_min_std * hidden["dwmin_up" if upward else "dwmin_down"]
+    size = step.abs()
+    if isinstance(device, ExpStepDevice):
+        size = size + device.dw_min_std_add + device.dw_min_std_slope * weight.abs()
+    return device.dw_min_std * size
+
+
+def _steps(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:
+    """Return the step up and the step down as functions of the weight."""
+    if isinstance(device, PiecewiseStepDevice):
+        return _piecewise(device, hidden)
+    if isinstance(device, _CURVED):
+        return (_exponential if isinstance(device, ExpStepDevice) else _power)(device, hidden)
+    (s_up, k_up), (s_down, k_down) = _lines(device, hidden)
+    return (lambda weight: s_up + k_up * weight), (lambda weight: s_down + k_down * weight)
+
+
+def _lines(device: Any, hidden: Mapping[str, Number]) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
+    """Return s₊ and k₊, s₋ and k₋ of a device whose steps are linear in the weight."""
+    up, down = hidden["dwmin_up"], hidden["dwmin_down"]
+    slopes = hidden.get("slope_up", 0.0), hidden.get("slope_down", 0.0)
+    if isinstance(device, SoftBoundsReferenceDevice):
+        upper, lower = hidden["max_bound"], hidden["min_bound"]
+        slopes = -_quotient(up, upper, positive=True), -_quotient(down, lower, positive=False)
+    reference = hidden.get("reference", 0.0)
+    return (up + slopes[0] * reference, slopes[0]), (down + slopes[1] * reference, slopes[1])
+
+
+def _highest(device: Any) -> float:
+    """Return the largest step of a curved device in units of its parameter ``dw_min``."""
+    if isinstance(device, PiecewiseStepDevice):
+        return max(device.piecewise_up + device.piecewise_down)
+    if not isinstance(device, ExpStepDevice):
+        return 1.0
+    ends = [2 * device.a * bound / (device.w_max - device.w_min) + device.b for bound in (device.w_min, device.w_max)]
+    ups = (1 - device.A_up * exp(device.gamma_up * end) for end in ends)
+    downs = (1 - device.A_down * exp(-device.gamma_down * end) for end in ends)
+    return max(1.0, *ups, *downs)
 
 
 def _exponential(device: Any, hidden: Mapping[str, Number]) -> tuple[_Curve, _Curve]:

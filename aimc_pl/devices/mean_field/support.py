@@ -10,6 +10,7 @@ from aihwkit.simulator.configs.compounds import (
     ChoppedTransferCompound,
     DynamicTransferCompound,
     MixedPrecisionCompound,
+    OneSidedUnitCell,
     TransferCompound,
 )
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, PulseType
@@ -17,6 +18,7 @@ from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType
 from aimc_pl.arguments import check_instance, check_number
 from aimc_pl.devices.mean_field.chopped import ChoppedTransferSimulatorTile, DynamicTransferSimulatorTile
 from aimc_pl.devices.mean_field.mixed_precision import MixedPrecisionSimulatorTile, MixedPrecisionTile
+from aimc_pl.devices.mean_field.one_sided import OneSidedSimulatorTile
 from aimc_pl.devices.mean_field.response import SUPPORTED_DEVICES
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile, MeanFieldTile
 from aimc_pl.devices.mean_field.tracking import TrackingCompound, TrackingSimulatorTile
@@ -32,8 +34,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _OFF: dict[str, dict[str, Any]] = {
     "device": {
         "diffusion": 0.0,
-        "dw_min_std_add": 0.0,
-        "dw_min_std_slope": 0.0,
         "count_pulses": False,
     },
     "compound": {"transfer_columns": True, "with_reset_prob": 0.0},
@@ -69,7 +69,7 @@ _COMPOUNDS: dict[type, type[MeanFieldSimulatorTile]] = {
     DynamicTransferCompound: DynamicTransferSimulatorTile,
     TrackingCompound: TrackingSimulatorTile,
 }
-"""The tiles that simulate devices of several crossbars."""
+"""The tiles that transfer between several crossbars."""
 
 _SHARED = ("device", "forward", "backward", "update", "mapping", "pre_post", "runtime")
 """The sections that the configuration of a mean-field tile shares with aihwkit's."""
@@ -82,8 +82,8 @@ def to_mean_field(config: _Config, sample_pulses: bool = False) -> MeanFieldRPUC
     """Return the configuration of a mean-field tile for the same crossbar, or the same compound of crossbars.
 
     Args:
-        config: aihwkit's configuration of a pulsed device, or of a compound for Tiki-Taka version 1 or 2 or for mixed
-            precision.
+        config: aihwkit's configuration of a pulsed device, of a pair of one-sided devices, or of a compound for
+            Tiki-Taka version 1 or 2 or for mixed precision.
         sample_pulses: see :class:`MeanFieldRPUConfig`.
 
     Raises:
@@ -97,7 +97,11 @@ def to_mean_field(config: _Config, sample_pulses: bool = False) -> MeanFieldRPUC
         device.transfer_forward.noise_management = NoiseManagementType.NONE
         device.transfer_forward.bound_management = BoundManagementType.NONE
     is_mixed = isinstance(device, MixedPrecisionCompound)
-    inner = MixedPrecisionSimulatorTile if is_mixed else _COMPOUNDS.get(type(device), MeanFieldSimulatorTile)
+    inner = _COMPOUNDS.get(type(device), MeanFieldSimulatorTile)
+    if is_mixed:
+        inner = MixedPrecisionSimulatorTile
+    elif isinstance(device, OneSidedUnitCell):
+        inner = OneSidedSimulatorTile
     return MeanFieldRPUConfig(
         **shared,
         sample_pulses=sample_pulses,
@@ -126,6 +130,13 @@ def check_support(config: _Config) -> None:
             _check_choppers(device)
         if isinstance(device, TrackingCompound):
             _check_tracking(device)
+    if isinstance(device, OneSidedUnitCell):
+        devices, updates, ios = (
+            device.unit_cell_devices,
+            [*updates, device.refresh_update],
+            [*ios, device.refresh_forward],
+        )
+        _check_one_sided(device)
     if isinstance(device, MixedPrecisionCompound):
         devices = [device.device]
         _check(device, _OFF["mixed precision"], {})
@@ -160,6 +171,20 @@ def _check_tracking(compound: TrackingCompound) -> None:
     check_number("tracking_rate", compound.tracking_rate, at_least=0, at_most=1)
     if len(compound.unit_cell_devices) != 2:
         raise UsageError(f"a TrackingCompound has two crossbars, got {len(compound.unit_cell_devices)}")
+
+
+def _check_one_sided(cell: OneSidedUnitCell) -> None:
+    devices = cell.unit_cell_devices
+    if len(devices) not in (1, 2) or devices[0] != devices[-1]:
+        given = ", ".join(type(device).__name__ for device in devices) or "none"
+        raise UsageError(f"a OneSidedUnitCell needs one device, or two equal ones, got {given}")
+    check_number("refresh_every", cell.refresh_every, at_least=0, whole=True)
+    for name in ("refresh_lower_thres", "refresh_upper_thres"):
+        check_number(name, getattr(cell, name), at_least=0, at_most=1)
+    if cell.refresh_every > 0:
+        check_number("w_max of a OneSidedUnitCell's device", devices[0].w_max, above=0)
+        # aihwkit's devices with write noise cannot be reset.
+        _check(devices[0], {"write_noise_std": 0.0}, {})
 
 
 def _check(section: Any, off: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> None:

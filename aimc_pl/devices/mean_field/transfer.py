@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
-from torch import Tensor, nn
+from aihwkit.simulator.configs.devices import PulsedDevice
+from torch import Tensor
 
+from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile
 from aimc_pl.devices.mean_field.converters import is_perfect
-from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar, split
-from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
+from aimc_pl.devices.mean_field.crossbar import ROWS, split
+from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
 
 
@@ -30,7 +32,7 @@ class _Progress:
     """The number of vectors so far."""
 
 
-class TransferSimulatorTile(MeanFieldSimulatorTile):
+class TransferSimulatorTile(CompoundSimulatorTile):
     """A tile with a chain of crossbars, as aihwkit's ``TransferCompound`` describes it.
 
     The products see Σ γₙ·Wₙ, the weighted sum of the crossbars' weights. Gradients send pulses to the first crossbar,
@@ -50,23 +52,16 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         super().__init__(x_size, d_size, rpu_config)
         compound: Any = rpu_config.device
         self._compound: TransferCompound = compound
-        devices: Any = compound.unit_cell_devices
-        self._crossbars = [self.crossbar, *(self._make_crossbar(devices[1]) for _ in devices[1:])]
-        self._chain = nn.ModuleList(self._crossbars)
-        self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(len(devices)))]
-        self._progress = _Progress([0] * len(devices))
+        count = len(self._crossbars)
+        self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(count))]
+        self._progress = _Progress([0] * count)
         self._is_sum = any(self._gammas[:-1])
         if self._is_sum:
             self.register_buffer("_sum", torch.zeros(d_size, x_size), persistent=False)
 
-    def _make_crossbar(self, device: Any) -> Crossbar:
-        is_compound = isinstance(device, TransferCompound)
-        return super()._make_crossbar(device.unit_cell_devices[0] if is_compound else device)
-
-    @property
-    def crossbars(self) -> Sequence[Crossbar]:
-        """See :meth:`MeanFieldSimulatorTile.crossbars`."""
-        return self._crossbars
+    def _devices(self, cell: Any) -> Sequence[PulsedDevice]:
+        first, *others = cell.unit_cell_devices
+        return [first, *(others[0] for _ in others)]
 
     @property
     def _weight(self) -> Tensor:
@@ -81,45 +76,17 @@ class TransferSimulatorTile(MeanFieldSimulatorTile):
         self._forget()
         self._add_up()
 
-    def decay(self) -> None:
-        """See :meth:`MeanFieldSimulatorTile.decay`."""
-        super().decay()
-        self._add_up()
-
-    def get_hidden_parameter_names(self) -> list[str]:
-        """Return the names of the cross-points' parameters, each followed by the number of its crossbar."""
-        return [f"{name}_{n}" for n, crossbar in enumerate(self.crossbars) for name in crossbar.names]
-
-    def get_hidden_parameters(self) -> Tensor:
-        """Return the parameters of the cross-points of all crossbars, ``(names, out, in)``."""
-        return torch.cat([crossbar.hidden.expand(-1, self.d_size, self.x_size) for crossbar in self.crossbars])
-
-    def set_hidden_parameters(self, params: Tensor) -> None:
-        """Replace the parameters of the cross-points of all crossbars."""
-        sizes = [len(crossbar.names) for crossbar in self.crossbars]
-        for crossbar, hidden in zip(self.crossbars, params.split(sizes), strict=True):
-            is_uniform = crossbar.hidden.shape[-1] == 1
-            crossbar.hidden = (hidden[:, :1, :1] if is_uniform else hidden).to(crossbar.hidden, copy=True)
-
     def dump_extra(self) -> dict[str, Any]:
         """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
-        return {
-            "generator": self._generator.get_state(),
-            "num_vectors": self._progress.num_vectors,
-            "columns": [*self._progress.columns],
-            "crossbars": [{"weight": one.weight.clone()} | one.extra() for one in self.crossbars],
-        } | {name: state.clone() for name, state in self._states().items()}
+        progress = {"num_vectors": self._progress.num_vectors, "columns": [*self._progress.columns]}
+        return super().dump_extra() | progress | {name: state.clone() for name, state in self._states().items()}
 
     def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
         """See :meth:`MeanFieldSimulatorTile.load_extra`."""
-        self._generator.set_state(extra["generator"].cpu())
         self._progress = _Progress([*extra["columns"]], extra["num_vectors"])
-        for crossbar, state in zip(self.crossbars, extra["crossbars"], strict=True):
-            crossbar.weight.copy_(state["weight"])
-            crossbar.load_extra(state)
         for name, state in self._states().items():
             state.copy_(extra[name])
-        self._add_up()
+        super().load_extra(extra, strict)
 
     def _states(self) -> dict[str, Tensor]:
         """Return the digital numbers of the tile, by their names in a checkpoint."""

@@ -27,10 +27,11 @@ DEVICES = {
     "reference": SoftBoundsReferenceDevice(reference_mean=0.05, reference_std=0.03),
     "reference, alike": SoftBoundsReferenceDevice(dw_min=0.004, **ALIKE),
     "exponential": ExpStepDevice(dw_min=0.004),
+    "exponential, complex noise": ExpStepDevice(dw_min=0.004, dw_min_std_add=0.004, dw_min_std_slope=0.05),
     "power": PowStepDevice(dw_min=0.004, pow_gamma=1.7),
     "piecewise": PiecewiseStepDevice(dw_min=0.004, piecewise_up=[1.5, 1.2, 0.9, 0.3], piecewise_down=[0.2, 1, 1.1, 2]),
 }
-CURVED = ("exponential", "power", "piecewise")
+CURVED = ("exponential", "exponential, complex noise", "power", "piecewise")
 SIZE = (5, 6)
 STEPS = {"compiled": lambda response, *args: response.step(*args), "torch": Response.step}
 """A step on a CPU, which is compiled for linear responses, and as on other devices."""
@@ -141,7 +142,8 @@ def test_whole_pulses_are_single_steps(name, pulses, direction, step):
 def test_deviation_of_few_pulses(name, step):
     """Compare the variance at a fixed weight with U·up²(1 + σ²) + D·down²(1 + σ²).
 
-    U and D are the mean numbers of pulses, which are Poisson. Some devices take σ relative to the step at weight 0.
+    U and D are the mean numbers of pulses, which are Poisson. Some devices take σ relative to the step at weight 0, and
+    some to the sum of the step, a constant, and a multiple of the weight.
     """
     device, hidden = drawn(name)
     response = response_of(device, hidden, whole_pulses=False)
@@ -151,8 +153,9 @@ def test_deviation_of_few_pulses(name, step):
     up, down = steps(device, hidden)
     sigma = device.dw_min_std
     fixed = not getattr(device, "mult_noise", True)
+    added = getattr(device, "dw_min_std_add", 0.0) + getattr(device, "dw_min_std_slope", 0.0) * np.abs(w)
     of_up, of_down = (
-        (np.asarray(torch.as_tensor(hidden[key])) if fixed else step(w)) * sigma
+        (np.asarray(torch.as_tensor(hidden[key])) if fixed else step(w) + added) * sigma
         for key, step in (("dwmin_up", up), ("dwmin_down", down))
     )
     u, d = ups.double().numpy(), downs.double().numpy()

@@ -1,11 +1,10 @@
 """These tests check what the mean-field tile simulates, and that it refuses what only aihwkit simulates."""
 
 import pytest
-from aihwkit.simulator.configs import ConstantStepDevice, SingleRPUConfig
-from aihwkit.simulator.configs.devices import OneSidedUnitCell, PowStepReferenceDevice, SoftBoundsDevice
+from aihwkit.simulator.configs import ConstantStepDevice, SingleRPUConfig, UnitCellRPUConfig
+from aihwkit.simulator.configs.devices import PowStepReferenceDevice, SoftBoundsDevice, VectorUnitCell
 from aihwkit.simulator.configs.utils import DriftParameter
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, PulseType
-from aihwkit.simulator.presets import PCMPreset
 
 from aimc_pl.devices import DEVICES, MeanFieldRPUConfig, ecram, reram_es, soft_bounds, to_mean_field
 from aimc_pl.errors import UsageError
@@ -21,8 +20,7 @@ def changed(section, name, value):
     ("config", "named"),
     [
         (SingleRPUConfig(device=PowStepReferenceDevice()), "PowStepReferenceDevice"),
-        (SingleRPUConfig(device=OneSidedUnitCell()), "OneSidedUnitCell"),
-        (PCMPreset(), "PCMPresetUnitCell"),
+        (UnitCellRPUConfig(device=VectorUnitCell(unit_cell_devices=[ConstantStepDevice()])), "VectorUnitCell"),
         (SingleRPUConfig(device=SoftBoundsDevice(lifetime=9.0, write_noise_std=1.0)), "lifetime=9.0"),
         (changed("device", "drift", DriftParameter(nu=0.1)), "nu=0.1"),
         (changed("update", "pulse_type", PulseType.DETERMINISTIC_IMPLICIT), "pulse_type"),

@@ -23,6 +23,7 @@ from aihwkit.simulator.configs.devices import (
 from torch import nn
 
 from aimc_pl.devices import (
+    ConfiguredDevice,
     capacitor,
     convert_to_analog,
     dynamic_transfer,
@@ -119,6 +120,9 @@ CATALOGUE = {
     "exp_step": exp_step(gamma=3.0, backend="aihwkit"),
     "exp_step, write noise": exp_step(gamma=1.0, write_noise=20.0, backend="aihwkit"),
     "exp_step, not alike": exp_step(device_to_device=0.2, backend="aihwkit"),
+    "exp_step, complex noise": ConfiguredDevice(
+        SingleRPUConfig(device=ExpStepDevice(dw_min=0.002, dw_min_std_add=0.003, dw_min_std_slope=0.02))
+    ),
     "pow_step": pow_step(gamma=3.0, backend="aihwkit"),
     "pow_step, write noise": pow_step(gamma=0.5, write_noise=20.0, backend="aihwkit"),
     "pow_step, not alike": pow_step(device_to_device=0.2, backend="aihwkit"),
