@@ -32,7 +32,7 @@ from torch import nn
 from torch.distributed import DistNetworkError
 
 from aimc_pl.arguments import check_number, shown
-from aimc_pl.callbacks import ClockMonitor, PipelineBar
+from aimc_pl.callbacks import ClockMonitor, Dashboard, PipelineBar
 from aimc_pl.cli import STRICT, TRAINING, Help, described, without_markup
 from aimc_pl.config_files import with_kept_strategies, with_shipped_configs
 from aimc_pl.data import InMemoryImages, PydocText
@@ -257,14 +257,17 @@ class AnalogCLI(CheckpointReadingCLI):
         for name, value in (item for results in tested for item in results.items()):
             console.print(f"{name:<24} {value:.4f}")
         # Lightning adds the attribute outside of the class.
-        for callback in self.trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks: list[Callback] = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        for callback in callbacks:
             if isinstance(callback, ClockMonitor):
                 console.print(callback.report(), soft_wrap=True)
+        has_dashboard = any(isinstance(callback, Dashboard) for callback in callbacks)
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 tensorboard = Path(sys.executable).with_name("tensorboard")
                 console.print(f"To watch it: {tensorboard} --logdir {logger.root_dir}", soft_wrap=True)
-                console.print("and open http://localhost:6006/#custom_scalars")
+                # Without the callback this page of TensorBoard is empty.
+                console.print(f"and open http://localhost:6006/{'#custom_scalars' if has_dashboard else ''}")
 
 
 class _CheckingCLI(AnalogCLI):

@@ -129,6 +129,16 @@ def test_resume_from_the_command_line(command, monkeypatch):
     assert Path("logs/digits_sync/version_2").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("callbacks", "page"), [("[{class_path: aimc_pl.callbacks.Dashboard}]", "#custom_scalars"), ("[]", "")]
+)
+def test_a_run_names_the_page_of_tensorboard_that_has_charts(callbacks, page, command, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "fit", lambda self, *args, **others: None)
+    command("fit", "--config=digits_async.yaml", "--test_after_fit=false", f"--trainer.callbacks={callbacks}")
+    assert capsys.readouterr().out.endswith(f"and open http://localhost:6006/{page}\n")
+
+
 @pytest.fixture
 def given_checkpoints(monkeypatch):
     """The ``ckpt_path`` that the Trainer gets from the command, which runs nothing."""

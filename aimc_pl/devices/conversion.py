@@ -158,7 +158,8 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     Tiles learn by pulses from the gradient and the learning rate alone. Tiles in mixed precision take all.
     """
     groups = [group for group in optimizer.param_groups if any(map(learns_by_pulses, group["params"]))]
-    name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, AnalogOptimizerMixin))
+    mixins = (AnalogOptimizerMixin, _WithOwnRates, _ThenScalesRates)
+    name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, mixins))
     ignored = {key for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
     if not groups or (name == "SGD" and not ignored):
         return None
@@ -167,8 +168,8 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) * scale for group in groups}))
     layers = [layer for layer in analog_layers(network) if any(map(learns_by_pulses, layer.parameters()))]
     return (
-        f"{len(layers)} analog layers learn by pulses, at the learning rate {rates}: {rule} applies to "
-        "digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
+        f"{len(layers)} analog layer{'s learn' if len(layers) > 1 else ' learns'} by pulses, at the learning rate "
+        f"{rates}: {rule} applies to digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
     )
 
 

@@ -190,6 +190,22 @@ def test_what_analog_layers_do_not_take_from_the_optimizer_is_said(make, line):
     assert said is None if line is None else said.startswith("2 analog layers learn by pulses, ") and line in said
 
 
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (torch.optim.SGD, None),
+        (torch.optim.AdamW, "1 analog layer learns by pulses, at the learning rate 0.1: the update rule of AdamW "),
+    ],
+)
+def test_a_learning_rate_of_their_own_leaves_the_name_of_the_optimizer(make, line):
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    convert_to_analog(network, {"0": "soft_bounds"})
+    optimizer = make(network.parameters(), lr=1e-3)
+    make_analog_aware(optimizer, lr_scale=100)
+    said = describe_updates(network, optimizer)
+    assert said is None if line is None else said.startswith(line)
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_device_shows_the_call_that_makes_it(name):
     assert repr(DEVICES[name]()) == f"{name}()"

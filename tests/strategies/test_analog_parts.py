@@ -83,7 +83,7 @@ def test_the_optimizer_updates_tiles(make, lines, told):
     optimizer = make(net.parameters(), lr=0.5)
     analog_parts.convert_optimizer(net, optimizer)
     assert len(told) == lines
-    assert all(line.startswith("1 analog layers learn by pulses, at the learning rate 0.5: ") for line in told)
+    assert all(line.startswith("1 analog layer learns by pulses, at the learning rate 0.5: ") for line in told)
     before = net[0].get_weights()[0].clone()
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()

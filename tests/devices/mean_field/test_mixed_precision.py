@@ -419,7 +419,7 @@ def test_nothing_of_the_optimizer_is_lost():
     convert_to_analog(network, {"0": mixed_precision(), "2": "soft_bounds"})
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     make_analog_aware(optimizer)
-    assert describe_updates(network, optimizer).startswith("1 analog layers learn by pulses, at the learning rate 0.1")
+    assert describe_updates(network, optimizer).startswith("1 analog layer learns by pulses, at the learning rate 0.1")
     network = perceptron((5, 6, 3))
     convert_to_analog(network, mixed_precision())
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
