@@ -344,14 +344,15 @@ def draw(rows: Sequence[Row]) -> Figure:
             settings = [Setting(kind, "async", m, name) for m in stages]
             behind = [100 * (prompt - last(rows, **setting._asdict())) for setting in settings]
             by_stages.errorbar(stages, [b.mean() for b in behind], [*map(half_width, behind)], label=what, **options)
-            for target, marker in zip(TARGETS, ("o", "s"), strict=True):
+            for target, marker, alpha in zip(TARGETS, ("o", "s"), (0.45, 1), strict=True):
                 values = [speedups(rows, setting, target, Setting(kind, "async", 1)) for setting in settings]
                 speedup.errorbar(
                     stages,
                     [v.mean() for v in values],
                     [*map(half_width, values)],
-                    label=f"{what}, to {target:.0%}",
+                    label=f"{what}, async, to {target:.0%}",
                     markersize=4,
+                    alpha=alpha,
                     **options | {"marker": marker},
                 )
     by_stages.axhline(1, color=GREY, linewidth=1)
