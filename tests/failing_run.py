@@ -36,9 +36,9 @@ POINTS = (
     "checkpoint",
     "train end",
 )
-KINDS = ("kill", "stop", "raise")
+FEW = ("before joining", "first step", "step", "validation step", "checkpoint", "train end")
 RANKS = range(3)
-FAILURES = [*product(KINDS, POINTS, RANKS)]
+FAILURES = [*product(("kill",), POINTS, RANKS), *product(("stop", "raise"), FEW, RANKS)]
 CASES = [
     *FAILURES,
     *product(("terminate",), ("step", "validation step"), RANKS),
