@@ -419,7 +419,7 @@ def test_other_mistakes(case, monkeypatch):
 @pytest.mark.slow
 def test_a_new_module_is_evaluated_with_a_remark(monkeypatch, caplog):
     monkeypatch.setattr(sys, "argv", ["aimc-pl"])
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "lightning.pytorch")
     main(["test", "--config=digits_sync.yaml", "--trainer.logger=false", "--trainer.limit_test_batches=1"])
     assert "--ckpt_path is not set: the weights are those that the module begins with" in caplog.text
 

@@ -635,7 +635,7 @@ def test_callbacks_that_read_or_set_weights_are_refused_with_analog_layers(callb
 @pytest.mark.parametrize("schedule", ["sync", "async"])
 @pytest.mark.parametrize("device", ["pulses", "mixed precision", "digital"])
 def test_clipping_reaches_all_but_crossbars_that_learn_by_pulses(schedule, device, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "lightning.pytorch")
     devices = {"pulses": soft_bounds(), "mixed precision": mixed_precision(soft_bounds()), "digital": None}
     strategy = AnalogPipelineStrategy(2, schedule, 2, devices[device], ["net.2"])
     L.seed_everything(5)
@@ -655,6 +655,6 @@ def test_a_module_that_clips_by_itself_is_told_of_crossbars(device, precision, c
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
             self.clip_gradients(optimizer, 0.1, "norm")
 
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "lightning.pytorch")
     fit(Clips(), AnalogPipelineStrategy(2, "sync", 2, device, ["net.2"]), precision=precision, max_epochs=1)
     assert ("clipping applies to the gradients of digital" in caplog.text) == (device is not None)
