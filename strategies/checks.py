@@ -122,6 +122,7 @@ def check_analog_callbacks(trainer: "pl.Trainer") -> None:
     """
     if not analog_layers(trainer.lightning_module):
         return
+    # Lightning adds the attribute outside of the class.
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, BaseFinetuning | ModelPruning | StochasticWeightAveraging | WeightAveraging):
             raise UsageError(
