@@ -16,9 +16,9 @@ from pathlib import Path
 import lightning as L
 import torch
 from forked import fork
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_modules import Attributes, loader
+from ports import free_port
 
 from aimc_pl.strategies import AnalogPipelineStrategy
 
@@ -164,7 +164,7 @@ class Run:
         self.folder = folder / " ".join(map(str, case))
         self.folder.mkdir()
         self.listener = socket.create_server(("127.0.0.1", 0)) if case[0] == "taken port" else None
-        port = self.listener.getsockname()[1] if self.listener else find_free_network_port()
+        port = self.listener.getsockname()[1] if self.listener else free_port()
         self.processes = {self.start(rank, port): rank for rank in RANKS}
         self.exits = {}
         self.since = time.monotonic()

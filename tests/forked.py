@@ -11,7 +11,7 @@ from pathlib import Path
 import omegaconf  # noqa: F401, like the next import
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from ports import free_port
 
 import aimc_pl.devices.checkpoint  # noqa: F401, here once, or every process would load it and omegaconf
 
@@ -54,7 +54,7 @@ def fork_ranks(world, call, folder):
         RuntimeError: if a process fails, with the end of all outputs.
     """
     outputs = [Path(folder) / f"{world} {rank}.txt" for rank in range(world)]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port()}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [fork(call, output, LOCAL_RANK=rank, **address) for rank, output in enumerate(outputs)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
     if any(codes):
@@ -70,7 +70,7 @@ def make_in_two(call, folder, monkeypatch):
         monkeypatch: sets the environment of this process, until the test ends.
     """
     result, output = Path(folder) / "rank 1.pt", Path(folder) / "rank 1.txt"
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
     copy = fork(lambda: torch.save(call(), result), output, LOCAL_RANK=1, **address)
     try:
         for name, value in (address | {"LOCAL_RANK": 0}).items():

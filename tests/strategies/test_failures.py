@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from failing_run import CASES, FAILURES, RANKS, START_TIMEOUT
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from long_run import train
+from ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +156,7 @@ def assert_goes_on(folder):
 @pytest.mark.filterwarnings("ignore:given by every process")  # long_run warns on purpose
 @pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGSTOP])
 def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
-    process = start(["8"], {"MASTER_PORT": str(find_free_network_port())}, tmp_path)
+    process = start(["8"], {"MASTER_PORT": str(free_port())}, tmp_path)
     wait_for_steps(tmp_path, [process])
     ours = session(process)
     ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ours if pid != process.pid}
@@ -173,7 +173,7 @@ def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
 @pytest.mark.filterwarnings("ignore:given by every process")  # long_run warns on purpose
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_to_all_ends_all(ends, tmp_path):
-    port = str(find_free_network_port())
+    port = str(free_port())
     addresses = [{"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in RANKS]
     processes = [start(["20"], address, tmp_path) for address in addresses]
     wait_for_steps(tmp_path, processes)

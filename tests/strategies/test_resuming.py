@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from ports import free_port
 from resuming_cases import CASES, CROSSING, INTERRUPTED, INTERRUPTIONS, LAST_STEP, NETWORKS, NOISY, PLACES
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent.parent / "resuming_cases.py"
 
 
 def launch(folder, world, parts):
-    ports = [str(find_free_network_port()) for _ in range(100)] if world > 1 else []
+    ports = [str(free_port()) for _ in range(100)] if world > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     processes = []
     for rank in range(world):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from multiprocess_cases import CASES, assert_same
+from ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def hosts():
 
 @pytest.mark.usefixtures("one_thread")
 def test_nodes_train_as_one_process_does(tmp_path):
-    port = find_free_network_port()
+    port = free_port()
     nodes = [run("multiprocess_cases.py", tmp_path, node, "127.0.0.1", port) for node in range(2)]
     assert [node.wait(timeout=200) for node in nodes] == [0, 0], outputs(tmp_path)
     results = torch.load(tmp_path / "results of 2.pt", weights_only=False)
@@ -71,7 +71,7 @@ def test_nodes_train_as_one_process_does(tmp_path):
 
 
 def test_a_cut_cable_ends_the_run(hosts, tmp_path):
-    port = find_free_network_port()
+    port = free_port()
     nodes = [
         run("long_run.py", tmp_path, node, "10.77.0.1", port, ["ip", "netns", "exec", host])
         for node, host in enumerate(hosts)
