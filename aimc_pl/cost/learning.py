@@ -1,6 +1,6 @@
 """This module reads from the configuration of a layer's tiles how the layer learns: pulses, transfers, buffers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aimc_pl.errors import UsageError
@@ -17,6 +17,7 @@ class Learning:
         pulses: the length of a pulse train; ``None`` for the hardware's mean.
         crossbars: the number of crossbars that hold the layer's weights.
         crossbars_in_products: the number of crossbars that a product reads.
+        crossbars_in_updates: the number of crossbars that one train of pulses changes.
         transfers_per_vector: the number of transfers for every pair of an input and an error.
         transfers_per_call: the number of transfers for every call.
         transfer_pulses: the length of the pulse train that writes a column; ``None`` for the hardware's mean.
@@ -27,6 +28,7 @@ class Learning:
     pulses: int | None = None
     crossbars: int = 1
     crossbars_in_products: int = 1
+    crossbars_in_updates: int = 1
     transfers_per_vector: float = 0.0
     transfers_per_call: float = 0.0
     transfer_pulses: int | None = None
@@ -39,7 +41,7 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
 
     Where transfers pass through more than two crossbars, those from all crossbars count if ``transfer_every_vec`` says
     how often each is transferred. Otherwise only those from the first one count, because the others are rarer by the
-    number of outputs.
+    number of outputs. What refreshes a one-sided pair of devices is left out, because it depends on the data.
 
     Args:
         rpu_config: the configuration of the layer's tiles.
@@ -49,11 +51,15 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
     Raises:
         UsageError: if products see the digital numbers of ``symmetric_point_tracking``.
     """
+    from aihwkit.simulator.configs import VectorUnitCellUpdatePolicy
     from aihwkit.simulator.configs.compounds import (
         BufferedTransferCompound,
         ChoppedTransferCompound,
         MixedPrecisionCompound,
+        OneSidedUnitCell,
+        ReferenceUnitCell,
         TransferCompound,
+        VectorUnitCell,
     )
 
     from aimc_pl.devices.mean_field.tracking import TrackingCompound
@@ -62,7 +68,14 @@ def learning_of(rpu_config: Any, columns: int, vectors: int) -> Learning:
     pulses = _train_length(getattr(rpu_config, "update", None))
     if isinstance(device, MixedPrecisionCompound):
         written = columns * min(1.0, vectors / max(device.transfer_every, 1))
-        return Learning(pulses, transfers_per_call=written, transfer_pulses=1, is_digital=True)
+        cell = learning_of(device, columns, vectors)  # a compound also has its cross-points in `device`
+        return replace(cell, pulses=pulses, transfers_per_call=written, transfer_pulses=1, is_digital=True)
+    if isinstance(device, OneSidedUnitCell | ReferenceUnitCell):
+        return Learning(pulses, crossbars=2, crossbars_in_products=2)
+    if isinstance(device, VectorUnitCell):
+        crossbars = len(device.unit_cell_devices)
+        pulsed = crossbars if device.update_policy == VectorUnitCellUpdatePolicy.ALL else 1
+        return Learning(pulses, crossbars, sum(map(bool, device.gamma_vec)) or crossbars, pulsed)
     if not isinstance(device, TransferCompound):
         return Learning(pulses)
     crossbars = len(device.unit_cell_devices)

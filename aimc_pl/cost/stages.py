@@ -220,7 +220,8 @@ def _pulses(matrix: Matrix, hardware: Hardware) -> Cost:
     A digital unit looks for the largest input and the largest error of every pair, which set the pulses.
     """
     numbers = matrix.rows + matrix.columns
-    pulses = _written(matrix.rows * matrix.columns, matrix.learning.pulses, hardware)
+    weights = matrix.rows * matrix.columns * matrix.learning.crossbars_in_updates
+    pulses = _written(weights, matrix.learning.pulses, hardware)
     search = _digital(numbers, hardware, _tiles(matrix, hardware))
     return (pulses + search + _moved(numbers, hardware)) * matrix.vectors_learning
 
@@ -235,11 +236,11 @@ def _gradient(matrix: Matrix, hardware: Hardware) -> Cost:
 def _transfer(matrix: Matrix, hardware: Hardware) -> Cost:
     """Return the cost of a transfer of a layer, which all its tiles make at the same time.
 
-    It reads a column of one crossbar, if there are several, and writes a column to the next by pulses.
+    It writes a column by pulses, which it has read from the crossbar before unless the gradient is digital.
     """
     column = matrix.rows * ceil(matrix.columns / hardware.tile_size.value)
     cost = _written(column, matrix.learning.transfer_pulses, hardware)
-    if matrix.learning.crossbars > 1:
+    if not matrix.learning.is_digital:
         energies = {
             "crossbars": column * hardware.forward_energy.value,
             "converters": column * hardware.adc_energy.value,

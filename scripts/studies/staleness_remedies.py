@@ -99,8 +99,7 @@ def settings(quick: bool) -> list[Setting]:
         if quick:
             names, pairs = names[:1], []
         found.append(Setting(algorithm, 1, "none"))
-        found += [Setting(algorithm, m, name) for m in stages for name in ("none", *names)]
-        found += [Setting(algorithm, stages[-1], pair) for pair in pairs]
+        found += [Setting(algorithm, m, name) for m in stages for name in ("none", *names, *pairs)]
         if not quick:
             found += [Setting(algorithm, m, FULL_DUPLEX) for m in stages]
             found += [Setting(algorithm, m, SMALL_STAGES) for m in stages if m < DEPTH]

@@ -3,6 +3,14 @@
 from dataclasses import replace
 
 import pytest
+from aihwkit.simulator.configs import DigitalRankUpdateRPUConfig, UnitCellRPUConfig, VectorUnitCellUpdatePolicy
+from aihwkit.simulator.configs.compounds import (
+    MixedPrecisionCompound,
+    OneSidedUnitCell,
+    ReferenceUnitCell,
+    VectorUnitCell,
+)
+from aihwkit.simulator.configs.devices import SoftBoundsDevice
 from matrices import trained
 from torch import nn, randn
 
@@ -97,6 +105,30 @@ def test_transfers_between_several_crossbars_add_up():
     assert learning == Learning(crossbars=4, crossbars_in_products=4, transfers_per_call=1 + 1 / 4 + 1 / 5)
     rarely = learning_of(residual_learning(num_crossbars=4).rpu_config, 64, 10)
     assert rarely.transfers_per_call == 1.0
+
+
+@pytest.mark.parametrize(
+    ("cell", "read", "pulsed"),
+    [
+        (OneSidedUnitCell(unit_cell_devices=[SoftBoundsDevice()]), 2, 1),
+        (ReferenceUnitCell(unit_cell_devices=[SoftBoundsDevice()]), 2, 1),
+        (VectorUnitCell(unit_cell_devices=[SoftBoundsDevice()] * 3), 3, 3),
+        (VectorUnitCell(unit_cell_devices=[SoftBoundsDevice()] * 3, gamma_vec=[1.0, 0.0, 0.1]), 2, 3),
+        (VectorUnitCell([SoftBoundsDevice()] * 3, update_policy=VectorUnitCellUpdatePolicy.SINGLE_RANDOM), 3, 1),
+    ],
+)
+def test_cells_of_several_devices_take_a_crossbar_each(cell, read, pulsed):
+    crossbars = max(2, len(cell.unit_cell_devices))
+    learning = learning_of(UnitCellRPUConfig(device=cell), 64, 10)
+    assert learning == Learning(None, crossbars, read, pulsed)
+    one, several = cost_of(), cost_of(learning=learning)
+    assert several.num_tiles == crossbars * one.num_tiles
+    assert several.forward.joules["crossbars"] == pytest.approx(read * one.forward.joules["crossbars"])
+    assert several.update.joules["crossbars"] == pytest.approx(pulsed * one.update.joules["crossbars"])
+    assert several.update.seconds == one.update.seconds
+    mixed = DigitalRankUpdateRPUConfig(device=MixedPrecisionCompound(device=cell, transfer_every=5))
+    programmed = learning_of(mixed, 64, 10)
+    assert (programmed.crossbars, programmed.crossbars_in_products, programmed.is_digital) == (crossbars, read, True)
 
 
 def test_tracking_transfers_through_digital_numbers_and_products_with_these_are_refused():
