@@ -1,11 +1,13 @@
 """This study asks how far the asynchronous speedup carries: 1 to 16 stages with all layers analog, and a control.
 
 It is Figure 4 of the paper with the paper's eight micro-batches. A narrow `ConvNet` learns CIFAR-10, with all
-convolutions and the linear layer in mixed precision on soft-bounds devices, or digitally. With 12 and 16 stages, two
-remedies against stale weights are tried too: those that were best for a smaller network in ``staleness_remedies.py``.
-For each kind of layers, schedule, number of stages and remedy, the learning rate is the one with the best accuracy on
-validation images, for a seed that counts for nothing else. The grid of rates grows until its best is inside. Then other
-seeds are trained. Speedups are measured on validation images, and each run reads the test images once, at its end.
+convolutions and the linear layer in mixed precision on soft-bounds devices, or digitally. With 12 and 16 stages, a
+remedy against stale weights is tried too: the optimizer `AsyncNAdam`, which was as good as any other remedy in
+``staleness_remedies.py``, and takes no clock cycles. One stage with the same optimizer shows what it does without
+staleness. For each kind of layers, schedule, number of stages and remedy, the learning rate is the one with the best
+accuracy on validation images, for a seed that counts for nothing else. The grid of rates grows until its best is
+inside. Then other seeds are trained. Speedups are measured on validation images, and each run reads the test images
+once, at its end.
 
 `none` and `sync` do the same arithmetic with any number of stages. One run therefore stands for both, and their clock
 cycles are computed from the schedule. Runs that the CSV file already holds are not repeated. Usage:
@@ -13,7 +15,7 @@ cycles are computed from the schedule. Runs that the CSV file already holds are 
     .venv/bin/python scripts/studies/many_stages.py --data data --folder docs/results
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import groupby, product
 from typing import Any, Literal, NamedTuple
@@ -31,13 +33,13 @@ from aimc_pl.callbacks import ClockMonitor
 from aimc_pl.data import CIFAR10
 from aimc_pl.data.images import InMemoryImages
 from aimc_pl.devices import mixed_precision, soft_bounds
-from aimc_pl.figures import BLACK, GREY, ORANGE, PURPLE, styled
+from aimc_pl.figures import GREY, ORANGE, styled
 from aimc_pl.figures import LAYERS as KINDS
 from aimc_pl.figures import SCHEDULES as COLORS
 from aimc_pl.models import ConvNet
 from aimc_pl.optim import AsyncNAdam
 from aimc_pl.schedule import Schedule, ScheduleName
-from aimc_pl.strategies import AnalogPipelineStrategy, Remedy, StageLearningRate, SyncStart
+from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
 from aimc_pl.studies.statistics import estimate, half_width
@@ -89,36 +91,34 @@ SPLITS: dict[int, list[str] | None] = {
 }
 """Where the stages begin: convolutions with 8 stages, and with 16 also BatchNorms and the linear layer."""
 
-CONTROL_STAGES = (1, 4, 8, 16)
+CONTROL_STAGES = (1, 8, 16)
 """The numbers of stages with digital layers."""
 
-LINES = (BLACK, ORANGE, PURPLE)
-"""Colours of remedies, of which the first stands for none."""
-
-DEEP_STAGES = (12, 16)
-"""The numbers of stages with remedies."""
-
-REMEDIES: dict[str, list[Remedy]] = {
-    "AsyncNAdam": [],  # an optimizer
-    "lower rates + start in sync": [StageLearningRate(0.5), SyncStart(44)],  # for a quarter of an epoch
-}
+REMEDY = "AsyncNAdam"
+REMEDY_STAGES = (1, 12, 16)
+"""The numbers of stages with the remedy."""
 
 
 def settings(quick: bool) -> list[Setting]:
     """Return the settings whose learning rates are tuned."""
-    stages, control, deep, remedies = tuple(SPLITS), CONTROL_STAGES, DEEP_STAGES, [*REMEDIES]
-    if quick:
-        stages, control, deep, remedies = (1, 16), (), (16,), remedies[-1:]
-    found = [Setting("analog", "sync", 1), *(Setting("analog", "async", m) for m in stages)]
-    found += [Setting("analog", "async", m, name) for name in remedies for m in deep]
-    if control:
-        found += [Setting("digital", "sync", 1), *(Setting("digital", "async", m) for m in control)]
+    stages, remedied, control = (1, 16), (1, 16), ()
+    if not quick:
+        stages, remedied, control = SPLITS, REMEDY_STAGES, CONTROL_STAGES
+    found: list[Setting] = []
+    groups: list[tuple[Kind, str, Iterable[int]]] = [
+        ("analog", "none", stages),
+        ("analog", REMEDY, remedied),
+        ("digital", "none", control),
+    ]
+    for kind, remedy, numbers in groups:
+        if numbers:
+            found += [Setting(kind, "sync", 1, remedy), *(Setting(kind, "async", m, remedy) for m in numbers)]
     return found
 
 
 def first_rates(setting: Setting, quick: bool) -> tuple[float, ...]:
     """Return the learning rates from which the grid of a setting grows."""
-    rates = ADAM_RATES if setting.remedies == "AsyncNAdam" else FIRST_RATES
+    rates = ADAM_RATES if setting.remedies == REMEDY else FIRST_RATES
     return rates[:1] if quick else rates
 
 
@@ -169,7 +169,7 @@ def run(
         kind: of all convolutions and of the linear layer.
         schedule: of the pipeline.
         num_stages: one of :data:`SPLITS`.
-        remedies: one of :data:`REMEDIES`, or ``"none"``.
+        remedies: :data:`REMEDY` or ``"none"``.
         epochs: length of the run, and of the cosine.
         learning_rate: at the start; it falls by a cosine.
         seed: of weights, devices and the order of images. That of the tuning has other validation images, and no test.
@@ -188,7 +188,6 @@ def run(
         NUM_MICROBATCHES,
         device=ANALOG if kind == "analog" else None,
         split_at=SPLITS[num_stages],
-        remedies=REMEDIES.get(remedies, []),
         on_nonfinite="warn",  # a rate that is too large is not the best one
     )
     trainer = pl.Trainer(
@@ -205,7 +204,7 @@ def run(
     )
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        if remedies == "AsyncNAdam":
+        if remedies == REMEDY:
             return AsyncNAdam(parameters, num_stages, learning_rate, weight_decay=0.05)
         return torch.optim.SGD(parameters, learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
@@ -261,18 +260,18 @@ def speedups(rows: Sequence[Row], setting: Setting, target: float, over: Setting
     return np.divide(alone, ours, out=np.full_like(ours, np.nan), where=np.isfinite(alone) & np.isfinite(ours))
 
 
-def finished(rows: Sequence[Row], kind: Kind, remedies: str = "none") -> list[int]:
+def finished(rows: Sequence[Row], kind: Kind, remedies: str) -> list[int]:
     """Return the numbers of stages of the asynchronous runs that have ended, with as many seeds as `sync` has."""
-    tested = select(rows, kind=kind, part="test")
+    tested = select(rows, kind=kind, part="test", remedies=remedies)
     needed = len(select(tested, schedule="sync"))
-    stages = [m for m in SPLITS if len(select(tested, **Setting(kind, "async", m, remedies)._asdict())) == needed]
-    return stages if needed and select(tested, **Setting(kind, "async", 1)._asdict()) else []
+    stages = [m for m in SPLITS if len(select(tested, schedule="async", num_stages=m)) == needed]
+    return stages if needed and 1 in stages else []
 
 
 def report(rows: Sequence[Row], rates: dict[Setting, float]) -> None:
     """Print learning rates, accuracies, what `async` loses to `sync`, speedups, and whether the goal is reached."""
     kinds: tuple[Kind, ...] = ("analog", "digital")
-    for kind, name in product(kinds, ("none", *REMEDIES)):
+    for kind, name in product(kinds, ("none", REMEDY)):
         for m in finished(rows, kind, name):
             report_setting(rows, Setting(kind, "async", m, name), rates)
 
@@ -280,29 +279,42 @@ def report(rows: Sequence[Row], rates: dict[Setting, float]) -> None:
 def report_setting(rows: Sequence[Row], setting: Setting, rates: dict[Setting, float]) -> None:
     """Print the report of an asynchronous setting beside `sync`."""
     kind, _, m, name = setting
+    remedy = "" if name == "none" else f", {name}"
     prompt = Setting(kind, "sync", 1)
     if m == 1:
-        print(f"{kind} none, sync: rate {rates[prompt]}, test accuracy {shown(last(rows, **prompt._asdict()), 4)}")
+        ours = Setting(kind, "sync", 1, name)
+        print(f"{kind} none, sync{remedy}: rate {rates[ours]}, test accuracy {shown(last(rows, **ours._asdict()), 4)}")
     behind = last(rows, **prompt._asdict()) - last(rows, **setting._asdict())
-    how = f"{kind} async, {m} stages{'' if name == 'none' else f', {name}'}"
-    print(f"{how}: rate {rates[setting]}, test accuracy {shown(last(rows, **setting._asdict()), 4)}")
+    print(
+        f"{kind} async, {m} stages{remedy}: rate {rates[setting]}, test accuracy "
+        f"{shown(last(rows, **setting._asdict()), 4)}"
+    )
     print(f"    points behind sync, same seed: {shown(100 * behind)}")
     for target in TARGETS:
         sync = Schedule("sync", m, NUM_MICROBATCHES).speedup()
         print(f"    clock cycles to {target}, times fewer than without a pipeline (sync {sync:.2f}):")
-        references = {"the same updates": Setting(kind, "async", 1), "an update per mini-batch": prompt}
-        for words, over in references.items():
-            values = speedups(rows, setting, target, over)
-            if np.isnan(values).any():
-                print(f"        {words}: {np.isfinite(values).sum()} of {len(values)} seeds get there")
-                continue
-            share, low, high = estimate(values / m)
-            print(f"        {words}: {shown(values)}, {share:.2f} ± {share - low:.2f} M{above(share, low)}")
-            if m >= 12:
-                print(f"            goal of 0.8 M: {verdict(-high, -low, -0.8)}")
+        for other in dict.fromkeys((name, "none")):
+            words = f", {other}" if other != "none" else ""
+            references = {
+                f"the same updates{words}": Setting(kind, "async", 1, other),
+                f"an update per mini-batch{words}": Setting(kind, "sync", 1, other),
+            }
+            for reference, over in references.items():
+                report_speedup(reference, speedups(rows, setting, target, over), m)
     if m >= 12:
         low, high = estimate(behind)[1:]
         print(f"    goal of one point of sync: {verdict(low, high, 0.01)}")
+
+
+def report_speedup(reference: str, values: np.ndarray, num_stages: int) -> None:
+    """Print the speedups of all seeds over a reference."""
+    if np.isnan(values).any():
+        print(f"        {reference}: {np.isfinite(values).sum()} of {len(values)} seeds get there")
+        return
+    share, low, high = estimate(values / num_stages)
+    print(f"        {reference}: {shown(values)}, {share:.2f} ± {share - low:.2f} M{above(share, low)}")
+    if num_stages >= 12:
+        print(f"            goal of 0.8 M: {verdict(-high, -low, -0.8)}")
 
 
 def above(share: float, low: float) -> str:
@@ -328,33 +340,33 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(10, 5), layout="constrained")
     by_epoch, by_stages, speedup = figure.subplots(1, 3)
     kinds: tuple[tuple[Kind, str], ...] = (("analog", "-"), ("digital", "--"))
-    for kind, style in kinds:
-        for number, name in enumerate(("none", *REMEDIES)):
-            stages = finished(rows, kind, name)
-            if not stages:
-                continue
-            what = kind if name == "none" else f"{kind}, {name}"
-            last_setting = Setting(kind, "async", stages[-1], name)
-            shown_in_full = [last_setting, Setting(kind, "sync", 1)] if name == "none" else [last_setting]
-            for setting in shown_in_full:
-                draw_learning(by_epoch, rows, setting, what, style, number)
-            color = LINES[number] if number else KINDS[kind]
-            options: Any = {"color": color, "linestyle": style, "marker": ".", "capsize": 2}
-            prompt = last(rows, kind=kind, schedule="sync")
-            settings = [Setting(kind, "async", m, name) for m in stages]
-            behind = [100 * (prompt - last(rows, **setting._asdict())) for setting in settings]
-            by_stages.errorbar(stages, [b.mean() for b in behind], [*map(half_width, behind)], label=what, **options)
-            for target, marker, alpha in zip(TARGETS, ("o", "s"), (0.45, 1), strict=True):
-                values = [speedups(rows, setting, target, Setting(kind, "async", 1)) for setting in settings]
-                speedup.errorbar(
-                    stages,
-                    [v.mean() for v in values],
-                    [*map(half_width, values)],
-                    label=f"{what}, async, to {target:.0%}",
-                    markersize=4,
-                    alpha=alpha,
-                    **options | {"marker": marker},
-                )
+    for (kind, style), name in product(kinds, ("none", REMEDY)):
+        stages = finished(rows, kind, name)
+        if not stages:
+            continue
+        what = kind if name == "none" else f"{kind}, {name}"
+        shown_in_full = [Setting(kind, "async", stages[-1], name)]
+        if name == "none":
+            shown_in_full.append(Setting(kind, "sync", 1))
+        for setting in shown_in_full:
+            draw_learning(by_epoch, rows, setting, what, style)
+        color = KINDS[kind] if name == "none" else ORANGE
+        options: Any = {"color": color, "linestyle": style, "marker": ".", "capsize": 2}
+        prompt = last(rows, **Setting(kind, "sync", 1)._asdict())
+        settings = [Setting(kind, "async", m, name) for m in stages]
+        behind = [100 * (prompt - last(rows, **setting._asdict())) for setting in settings]
+        by_stages.errorbar(stages, [b.mean() for b in behind], [*map(half_width, behind)], label=what, **options)
+        for target, marker, alpha in zip(TARGETS, ("o", "s"), (0.45, 1), strict=True):
+            values = [speedups(rows, setting, target, Setting(kind, "async", 1, name)) for setting in settings]
+            speedup.errorbar(
+                stages,
+                [v.mean() for v in values],
+                [*map(half_width, values)],
+                label=f"{what}, async, to {target:.0%}",
+                markersize=4,
+                alpha=alpha,
+                **options | {"marker": marker},
+            )
     by_stages.axhline(1, color=GREY, linewidth=1)
     stages = list(SPLITS)
     sync = [Schedule("sync", m, NUM_MICROBATCHES).speedup() for m in stages]
@@ -372,12 +384,12 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw_learning(axes: Axes, rows: Sequence[Row], setting: Setting, what: str, style: str, number: int) -> None:
+def draw_learning(axes: Axes, rows: Sequence[Row], setting: Setting, what: str, style: str) -> None:
     """Draw the accuracy of a setting by epoch."""
     mine = select(rows, part="val", **setting._asdict())
     epochs = curves(mine, "mini_batches")[0] / (45_000 // BATCH_SIZE)
     label = f"{what}, {setting.schedule}" + (f", {setting.num_stages} stages" if setting.schedule == "async" else "")
-    color = LINES[number] if number else COLORS[setting.schedule]
+    color = COLORS[setting.schedule] if setting.remedies == "none" else ORANGE
     band(axes, epochs, curves(mine, "accuracy"), label, color=color, linestyle=style)
 
 
@@ -398,7 +410,6 @@ def main() -> None:
     epochs = 1 if args.quick else EPOCHS
     rows: list[Row] = []
     rates: dict[Setting, float] = {}
-    # The analog ones end first.
     for _, group in groupby(settings(args.quick), key=lambda setting: (setting.kind, setting.remedies)):
         mine = [*group]
         cases = [setting._asdict() | {"epochs": epochs} for setting in mine]
