@@ -207,7 +207,8 @@ class Training:
 
     def _begin(self, steps: Sequence[TrainingStep], batch: Any, args: tuple[Any, ...]) -> Pipeline | None:
         schedule = self._settings.schedule
-        if len(steps) < schedule.num_microbatches:
+        # A resumed fit may begin with the last mini-batch of an epoch, which may be smaller than the others.
+        if len(steps) < schedule.num_microbatches and not self.counters()["num_entered"]:
             raise too_few_samples(self.batches.size(batch), schedule.num_microbatches)
         trained = self._trained_besides()
         gradients = [tensor.grad for tensor in trained]
