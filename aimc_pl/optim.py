@@ -60,7 +60,9 @@ class SpikeCompensatedSGD(Optimizer):
     def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
         momentum, delayed = group["momentum"], group["momentum"] ** group["staleness"]
         assert parameter.grad is not None
-        gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+        gradient = parameter.grad
+        if group["weight_decay"]:
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])
         state = self.state[parameter]
         velocity = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
         velocity.mul_(momentum).add_(gradient)
@@ -75,11 +77,12 @@ class AsyncNAdam(NAdam):
     Nesterov's momentum looks ahead along the last steps, and counts a new gradient by 1−γ only. A stale gradient thus
     corrects a direction that goes on meanwhile. An update of staleness d in a pipeline of M stages has the momentum::
 
-        γ = γ₀ + (γ₁ − γ₀)·d/M
+        γ = γ₀ + (γ₁ − γ₀)·min(d/M, 1)
 
-    This is the rule of the authors' program. They also keep a copy of the weights of each micro-batch in flight, which
-    a crossbar cannot do, and which is left out here. Under ``schedule="async"`` the strategy sets d in the entry
-    ``"staleness"`` of the parameter groups. Without staleness this is NAdam with γ₀.
+    This is the rule of the authors' program, whose d is below M. In full duplex d may be larger. They also keep a copy
+    of the weights of each micro-batch in flight, which a crossbar cannot do, and which is left out here. Under
+    ``schedule="async"`` the strategy sets d in the entry ``"staleness"`` of the parameter groups. Without staleness
+    this is NAdam with γ₀, which is in the entry ``"betas"``: schedulers and groups may set it there.
 
     Args:
         params: the parameters, or dicts that define parameter groups.
@@ -111,10 +114,17 @@ class AsyncNAdam(NAdam):
         check_number("beta2", beta2, at_least=0, below=1)
         check_number("weight_decay", weight_decay, at_least=0)
         super().__init__(params, lr, (momentum, beta2), weight_decay=weight_decay, decoupled_weight_decay=True)
-        self._momenta = momentum, stale_momentum
         self._num_stages = num_stages
+        self._stale_momentum = stale_momentum
+        self.defaults["staleness"] = 0  # for groups that are added later
         for group in self.param_groups:
             group["staleness"] = 0
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # torch leaves out the attributes of subclasses, and copies would lack them.
+        own = {"_num_stages": self._num_stages, "_stale_momentum": self._stale_momentum}
+        return {**super().__getstate__(), **own}
 
     # torch's overloads of this method cannot be repeated by one signature.
     @override
@@ -124,9 +134,14 @@ class AsyncNAdam(NAdam):
         Args:
             closure: computes the loss and the gradients again, and returns the loss.
         """
-        least, most = self._momenta
+        before = [group["betas"] for group in self.param_groups]
         for group in self.param_groups:
-            momentum = least + (most - least) * group["staleness"] / self._num_stages
-            if momentum != group["betas"][0]:
-                group["betas"] = momentum, group["betas"][1]
-        return super().step(closure)
+            least, beta2 = group["betas"]
+            staleness = min(group["staleness"], self._num_stages)
+            growth = max(self._stale_momentum - least, 0.0) * staleness / self._num_stages
+            group["betas"] = least + growth, beta2
+        try:
+            return super().step(closure)
+        finally:
+            for group, betas in zip(self.param_groups, before, strict=True):
+                group["betas"] = betas

@@ -64,7 +64,11 @@ class Batches:
         return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)) or 1
 
     def steps(
-        self, batch: Any, args: tuple[Any, ...], context: Callable[[], AbstractContextManager[Any]]
+        self,
+        batch: Any,
+        args: tuple[Any, ...],
+        context: Callable[[], AbstractContextManager[Any]],
+        in_sync: bool = False,
     ) -> list[TrainingStep]:
         """Return a run of training_step for every micro-batch, with the weight of its loss.
 
@@ -72,6 +76,7 @@ class Batches:
             batch: the mini-batch.
             args: further arguments of training_step.
             context: returns a context manager, which is entered while training_step runs.
+            in_sync: whether all micro-batches make one update of every stage, a step of the mini-batch.
         """
         settings = self._settings
         parts = self.split(batch)
@@ -82,7 +87,7 @@ class Batches:
         for part, size, count in zip(parts, sizes, counts, strict=True):
             share = count / max(sum(counts), 1e-30)
             weight = share if settings.loss_reduction == "mean" else 1.0
-            if settings.gradient_scale == "microbatch":
+            if settings.gradient_scale == "microbatch" and not in_sync:
                 weight = 1.0 if settings.loss_reduction == "mean" else sum(sizes) / size
             weight /= self._module.trainer.accumulate_grad_batches
             function = partial(self._module.training_step, part, *args)

@@ -17,7 +17,7 @@ class Remedy:
     """
 
     def change(self, schedule: Schedule) -> Schedule:
-        """Return the schedule that the training uses in place of ``schedule``."""
+        """Return the schedule that the training uses in place of ``schedule``, asynchronous and of the same size."""
         return schedule
 
     def runs_in_sync(self, step: int) -> bool:
@@ -25,7 +25,7 @@ class Remedy:
         return False
 
     def rate_factor(self, staleness: int, step: int) -> float:
-        """Return the factor of the learning rate of an update.
+        """Return the factor of the learning rate of an update, a finite number of at least 0.
 
         Args:
             staleness: the staleness of the update.
@@ -93,7 +93,7 @@ class SyncStart(Remedy):
     """Train the first mini-batches as schedule ``"1f1b"`` does, with one update of every stage per mini-batch.
 
     Weights change most at the start of a training, where staleness harms most. The clock cycles of these mini-batches
-    are those of ``"1f1b"``. Gradients are still clipped by stage.
+    are those of ``"1f1b"``, and in full duplex 2(B+2M−2) each. Gradients are still clipped by stage.
 
     Args:
         steps: the number of mini-batches.

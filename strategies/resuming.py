@@ -102,6 +102,8 @@ class Resuming(Callback):
         elif progress.is_last_batch and progress.current.completed < progress.current.processed:
             # The checkpoint is from the epoch's last mini-batch. The next epoch begins, with the existing iterator.
             iter(train_fetcher(trainer))
+            # Lightning would not count the beginning of that epoch, and resume wrongly from a checkpoint within it.
+            loop.reset_restart_stage()
 
     def _watch(self, trainer: "pl.Trainer") -> None:
         loader, fetcher = train_loader(trainer), train_fetcher(trainer)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from aimc_pl.arguments import check_callable, check_choice, check_flag, check_list, check_number
+from aimc_pl.arguments import check_callable, check_choice, check_flag, check_list, check_number, shown
 from aimc_pl.cost import Hardware
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import MAX_MICROBATCHES, MAX_STAGES, Duplex, Schedule, ScheduleName, check_order
@@ -19,7 +19,8 @@ def with_remedies(schedule: Schedule, remedies: Sequence[Remedy]) -> Schedule:
     """Return the schedule as the remedies change it.
 
     Raises:
-        UsageError: if something is no remedy, if a class of remedies comes twice, or if there is no staleness.
+        UsageError: if something is no remedy, if a class of remedies comes twice, if there is no staleness, or if a
+            remedy returns no asynchronous schedule of this size.
     """
     check_list("remedies", remedies, Remedy, "remedies for staleness")
     kinds = [type(remedy).__name__ for remedy in remedies]
@@ -27,8 +28,17 @@ def with_remedies(schedule: Schedule, remedies: Sequence[Remedy]) -> Schedule:
         raise UsageError(f"remedies has {twice[0]} {len(twice)} times: give it once")
     if remedies and not schedule.is_async:
         raise UsageError(f"remedies need schedule='async': {schedule.name!r} has no stale weights")
+    size = schedule.num_stages, schedule.num_microbatches
     for remedy in remedies:
-        schedule = remedy.change(schedule)
+        schedule, own = remedy.change(schedule), f"{type(remedy).__name__}.change"
+        is_schedule = isinstance(schedule, Schedule) and schedule.is_async
+        if not is_schedule or (schedule.num_stages, schedule.num_microbatches) != size:
+            raise UsageError(
+                f"{own} must return an asynchronous aimc_pl.schedule.Schedule for num_stages={size[0]} and "
+                f"num_microbatches={size[1]}, got {shown(schedule)}"
+            )
+        accumulate = schedule.accumulate
+        check_number(f"accumulate of {own}", accumulate, at_least=1, at_most=MAX_MICROBATCHES, whole=True)
     return schedule
 
 

@@ -81,7 +81,8 @@ class StageOptimizer:
             staleness: the staleness of the update, for optimizers with an entry of this name in their groups.
 
         Raises:
-            UsageError: if the optimizer counts in an attribute of its own, which all stages would share.
+            UsageError: if the optimizer counts in an attribute of its own, which all stages would share, or if the
+                learning rate is to change and the optimizer has none.
         """
         with _for_one_step(self.optimizer, rate_factor, staleness):
             self._step()
@@ -120,6 +121,11 @@ class StageOptimizer:
 @contextmanager
 def _for_one_step(optimizer: Optimizer, rate_factor: float, staleness: int) -> Iterator[None]:
     """Context manager in which the learning rates of an optimizer are scaled, and its groups know the staleness."""
+    if rate_factor != 1 and not all("lr" in group for group in optimizer.param_groups):
+        raise UsageError(
+            f"a remedy lowers the learning rate, and {type(optimizer).__name__} has no 'lr' in its parameter groups: "
+            "use another optimizer, or leave out the remedy"
+        )
     before = [{key: group[key] for key in ("lr", "staleness") if key in group} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         if rate_factor != 1:

@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from aimc_pl.analog import is_analog, reset_pending_updates
+from aimc_pl.arguments import check_number
 from aimc_pl.boundaries import Calls, find
 from aimc_pl.cost import Hardware, Work, count_work
 from aimc_pl.pipeline import MicroBatch, Observer, Pipeline
@@ -88,7 +89,8 @@ class Training:
 
         The result merges the outputs of the micro-batches that have gone through all stages since the last mini-batch.
         """
-        steps = self.batches.steps(batch, args, self._precision.train_step_context)
+        in_sync = any(each.runs_in_sync(self._trainer.global_step) for each in self._settings.remedies)
+        steps = self.batches.steps(batch, args, self._precision.train_step_context, in_sync)
         for number, step in enumerate(steps, self.counters()["num_entered"]):
             step.number = number
         if self._placement.holds_last:
@@ -101,7 +103,7 @@ class Training:
                 for step in steps:
                     step()
             else:
-                self._run(self.pipeline, [self._placement.microbatch(step) for step in steps])
+                self._run(self.pipeline, [self._placement.microbatch(step) for step in steps], in_sync)
             finished = self._take_finished()
         self._write_log()
         output = merge_outputs(finished, self._settings.loss_reduction)
@@ -205,7 +207,8 @@ class Training:
 
     def _begin(self, steps: Sequence[TrainingStep], batch: Any, args: tuple[Any, ...]) -> Pipeline | None:
         schedule = self._settings.schedule
-        if len(steps) < schedule.num_microbatches:
+        # A resumed fit may begin with the last mini-batch of an epoch, which may be smaller than the others.
+        if len(steps) < schedule.num_microbatches and not self.counters()["num_entered"]:
             raise too_few_samples(self.batches.size(batch), schedule.num_microbatches)
         trained = self._trained_besides()
         gradients = [tensor.grad for tensor in trained]
@@ -240,10 +243,10 @@ class Training:
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         return [tensor for group in groups for tensor in group["params"] if id(tensor) not in known]
 
-    def _run(self, pipeline: Pipeline, microbatches: Sequence[MicroBatch]) -> None:
+    def _run(self, pipeline: Pipeline, microbatches: Sequence[MicroBatch], in_sync: bool) -> None:
         if pipeline.schedule.is_async:
             self._is_hooked = is_step_hooked(self._trainer)
-            pipeline.run(microbatches, any(r.runs_in_sync(self._trainer.global_step) for r in self._settings.remedies))
+            pipeline.run(microbatches, in_sync)
             if last_batch_before_look(self._trainer):
                 pipeline.drain()
         elif pipeline.schedule.forwards_first:
@@ -271,7 +274,11 @@ class Training:
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
 
     def _rate_factor(self, staleness: int) -> float:
-        return prod(each.rate_factor(staleness, self._trainer.global_step) for each in self._settings.remedies)
+        factors = []
+        for remedy in self._settings.remedies:
+            factors.append(remedy.rate_factor(staleness, self._trainer.global_step))
+            check_number(f"the result of {type(remedy).__name__}.rate_factor", factors[-1], at_least=0)
+        return prod(factors)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

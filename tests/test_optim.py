@@ -1,11 +1,14 @@
 """These tests compare optimizers for stale gradients with torch's, and with their formulas in float64."""
 
+import copy
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning_modules import Attributes, loader, make_trainer
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
 
 from aimc_pl.errors import UsageError
 from aimc_pl.optim import AsyncNAdam, SpikeCompensatedSGD
@@ -53,6 +56,23 @@ def test_a_gradient_makes_the_missed_steps_at_once(delay, momentum, numbers):
         np.testing.assert_allclose(moved, -0.2 * total * gradients[0], rtol=1e-12)
 
 
+def test_sparse_gradients_are_taken_as_by_sgd():
+    """Check that an embedding with sparse gradients moves as with dense ones."""
+
+    def trained(sparse):
+        torch.manual_seed(1)
+        table = nn.Embedding(5, 3, sparse=sparse, dtype=torch.float64)
+        optimizer = SpikeCompensatedSGD(table.parameters(), 0.1)
+        optimizer.param_groups[0]["staleness"] = 2
+        for rows in ([0, 1], [1, 1, 3]):
+            optimizer.zero_grad()
+            table(torch.tensor(rows)).sum().backward()
+            optimizer.step()
+        return table.weight.detach()
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=1e-12, atol=1e-14)
+
+
 def test_stages_step_with_their_staleness():
     """Check with a network of three stages that each update knows its closed form, and that sync steps have none."""
     seen = []
@@ -80,7 +100,7 @@ def test_stages_step_with_their_staleness():
     assert set(run("sync")) == {0}
 
 
-@pytest.mark.parametrize("delay", [0, 1, 3])
+@pytest.mark.parametrize("delay", [0, 1, 3, 4, 6])
 def test_momentum_grows_with_staleness(delay, numbers):
     """Compare with torch's NAdam of the momentum that the formula gives, and with the formula of NAdam."""
 
@@ -89,7 +109,7 @@ def test_momentum_grows_with_staleness(delay, numbers):
         optimizer.param_groups[0]["staleness"] = delay
         return optimizer
 
-    momentum = 0.8 + 0.16 * delay / 4
+    momentum = 0.8 + 0.16 * min(delay / 4, 1)
     ours = train(delayed, *numbers)
     options = {"betas": (momentum, 0.999), "weight_decay": 0.1, "decoupled_weight_decay": True}
     theirs = train(lambda p: torch.optim.NAdam(p, 0.01, **options), *numbers)
@@ -107,26 +127,70 @@ def test_momentum_grows_with_staleness(delay, numbers):
     np.testing.assert_allclose(ours, weight, rtol=1e-6)  # torch keeps the product of the momenta in float32
 
 
-def test_every_stage_has_its_own_momentum():
-    """Check the momentum of each update of three stages, and that each stage makes the steps of torch's NAdam."""
-    momenta = []
+@pytest.fixture
+def momenta(monkeypatch):
+    """The momenta with which NAdam has made its steps."""
+    step, seen = torch.optim.NAdam.step, []
 
-    class Noting(AsyncNAdam):
-        def step(self, closure=None):
-            result = super().step(closure)
-            momenta.append(round(self.param_groups[0]["betas"][0], 6))
-            return result
+    def noting(self, closure=None):
+        seen.append(round(self.param_groups[0]["betas"][0], 6))
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.NAdam, "step", noting)
+    return seen
+
+
+@pytest.mark.parametrize("duplex", ["half", "full"])
+def test_every_stage_has_its_own_momentum(duplex, momenta):
+    """Check the momentum of each update of three stages. In full duplex the first is staler than there are stages."""
 
     class Noted(Attributes):
         def configure_optimizers(self):
-            return Noting(self.parameters(), 3, 0.05)
+            return AsyncNAdam(self.parameters(), 3, 0.05)
 
     L.seed_everything(1)
     module = Noted().double()
-    strategy = AnalogPipelineStrategy(3, "async", 4, split_at=["l2", "l4"])
+    strategy = AnalogPipelineStrategy(3, "async", 4, split_at=["l2", "l4"], duplex=duplex)
     make_trainer(strategy, max_epochs=1).fit(module, loader(module, length=16))
-    expected = [round(0.9 + 0.09 * min(k, 2 - stage) / 3, 6) for stage in range(3) for k in range(8)]
-    assert sorted(momenta) == sorted(expected)
+    delays = [min(k, (2 - stage) * (2 if duplex == "full" else 1)) for stage in range(3) for k in range(8)]
+    assert sorted(momenta) == sorted(round(0.9 + 0.09 * min(d, 3) / 3, 6) for d in delays)
+
+
+def test_a_scheduler_and_a_group_set_the_momentum_without_delay(momenta):
+    """Check OneCycleLR, which cycles the momentum, and a group with betas of its own, with and without staleness."""
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = AsyncNAdam([{"params": [parameter], "betas": (0.5, 0.999)}], 4)
+    parameter.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.param_groups[0]["staleness"] = 2
+    optimizer.step()
+    schedule = OneCycleLR(optimizer, 0.1, total_steps=10)
+    optimizer.step()
+    schedule.step()
+    assert momenta == [0.5, 0.745, 0.97]
+    assert optimizer.param_groups[0]["betas"][0] < 0.95
+
+
+def test_a_group_that_is_added_is_told_the_staleness():
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = AsyncNAdam([first], 4)
+    optimizer.add_param_group({"params": [second]})
+    first.grad, second.grad = torch.ones(1), torch.ones(1)
+    optimizer.step()
+    assert torch.equal(first, second)
+    assert [group["staleness"] for group in optimizer.param_groups] == [0, 0]
+
+
+def test_a_copy_makes_the_same_steps():
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = AsyncNAdam([parameter], 4, stale_momentum=0.95)
+    optimizer.param_groups[0]["staleness"] = 2
+    copied = copy.deepcopy(optimizer)
+    (other,) = copied.param_groups[0]["params"]
+    for each, own in ((parameter, optimizer), (other, copied)):
+        each.grad = torch.ones(1)
+        own.step()
+    assert torch.equal(parameter, other)
 
 
 @pytest.mark.parametrize("options", [{"num_stages": 0}, {"lr": -1.0}, {"stale_momentum": 0.5}, {"momentum": 1.0}])

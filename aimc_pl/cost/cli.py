@@ -130,7 +130,8 @@ def cost(args: Sequence[str]) -> None:
         f"{own.num_microbatches} micro-batches of {counted.samples:g} samples\n"
     )
     if any(remedy.runs_in_sync(0) for remedy in strategy.settings.remedies):
-        print("Left out are the first mini-batches, which a remedy runs in sync: they cost what 1f1b costs.\n")
+        cost = "they cost what 1f1b costs" if own.duplex == "half" else "each fills and drains the pipeline"
+        print(f"Left out are the first mini-batches, which a remedy runs in sync: {cost}.\n")
     print(stages_table(chosen))
     print(f"\n{energy_line(chosen)}\n")
     print(comparison_table([estimated(schedule, hardware) for schedule in _schedules(own)], "schedule"))

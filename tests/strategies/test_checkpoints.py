@@ -319,6 +319,36 @@ def test_a_fit_goes_on_from_any_place_in_an_epoch(place, places, tmp_path):
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
+def test_a_fit_is_resumed_twice(places, tmp_path):
+    """Check a fit from the last mini-batch of an epoch, and another from the checkpoint that it makes in the next."""
+    folder, whole = places
+    epochs = {}
+
+    class Counts(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            epochs[trainer.global_step] = trainer.current_epoch
+
+    second_epoch(noisy_loader, tmp_path, folder / "step=5.ckpt", callbacks=[Counts()], val=Repeating())
+    resumed = second_epoch(noisy_loader, tmp_path / "again", tmp_path / "step=7.ckpt", val=Repeating())
+    assert epochs == {5: 1}
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_a_fit_is_resumed_before_a_smaller_mini_batch(schedule, tmp_path):
+    """Check a checkpoint after which one sample is left in the epoch, fewer than there are micro-batches."""
+
+    def fit(folder, ckpt_path=None):
+        resumed, kept = module(), ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        fitting = trainer(strategy(schedule=schedule), max_epochs=2, callbacks=[kept], enable_checkpointing=True)
+        fitting.fit(resumed, data(length=17), ckpt_path=ckpt_path)
+        return resumed.state_dict()
+
+    expected = fit(tmp_path)
+    resumed = fit(tmp_path / "again", tmp_path / "step=2.ckpt")
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("schedule", ["none", "sync", "async"])
 def test_a_sanity_check_does_not_change_a_resumed_fit(schedule, tmp_path):
     """Check that a resumed fit equals one that was never stopped, also with converters' noise in validation steps."""

@@ -14,7 +14,7 @@ from aimc_pl.callbacks import ClockMonitor, StalenessMonitor
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import split_batch
 from aimc_pl.schedule import Schedule
-from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, StageLearningRate, SyncStart
+from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, Remedy, StageLearningRate, SyncStart
 
 SPLIT = ["net.2", "net.4", "net.6"]
 NUM_BATCHES = 5
@@ -116,8 +116,9 @@ def test_training_equals_recomputation(remedies, duplex):
         np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("gradient_scale", ["minibatch", "microbatch"])
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-def test_a_start_in_sync_is_the_schedule_1f1b(optimizer):
+def test_a_start_in_sync_is_the_schedule_1f1b(optimizer, gradient_scale):
     def train(strategy):
         L.seed_everything(1)
         module = Attributes().double()
@@ -125,7 +126,8 @@ def test_a_start_in_sync_is_the_schedule_1f1b(optimizer):
         _, clock, _ = fit(module, strategy, limit_val_batches=0)
         return module.state_dict(), clock.cycles
 
-    ours, cycles = train(AnalogPipelineStrategy(3, "async", 4, split_at=["l2", "l4"], remedies=[SyncStart(100)]))
+    options = {"split_at": ["l2", "l4"], "gradient_scale": gradient_scale, "remedies": [SyncStart(100)]}
+    ours, cycles = train(AnalogPipelineStrategy(3, "async", 4, **options))
     theirs, expected = train(AnalogPipelineStrategy(3, "1f1b", 4, split_at=["l2", "l4"]))
     assert cycles == expected == 2 * sum(2 * (3 + size - 1) for size in (4, 4, 4, 4, 3))
     for name, value in theirs.items():
@@ -175,6 +177,71 @@ def test_a_learning_rate_is_lowered_for_the_step_alone():
 def test_wrong_remedies_are_refused(schedule, remedies, message):
     with pytest.raises(UsageError, match=message):
         AnalogPipelineStrategy(4, schedule, 4, remedies=remedies)
+
+
+class Own(Remedy):
+    """A remedy of a user, which returns what it is given."""
+
+    def __init__(self, changed=None, factor=1.0):
+        self.changed, self.factor = changed, factor
+
+    def change(self, schedule):
+        return self.changed(schedule) if self.changed else schedule
+
+    def rate_factor(self, staleness, step):
+        return self.factor
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda schedule: None, "Own.change must return an asynchronous .* num_microbatches=4, got None"),
+        (lambda schedule: Schedule("sync", 4, 4), "Own.change must return an asynchronous"),
+        (lambda schedule: Schedule("async", 4, 2), "Own.change must return an asynchronous"),
+        (lambda schedule: schedule.accumulating(0), "accumulate of Own.change must be a whole number of at least 1"),
+        (lambda schedule: schedule.accumulating(2.5), "accumulate of Own.change must be a whole number of at least 1"),
+    ],
+)
+def test_wrong_schedules_of_own_remedies_are_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        AnalogPipelineStrategy(4, "async", 4, remedies=[Own(change)])
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf"), None, "half"])
+def test_wrong_factors_of_own_remedies_are_refused(factor):
+    strategy = AnalogPipelineStrategy(4, "async", 4, split_at=SPLIT, remedies=[Own(factor=factor)])
+    module = Regression().double()
+    with pytest.raises(UsageError, match=r"the result of Own\.rate_factor must be a finite number of at least 0"):
+        make_trainer(strategy).fit(module, loader(module))
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused_where_a_remedy_lowers_it():
+    class WithoutRate(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        def step(self, closure=None):
+            pass
+
+    class Still(Regression):
+        def configure_optimizers(self):
+            return WithoutRate(self.parameters())
+
+    def run(*remedies):
+        module = Still().double()
+        fit(module, AnalogPipelineStrategy(4, "async", 4, split_at=SPLIT, remedies=remedies), max_epochs=1)
+
+    run(SyncStart(1))
+    with pytest.raises(UsageError, match="WithoutRate has no 'lr' in its parameter groups: use another optimizer"):
+        run(StageLearningRate())
+
+
+@pytest.mark.parametrize(("duplex", "cycles"), [("half", 2 * (4 + 4 - 1)), ("full", 2 * (4 + 2 * 4 - 2))])
+def test_clock_cycles_of_a_start_in_sync(duplex, cycles):
+    """Check 4 stages and 4 micro-batches against the numbers in the documentation."""
+    strategy = AnalogPipelineStrategy(4, "async", 4, split_at=SPLIT, duplex=duplex, remedies=[SyncStart(100)])
+    _, clock, _ = fit(Regression().double(), strategy, max_epochs=1, limit_train_batches=4)
+    assert clock.cycles == 4 * cycles
 
 
 @pytest.mark.parametrize(
