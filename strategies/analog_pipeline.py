@@ -24,6 +24,7 @@ from aimc_pl.strategies import analog_parts
 from aimc_pl.strategies.checkpoint_io import SealedCheckpointIO
 from aimc_pl.strategies.checks import (
     check_analog_callbacks,
+    check_callbacks_of_processes,
     check_closure,
     check_module,
     check_split,
@@ -192,6 +193,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             check_module(trainer, self.schedule)
             check_split(self._module, self.settings.split_at, self.schedule.num_stages)
         if self.is_multiprocess:
+            check_callbacks_of_processes(trainer)
             self.share_start(self._module)
             evaluate_without_inference_mode(trainer)
         self._convert()
@@ -201,6 +203,8 @@ class AnalogPipelineStrategy(ProcessStrategy):
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if not any(isinstance(callback, DrainFirst) for callback in callbacks):
             callbacks[:0] = [DrainFirst(self), self._resuming]
+        if self.is_multiprocess:
+            self.share_before_decisions(trainer, self._module)
         split_at = self.settings.split_at if self.settings.split_at is not None else self._resumed.get("split_at")
         self._placement = OneProcess()
         if self.is_multiprocess:

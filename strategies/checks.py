@@ -12,7 +12,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
+    BatchSizeFinder,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -128,6 +130,21 @@ def check_analog_callbacks(trainer: "pl.Trainer") -> None:
             raise UsageError(
                 f"{type(callback).__name__} reads or sets weights, which crossbars do not allow: leave out the "
                 "callback, or set device=None"
+            )
+
+
+def check_callbacks_of_processes(trainer: "pl.Trainer") -> None:
+    """Check that no callback of Lightning searches for a value, which needs the loss and one process.
+
+    Raises:
+        UsageError: with the name of the first callback that does.
+    """
+    # Lightning adds the attribute outside of the class.
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise UsageError(
+                f"{type(callback).__name__} needs the loss, which only one of several processes knows: use it with "
+                "devices=1"
             )
 
 

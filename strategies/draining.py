@@ -8,7 +8,7 @@ from typing import Any, override
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from aimc_pl.strategies.private_lightning import saves_by_metric
+from aimc_pl.strategies.private_lightning import may_save_now
 from aimc_pl.strategies.processes import ProcessStrategy
 
 
@@ -26,7 +26,7 @@ class DrainFirst(Callback):
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if saves_by_metric(trainer, trainer.global_step):
+        if may_save_now(trainer, trainer.global_step):
             self._strategy.share_metrics(trainer)
 
     @override
@@ -34,7 +34,15 @@ class DrainFirst(Callback):
         self._strategy.drain()
 
     @override
+    def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.share_metrics(trainer)
+
+    @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._strategy.share_metrics(trainer)
+
+    @override
+    def on_test_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._strategy.share_metrics(trainer)
 
     @override
@@ -49,3 +57,4 @@ class DrainFirst(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._strategy.drain()
+        self._strategy.share_metrics(trainer)

@@ -47,16 +47,30 @@ class Ownership:
         """Return the stage that updates a parameter."""
         return self.owners[self._names[id(parameter)]]
 
-    def merge_state(self, state: dict[str, Any], own: int, gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
+    def merge_state(
+        self,
+        state: dict[str, Any],
+        own: int,
+        gather: Callable[[Any], list[Any]],
+        written: Mapping[str, int] | None = None,
+    ) -> dict[str, Any]:
         """Return a module's state dict, with every entry from the process that holds it.
 
         Args:
             state: the state dict of the module in this process.
             own: the stage of this process.
             gather: returns the values of all processes.
+            written: the stages that have written last to buffers whose values this process does not have, by name.
         """
-        parts = gather(without_common({key: value for key, value in state.items() if self.stage(key) == own}))
-        merged = {key: value for part in parts for key, value in part.items()}
+        written = written or {}
+        mine = {key: value for key, value in state.items() if self.stage(key) == own and key not in written}
+        parts = gather([without_common(mine), {key: stage for key, stage in written.items() if self.stage(key) == own}])
+        merged = {key: value for known, _ in parts for key, value in known.items()}
+        # The code of a module that holds several stages may write to its buffers in any of them.
+        elsewhere = {key: stage for _, moved in parts for key, stage in moved.items() if key in state}
+        if elsewhere:
+            for part in gather({key: state[key] for key, stage in elsewhere.items() if stage == own}):
+                merged |= part
         return {
             key: value | merged[key] if isinstance(value, dict) else merged.get(key, value)
             for key, value in state.items()

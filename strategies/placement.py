@@ -14,7 +14,7 @@ from aimc_pl.analog import is_analog
 from aimc_pl.cost import Hardware
 from aimc_pl.distributed import Link
 from aimc_pl.flight import Flight, StagedStep
-from aimc_pl.ghosts import Exchange, Ghosts, gradients_known, loss_of
+from aimc_pl.ghosts import Exchange, Ghosts, gradients_known, is_ghost, loss_of
 from aimc_pl.passage import StageProcess
 from aimc_pl.patches import patched
 from aimc_pl.pipeline import MicroBatch
@@ -223,14 +223,15 @@ class StagePerProcess:
         # Only the last stage knows the loss.
         function = step if self.holds_last else step.run
         self._announce(self._process)
-        return self._process.microbatch(function, step.weight, step.inputs)
+        return self._process.microbatch(function, step.weight, self._with_epoch(step.inputs))
 
     def result(self, output: Any, is_async: bool) -> Any:
         """See :class:`Placement`."""
+        is_skipped = None if is_async else self.agree(output is None)
         if self.holds_last:
             return output
         # The loss is not known here, but Lightning makes an update only if it gets one.
-        return None if is_async else loss_of(self._num_stages - 1, self._strategy.root_device)
+        return None if is_async or is_skipped else loss_of(self._num_stages - 1, self._strategy.root_device)
 
     def gradients_known(self) -> AbstractContextManager[None]:
         """See :class:`Placement`."""
@@ -255,7 +256,11 @@ class StagePerProcess:
             assert self._process is not None
             self._announce(self._process)
             with logging_after(self._module), self._process.ghosts.intercepting():
-                return self._process.infer(function, inputs)
+                return self._process.infer(function, self._with_epoch(inputs))
+
+    def _with_epoch(self, inputs: Any) -> Any:
+        """Return a batch and the number of the epoch, by which a step may decide what it computes."""
+        return inputs, self._module.trainer.current_epoch
 
     def _announce(self, process: StageProcess) -> None:
         """Announce the batch that has been read, for the other processes to compare it with their own."""
@@ -265,7 +270,8 @@ class StagePerProcess:
         """See :class:`Placement`."""
         if self._ownership is None:
             return state
-        return self._ownership.merge_state(state, self._stage, self._strategy.gather)
+        written = {name: buffer.stage for name, buffer in self._module.named_buffers() if is_ghost(buffer)}
+        return self._ownership.merge_state(state, self._stage, self._strategy.gather, written)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
         """See :class:`Placement`."""

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aimc_pl.patches import patched
+from aimc_pl.patches import Patch, patched
 
 SET_AROUND_STEPS = ("log", "_current_fx_name")
 """Attributes of a LightningModule that change while a training step waits.
@@ -170,10 +170,31 @@ def update_callback_metrics(trainer: "pl.Trainer", metrics: dict[str, Tensor]) -
     trainer._logger_connector._callback_metrics.update(metrics)
 
 
-def saves_by_metric(trainer: "pl.Trainer", step: int) -> bool:
-    """Return whether a checkpoint that depends on a metric is due at a global step."""
+def forget_logged(trainer: "pl.Trainer") -> None:
+    """Forget what the running loop has logged in this process in this epoch."""
+    if trainer._results is not None:
+        trainer._results.clear()
+
+
+def share_before_plateaus(trainer: "pl.Trainer", share: Callable[["pl.Trainer"], None]) -> Patch:
+    """Return the patch that calls ``share(trainer)`` before a plateau scheduler reads its metric."""
+    loop = trainer.fit_loop.epoch_loop
+    read = loop._get_monitor_value
+
+    def value(key: str) -> Any:
+        share(trainer)
+        return read(key)
+
+    return loop, "_get_monitor_value", value
+
+
+def may_save_now(trainer: "pl.Trainer", step: int) -> bool:
+    """Return whether a checkpoint may be due at a global step, whose name or place may depend on metrics."""
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return any(c.monitor and c._every_n_train_steps and step % c._every_n_train_steps == 0 for c in savers)
+    return any(
+        c._train_time_interval is not None or (c._every_n_train_steps and step % c._every_n_train_steps == 0)
+        for c in savers
+    )
 
 
 def train_loader(trainer: "pl.Trainer") -> Any:

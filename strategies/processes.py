@@ -7,11 +7,14 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
@@ -21,10 +24,18 @@ from aimc_pl.analog import is_analog
 from aimc_pl.arguments import check_number
 from aimc_pl.errors import UsageError
 from aimc_pl.fingerprint import fingerprint
+from aimc_pl.ghosts import Unknown
+from aimc_pl.patches import patched
 from aimc_pl.processes import Processes
 from aimc_pl.rendezvous import meet
 from aimc_pl.strategies.launcher import Launcher
-from aimc_pl.strategies.private_lightning import random_states, set_random_states, update_callback_metrics
+from aimc_pl.strategies.private_lightning import (
+    forget_logged,
+    random_states,
+    set_random_states,
+    share_before_plateaus,
+    update_callback_metrics,
+)
 
 
 class ProcessStrategy(ParallelStrategy):
@@ -53,6 +64,7 @@ class ProcessStrategy(ParallelStrategy):
         self.num_stages = num_stages
         self.processes: Processes | None = None
         self.fingerprint = ""
+        self._patches = ExitStack()
 
     @property
     def is_multiprocess(self) -> bool:
@@ -193,6 +205,9 @@ class ProcessStrategy(ParallelStrategy):
                 metric.distributed_available_fn = _never
         # Only one process logs values, so there is nothing to synchronize.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+        if self.global_rank != 0:
+            # Metrics are updated by the last stage. What hooks compute from them here is not used.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before")
 
     def share_metrics(self, trainer: "pl.Trainer") -> None:
         """Give all processes the metrics that rank 0 has logged.
@@ -202,7 +217,32 @@ class ProcessStrategy(ParallelStrategy):
         if self.is_multiprocess:
             metrics = {name: value.cpu() for name, value in trainer.callback_metrics.items()}
             known = self.broadcast(metrics)
+            if self.global_rank != 0:
+                # What hooks have logged here was computed without the values of the last stage.
+                forget_logged(trainer)
             update_callback_metrics(trainer, known)
+
+    def share_before_decisions(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
+        """Share metrics, until the teardown, before callbacks and plateau schedulers decide by them.
+
+        Lightning calls the callbacks that decide by metrics after the module's ``on_train_epoch_end``, which may log.
+        """
+        patches = [share_before_plateaus(trainer, self.share_metrics)]
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if deciding := [callback for callback in callbacks if isinstance(callback, EarlyStopping | Checkpoint)]:
+            first = deciding[0]
+            share = partial(_share_first, self, first.on_train_epoch_end)
+            patches.append((first, "on_train_epoch_end", share))
+        if self.global_rank != 0:
+            logging = [module, *(callback for callback in callbacks if hasattr(callback, "log"))]
+            patches += [(owner, "log", partial(_log_if_known, owner.log)) for owner in logging]
+        self._patches.close()
+        self._patches.enter_context(patched(*patches))
+
+    @override
+    def teardown(self) -> None:
+        self._patches.close()
+        super().teardown()
 
 
 _show_warning = warnings.showwarning
@@ -215,6 +255,17 @@ def _show_once(
     is_worker = os.getpid() != process  # a data loader's worker must not use the connections that it has inherited
     if is_worker or processes.is_first(f"{category.__name__} {message}"):
         _show_warning(message, category, *where)
+
+
+def _share_first(strategy: ProcessStrategy, hook: Callable[..., None], trainer: "pl.Trainer", *args: Any) -> None:
+    strategy.share_metrics(trainer)
+    hook(trainer, *args)
+
+
+def _log_if_known(log: Callable[..., None], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    """Log a value, unless only rank 0 knows it. Rank 0 logs it."""
+    if not isinstance(value, Unknown):
+        log(name, value, *args, **kwargs)
 
 
 def _never() -> bool:

@@ -782,12 +782,66 @@ class Scheduled(Net):
         return loss
 
 
-@pytest.mark.parametrize("model", [Alternating, Scheduled])
+class ScheduledByATensor(Net):
+    """A network that changes, at the end of the step, a tensor that the first stage reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def step(self, batch):
+        loss = super().step((batch[0] * self.scale, batch[1]))
+        self.scale *= 0.9
+        return loss
+
+
+class ScheduledByAnObject(Net):
+    """A network that changes, at the end of the step, a number in an object in a list, which the first stage reads."""
+
+    class Scale:
+        now = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.scales = {"input": [self.Scale()]}
+
+    def step(self, batch):
+        scale = self.scales["input"][0]
+        loss = super().step((batch[0] * scale.now, batch[1]))
+        scale.now *= 0.9
+        return loss
+
+
+@pytest.mark.parametrize("model", [Alternating, Scheduled, ScheduledByATensor, ScheduledByAnObject])
 def test_a_step_that_writes_to_modules_is_run_to_its_end(model):
     pipeline = Pipeline(model(), ("layers.1", "layers.3"), Net.batch())
     for _ in range(4):
         pipeline.check(Net.batch())
     assert [copied.steps for copied in pipeline.modules] == 3 * [pipeline.plain.steps]
+
+
+class Skipping(Net):
+    """A network that skips a batch of size 2 in stage 0, one of size 3 in stage 1, and one of size 5 at the end."""
+
+    def step(self, batch):
+        x, y = batch
+        x = self.layers[0](x)
+        if len(x) == 2:
+            return None
+        x = self.layers[1](torch.tanh(x))
+        if len(x) == 3:
+            return None
+        loss = F.mse_loss(self.layers[3](self.layers[2](torch.tanh(x))), y)
+        return None if len(x) == 5 else loss
+
+
+def test_a_step_may_skip_a_batch_in_any_stage():
+    pipeline = Pipeline(Skipping(), ("layers.1", "layers.3"), Net.batch())
+    for size in (4, 2, 3, 5, 4, 3, 2, 4):
+        flights = pipeline.forward(Net.batch(size))
+        assert (flights[-1].result is None) == (size != 4)
+    for size in (4, 4):
+        pipeline.check(Net.batch(size))
 
 
 class Deciding(Net):
@@ -1178,6 +1232,28 @@ def test_state_may_stay_within_a_stage():
     assert torch.equal(pipeline.modules[-1].seen, pipeline.plain.seen)
     pipeline.ghosts[0].restore({})
     assert type(pipeline.modules[0].seen) is torch.Tensor
+
+
+class Counts(Net):
+    """A network with a buffer that the first stage replaces, and does not change in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(6))
+
+    def step(self, batch):
+        first = self.layers[0](batch[0])
+        self.seen = first.detach().mean(0)
+        return F.mse_loss(self.layers[3](self.layers[2](self.layers[1](torch.tanh(first)))), batch[1])
+
+
+def test_a_buffer_that_another_stage_has_replaced_gets_memory():
+    pipeline = Pipeline(Counts(), Net.boundaries, Net.batch())
+    pipeline.check(Net.batch())
+    assert torch.equal(pipeline.modules[0].seen, pipeline.plain.seen)
+    pipeline.ghosts[-1].restore({})
+    seen = pipeline.modules[-1].seen
+    assert (type(seen), seen.device.type, seen.shape, seen.dtype) == (torch.Tensor, "cpu", (6,), torch.float64)
 
 
 class Analog(Net):

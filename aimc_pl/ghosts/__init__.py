@@ -6,6 +6,17 @@ placeholders that have a shape and a type, but no data.
 
 from aimc_pl.ghosts.apart import Exchange, gradients_known, loss_of
 from aimc_pl.ghosts.process import Flight, Ghosts, Message
-from aimc_pl.ghosts.values import Ghost, Unknown, delivered
+from aimc_pl.ghosts.values import Ghost, Unknown, delivered, is_ghost
 
-__all__ = ["Exchange", "Flight", "Ghost", "Ghosts", "Message", "Unknown", "delivered", "gradients_known", "loss_of"]
+__all__ = [
+    "Exchange",
+    "Flight",
+    "Ghost",
+    "Ghosts",
+    "Message",
+    "Unknown",
+    "delivered",
+    "gradients_known",
+    "is_ghost",
+    "loss_of",
+]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aimc_pl.ghosts import refusals
 from aimc_pl.ghosts.functions import KNOWN, Kind, kind_of, name_of
 from aimc_pl.ghosts.shapes import NeedsValuesError, Outcome, Outcomes, Slot
-from aimc_pl.ghosts.values import Unknown, give_class, plainly, running, tensors_in
+from aimc_pl.ghosts.values import Unknown, give_class, plainly, replace, running, tensors_in
 
 _outcomes = Outcomes()
 
@@ -131,6 +131,8 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if _is_here(first):
         result = plainly(func, args, kwargs)
     else:
+        if kind is Kind.RANDOM:
+            _draw(func, args, kwargs)
         result = outcome.fill(lambda slot: _imagined(slot, given, first))
     exchange = None if None in map(_exchange_of, apart) else _exchange_of(first)
     for tensor in tensors_in(result):
@@ -179,6 +181,17 @@ def _share(what: str, values: list[Any]) -> None:
         tensor = next(received[value.stage])
         if value.stage != exchange.stage:
             value.data = tensor.to(value.device)
+
+
+def _draw(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Draw the random numbers of another stage, so that the generators of all processes stay in the same state."""
+    with torch.no_grad():
+        args, kwargs = replace((args, kwargs), lambda value: _zeros(value) if isinstance(value, Tensor) else value)
+        func(*args, **kwargs)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _is_here(value: Apart | ForeignParameter) -> bool:

@@ -93,6 +93,7 @@ class Elsewhere:
         with without_functions():
             self._use(tensors_in(*args, *kwargs.values()))
         self._state.trail.note(part.name, 0)
+        self._state.metrics |= {id(module): self._state.stretch for module in part.module.modules()}
         return self._metric(part)
 
     def inside(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

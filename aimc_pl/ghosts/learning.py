@@ -4,14 +4,16 @@ A *stretch* is the part of the step that one stage computes.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from aimc_pl.ghosts.shapes import Outcomes
-from aimc_pl.ghosts.values import Key
+from aimc_pl.ghosts.values import SIMPLE, Key, is_ghost
+from aimc_pl.private_torch import version
+from aimc_pl.reachable import is_own
 
 _MOST = 1000
 """How many ways to remember. They must not fill the memory if every batch takes another way."""
@@ -50,7 +52,8 @@ class Watch:
     """A check whether the code after this stage's stretch can be left out next time. It is made while that code runs.
 
     The code cannot be left out if it draws random numbers in Python, since it may decide by them what to compute with.
-    Nor can it be left out if it writes to attributes of modules (counters, lists) that this stage may read next time.
+    Nor can it be left out if it writes to attributes of modules (counters, lists, tensors) that this stage may read
+    next time.
 
     Args:
         modules: the modules whose attributes this stage may read.
@@ -77,8 +80,14 @@ class Watch:
         """End the step. Return whether the code after this stage's stretch can be left out."""
         self.end()
         before, after = self._attributes, _attributes(self._modules)
-        is_same = len(before) == len(after) and all(old is new for old, new in zip(before, after, strict=True))
+        is_same = len(before) == len(after) and all(
+            old is new or _are_equal_counts(old, new) for old, new in zip(before, after, strict=True)
+        )
         return is_same and not self.has_effects
+
+
+def _are_equal_counts(old: Any, new: Any) -> bool:
+    return type(old) is type(new) is int and old == new
 
 
 def _generators() -> Any:
@@ -88,13 +97,32 @@ def _generators() -> Any:
 
 
 def _attributes(modules: Sequence[nn.Module]) -> list[Any]:
-    """Return the objects in the modules' attributes, and in collections there."""
+    """Return the objects in the modules' attributes, and how often tensors among them have been changed.
+
+    The objects in collections, and in attributes of the user's own objects, are included.
+    """
     found: list[Any] = []
+    seen: set[int] = set()
     for module in modules:
         for value in vars(module).values():
-            found.append(value)
-            if isinstance(value, Mapping):
-                found += (*value, *value.values())
-            elif isinstance(value, list | tuple | set):
-                found += value
+            _add(value, found, seen)
     return found
+
+
+def _add(value: Any, found: list[Any], seen: set[int]) -> None:
+    found.append(value)
+    if isinstance(value, Tensor):
+        found.append(None if is_ghost(value) or isinstance(value, nn.Parameter) else version(value))
+    elif type(value) not in SIMPLE and id(value) not in seen:
+        seen.add(id(value))
+        for item in _contents(value):
+            _add(item, found, seen)
+
+
+def _contents(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return [*value, *value.values()]
+    if isinstance(value, list | tuple | set):
+        return value
+    is_object = hasattr(value, "__dict__") and not isinstance(value, nn.Module | type)
+    return vars(value).values() if is_object and is_own(type(value).__module__) else ()

@@ -111,7 +111,7 @@ class Ghosts:
             foreign.stage, foreign.label = stage, self._names[id(parameter)]
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Give memory back to the parameters of other stages.
+        """Give memory back to the parameters of other stages, and to buffers that other stages have written.
 
         Args:
             state: the values of parameters, by name. A parameter that is missing in it becomes zero.
@@ -123,9 +123,10 @@ class Ghosts:
                 parameter.data = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                 if label in state:
                     parameter.data.copy_(state[label])
-        for buffer in self._module.buffers():
-            if is_ghost(buffer):
-                give_class(buffer, Tensor)
+        for module in self._module.modules():
+            for name, buffer in [*module.named_buffers(recurse=False)]:
+                if is_ghost(buffer):
+                    setattr(module, name, self._setting.example.new_zeros(buffer.spec.shape, dtype=buffer.spec.dtype))
 
     @contextmanager
     def intercepting(self) -> Iterator[None]:
@@ -169,7 +170,7 @@ class Ghosts:
             run.start()
             with run:
                 result = function()
-            run.finish()
+            run.finish(result)
         except Done:
             pass
         except Exception as error:
@@ -242,8 +243,8 @@ def _generators(device: torch.device) -> list[torch.Generator]:
 
 
 def _signature(inputs: Any) -> Any:
-    """Return the signature of ``inputs``, or their type if they have none."""
+    """Return the signature of ``inputs``, with the types of what has none."""
     try:
         return signature(inputs)
     except OpaqueError:
-        return type(inputs)
+        return tuple(map(_signature, inputs)) if type(inputs) is tuple else type(inputs)

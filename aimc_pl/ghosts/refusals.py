@@ -29,6 +29,14 @@ def reads(stage: int, what: str) -> ReadsValueError:
     )
 
 
+def metric(kind: str, stage: int) -> UsageError:
+    """Return the error for a metric that is logged, and that another stage than the last has updated."""
+    return UsageError(
+        f"the step logs a {kind} that stage {stage} updates, and only the last stage logs: update it after the last "
+        "boundary, log a number in its place, or use devices=1"
+    )
+
+
 def foreign(what: str, label: str, stage: int) -> UsageError:
     """Return the error for code outside of the step that reads a value which only another process has."""
     return UsageError(
@@ -78,7 +86,8 @@ def not_sent(stage: int, made: int) -> UsageError:
     """Return the error for a stage that needs a value which it has not been sent."""
     return UsageError(
         f"stage {stage} needs a value of stage {made} that stage {stage - 1} has not sent in this shape: the step "
-        "calls other operations than before with the same shapes. Let them depend on the step's arguments alone"
+        "calls other operations than before with the same shapes. Let them depend on the shapes and constants of the "
+        "batch and on the epoch, not on batch_idx or global_step, or use devices=1"
     )
 
 

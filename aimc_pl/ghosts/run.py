@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torchmetrics import Metric
 
 from aimc_pl.errors import UsageError
 from aimc_pl.ghosts import refusals
@@ -94,17 +95,24 @@ class Run(TorchFunctionMode):
                 raise refusals.spans_stages(f"a backward hook on {type(module).__name__}")
         self._begin(0)
 
-    def finish(self) -> None:
+    def finish(self, result: Any) -> None:
         """End the forward after the step has returned.
 
+        Args:
+            result: what the step has returned. With ``None`` it skips the micro-batch, in whatever stage.
+
         Raises:
-            UsageError: if the step has returned before all stages have begun.
+            UsageError: if the step has returned something before all stages have begun.
         """
         stretch, watch = self._state.stretch, self._elsewhere.watch
         if self._is_done:
             return
         if stretch < len(self._setting.boundaries):
-            raise refusals.never_reached(stretch, self._setting.boundaries[stretch])
+            if result is not None:
+                raise refusals.never_reached(stretch, self._setting.boundaries[stretch])
+            if self._state.own < len(self._setting.boundaries):
+                self._send(tuple(self._state.needs))
+            return
         if watch is not None:
             needs = tuple(self._state.needs)
             if watch.finish():
@@ -121,12 +129,16 @@ class Run(TorchFunctionMode):
         if guessed is not None and not isinstance(error, UsageError):
             raise guessed from error
 
-    def deliver(self, value: Tensor) -> Tensor:
+    def deliver(self, value: Tensor | Metric) -> Tensor | Metric:
         """Make a value available in the last stage. Return it there, and return ``value`` as it is in other stages.
 
         Raises:
-            UsageError: if the last stage cannot have the value.
+            UsageError: if the last stage cannot have the value, or if the value is a metric of another stage.
         """
+        if isinstance(value, Metric):
+            if self._setting.own == len(self._setting.boundaries) and id(value) in self._state.metrics:
+                raise refusals.metric(type(value).__name__, self._state.metrics[id(value)])
+            return value
         with without_functions():
             if self._setting.own == len(self._setting.boundaries):
                 return self._here.resolve(value)

@@ -59,6 +59,7 @@ class State:
         needs: the keys of the values that later stages have been seen to need.
         written: the addresses of the storages of batch-only values that have been written to, each with the stage that
             has written and the tensor.
+        metrics: the stages that have updated metrics which this process has not, by the ``id`` of the metric.
     """
 
     def __init__(self, setting: Setting, arrivals: Arrivals, trail: Trail) -> None:
@@ -71,6 +72,7 @@ class State:
         self.kept: dict[Key, Tensor] = {}
         self.needs: dict[Key, None] = {}
         self.written: dict[int, tuple[int, Tensor]] = {}
+        self.metrics: dict[int, int] = {}
 
     def are_common(self, values: Iterable[Any]) -> bool:
         """Return whether all values derive from the batch alone. Every process has such values."""

@@ -37,7 +37,8 @@ class Trail:
     @property
     def texts(self) -> tuple[str, ...]:
         """The marks of the stretches up to this stage's own, as texts to be sent."""
-        return *self._texts, "".join(f"{mark:08x}" for mark in self.way[self._own])
+        own = self.way[self._own] if self._own < len(self.way) else ()  # the step may end before this stage begins
+        return *self._texts, "".join(f"{mark:08x}" for mark in own)
 
     def note(self, name: str, mark: int) -> None:
         """Note an event. Its mark has 32 bits, and is 0 if only the process of the event's stage knows the mark."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from typing_extensions import TypeIs
 
 from aimc_pl.ghosts.functions import KNOWN, kind_of
@@ -49,7 +50,7 @@ class Interceptor(Protocol):
         """Return the result of the function."""
         ...
 
-    def deliver(self, value: Tensor) -> Tensor:
+    def deliver(self, value: Tensor | Metric) -> Tensor | Metric:
         """Return a value that is to be logged in the last stage, as the last stage knows it."""
         ...
 
@@ -176,7 +177,7 @@ for _name in _DECISIONS:
 
 def delivered(value: Any) -> Any:
     """Return a value of a step, and have it sent to the last stage, where it is logged."""
-    return running[-1].deliver(value) if running and isinstance(value, Tensor) else value
+    return running[-1].deliver(value) if running and isinstance(value, Tensor | Metric) else value
 
 
 def is_ghost(value: Any) -> TypeIs[Ghost]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.plugins import DoublePrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from timm.optim.lamb import Lamb
@@ -28,6 +28,7 @@ from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.checks import (
     check_analog_support,
+    check_callbacks_of_processes,
     check_closure,
     check_initialized,
     check_microbatches,
@@ -407,3 +408,13 @@ def test_split_at_has_names_of_submodules(names, message):
     net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(2, 2), nn.Tanh()), "head": nn.Sequential(nn.Linear(2, 2))})
     with nullcontext() if message is None else pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         check_split(net, names, num_stages=6)
+
+
+@pytest.mark.parametrize("callback", [LearningRateFinder(), BatchSizeFinder()])
+def test_a_search_by_the_loss_needs_one_process(callback):
+    check_callbacks_of_processes(SimpleNamespace(callbacks=[GradientAccumulationScheduler({0: 2})]))
+    with pytest.raises(UsageError) as error:
+        check_callbacks_of_processes(SimpleNamespace(callbacks=[callback]))
+    assert str(error.value) == (
+        f"{type(callback).__name__} needs the loss, which only one of several processes knows: use it with devices=1"
+    )

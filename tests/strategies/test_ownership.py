@@ -99,17 +99,34 @@ def test_states_of_modules_are_merged():
     assert results == [expected] * 3
     assert [*results[0]] == [*process]
     # Each process sends its own values only.
-    for own, part in enumerate(parts):
+    for own, (part, _) in enumerate(parts):
         assert {*part} == {name for name in process if ownership.stage(name) == own}
 
 
 def test_what_every_process_has_is_not_sent():
     """Check an entry of which nothing is sent, as of a tile's configuration."""
     ownership = owned(Net())
-    assert ownership.merge_state({"scale": 1, "first.weight": 2}, 0, lambda part: [{"scale": 3}]) == {
+    assert ownership.merge_state({"scale": 1, "first.weight": 2}, 0, lambda part: [[{"scale": 3}, {}]]) == {
         "scale": 3,
         "first.weight": 2,
     }
+
+
+def test_a_buffer_is_taken_from_the_stage_that_has_written_it():
+    """Check a buffer of the whole module, which the last stage of three would hold, and the first has written."""
+    ownership = owned(Net())
+    mine = {"count": 7, "first.weight": 1}
+    answers = [[[mine | {"count": 9}, {}], [{}, {}], [{}, {"count": 0}]], [{"count": 7}, {}, {}]]
+    sent = []
+    merged = ownership.merge_state(mine, 0, lambda part: sent.append(part) or answers[len(sent) - 1])
+    assert merged == mine
+    assert sent == [[{"first.weight": 1}, {}], {"count": 7}]
+    sent = []
+    merged = ownership.merge_state(
+        {"count": "?"}, 2, lambda part: sent.append(part) or answers[len(sent) - 1], {"count": 0}
+    )
+    assert merged == {"count": 7}
+    assert sent == [[{}, {"count": 0}], {}]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, lambda groups: torch.optim.SGD(groups, momentum=0.9)])

@@ -1,15 +1,19 @@
 """These tests train with one stage per process: this process is rank 0, and a copy of it is rank 1."""
 
 import os
+from datetime import timedelta
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
 from forked import make_in_two
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_modules import Attributes, Samples, loader, make_trainer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from aimc_pl import processes
 from aimc_pl.errors import PeerError, UsageError
@@ -31,9 +35,8 @@ def in_two(tmp_path, monkeypatch):
 def trainer_of(devices=2, schedule="sync", split_at=("l3",), options=None, **kwargs):
     """Return a trainer of two stages. Each process first gets another random state."""
     L.seed_everything(7 + int(os.environ.get(RANK, 0)), verbose=False)
-    strategy = AnalogPipelineStrategy(
-        2, schedule, 2, split_at=split_at, timeout=7.0, start_timeout=9.0, **(options or {})
-    )
+    settings = {"num_microbatches": 2, "timeout": 7.0, "start_timeout": 9.0} | (options or {})
+    strategy = AnalogPipelineStrategy(2, schedule, split_at=split_at, **settings)
     return make_trainer(strategy, devices=devices, **{"max_epochs": 1, "limit_train_batches": 2} | kwargs)
 
 
@@ -151,6 +154,197 @@ def test_evaluation_without_a_fit(split_at, in_two):
         assert_same(found[1], metrics)
         assert_same(found[2], weights)
         assert found[3] == drawn
+
+
+class DecidesByMetrics(Attributes):
+    """A module whose hooks log metrics that only the last stage knows, and read metrics that steps have logged.
+
+    Two plateau schedulers and two callbacks decide by these metrics.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy, self.losses, self.read = MulticlassAccuracy(3), [], []
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.accuracy.update(logits.detach(), batch[1])
+        loss = F.cross_entropy(logits, batch[1])
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.log("accuracy", self.accuracy.compute())
+        self.accuracy.reset()
+
+    def validation_step(self, batch, batch_idx):
+        self.losses.append(F.cross_entropy(self(batch[0]), batch[1]))
+        self.log("val_loss", self.losses[-1])
+
+    def on_validation_epoch_end(self):
+        self.log("mean_loss", torch.stack(self.losses).mean())
+        self.losses = []
+        if not self.trainer.sanity_checking:
+            self.read.append(float(self.trainer.callback_metrics["val_loss"]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        by_epoch = ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=0)
+        by_step = ReduceLROnPlateau(optimizer, factor=0.8, patience=0, threshold=0.1)
+        return [optimizer], [
+            {"scheduler": by_epoch, "monitor": "accuracy"},
+            {"scheduler": by_step, "monitor": "loss_step", "interval": "step"},
+        ]
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_all_decide_by_the_metrics_of_rank_0(schedule, in_two, tmp_path):
+    def train(devices=2):
+        folder = tmp_path / f"{devices}"
+        savers = [
+            ModelCheckpoint(folder, "{epoch}-{accuracy:.3f}", monitor="accuracy", mode="max"),
+            ModelCheckpoint(folder, "named-{step}-{loss_step:.4f}", every_n_train_steps=3),
+            ModelCheckpoint(folder, "timed-{step}", monitor="loss_step", train_time_interval=timedelta(microseconds=1)),
+        ]
+        trainer = trainer_of(
+            devices,
+            schedule,
+            max_epochs=5,
+            callbacks=[EarlyStopping("accuracy", patience=3, mode="max"), *savers],
+            enable_checkpointing=True,
+        )
+        module = DecidesByMetrics().double()
+        trainer.fit(module, loader(module), loader(module))
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        best = [os.path.basename(saver.best_model_path) for saver in savers]
+        return module.state_dict(), dict(trainer.callback_metrics), best, rate, module.read, trainer.global_step
+
+    expected = train(devices=1)
+    for weights, metrics, *others, read, step in in_two(train):
+        assert_same(weights, expected[0])
+        assert_same(metrics, expected[1])
+        assert others == [*expected[2:4]]
+        assert read == pytest.approx(expected[4], rel=1e-9)
+        assert step == expected[5]
+
+
+class Skips(Attributes):
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 0:
+            return None
+        loss = super().training_step(batch, batch_idx)
+        return None if self.current_epoch == 1 and batch_idx == 1 else loss
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("schedule", ["sync", "1f1b", "async"])
+def test_a_step_may_skip_a_batch(schedule, in_two):
+    def train(devices=2):
+        trainer, module = trainer_of(devices, schedule, max_epochs=3), Skips().double()
+        trainer.fit(module, loader(module))
+        return module.state_dict(), dict(trainer.callback_metrics)
+
+    expected = train(devices=1)
+    for weights, metrics in in_two(train):
+        assert_same(weights, expected[0])
+        assert_same(metrics, expected[1])
+
+
+class ChangesInTheSecondEpoch(Attributes):
+    """A module whose loss has another term from the second epoch on, of a value that only the first stage knew."""
+
+    def forward(self, x):
+        first = self.l1(x)
+        logits = self.l4(self.norm(torch.tanh(self.l3(torch.tanh(self.l2(torch.tanh(first)))))))
+        return logits + first.mean() ** 2 * torch.arange(3) if self.current_epoch else logits
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_the_epoch_may_decide_what_a_step_computes(schedule, in_two):
+    def train(devices=2):
+        trainer, module = trainer_of(devices, schedule, max_epochs=2), ChangesInTheSecondEpoch().double()
+        trainer.fit(module, loader(module), loader(module))
+        return module.state_dict(), dict(trainer.callback_metrics)
+
+    expected = train(devices=1)
+    for weights, metrics in in_two(train):
+        assert_same(weights, expected[0])
+        assert_same(metrics, expected[1])
+
+
+class AveragesActivations(Attributes):
+    """A module with a buffer that belongs to no layer, and that the first stage writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(9))
+
+    def forward(self, x):
+        first = self.l1(x)
+        self.mean = 0.9 * self.mean + 0.1 * first.detach().mean(0)
+        return self.l4(self.norm(torch.tanh(self.l3(self.l2(first - self.mean)))))
+
+
+def test_a_buffer_of_the_module_is_saved_by_the_stage_that_writes_it(in_two, tmp_path):
+    def train(devices=2):
+        saver = ModelCheckpoint(tmp_path, filename=f"{devices}")
+        trainer = trainer_of(devices, callbacks=[saver], enable_checkpointing=True, options={"num_microbatches": 1})
+        module = AveragesActivations().double()
+        trainer.fit(module, loader(module))
+        return module.state_dict()
+
+    expected = train(devices=1)
+    for found in in_two(train):
+        assert_same(found, expected)
+    saved, whole = (torch.load(tmp_path / f"{devices}.ckpt", weights_only=False) for devices in (2, 1))
+    assert_same(saved["state_dict"], whole["state_dict"])
+
+
+class AddsNoise(Attributes):
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            parameter.grad += 0.1 * torch.randn_like(parameter.grad)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for parameter in self.parameters():
+            parameter.data += 0.1 * torch.rand_like(parameter)
+
+
+def test_hooks_draw_the_random_numbers_of_one_process(in_two):
+    def train(devices=2):
+        trainer, module = trainer_of(devices, max_epochs=2), AddsNoise().double()
+        trainer.fit(module, loader(module))
+        return module.state_dict()
+
+    expected = train(devices=1)
+    for found in in_two(train):
+        assert_same(found, expected)
+
+
+class LogsAMetric(Attributes):
+    def __init__(self):
+        super().__init__()
+        self.size = MeanMetric()
+
+    def forward(self, x):
+        first = self.l1(x)
+        self.size(first.abs().mean())
+        self.log("size", self.size)
+        return self.l4(self.norm(torch.tanh(self.l3(self.l2(first)))))
+
+
+def test_a_logged_metric_of_another_stage_is_refused(in_two):
+    def call():
+        trainer, module = trainer_of(), LogsAMetric().double()
+        with pytest.raises((UsageError, PeerError)) as error:
+            trainer.fit(module, loader(module))
+        return str(error.value)
+
+    last, _ = in_two(call)
+    assert last == (
+        "the step logs a MeanMetric that stage 0 updates, and only the last stage logs: update it after the last "
+        "boundary, log a number in its place, or use devices=1"
+    )
 
 
 def test_other_data_than_those_of_rank_0_are_refused(in_two):

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import lightning as L
 import numpy as np
@@ -252,12 +253,41 @@ def test_update_callback_metrics():
     assert trainer.callback_metrics["told"] == 2
 
 
-def test_saves_by_metric():
-    every_two = ModelCheckpoint(monitor="loss", every_n_train_steps=2)
-    trainer = make_trainer(callbacks=[every_two], enable_checkpointing=True)
-    assert [private.saves_by_metric(trainer, step) for step in (1, 2, 3, 4)] == [False, True, False, True]
-    trainer = make_trainer(callbacks=[ModelCheckpoint(every_n_train_steps=2)], enable_checkpointing=True)
-    assert not private.saves_by_metric(trainer, 2)
+def test_what_was_logged_is_forgotten():
+    class Forgets(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            private.forget_logged(trainer)
+
+    class Logs(Module):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.log("logged", 1.0)
+
+    assert "logged" in fit(Logs()).callback_metrics
+    trainer = fit(Logs(), callbacks=[Forgets()])
+    assert "logged" not in trainer.callback_metrics
+    private.forget_logged(trainer)
+
+
+def test_metrics_are_shared_before_plateaus():
+    trainer, calls = fit(), []
+    owner, name, value = private.share_before_plateaus(trainer, lambda trainer: calls.append(trainer))
+    private.update_callback_metrics(trainer, {"told": torch.tensor(2.0)})
+    assert getattr(owner, name)("told") == value("told") == 2
+    assert calls == [trainer]
+
+
+@pytest.mark.parametrize(
+    ("saver", "expected"),
+    [
+        (ModelCheckpoint(monitor="loss", every_n_train_steps=2), [False, True, False, True]),
+        (ModelCheckpoint(filename="{loss}", every_n_train_steps=2), [False, True, False, True]),
+        (ModelCheckpoint(monitor="loss", train_time_interval=timedelta(seconds=9)), [True] * 4),
+        (ModelCheckpoint(monitor="loss"), [False] * 4),
+    ],
+)
+def test_may_save_now(saver, expected):
+    trainer = make_trainer(callbacks=[saver], enable_checkpointing=True)
+    assert [private.may_save_now(trainer, step) for step in (1, 2, 3, 4)] == expected
 
 
 def test_random_states_come_back():

@@ -279,9 +279,12 @@ def test_metrics_of_rank_0_are_those_of_all(monkeypatch):
     known = []
     monkeypatch.setattr(processes, "update_callback_metrics", lambda trainer, metrics: known.append((trainer, metrics)))
     trainer = SimpleNamespace(callback_metrics={"loss": torch.tensor(2.0)})
+    forgotten = []
+    monkeypatch.setattr(processes, "forget_logged", forgotten.append)
     strategy = among("b")
     strategy.broadcast = lambda metrics: metrics | {"of rank 0": True}
     strategy.share_metrics(trainer)
     assert known == [(trainer, {"loss": torch.tensor(2.0), "of rank 0": True})]
+    assert forgotten == []
     alone().share_metrics(trainer)
     assert len(known) == 1
