@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import register_module_full_backward_hook
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import Accuracy, MetricCollection, Precision
+from torchmetrics import Accuracy, MeanMetric, MetricCollection, Precision
 
 from aimc_pl.devices.conversion import convert_to_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.ghosts import Ghosts, Unknown
+from aimc_pl.private_torch import TorchDispatchMode
 from aimc_pl.weights import read_gradients
 
 
@@ -953,6 +954,15 @@ def test_numbers_of_other_stages_are_unknown():
     assert f"{first['hits'] + 1}" == "unknown"
 
 
+def test_what_a_step_leaves_behind_can_be_logged_and_not_read():
+    pipeline = Pipeline(Remembering(), Net.boundaries, Net.batch())
+    pipeline.forward(Net.batch())
+    left = torch.stack([pipeline.modules[-1].layers[1].memory]).mean()
+    assert isinstance(left, Unknown)
+    with pytest.raises(UsageError, match="a value that a step has left behind is read outside of the step, and only"):
+        float(left)
+
+
 def test_foreign_parameters_stay_the_same_objects():
     module = Net()
     before = dict(module.named_parameters())
@@ -1135,6 +1145,34 @@ class PerSample(Net):
         return x + per_sample(x.detach())
 
 
+class Dispatched(Net):
+    """A network that counts operations of its first stage, and multiplies its loss by their number."""
+
+    class Mode(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    def run(self, x):
+        with self.Mode() as mode:
+            x = layers(self, x, end=1)
+        return layers(self, x, start=1) * mode.count
+
+
+class MetricOfStages(Net):
+    def __init__(self):
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def run(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            self.mean.update(x.detach().mean())
+        return x
+
+
 class Penalty(Net):
     def run(self, x):
         x = layers(self, x.requires_grad_())
@@ -1145,6 +1183,8 @@ class Penalty(Net):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
+        (Dispatched, "a torch dispatch mode that the step enters spans stages"),
+        (MetricOfStages, "a MeanMetric is used by stages 0 and 1, each of which knows its own updates only"),
         (Unreached, "the step ended in stage 1: it does not call 'layers.2' after the boundaries before it"),
         (Tied, "parameter 'layers.0.weight' is used by stages 0 and 2: keep both uses on one stage"),
         (CalledTwice, "parameter 'layers.0.weight' is used by stages 0 and 2: keep both uses on one stage"),

@@ -37,6 +37,7 @@ from aimc_pl.private_torch import (
     hooks_of,
     is_checkpointing,
     is_in_functorch,
+    is_in_torch_dispatch_mode,
     next_sequence_number,
     parameters_of,
     pop_function_modes,
@@ -502,7 +503,9 @@ def test_a_dispatch_mode_sees_operations_below_autograd():
             seen.append((func.overloadpacket.__name__, func.is_view, args[0].requires_grad))
             return func(*args, **(kwargs or {}))
 
+    assert not is_in_torch_dispatch_mode()
     with Watch():
+        assert is_in_torch_dispatch_mode()
         nn.functional.linear(x, weight)
         weight.view(6)
     assert seen == [("t", True, True), ("mm", False, False), ("view", True, True)]

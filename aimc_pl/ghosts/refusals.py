@@ -37,6 +37,14 @@ def metric(kind: str, stage: int) -> UsageError:
     )
 
 
+def metric_of_stages(kind: str, first: int, second: int) -> UsageError:
+    """Return the error for a metric that two stages update."""
+    return UsageError(
+        f"a {kind} is used by stages {first} and {second}, each of which knows its own updates only: use it on one "
+        "stage, or use devices=1"
+    )
+
+
 def foreign(what: str, label: str, stage: int) -> UsageError:
     """Return the error for code outside of the step that reads a value which only another process has."""
     return UsageError(

@@ -27,6 +27,7 @@ from aimc_pl.private_torch import (
     has_backward_hooks,
     has_global_backward_hooks,
     is_in_functorch,
+    is_in_torch_dispatch_mode,
     without_functions,
 )
 
@@ -76,6 +77,7 @@ class Run(TorchFunctionMode):
         self._elsewhere = Elsewhere(self._state)
         self._way: Any = None
         self._is_done = False
+        self._is_dispatched = is_in_torch_dispatch_mode()
 
     @property
     def kept(self) -> dict[Key, Tensor]:
@@ -207,7 +209,13 @@ class Run(TorchFunctionMode):
             return part.call(*args, **kwargs)
         if part.is_shared or (part.owner is not None and part.owner != state.stretch):
             state.check_parameters(part.module.parameters())
-        return self._compute(part, args, kwargs) if is_here else self._elsewhere.module(part, args, kwargs)
+        if is_here:
+            if id(part.module) in state.metrics:
+                raise refusals.metric_of_stages(type(part.module).__name__, state.metrics[id(part.module)], state.own)
+            return self._compute(part, args, kwargs)
+        if is_in_torch_dispatch_mode() and not self._is_dispatched:
+            raise refusals.spans_stages("a torch dispatch mode that the step enters")
+        return self._elsewhere.module(part, args, kwargs)
 
     def _compute(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Leave this mode while the module runs, as it would only cost time. A mode entered since then prevents this.

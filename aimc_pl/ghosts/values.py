@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import TypeIs
 
+from aimc_pl.errors import UsageError
 from aimc_pl.ghosts.functions import KNOWN, kind_of
 from aimc_pl.private_torch import without_subclass_functions
 
@@ -135,7 +136,10 @@ class Unknown:
     error: Exception
 
     def __init__(self, error: Exception | None = None) -> None:
-        self.__dict__["error"] = error or RuntimeError("a value of another stage is not known in this process")
+        self.__dict__["error"] = error or UsageError(
+            "a value that a step has left behind is read outside of the step, and only the process of another stage "
+            "has it: log it, decide by metrics that are logged, or train with devices=1"
+        )
 
     def __getattr__(self, name: str) -> Self:
         if name.startswith("__"):
