@@ -228,6 +228,7 @@ class ProcessStrategy(ParallelStrategy):
         Lightning calls the callbacks that decide by metrics after the module's ``on_train_epoch_end``, which may log.
         """
         patches = [share_before_plateaus(trainer, self.share_metrics)]
+        # Lightning adds the attribute outside of the class.
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         if deciding := [callback for callback in callbacks if isinstance(callback, EarlyStopping | Checkpoint)]:
             first = deciding[0]
