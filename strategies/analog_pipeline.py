@@ -36,7 +36,11 @@ from aimc_pl.strategies.draining import DrainFirst
 from aimc_pl.strategies.loading import loading_weights
 from aimc_pl.strategies.number_check import check_finite
 from aimc_pl.strategies.placement import OneProcess, Placement, StagePerProcess
-from aimc_pl.strategies.private_lightning import evaluate_without_inference_mode, hooks_before_step_inside
+from aimc_pl.strategies.private_lightning import (
+    callbacks_of,
+    evaluate_without_inference_mode,
+    hooks_before_step_inside,
+)
 from aimc_pl.strategies.processes import ProcessStrategy
 from aimc_pl.strategies.remedies import Remedy
 from aimc_pl.strategies.resuming import Resuming
@@ -200,7 +204,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         if fitting:
             check_analog_callbacks(trainer)
         super().setup(trainer)
-        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = callbacks_of(trainer)
         if not any(isinstance(callback, DrainFirst) for callback in callbacks):
             callbacks[:0] = [DrainFirst(self), self._resuming]
         if self.is_multiprocess:

@@ -35,6 +35,7 @@ from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import Loss
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
+from aimc_pl.strategies.private_lightning import callbacks_of
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
 
@@ -63,8 +64,7 @@ def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise UsageError("training_step(dataloader_iter) cannot be split into micro-batches: take a batch")
     accumulates = trainer.accumulate_grad_batches != 1 or any(
-        isinstance(callback, GradientAccumulationScheduler)
-        for callback in trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer)
     )
     if schedule.is_async and accumulates:
         raise UsageError(
@@ -77,7 +77,7 @@ def check_module(trainer: "pl.Trainer", schedule: Schedule) -> None:
 
 
 def _refuse_hooks_before_backward(trainer: "pl.Trainer", schedule: Schedule) -> None:
-    module, callbacks = trainer.lightning_module, trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    module, callbacks = trainer.lightning_module, callbacks_of(trainer)
     having = [callback for callback in callbacks if is_overridden("on_before_backward", callback, pl.Callback)]
     if is_overridden("on_before_backward", module, pl.LightningModule):
         having.append(module)
@@ -124,8 +124,7 @@ def check_analog_callbacks(trainer: "pl.Trainer") -> None:
     """
     if not analog_layers(trainer.lightning_module):
         return
-    # Lightning adds the attribute outside of the class.
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, BaseFinetuning | ModelPruning | StochasticWeightAveraging | WeightAveraging):
             raise UsageError(
                 f"{type(callback).__name__} reads or sets weights, which crossbars do not allow: leave out the "
@@ -139,8 +138,7 @@ def check_callbacks_of_processes(trainer: "pl.Trainer") -> None:
     Raises:
         UsageError: with the name of the first callback that does.
     """
-    # Lightning adds the attribute outside of the class.
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, LearningRateFinder | BatchSizeFinder):
             raise UsageError(
                 f"{type(callback).__name__} needs the loss, which only one of several processes knows: use it with "

@@ -56,7 +56,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 def is_step_hooked(trainer: "pl.Trainer") -> bool:
     """Return whether :func:`prepare_step` does anything: whether there are hooks, or gradients are clipped."""
     module, precision = trainer.lightning_module, type(trainer.precision_plugin)
-    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue], set later
+    callbacks = callbacks_of(trainer)
     return (
         trainer.gradient_clip_val is not None
         or precision.post_backward is not Precision.post_backward
@@ -168,6 +168,12 @@ def epoch_metrics(trainer: "pl.Trainer") -> dict[str, Any]:
 def update_callback_metrics(trainer: "pl.Trainer", metrics: dict[str, Tensor]) -> None:
     """Add metrics to those that callbacks see."""
     trainer._logger_connector._callback_metrics.update(metrics)
+
+
+def callbacks_of(trainer: "pl.Trainer") -> list[Any]:
+    """Return the callbacks of a trainer."""
+    # Lightning adds the attribute outside of the class.
+    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def forget_logged(trainer: "pl.Trainer") -> None:

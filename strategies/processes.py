@@ -30,6 +30,7 @@ from aimc_pl.processes import Processes
 from aimc_pl.rendezvous import meet
 from aimc_pl.strategies.launcher import Launcher
 from aimc_pl.strategies.private_lightning import (
+    callbacks_of,
     forget_logged,
     random_states,
     set_random_states,
@@ -206,7 +207,7 @@ class ProcessStrategy(ParallelStrategy):
         # Only one process logs values, so there is nothing to synchronize.
         warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
         if self.global_rank != 0:
-            # Metrics are updated by the last stage. What hooks compute from them here is not used.
+            # Only the process of the last stage updates metrics. What hooks compute from them in this one is dropped.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before")
 
     def share_metrics(self, trainer: "pl.Trainer") -> None:
@@ -228,8 +229,7 @@ class ProcessStrategy(ParallelStrategy):
         Lightning calls the callbacks that decide by metrics after the module's ``on_train_epoch_end``, which may log.
         """
         patches = [share_before_plateaus(trainer, self.share_metrics)]
-        # Lightning adds the attribute outside of the class.
-        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = callbacks_of(trainer)
         if deciding := [callback for callback in callbacks if isinstance(callback, EarlyStopping | Checkpoint)]:
             first = deciding[0]
             share = partial(_share_first, self, first.on_train_epoch_end)

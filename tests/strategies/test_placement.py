@@ -236,7 +236,7 @@ class Skips(Attributes):
         return None if self.current_epoch == 1 and batch_idx == 1 else loss
 
 
-# Lightning warns of it.
+# Lightning warns of every mini-batch that the test skips on purpose.
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("schedule", ["sync", "1f1b", "async"])
 def test_a_step_may_skip_a_batch(schedule, in_two):
