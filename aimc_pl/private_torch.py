@@ -23,7 +23,7 @@ from torch.overrides import (
     _pop_mode,
     _push_mode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode as is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
@@ -140,6 +140,28 @@ def push_function_modes(modes: Iterable[TorchFunctionMode]) -> None:
     """Enter again the modes that :func:`pop_function_modes` has returned."""
     for mode in reversed([*modes]):
         _push_mode(mode)
+
+
+def count_dispatch_modes() -> int:
+    """Return the number of torch dispatch modes that are entered."""
+    return len(_get_current_dispatch_mode_stack())
+
+
+def pop_dispatch_modes(keep: int) -> list[TorchDispatchMode]:
+    """Leave the torch dispatch modes, except the outermost ``keep``, and return them, innermost first.
+
+    What a subclass does in its own ``__exit__`` is left out.
+    """
+    modes = [*reversed(_get_current_dispatch_mode_stack()[keep:])]
+    for mode in modes:
+        TorchDispatchMode.__exit__(mode, None, None, None)
+    return modes
+
+
+def push_dispatch_modes(modes: Sequence[TorchDispatchMode]) -> None:
+    """Enter again the modes that :func:`pop_dispatch_modes` has returned."""
+    for mode in reversed(modes):
+        TorchDispatchMode.__enter__(mode)
 
 
 without_functions = torch._C.DisableTorchFunction

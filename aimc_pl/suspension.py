@@ -12,10 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from aimc_pl.private_torch import (
     SavedTensorHooks,
+    TorchDispatchMode,
+    count_dispatch_modes,
     count_function_modes,
     count_saved_tensor_hooks,
+    pop_dispatch_modes,
     pop_function_modes,
     pop_saved_tensor_hooks,
+    push_dispatch_modes,
     push_function_modes,
     push_saved_tensor_hooks,
 )
@@ -26,7 +30,8 @@ class SuspendableCall:
 
     The function runs in a greenlet: on the caller's thread, and only while the caller waits. (In separate threads, the
     functions would take OpenMP's threads from the stages.) What the function has entered when it waits (autocast,
-    no_grad, a default dtype, saved-tensor hooks, torch function modes) is set aside until the function is resumed.
+    no_grad, a default dtype, saved-tensor hooks, torch function and dispatch modes) is set aside until the function is
+    resumed.
 
     Args:
         function: the function to run.
@@ -39,7 +44,8 @@ class SuspendableCall:
         self._greenlet.call = self if owner is None else owner  # pyright: ignore[reportAttributeAccessIssue]
         self._settings: list[Any] | None = None
         self._hooks: list[SavedTensorHooks] = []
-        self._modes: list[TorchFunctionMode] = []
+        self._function_modes: list[TorchFunctionMode] = []
+        self._dispatch_modes: list[TorchDispatchMode] = []
 
     @staticmethod
     def current() -> Any:
@@ -79,11 +85,13 @@ class SuspendableCall:
     @contextmanager
     def _its_state(self) -> Iterator[None]:
         callers = _read_settings()
-        num_hooks, num_modes = count_saved_tensor_hooks(), count_function_modes()
+        num_hooks, num_function_modes = count_saved_tensor_hooks(), count_function_modes()
+        num_dispatch_modes = count_dispatch_modes()
         # autocast caches copies of weights. A copy is valid for one call, and until the weights change.
         torch.clear_autocast_cache()
         push_saved_tensor_hooks(self._hooks)
-        push_function_modes(self._modes)
+        push_function_modes(self._function_modes)
+        push_dispatch_modes(self._dispatch_modes)
         if self._settings is not None:
             _switch(callers, self._settings)
         try:
@@ -91,7 +99,8 @@ class SuspendableCall:
         finally:
             self._settings = _read_settings()
             self._hooks = pop_saved_tensor_hooks(num_hooks)
-            self._modes = pop_function_modes(num_modes)
+            self._function_modes = pop_function_modes(num_function_modes)
+            self._dispatch_modes = pop_dispatch_modes(num_dispatch_modes)
             torch.clear_autocast_cache()
             _switch(self._settings, callers)
             if self._greenlet.dead:

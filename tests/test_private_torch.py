@@ -27,6 +27,7 @@ from aimc_pl.private_torch import (
     attributes_of_optimizer,
     base_of,
     call_of,
+    count_dispatch_modes,
     count_function_modes,
     count_saved_tensor_hooks,
     current_function_mode,
@@ -40,8 +41,10 @@ from aimc_pl.private_torch import (
     is_in_torch_dispatch_mode,
     next_sequence_number,
     parameters_of,
+    pop_dispatch_modes,
     pop_function_modes,
     pop_saved_tensor_hooks,
+    push_dispatch_modes,
     push_function_modes,
     push_saved_tensor_hooks,
     registration_of,
@@ -192,6 +195,45 @@ def test_function_modes():
         torch.ones(1)
         assert seen == ["inner", "outer"]
     assert count_function_modes() == 0
+
+
+def test_dispatch_modes_are_left_and_entered_again():
+    seen, calls = [], []
+
+    class Mode(TorchDispatchMode):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(self.name)
+            return func(*args, **(kwargs or {}))
+
+        def __exit__(self, *error):
+            calls.append(self.name)
+            super().__exit__(*error)
+
+    def tell():
+        seen.clear()
+        torch.ones(1)
+        return seen[:]
+
+    with Mode("outer"), Mode("middle"), Mode("inner"):
+        assert count_dispatch_modes() == 3
+        assert tell() == ["inner", "middle", "outer"]
+        popped = pop_dispatch_modes(1)
+        assert [mode.name for mode in popped] == ["inner", "middle"]
+        assert tell() == ["outer"]
+        push_dispatch_modes(popped)
+        popped = pop_dispatch_modes(0)
+        assert tell() == []
+        assert not is_in_torch_dispatch_mode()
+        push_dispatch_modes(popped)
+        assert tell() == ["inner", "middle", "outer"]
+        assert calls == []
+    assert calls == ["inner", "middle", "outer"]
+    assert count_dispatch_modes() == 0
+    assert not is_in_torch_dispatch_mode()
 
 
 def test_attributes_of_an_optimizer_are_without_hooks():

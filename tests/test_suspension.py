@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from aimc_pl.private_torch import TorchDispatchMode, is_in_torch_dispatch_mode
 from aimc_pl.suspension import SuspendableCall
 
 
@@ -127,10 +128,11 @@ def test_saved_tensor_hooks_belong_to_their_call():
             assert not any(call.is_suspended for call in calls)
 
 
-def test_function_modes_belong_to_their_call():
+@pytest.mark.parametrize("mode", [TorchFunctionMode, TorchDispatchMode])
+def test_modes_belong_to_their_call(mode):
     seen = []
 
-    class Named(TorchFunctionMode):
+    class Named(mode):
         def __init__(self, name):
             super().__init__()
             self.name = name
@@ -138,6 +140,8 @@ def test_function_modes_belong_to_their_call():
         def __torch_function__(self, func, types, args=(), kwargs=None):
             seen.append(self.name)
             return func(*args, **(kwargs or {}))
+
+        __torch_dispatch__ = __torch_function__
 
     def tell():
         seen.clear()
@@ -164,6 +168,7 @@ def test_function_modes_belong_to_their_call():
                 assert tell() == ["outer"]
                 assert not torch.ones(1).is_meta
     assert tell() == []
+    assert not is_in_torch_dispatch_mode()
 
 
 def test_autocast_keeps_no_copies_for_another_call():

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.backends import cudnn, mha, mkldnn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from aimc_pl.analog import inside_analog_layers, is_analog, learns_by_pulses
+from aimc_pl.analog import analog_layers, inside_analog_layers, is_analog, learns_by_pulses
 from aimc_pl.arguments import listed
 from aimc_pl.cost.distinct import Distinct
 from aimc_pl.cost.learning import Learning, learning_of
@@ -175,6 +175,7 @@ class _Counter(TorchDispatchMode):
         self._split_at = split_at
         self._tile_size = tile_size
         self._with_gradients = torch.is_grad_enabled()
+        self._analog = analog_layers(network)
         self._in_analog = 0
         self._digital = {storage_of(buffer): 0 for buffer in network.buffers()}
         """The sizes of the digital parameters, by their storage. Buffers are small and count as nothing."""
@@ -199,10 +200,12 @@ class _Counter(TorchDispatchMode):
     def watching(self) -> Iterator[None]:
         """Context manager in which the step runs."""
         with ExitStack() as stack:
-            for hook in (
-                register_module_forward_pre_hook(self._enter),
-                register_module_forward_hook(self._leave, with_kwargs=True),
-            ):
+            # A hook of all modules that takes keyword arguments would leave a trace in torch after it is removed.
+            hooks = [register_module_forward_pre_hook(self._open)]
+            for layer in self._analog:
+                hooks.append(layer.register_forward_pre_hook(self._enter))
+                hooks.append(layer.register_forward_hook(self._leave, prepend=True, with_kwargs=True))
+            for hook in hooks:
                 stack.callback(hook.remove)
             stack.enter_context(_without_fused_operations())
             stack.enter_context(patched((Function, "apply", classmethod(self._watched_function))))
@@ -332,23 +335,23 @@ class _Counter(TorchDispatchMode):
             if outermost:
                 self._made_inside = None
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _open(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = self._names.get(id(module), "")
         hidden = self._with_gradients and (is_checkpointing() or not torch.is_grad_enabled())
         if name in self._split_at and name not in self.opened and not hidden:
             self.opened.append(name)
-        self._in_analog += is_analog(module)
 
-    def _leave(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if not is_analog(module):
-            return
+    def _enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self._in_analog += 1
+
+    def _leave(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self._in_analog -= 1
         if self._in_analog:
             return
         work, uses, (x, *_) = self.works[self._part], self._uses[self._part], _tensors((args, kwargs))
         self._read([x])
-        tiles, again = [*module.analog_tiles()], is_checkpointing()
-        matrix = uses.matrices.setdefault(id(tiles[0]), self._matrix(module, tiles))
+        tiles, again = [*layer.analog_tiles()], is_checkpointing()
+        matrix = uses.matrices.setdefault(id(tiles[0]), self._matrix(layer, tiles))
         learn = self._differentiates and any(tile.analog_ctx.requires_grad for tile in tiles)
         vectors = out.numel() // matrix.rows
         matrix.vectors += vectors
@@ -366,7 +369,7 @@ class _Counter(TorchDispatchMode):
                 f"the cost model does not know how layer {matrix.name!r} learns, which has tiles for inference: "
                 "freeze it, or choose a device of the catalogue"
             )
-        for name, parameter in module.named_parameters():
+        for name, parameter in layer.named_parameters():
             # A digital bias, or a scale, of every output. In mixed precision there are the weights of tiles, too.
             if not is_analog(parameter) and not name.endswith("shared_weights"):
                 self._read([parameter])

@@ -137,6 +137,7 @@ def test_counting_is_deterministic_and_leaves_the_network_alone():
     before = network(tokens).sum()
     assert count(network, tokens, ["blocks.1", "head"]) == count(network, tokens, ["blocks.1", "head"])
     assert network(tokens).sum() == before
+    assert not torch.nn.modules.module._has_any_global_hook()
 
 
 @pytest.mark.parametrize("device", ["ideal", "soft_bounds"])

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
 
 from aimc_pl.errors import UsageError
+from aimc_pl.private_torch import is_in_torch_dispatch_mode
 from aimc_pl.strategies import AnalogPipelineStrategy
 
 EQUAL = "equal"  # as plain Lightning on mini-batches; under async to first order, with a vanishing learning rate
@@ -89,7 +90,7 @@ CASES = {
     "saved-tensor hooks": Case(u.SavedTensorHooks),
     "save_on_cpu": Case(u.SavedOnCpu),
     "function mode": Case(u.FunctionMode),
-    "dispatch mode": Case(u.DispatchMode, EQUAL, SHARED, SHARED),
+    "dispatch mode": Case(u.DispatchMode),
     "vmap in a stage": Case(u.VectorisedHead),
     "inference mode over a boundary": Case(u.BoundaryInInferenceMode),
     "inference mode elsewhere": Case(u.InferenceModeElsewhere),
@@ -345,7 +346,8 @@ def process_state():
     switches = torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")
     backends = torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(), torch.get_num_threads()
     with saved_tensors_hooks(lambda x: x, lambda x: x):  # this raises if hooks are forbidden
-        return switches, backends, torch.get_default_dtype(), [*warnings.filters], sys.stdout, F.cross_entropy
+        functions = sys.stdout, F.cross_entropy, is_in_torch_dispatch_mode()
+        return switches, backends, torch.get_default_dtype(), [*warnings.filters], functions
 
 
 def same(a, b):
