@@ -1,12 +1,12 @@
 """This study asks which remedies against stale weights help by how much, alone and in pairs.
 
 A residual network of 16 layers, 16 wide, learns handwritten digits by analog SGD, by residual learning and in mixed
-precision, through an asynchronous pipeline of 4 to 16 stages. Pairs are tried with 16 stages. The pipeline itself is
-changed too: in full duplex, staleness is twice as large; with one layer in all stages but the last, fewer layers are
-stale, but the last stage takes longest. One stage, which makes the same updates without delay, is what all are compared
-with. For each combination, the learning rate is the one with the lowest loss on validation images, for a seed that
-counts for nothing else. The grid of rates grows until its best is inside. Losses and accuracies are those of the test
-images at the end of a run. Runs that the CSV file already holds are not repeated. Usage:
+precision, through an asynchronous pipeline of 4 to 16 stages. The pipeline itself is changed too: in full duplex,
+staleness is twice as large; with one layer in all stages but the last, fewer layers are stale, but the last stage takes
+longest. One stage, which makes the same updates without delay, is what all are compared with. For each combination, the
+learning rate is the one with the lowest loss on validation images, for a seed that counts for nothing else. The grid of
+rates grows until its best is inside. Losses and accuracies are those of the test images at the end of a run. Runs that
+the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/staleness_remedies.py --folder docs/results
 """
