@@ -38,7 +38,10 @@ POINTS = (
 )
 FEW = ("before joining", "first step", "step", "validation step", "checkpoint", "train end")
 RANKS = range(3)
-FAILURES = [*product(("kill",), POINTS, RANKS), *product(("stop", "raise"), FEW, RANKS)]
+FAILURES = [
+    *product(("kill", "stop", "raise"), FEW, RANKS),
+    *(("kill", point, 1) for point in POINTS if point not in FEW),
+]
 CASES = [
     *FAILURES,
     *product(("terminate",), ("step", "validation step"), RANKS),

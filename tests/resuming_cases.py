@@ -60,7 +60,7 @@ INTERRUPTIONS = {"SIGTERM": 3, "Ctrl-C": 6, "kill -9": 8}
 """The global steps of the last checkpoints. Only the one at SIGTERM is made because of the signal."""
 
 INTERRUPTED = {
-    1: [case for case in CASES if case[0] == "async" or case[1] == NOISY],
+    1: [("sync", NOISY), ("async", NOISY), ("async, full duplex", NOISY), ("async", "mean field")],
     2: [("async", NOISY)],
 }
 """The cases that are interrupted, by the number of processes."""
