@@ -346,8 +346,8 @@ def process_state():
     switches = torch.is_grad_enabled(), torch.is_anomaly_enabled(), torch.is_autocast_enabled("cpu")
     backends = torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(), torch.get_num_threads()
     with saved_tensors_hooks(lambda x: x, lambda x: x):  # this raises if hooks are forbidden
-        functions = sys.stdout, F.cross_entropy, is_in_torch_dispatch_mode()
-        return switches, backends, torch.get_default_dtype(), [*warnings.filters], functions
+        replaceable = torch.get_default_dtype(), [*warnings.filters], sys.stdout, F.cross_entropy
+        return switches, backends, replaceable, is_in_torch_dispatch_mode()
 
 
 def same(a, b):
