@@ -13,9 +13,6 @@ from torch.optim import Optimizer
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 
-_SHARED = ("params", "lr")
-"""Entries of a parameter group that all stages share. A learning rate may be a tensor that is changed in place."""
-
 _ABSENT = object()
 
 
@@ -132,23 +129,36 @@ def _for_one_step(optimizer: Optimizer, rate_factor: float, staleness: int) -> I
             group["lr"] = group["lr"] * rate_factor
         if "staleness" in group:
             group["staleness"] = staleness
+    during = [group.get("lr") for group in optimizer.param_groups]
     try:
         yield
     finally:
-        for group, entries in zip(optimizer.param_groups, before, strict=True):
+        for group, entries, rate in zip(optimizer.param_groups, before, during, strict=True):
+            if group.get("lr") is not rate:  # the optimizer lowers the learning rate itself
+                entries["lr"] = group["lr"] / rate_factor
             group.update(entries)
 
 
 def _copies(group: dict[str, Any]) -> dict[str, Any]:
     """Return copies of the entries that a step may change in place. ``deepcopy`` makes no copy of other entries."""
-    copies = {key: copy.deepcopy(value) for key, value in group.items() if key not in _SHARED}
+    copies = {key: copy.deepcopy(value) for key, value in group.items() if not _is_shared(key, value)}
     return {key: value for key, value in copies.items() if value is not group[key]}
 
 
 def _changed(old: dict[str, Any], group: dict[str, Any]) -> list[str]:
     if len(old) == len(group) and all(map(is_, old.values(), group.values())):
         return []
-    return [key for key, value in group.items() if key not in _SHARED and value is not old.get(key, _ABSENT)]
+    return [
+        key for key, value in group.items() if not _is_shared(key, value) and value is not old.get(key, _ABSENT)
+    ]
+
+
+def _is_shared(key: str, value: Any) -> bool:
+    """Tell whether all stages share this entry of a parameter group.
+
+    Schedulers change a learning rate that is a tensor in place.
+    """
+    return key == "params" or (key == "lr" and isinstance(value, Tensor))
 
 
 def _put(group: dict[str, Any], entries: dict[str, Any]) -> None:

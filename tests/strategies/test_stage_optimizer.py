@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, 0.1),
     "counting": lambda parameters: CountingSGD(parameters, 0.1),
     "counting in a tensor": lambda parameters: CountingInATensor(parameters, 0.1),
+    "lowers its rate": lambda parameters: LowersItsRate(parameters, 0.1),
 }
 
 
@@ -41,6 +42,15 @@ class CountingInATensor(CountingSGD):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.data -= group["lr"] / count * parameter.grad
+
+
+class LowersItsRate(torch.optim.SGD):
+    """An optimizer that lowers its own learning rate."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 0.9
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -71,6 +81,20 @@ def test_stages_step_as_with_optimizers_of_their_own(make, num_groups):
     assert [[*map(id, group["params"])] for group in optimizer.param_groups] == [
         [*map(id, ours[start::num_groups])] for start in range(num_groups)
     ]
+
+
+def test_a_rate_that_the_optimizer_lowers_stays_lowered_when_a_remedy_scales_it():
+    (first, second), weights = make_parameters()[:2], []
+    stages = [Stage(0, [first]), Stage(1, [second])]
+    by_stage = StageOptimizer(LowersItsRate([first, second], 0.5), stages)
+    for rate_factor in (0.5, 0.25, 1.0):
+        weights.append(first.detach().clone())
+        first.grad = torch.ones_like(first)
+        with by_stage.restricted_to(stages[0]):
+            by_stage.step(rate_factor)
+    steps = torch.stack([*weights, first.detach()]).diff(dim=0).mean(1)
+    expected = -0.5 * torch.tensor([0.5, 0.9 * 0.25, 0.9**2], dtype=torch.float64)
+    torch.testing.assert_close(steps, expected, rtol=1e-12, atol=0)
 
 
 def test_groups_may_be_added():
