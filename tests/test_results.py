@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def history():
         pytest.skip("a shallow clone does not reach the commits at which results were measured")
 
 
+@cache
 def code_in(source):
     """Return how a Python module computes: its syntax tree without docstrings, comments and functions that draw."""
     tree = ast.parse(source)
@@ -51,16 +53,29 @@ def is_drawing(node):
     return any(isinstance(name, ast.Name) and name.id in ("Axes", "Axis", "Figure") for name in types)
 
 
-def changed_since(commit):
-    """Return the files whose code has changed, by their present names. Moved files and new words do not count."""
-    changes = (line.split("\t") for line in git("diff", "--name-status", "--find-renames", commit).splitlines())
-    changed = set()
-    for status, *names in changes:
+@cache
+def changes_since(commit):
+    return [line.split("\t") for line in git("diff", "--name-status", "--find-renames", commit).splitlines()]
+
+
+def changed_since(commit, code):
+    """Return the files of which the code has changed, by their present names, sorted.
+
+    Moved files and new words do not count.
+
+    Args:
+        commit: the commit to compare with.
+        code: what the paths begin with.
+    """
+    changed = []
+    for status, *names in changes_since(commit):
         old, new = names[0], names[-1]
         is_kept = status[0] in "MR" and new.endswith(".py")
-        if not (is_kept and code_in(git("show", f"{commit}:{old}")) == code_in((ROOT / new).read_text())):
-            changed.add(new)
-    return changed
+        if new.startswith(code) and not (
+            is_kept and code_in(git("show", f"{commit}:{old}")) == code_in((ROOT / new).read_text())
+        ):
+            changed.append(new)
+    return sorted(changed)
 
 
 def test_words_are_no_code():
@@ -79,9 +94,9 @@ def test_pictures_are_no_numbers():
 @pytest.mark.parametrize("name", RESULTS)
 def test_results_are_as_new_as_their_code_or_say_why_not(name):
     result = RESULTS[name]
-    code = [*result["files"], *(path for group in result["groups"] for path in MEASURED["groups"][group])]
+    code = (*result["files"], *(path for group in result["groups"] for path in MEASURED["groups"][group]))
     assert [path for path in code if not (ROOT / path).exists()] == []
-    newer = [file for file in sorted(changed_since(result["commit"])) if file.startswith(tuple(code))]
+    newer = changed_since(result["commit"], code)
     if "stale" in result:
         assert newer, f"{name}.csv is up to date: its `stale` in measured.toml can go"
     else:
