@@ -39,12 +39,14 @@ POINTS = (
 FEW = ("before joining", "first step", "step", "validation step", "checkpoint", "train end")
 RANKS = range(3)
 FAILURES = [
-    *product(("kill", "stop", "raise"), FEW, RANKS),
+    *product(("kill",), FEW, RANKS),
     *(("kill", point, 1) for point in POINTS if point not in FEW),
+    *product(("stop",), ("before joining", "step", "checkpoint"), RANKS),
+    *product(("raise",), ("before joining", "validation step", "train end"), RANKS),
 ]
 CASES = [
     *FAILURES,
-    *product(("terminate",), ("step", "validation step"), RANKS),
+    *product(("terminate",), ("step",), RANKS),
     *product(("other labels",), ("batch", "validation batch"), RANKS),
     *product(("fewer batches",), ("length",), RANKS),
     ("other secret", "before joining", 2),

@@ -10,9 +10,13 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from aimc_pl.optim import AsyncNAdam, SpikeCompensatedSGD
+
 OPTIMIZERS = {
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    "AsyncNAdam": lambda parameters: AsyncNAdam(parameters, 3, lr=0.01),
+    "SpikeCompensatedSGD": lambda parameters: SpikeCompensatedSGD(parameters, lr=0.02),
 }
 
 

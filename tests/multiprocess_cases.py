@@ -39,7 +39,8 @@ SCHEDULES = {
         "remedies": [Accumulation(2), StageLearningRate(0.5, anneal_steps=4), SyncStart(2)],
     },
 }
-STAGES = (2, 3, 4)
+STAGES = {2: ("sync", "async"), 3: (*SCHEDULES,), 4: ("1f1b", "zero_bubble", "async", "async, full duplex")}
+"""The schedules by the number of stages."""
 
 
 class ComputesWithGradients(Attributes):
@@ -197,11 +198,13 @@ def save_the_best():
 
 CASES = {
     f"{schedule}, {num_stages} stages": (num_stages, digital(num_stages, schedule))
-    for num_stages in STAGES
-    for schedule in SCHEDULES
+    for num_stages, schedules in STAGES.items()
+    for schedule in schedules
 }
 CASES |= {
     "adamw": (3, digital(3, "sync", optimizer="adamw")),
+    "AsyncNAdam": (3, digital(3, "async", optimizer="AsyncNAdam")),
+    "SpikeCompensatedSGD": (3, digital(3, "async", optimizer="SpikeCompensatedSGD")),
     "clipped by norm": (3, digital(3, "sync", gradient_clip_val=0.05)),
     "clipped by norm, async": (3, digital(3, "async", gradient_clip_val=0.01)),
     "clipped by value": (2, digital(2, "sync", gradient_clip_val=0.01, gradient_clip_algorithm="value")),
@@ -223,6 +226,7 @@ CASES |= {
     "mean field, remedies": (2, analog(2, "async, remedies", soft_bounds)),
     "mean field, sync": (2, analog(2, "sync", soft_bounds)),
     "mean field, mixed precision": (3, analog(3, "async", mixed_precision, "adamw", gradient_clip_val=0.1)),
+    "mean field, mixed precision, AsyncNAdam": (3, analog(3, "async", mixed_precision, "AsyncNAdam")),
     "mean field, zero_bubble": (2, analog(2, "zero_bubble", soft_bounds)),
     "mean field, mixed precision, sync": (2, analog(2, "sync", mixed_precision, gradient_clip_val=0.1)),
     "floating point": (4, analog(4, "async", ideal)),

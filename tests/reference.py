@@ -16,6 +16,7 @@ def delayed_updates(
     stashing=False,
     accumulate=lambda first: 1,
     factor=lambda stage, k: 1.0,
+    rule=lambda state, weight, gradient, rate, staleness: weight - rate * gradient,
 ):
     """Train a tanh network on squared error with the weight versions of the asynchronous pipeline.
 
@@ -29,13 +30,16 @@ def delayed_updates(
         owners: per layer, its stage.
         microbatches: (inputs, targets, loss weight) triples; the loss is the mean square over all elements.
         delays: per stage.
-        learning_rate: of plain SGD.
+        learning_rate: of all layers.
         drains: micro-batches before which the pipeline has run empty.
         stashing: whether the backward uses the forward's weights.
         accumulate: the number of micro-batches per update, as a function of the first micro-batch since the last drain.
         factor: the factor of the learning rate, as a function of the stage and the last micro-batch of an update.
+        rule: the optimizer's rule, which returns the new weights or biases. It may keep something in ``state``. The
+            staleness is that of updates after every micro-batch.
     """
     parameters = list(zip(weights, biases, strict=True))
+    states = [({}, {}) for _ in owners]
     for first, end in pairwise([0, *drains, len(microbatches)]):
         history = [parameters]  # before the backward of each micro-batch
         gradients = [(0, 0) for _ in owners]
@@ -57,11 +61,14 @@ def delayed_updates(
                 error = error @ (seen[layer][layer][0] if stashing else history[k][layer][0])
             updated = list(history[k])
             if (k + 1) % accumulate(first) == 0 or first + k + 1 == end:
-                rates = [learning_rate * factor(stage, first + k) for stage in owners]
-                updated = [
-                    (weight - rate * of_weight, bias - rate * of_bias)
-                    for (weight, bias), (of_weight, of_bias), rate in zip(updated, gradients, rates, strict=True)
-                ]
+                for layer, stage in enumerate(owners):
+                    rate, staleness = learning_rate * factor(stage, first + k), min(k, delays[stage])
+                    updated[layer] = tuple(
+                        rule(state, parameter, gradient, rate, staleness)
+                        for state, parameter, gradient in zip(
+                            states[layer], updated[layer], gradients[layer], strict=True
+                        )
+                    )
                 gradients = [(0, 0) for _ in owners]
             history.append(updated)
         parameters = history[-1]

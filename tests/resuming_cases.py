@@ -1,11 +1,7 @@
-"""This script interrupts and resumes runs, each in a forked process or in one process per stage.
-
-python tests/resuming_cases.py FOLDER PART+PART PORT...    with LOCAL_RANK for one of two processes
-"""
+"""The functions in this module interrupt and resume runs, each in a forked process or in one process per stage."""
 
 import os
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +25,7 @@ SCHEDULES = {
     "async": {"schedule": "async"},
     "async, full duplex": {"schedule": "async", "duplex": "full"},
 }
-NETWORKS = ("momentum", "adamw", "mean field")
+NETWORKS = ("AsyncNAdam", "adamw", "mean field")
 NOISY = "dropout and noise"
 """The network whose stages draw random numbers, which differ with another number of processes."""
 
@@ -60,7 +56,7 @@ INTERRUPTIONS = {"SIGTERM": 3, "Ctrl-C": 6, "kill -9": 8}
 """The global steps of the last checkpoints. Only the one at SIGTERM is made because of the signal."""
 
 INTERRUPTED = {
-    1: [("sync", NOISY), ("async", NOISY), ("async, full duplex", NOISY), ("async", "mean field")],
+    1: [("sync", NOISY), ("async", NOISY)],
     2: [("async", NOISY)],
 }
 """The cases that are interrupted, by the number of processes."""
@@ -116,8 +112,10 @@ def train(folder, schedule, network, interruption=None, ckpt_path=None, **proces
     module = (Noisy if network == NOISY else Attributes)().double()
     module.optimizer = {"mixed precision": "adamw", "mean field": "momentum", NOISY: "momentum"}.get(network, network)
     dataset, settings, noise = Augmented(length=35), SCHEDULES[schedule], []
-    if network in ("mean field", "mixed precision"):
+    # torch's NAdam keeps the product of its momenta in float32, and loads it with the precision of the weights.
+    if network in ("mean field", "mixed precision", "AsyncNAdam"):
         module, dataset.x = module.float(), dataset.x.float()
+    if network in ("mean field", "mixed precision"):
         device = soft_bounds(device_to_device=0.1, write_noise=0.5)
         settings = settings | {"device": mixed_precision(device) if network == "mixed precision" else device}
     if network == "mean field":
@@ -162,7 +160,7 @@ def checkpoint(folder, step):
 
 
 def runs(folder, world):
-    """Yield parts of the script and arguments of :func:`train`, in an order in which checkpoints come first."""
+    """Yield names of parts and arguments of :func:`train`, in an order in which checkpoints come first."""
     here, there = ("one", "two")[:: 1 if world == 1 else -1]
     for schedule, network in TRAINED[world]:
         case = Path(schedule) / network
@@ -183,17 +181,17 @@ def runs(folder, world):
                 yield "own", resumed | {"folder": folder / here / case / interruption}
 
 
-def main():
-    folder, parts, ports = Path(sys.argv[1]), sys.argv[2].split("+"), iter(sys.argv[3:])
-    world = 2 if "LOCAL_RANK" in os.environ else 1
+def train_all(folder, world, parts, ports):
+    """Train the parts, in this one of ``world`` processes, each run in a copy of this process.
+
+    Args:
+        folder: where results are written.
+        world: the number of processes, which train other cases if there are two.
+        parts: names of parts, as :func:`runs` yields them.
+        ports: a free port for each run, the same in all processes.
+    """
     torch.set_num_threads(1)
-    # A shell starts background jobs with Ctrl-C ignored. The tests may run in such a job.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for part, run in runs(folder, world):
-        if part not in parts:
-            continue
-        os.waitpid(fork(partial(train, devices=world, **run), MASTER_PORT=next(ports, "")), 0)
-
-
-if __name__ == "__main__":
-    main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
+    chosen = (run for part, run in runs(folder, world) if part in parts)
+    for run, port in zip(chosen, ports, strict=False):
+        os.waitpid(fork(partial(train, devices=world, **run), MASTER_PORT=port), 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from failing_run import CASES, FAILURES, RANKS, START_TIMEOUT
+from forked import fork
 from long_run import train
 from ports import free_port
 
@@ -111,23 +112,12 @@ def test_a_port_that_is_taken_and_a_listener_that_says_nothing_end_all(runs):
         assert "something else listens there" in outputs[other]
 
 
-def start(command, environment, folder):
-    """Start a run that takes long, in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(TESTS / "long_run.py"), str(folder), *command],
-        env=ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_steps(folder, processes):
+def wait_for_steps(folder, is_running, output):
+    """Wait until a run of ``long_run.py`` has made some steps."""
     step = folder / "step"
     deadline = time.monotonic() + LIMIT
     while not step.exists() or int(step.read_text() or 0) < 12:
-        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        assert is_running(), output.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -154,17 +144,21 @@ def assert_goes_on(folder):
 
 
 @pytest.mark.filterwarnings("ignore:given by every process")  # long_run warns on purpose
-@pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGSTOP])
-def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
-    process = start(["8"], {"MASTER_PORT": str(free_port())}, tmp_path)
-    wait_for_steps(tmp_path, [process])
+def test_no_child_is_left_and_the_last_checkpoint_goes_on(tmp_path):
+    command = [sys.executable, str(TESTS / "long_run.py"), str(tmp_path), "8"]
+    environment, output = ENVIRONMENT | {"MASTER_PORT": str(free_port())}, tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    wait_for_steps(tmp_path, lambda: process.poll() is None, output)
     ours = session(process)
     ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ours if pid != process.pid}
     (last,) = (pid for pid, environment in ranks.items() if b"LOCAL_RANK=2" in environment)
-    os.kill(last, ends)
-    said = process.communicate(timeout=LIMIT)[0]
-    assert process.returncode == 1
-    assert f"rank 2 (stage 0) {'has ended' if ends == signal.SIGKILL else 'does not answer'}" in said
+    os.kill(last, signal.SIGSTOP)
+    assert process.wait(LIMIT) == 1
+    said = output.read_text()
+    assert "rank 2 (stage 0) does not answer" in said
     assert session(process) == []
     assert said.count("UserWarning: given by every process") == 1
     assert_goes_on(tmp_path)
@@ -173,13 +167,16 @@ def test_no_child_is_left_and_the_last_checkpoint_goes_on(ends, tmp_path):
 @pytest.mark.filterwarnings("ignore:given by every process")  # long_run warns on purpose
 @pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_to_all_ends_all(ends, tmp_path):
-    port = str(free_port())
-    addresses = [{"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in RANKS]
-    processes = [start(["20"], address, tmp_path) for address in addresses]
-    wait_for_steps(tmp_path, processes)
+    def run():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
+        torch.set_num_threads(1)
+        train(tmp_path, timeout=20, devices=len(RANKS))
+
+    address, output = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}, tmp_path / "output"
+    processes = [fork(run, output, LOCAL_RANK=rank, **address) for rank in RANKS]
+    wait_for_steps(tmp_path, lambda: not any(os.waitpid(process, os.WNOHANG)[0] for process in processes), output)
     for process in processes:
-        process.send_signal(ends)
-    for process in processes:
-        process.communicate(timeout=LIMIT)
-        assert process.returncode != 0
+        os.kill(process, ends)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    assert all(code == (1 if ends == signal.SIGINT else 128 + ends) for code in codes), output.read_text()
     assert_goes_on(tmp_path)

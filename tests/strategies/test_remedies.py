@@ -13,6 +13,7 @@ from torch import nn
 from aimc_pl.callbacks import ClockMonitor, StalenessMonitor
 from aimc_pl.errors import UsageError
 from aimc_pl.microbatch import split_batch
+from aimc_pl.optim import AsyncNAdam, SpikeCompensatedSGD
 from aimc_pl.schedule import Schedule
 from aimc_pl.strategies import Accumulation, AnalogPipelineStrategy, Remedy, StageLearningRate, SyncStart
 
@@ -114,6 +115,61 @@ def test_training_equals_recomputation(remedies, duplex):
     for layer, weight, bias in zip(linears, *expected, strict=True):
         np.testing.assert_allclose(layer.weight.detach().numpy(), weight, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-9, atol=1e-12)
+
+
+def compensated(state, weight, gradient, rate, staleness):
+    """Make a step of spike compensation with momentum 0.8 and weight decay 0.1."""
+    gradient = gradient + 0.1 * weight
+    state["v"] = 0.8 * state.get("v", 0) + gradient
+    return weight - rate * (0.8**staleness * state["v"] + (1 - 0.8**staleness) / (1 - 0.8) * gradient)
+
+
+def nadam(state, weight, gradient, rate, staleness):
+    """Make a step of NAdam whose momentum grows with staleness, from 0.8 to 0.96 in four stages."""
+    momentum = 0.8 + 0.16 * min(staleness / 4, 1)
+    state["t"] = t = state.get("t", 0) + 1
+    now, following = (momentum * (1 - 0.5 * 0.96 ** (0.004 * n)) for n in (t, t + 1))
+    state["product"] = state.get("product", 1.0) * now
+    state["first"] = momentum * state.get("first", 0) + (1 - momentum) * gradient
+    state["second"] = 0.999 * state.get("second", 0) + 0.001 * gradient**2
+    step = following * state["first"] / (1 - state["product"] * following)
+    step = step + (1 - now) * gradient / (1 - state["product"])
+    return weight * (1 - rate * 0.1) - rate * step / (np.sqrt(state["second"] / (1 - 0.999**t)) + 1e-8)
+
+
+@pytest.mark.parametrize("duplex", ["half", "full"])
+@pytest.mark.parametrize(
+    ("make", "rule", "tolerance"),
+    [
+        (lambda parameters: SpikeCompensatedSGD(parameters, 0.1, 0.8, 0.1), compensated, 1e-9),
+        # torch keeps the product of the momenta in float32.
+        (lambda parameters: AsyncNAdam(parameters, 4, 0.01, 0.8, 0.96, weight_decay=0.1), nadam, 1e-5),
+    ],
+    ids=["SpikeCompensatedSGD", "AsyncNAdam"],
+)
+def test_training_with_an_optimizer_that_knows_the_staleness_equals_recomputation(make, rule, tolerance, duplex):
+    L.seed_everything(3)
+    module = Regression().double()
+    module.configure_optimizers = lambda: make(module.parameters())
+    linears = [layer for layer in module.net if isinstance(layer, nn.Linear)]
+    start = [[p.detach().numpy().copy() for p in layer.parameters()] for layer in linears]
+    *_, train = fit(module, AnalogPipelineStrategy(4, "async", 4, split_at=SPLIT, duplex=duplex))
+    microbatches = [
+        (part.numpy(), part.numpy()[:, ::-1], len(part) / len(x)) for x, _ in [*train] * 2 for part in split_batch(x, 4)
+    ]
+    delays = [(3 - stage) * (2 if duplex == "full" else 1) for stage in range(4)]
+    rate, drains = module.optimizers().param_groups[0]["lr"], [len(microbatches) // 2]
+    expected = delayed_updates(*zip(*start, strict=True), range(4), microbatches, delays, rate, drains, rule=rule)
+    for layer, weight, bias in zip(linears, *expected, strict=True):
+        np.testing.assert_allclose(layer.weight.detach().numpy(), weight, rtol=tolerance, atol=1e-3 * tolerance)
+        np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=tolerance, atol=1e-3 * tolerance)
+
+
+def test_the_line_at_the_start_names_the_remedies(caplog):
+    strategy = AnalogPipelineStrategy(4, "async", 4, split_at=SPLIT, remedies=[StageLearningRate(0.5), SyncStart(2)])
+    fit(Regression().double(), strategy, max_epochs=1)
+    said = "schedule 'async', StageLearningRate(power=0.5, anneal_steps=None), SyncStart(steps=2), split_at="
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize("gradient_scale", ["minibatch", "microbatch"])
