@@ -1,17 +1,11 @@
-"""This script runs training in three processes and lets one of them fail, in all cases.
+"""The functions in this module run training in three processes and let one of them fail, in all cases."""
 
-python tests/failing_run.py FOLDER
-"""
-
-import json
 import os
 import signal
 import socket
-import sys
 import time
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -191,10 +185,9 @@ class Run:
         return len(self.exits) + (self.case[0] == "stop") >= len(RANKS)
 
 
-def main(folder):
-    """Start a few runs at a time and write how each process has ended."""
-    torch.set_num_threads(1)
-    waiting, running, results = [*CASES], [], []
+def run_all(folder):
+    """Run all cases, a few at a time. Return the exit codes and the outputs of the ranks, by case."""
+    waiting, running, results = [*CASES], [], {}
     while waiting or running:
         if waiting and len(running) < AT_ONCE:
             running.append(Run(folder, waiting.pop(0)))
@@ -202,8 +195,8 @@ def main(folder):
         for run in [*running]:
             if reap(run):
                 running.remove(run)
-                results.append([run.case, run.exits, {r: (run.folder / str(r)).read_text() for r in RANKS}])
-    (folder / "results.json").write_text(json.dumps(results))
+                results[run.case] = run.exits, {rank: (run.folder / str(rank)).read_text() for rank in RANKS}
+    return results
 
 
 def reap(run):
@@ -219,8 +212,6 @@ def reap(run):
         if rank not in run.exits:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
+    if run.listener:
+        run.listener.close()
     return True
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

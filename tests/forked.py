@@ -29,10 +29,12 @@ def fork(call, output=None, **environment):
     if process := os.fork():
         return process
     os.environ |= {name: str(value) for name, value in environment.items()}
+    torch.set_num_threads(1)  # the copy has only the thread that forks
     if output is not None:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(file, number)
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))  # pytest replaces these
     code = 0
     try:
         call()

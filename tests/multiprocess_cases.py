@@ -1,21 +1,18 @@
-"""This script trains cases that tests compare between one process and one process per stage.
+"""This module trains cases that tests compare between one process and one process per stage.
 
-Under torchrun it trains the cases that have as many stages as there are processes. Otherwise it forks the processes of
-all cases:
+As a script under torchrun it trains the cases that have as many stages as there are processes:
 
-python tests/multiprocess_cases.py RESULTS
+torchrun ... tests/multiprocess_cases.py RESULTS
 """
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from aihwkit.optim.context import AnalogContext
-from forked import fork_ranks
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import grad_norm
 from lightning_modules import Attributes, ConvNet, DictBatch, Samples, loader
@@ -249,6 +246,7 @@ def assert_same(theirs, ours, exactly, is_analog):
 
 def train_all(folder, world, num_nodes=1):
     """Train all cases with ``world`` stages, in this one of ``world`` processes."""
+    os.chdir(folder)  # a callback writes to the current folder
     results = {
         name: train(folder / name, devices=world // num_nodes, num_nodes=num_nodes)
         for name, (num_stages, train) in CASES.items()
@@ -258,15 +256,6 @@ def train_all(folder, world, num_nodes=1):
         torch.save(results, folder / f"results of {world}.pt")
 
 
-def main():
-    folder = Path(sys.argv[1])
-    if "WORLD_SIZE" in os.environ:
-        world = int(os.environ["WORLD_SIZE"])
-        train_all(folder, world, num_nodes=world // int(os.environ["LOCAL_WORLD_SIZE"]))
-    else:
-        for world in STAGES:
-            fork_ranks(world, partial(train_all, folder, world), folder)
-
-
 if __name__ == "__main__":
-    main()
+    world, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    train_all(Path(sys.argv[1]), world, num_nodes=world // here)

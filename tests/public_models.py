@@ -6,18 +6,14 @@ python tests/public_models.py RESULTS
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 import transformers
-from forked import fork_ranks
 from lightning_modules import make_trainer
 from timm.models import convnext, create_model, resnet, swin_transformer, vision_transformer
 from torch import nn
@@ -503,6 +499,7 @@ def fit_public(name, num_stages, schedule="sync", num_microbatches=1, strategy=(
 
 def train_all(folder):
     """Train all models that have two stages, in this one of two processes."""
+    os.chdir(folder)
     results = {
         (name, schedule): fit_public(name, 2, schedule, case.exact[-1], devices=2).state_dict()
         for name, case in CASES.items()
@@ -511,12 +508,3 @@ def train_all(folder):
     }
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(results, folder / "results.pt")
-
-
-def main():
-    folder = Path(sys.argv[1])
-    fork_ranks(2, partial(train_all, folder), folder)
-
-
-if __name__ == "__main__":
-    main()

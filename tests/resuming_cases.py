@@ -190,7 +190,6 @@ def train_all(folder, world, parts, ports):
         parts: names of parts, as :func:`runs` yields them.
         ports: a free port for each run, the same in all processes.
     """
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
     chosen = (run for part, run in runs(folder, world) if part in parts)
     for run, port in zip(chosen, ports, strict=False):

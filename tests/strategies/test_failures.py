@@ -1,6 +1,5 @@
 """These tests let one of three processes fail. The other processes must end and name it, and a run can be resumed."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from failing_run import CASES, FAILURES, RANKS, START_TIMEOUT
+from failing_run import CASES, FAILURES, RANKS, START_TIMEOUT, run_all
 from forked import fork
 from long_run import train
 from ports import free_port
@@ -24,14 +23,8 @@ LIMIT = 150
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Run all cases in one launch and return exit codes and outputs by case."""
-    folder = tmp_path_factory.mktemp("failing")
-    command = [sys.executable, str(TESTS / "failing_run.py"), str(folder)]
-    subprocess.run(command, env=ENVIRONMENT, cwd=folder, check=True, timeout=1500)
-    return {
-        tuple(case): ({int(r): code for r, code in exits.items()}, {int(r): text for r, text in outputs.items()})
-        for case, exits, outputs in json.loads((folder / "results.json").read_text())
-    }
+    """Run all cases and return exit codes and outputs by case."""
+    return run_all(tmp_path_factory.mktemp("failing"))
 
 
 def name(rank):
@@ -169,7 +162,6 @@ def test_no_child_is_left_and_the_last_checkpoint_goes_on(tmp_path):
 def test_a_signal_to_all_ends_all(ends, tmp_path):
     def run():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest ignore it
-        torch.set_num_threads(1)
         train(tmp_path, timeout=20, devices=len(RANKS))
 
     address, output = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}, tmp_path / "output"

@@ -1,17 +1,13 @@
 """These tests check that training in one process per stage gives the numbers of training in one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from multiprocess_cases import CASES, STAGES, assert_same, train_plainly
+from forked import fork_ranks
+from multiprocess_cases import CASES, STAGES, assert_same, train_all, train_plainly
 
 pytestmark = pytest.mark.slow
-
-TESTS = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +20,9 @@ def folder(tmp_path_factory):
 def of_processes(folder):
     """Train all cases in processes and return the results by case."""
     train_plainly(folder, max_epochs=1)
-    command = [sys.executable, str(TESTS / "multiprocess_cases.py"), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
     results = {}
     for num_stages in STAGES:
+        fork_ranks(num_stages, partial(train_all, folder, num_stages), folder)
         results |= torch.load(folder / f"results of {num_stages}.pt", weights_only=False)
     return results
 

@@ -1,16 +1,14 @@
 """These tests train public models in a pipeline as they are: hooks, caches, skips, tied weights, batches of graphs."""
 
-import os
-import subprocess
-import sys
 from fnmatch import fnmatch
-from pathlib import Path
+from functools import partial
 
 import lightning as L
 import pytest
 import torch
+from forked import fork_ranks
 from lightning.pytorch.plugins import DoublePrecision
-from public_models import CASES, fit, fit_public, loader, seeded
+from public_models import CASES, fit, fit_public, loader, seeded, train_all
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -149,10 +147,7 @@ def mean_loss(module, name):
 def of_two_processes(tmp_path_factory):
     """Train in two processes and return the weights by name and schedule."""
     folder = tmp_path_factory.mktemp("public")
-    command = [sys.executable, str(Path(__file__).parents[1] / "public_models.py"), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr
+    fork_ranks(2, partial(train_all, folder), folder)
     return torch.load(folder / "results.pt", weights_only=False)
 
 

@@ -2,33 +2,24 @@
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forked import fork
+from long_run import train
 from multiprocess_cases import CASES, assert_same
 from ports import free_port
 
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parent.parent
-
-
-def run(name, folder, node, address, port, within=()):
-    """Start one process under torchrun as one node."""
-    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}"]
-    address = [f"--master-addr={address}", f"--master-port={port}"]
-    with (folder / f"output{node}").open("w") as output:
-        return subprocess.Popen(
-            [*within, sys.executable, *torchrun, *address, str(TESTS / name), str(folder), "10"],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": f"v{within[3]}"} if within else {}),
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
 
 
 def outputs(folder):
@@ -60,8 +51,16 @@ def hosts():
 
 @pytest.mark.usefixtures("one_thread")
 def test_nodes_train_as_one_process_does(tmp_path):
-    port = free_port()
-    nodes = [run("multiprocess_cases.py", tmp_path, node, "127.0.0.1", port) for node in range(2)]
+    """Check two nodes of torchrun."""
+    address, nodes = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"], []
+    for node in range(2):
+        torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", *address]
+        command = [sys.executable, *torchrun, str(TESTS / "multiprocess_cases.py"), str(tmp_path)]
+        with (tmp_path / f"output{node}").open("w") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            nodes.append(
+                subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
+            )
     assert [node.wait(timeout=200) for node in nodes] == [0, 0], outputs(tmp_path)
     results = torch.load(tmp_path / "results of 2.pt", weights_only=False)
     assert len(results) >= 6
@@ -70,16 +69,23 @@ def test_nodes_train_as_one_process_does(tmp_path):
         assert_same(results[name]["weights"], ours["weights"], exactly="mean field" in name, is_analog=False)
 
 
+@pytest.mark.filterwarnings("ignore:given by every process")  # long_run warns on purpose
 def test_a_cut_cable_ends_the_run(hosts, tmp_path):
-    port = free_port()
+    """Check two nodes of Lightning's own environment, in two network namespaces."""
+
+    def run(host):
+        os.setns(os.open(f"/run/netns/{host}", os.O_RDONLY), os.CLONE_NEWNET)
+        train(tmp_path, num_stages=2, timeout=10, devices=1, num_nodes=2)
+
+    address = {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": free_port(), "LOCAL_RANK": 0}
     nodes = [
-        run("long_run.py", tmp_path, node, "10.77.0.1", port, ["ip", "netns", "exec", host])
+        fork(partial(run, host), tmp_path / f"output{node}", NODE_RANK=node, GLOO_SOCKET_IFNAME=f"v{host}", **address)
         for node, host in enumerate(hosts)
     ]
     try:
         step = tmp_path / "step"
         while not step.exists() or int(step.read_text() or 0) < 12:
-            assert all(node.poll() is None for node in nodes), outputs(tmp_path)
+            assert not any(os.waitpid(node, os.WNOHANG)[0] for node in nodes), outputs(tmp_path)
             time.sleep(0.1)
         subprocess.run(["ip", "-n", hosts[0], "link", "set", f"v{hosts[0]}", "down"], check=True)
         cut = time.monotonic()
@@ -88,6 +94,7 @@ def test_a_cut_cable_ends_the_run(hosts, tmp_path):
             time.sleep(0.5)
     finally:
         for node in nodes:
-            node.kill()
-            node.wait()
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(node, signal.SIGKILL)
+                os.waitpid(node, 0)
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] >= 10
