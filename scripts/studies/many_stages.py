@@ -91,9 +91,6 @@ SPLITS: dict[int, list[str] | None] = {
 }
 """Where the stages begin: convolutions with 8 stages, and with 16 also BatchNorms and the linear layer."""
 
-CONTROL_STAGES = (1, 8, 16)
-"""The numbers of stages with digital layers."""
-
 REMEDY = "AsyncNAdam"
 REMEDY_STAGES = (1, 12, 16)
 """The numbers of stages with the remedy."""
@@ -101,9 +98,7 @@ REMEDY_STAGES = (1, 12, 16)
 
 def settings(quick: bool) -> list[Setting]:
     """Return the settings whose learning rates are tuned."""
-    stages, remedied, control = (1, 16), (1, 16), ()
-    if not quick:
-        stages, remedied, control = SPLITS, REMEDY_STAGES, CONTROL_STAGES
+    stages, remedied, control = ((1, 16), (1, 16), ()) if quick else (SPLITS, REMEDY_STAGES, SPLITS)
     found: list[Setting] = []
     groups: list[tuple[Kind, str, Iterable[int]]] = [
         ("analog", "none", stages),

@@ -98,7 +98,8 @@ def settings(quick: bool) -> list[Setting]:
         pairs = [" + ".join(pair) for pair in combinations(names, 2) if not set(pair) >= set(OPTIMIZERS)]
         if quick:
             names, pairs = names[:1], []
-        found.append(Setting(algorithm, 1, "none"))
+        undelayed = [name for name in names if name in OPTIMIZERS]
+        found += [Setting(algorithm, 1, name) for name in ("none", *undelayed)]
         found += [Setting(algorithm, m, name) for m in stages for name in ("none", *names, *pairs)]
         if not quick:
             found += [Setting(algorithm, m, FULL_DUPLEX) for m in stages]
@@ -186,7 +187,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     drawn = ["none", *REMEDIES, *OPTIMIZERS, FULL_DUPLEX, SMALL_STAGES, BEST_PAIR]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, algorithm in zip(figure.subplots(1, len(ALGORITHMS), sharey=True), ALGORITHMS, strict=True):
-        prompt = select(rows, algorithm=algorithm, num_stages=1)
+        prompt = select(rows, algorithm=algorithm, num_stages=1, remedies="none")
         for place, name in enumerate(drawn):
             mine = {m: select(rows, algorithm=algorithm, num_stages=m, remedies=name) for m in STAGES}
             above = {m: losses_of(each) - losses_of(prompt) for m, each in mine.items() if prompt and each}
@@ -222,16 +223,18 @@ def mean_loss(rows: Sequence[Row]) -> float:
 def report(rows: Sequence[Row]) -> None:
     """Print, for each algorithm and remedy, a line of a table with what is lost to training without delay.
 
-    A cell has the loss above that of the same seed without delay, and the points of accuracy below it.
+    A cell has the loss above that of the same seed without delay, the points of accuracy below it, and the clock cycles
+    relative to those of one stage.
     """
     for algorithm in ALGORITHMS:
-        prompt = select(rows, algorithm=algorithm, num_stages=1)
+        prompt = select(rows, algorithm=algorithm, num_stages=1, remedies="none")
         if not prompt:
             continue
         losses, accuracies = losses_of(prompt), curves(prompt, "accuracy")[:, -1]
         print(f"\n{algorithm} without delay: loss {shown(losses, 3)}, accuracy {shown(100 * accuracies, 1)} %\n")
-        stages = [m for m in STAGES if select(rows, num_stages=m)]
-        print("| remedy | " + " | ".join(f"{m} stages" for m in stages) + " |\n" + "| --- " * (len(stages) + 1) + "|")
+        stages = [m for m in (1, *STAGES) if select(rows, num_stages=m)]
+        cycles = curves(prompt, "cycles")[:, -1]
+        print("| remedy | " + " | ".join(f"{m} stage{'s' * (m > 1)}" for m in stages) + " |\n" + "| --- " * (len(stages) + 1) + "|")
         for name in dict.fromkeys(row["remedies"] for row in select(rows, algorithm=algorithm)):
             cells = []
             for m in stages:
@@ -241,7 +244,8 @@ def report(rows: Sequence[Row]) -> None:
                     continue
                 above = losses_of(mine) - losses
                 below = accuracies - curves(mine, "accuracy")[:, -1]
-                cells.append(f"{shown(above, 3)}; {shown(100 * below, 1)} points")
+                longer = (curves(mine, "cycles")[:, -1] / cycles).mean()
+                cells.append(f"{shown(above, 3)}; {shown(100 * below, 1)} points; {longer:.2f}")
             print(f"| {name} | " + " | ".join(cells) + " |")
 
 
