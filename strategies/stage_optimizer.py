@@ -148,9 +148,7 @@ def _copies(group: dict[str, Any]) -> dict[str, Any]:
 def _changed(old: dict[str, Any], group: dict[str, Any]) -> list[str]:
     if len(old) == len(group) and all(map(is_, old.values(), group.values())):
         return []
-    return [
-        key for key, value in group.items() if not _is_shared(key, value) and value is not old.get(key, _ABSENT)
-    ]
+    return [key for key, value in group.items() if not _is_shared(key, value) and value is not old.get(key, _ABSENT)]
 
 
 def _is_shared(key: str, value: Any) -> bool:
