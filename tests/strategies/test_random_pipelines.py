@@ -6,7 +6,7 @@ Micro-batch k, counted from the last fill, has its forward at stage m of M with 
 updates of this stage, where the delay is M−1−m (twice that in full duplex). Its backward uses the weights after k
 updates.
 
-``AIMC_PL_EXAMPLES=20000`` draws that many examples instead of 420.
+``AIMC_PL_EXAMPLES=20000`` draws that many examples instead of 300.
 """
 
 import copy
@@ -33,7 +33,7 @@ from aimc_pl.schedule import Schedule
 from aimc_pl.strategies import AnalogPipelineStrategy
 from aimc_pl.strategies.stage_optimizer import StageOptimizer
 
-NUM_EXAMPLES = int(os.environ.get("AIMC_PL_EXAMPLES", "420"))
+NUM_EXAMPLES = int(os.environ.get("AIMC_PL_EXAMPLES", "300"))
 SECOND_WIDTH = 2
 """Width of the second input."""
 
