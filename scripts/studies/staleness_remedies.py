@@ -234,7 +234,8 @@ def report(rows: Sequence[Row]) -> None:
         print(f"\n{algorithm} without delay: loss {shown(losses, 3)}, accuracy {shown(100 * accuracies, 1)} %\n")
         stages = [m for m in (1, *STAGES) if select(rows, num_stages=m)]
         cycles = curves(prompt, "cycles")[:, -1]
-        print("| remedy | " + " | ".join(f"{m} stage{'s' * (m > 1)}" for m in stages) + " |\n" + "| --- " * (len(stages) + 1) + "|")
+        header = ["| remedy", *(f"{m} stage{'s' * (m > 1)}" for m in stages)]
+        print(" | ".join(header) + " |\n" + "| --- " * len(header) + "|")
         for name in dict.fromkeys(row["remedies"] for row in select(rows, algorithm=algorithm)):
             cells = []
             for m in stages:
