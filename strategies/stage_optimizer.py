@@ -134,7 +134,7 @@ def _for_one_step(optimizer: Optimizer, rate_factor: float, staleness: int) -> I
         yield
     finally:
         for group, entries, rate in zip(optimizer.param_groups, before, during, strict=True):
-            if group.get("lr") is not rate:  # the optimizer lowers the learning rate itself
+            if rate_factor and group.get("lr") is not rate:  # the optimizer lowers the learning rate itself
                 entries["lr"] = group["lr"] / rate_factor
             group.update(entries)
 

@@ -87,13 +87,13 @@ def test_a_rate_that_the_optimizer_lowers_stays_lowered_when_a_remedy_scales_it(
     (first, second), weights = make_parameters()[:2], []
     stages = [Stage(0, [first]), Stage(1, [second])]
     by_stage = StageOptimizer(LowersItsRate([first, second], 0.5), stages)
-    for rate_factor in (0.5, 0.25, 1.0):
+    for rate_factor in (0.5, 0.0, 0.25, 1.0):
         weights.append(first.detach().clone())
         first.grad = torch.ones_like(first)
         with by_stage.restricted_to(stages[0]):
             by_stage.step(rate_factor)
     steps = torch.stack([*weights, first.detach()]).diff(dim=0).mean(1)
-    expected = -0.5 * torch.tensor([0.5, 0.9 * 0.25, 0.9**2], dtype=torch.float64)
+    expected = -0.5 * torch.tensor([0.5, 0.0, 0.9 * 0.25, 0.9**2], dtype=torch.float64)
     torch.testing.assert_close(steps, expected, rtol=1e-12, atol=0)
 
 
