@@ -31,6 +31,7 @@ class StalenessMonitor(Callback, Observer):
     - ``staleness/drift_stage_m``: the norm of the weights' change between the forward of a micro-batch and its update,
       relative to the norm of the weights.
     - ``staleness/cosine_stage_m``, with ``cosine=True``.
+    - ``staleness/rate_factor_stage_m``, if the strategy has remedies: the mean factor of the learning rate.
 
     At the end of every epoch TensorBoard also gets a histogram, ``staleness/counts``, of all updates of all stages so
     far. The first update whose staleness is not the schedule's closed form is warned about.
@@ -113,6 +114,8 @@ class StalenessMonitor(Callback, Observer):
         stage = event.stage.index
         self.counts[stage][event.staleness] += 1
         note(self._recent, f"stage_{stage}", float(event.staleness))
+        if self._strategy.settings.remedies:
+            note(self._recent, f"rate_factor_stage_{stage}", self._strategy.rate_factor)
         if event.staleness != event.predicted:
             if not self.mismatches:
                 warnings.warn(

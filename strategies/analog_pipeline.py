@@ -183,6 +183,11 @@ class AnalogPipelineStrategy(ProcessStrategy):
         """The number of micro-batches that have entered the pipeline. A resumed fit goes on counting."""
         return self._training.counters()["num_entered"] if self._training else 0
 
+    @property
+    def rate_factor(self) -> float:
+        """The factor of the learning rate that the remedies have set for the newest update."""
+        return self._training.rate_factor if self._training else 1.0
+
     # ------------------------------------------------------------------ setup
 
     @property

@@ -64,6 +64,8 @@ class Training:
         self.split_at = split_at
         self.is_cut_off = False
         """Whether an error has ended a mini-batch after which some stages may have been updated, and others not."""
+        self.rate_factor = 1.0
+        """The factor of the learning rate in the newest update."""
         self._module = module
         self._settings = settings
         self._placement = placement
@@ -270,7 +272,8 @@ class Training:
             self._number_check.check_gradients(stage, self.pipeline.clock, which, finished)
             self._number_check.watch_growth(stage)
             staleness = self.pipeline.staleness(stage)
-            self._optimizer.step(self._rate_factor(staleness), staleness)
+            self.rate_factor = self._rate_factor(staleness)
+            self._optimizer.step(self.rate_factor, staleness)
             module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
 
     def _rate_factor(self, staleness: int) -> float:

@@ -20,7 +20,7 @@ from aimc_pl.devices import constant_step, convert_to_analog
 from aimc_pl.errors import UsageError
 from aimc_pl.pipeline import Event
 from aimc_pl.stage import StageInfo
-from aimc_pl.strategies import AnalogPipelineStrategy
+from aimc_pl.strategies import AnalogPipelineStrategy, StageLearningRate
 from aimc_pl.weights import read_gradients, read_weights
 
 
@@ -44,6 +44,13 @@ def test_measured_staleness_is_the_closed_form_at_every_update(num_stages, duple
         # two epochs of 4, 4 and 3 micro-batches; the pipeline drains at the end of each
         expected = 2 * [min(k, delay) for k in range(11)]
         assert sorted(monitor.counts[stage].elements()) == sorted(expected)
+
+
+def test_the_factors_of_the_learning_rate_are_logged():
+    remedies = [StageLearningRate(0.5)]
+    trainer = fit(StalenessMonitor(), AnalogPipelineStrategy(3, "async", 4, remedies=remedies))
+    factors = [trainer.logged_metrics[f"staleness/rate_factor_stage_{stage}"] for stage in range(3)]
+    assert factors == pytest.approx([3**-0.5, 2**-0.5, 1])
 
 
 @pytest.mark.parametrize(
