@@ -27,6 +27,7 @@ def fork(call, output=None, **environment):
     # Otherwise garbage collection in the copy would write to all memory, and so duplicate it.
     gc.freeze()
     if process := os.fork():
+        gc.unfreeze()
         return process
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)  # the copy has only the thread that forks
