@@ -169,6 +169,7 @@ def test_a_signal_to_all_ends_all(ends, tmp_path):
     wait_for_steps(tmp_path, lambda: not any(os.waitpid(process, os.WNOHANG)[0] for process in processes), output)
     for process in processes:
         os.kill(process, ends)
+    # A process may learn that another one has ended before it gets its own signal.
     codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-    assert all(code == (1 if ends == signal.SIGINT else 128 + ends) for code in codes), output.read_text()
+    assert set(codes) <= {1, 128 + ends}, output.read_text()
     assert_goes_on(tmp_path)
