@@ -33,12 +33,12 @@ LAST_STEP = 10
 PLACES = {"in the epoch": 2, "at the epoch's end": 5}
 """The global steps of the checkpoints that are resumed. An epoch has five steps."""
 
-# The state of digital optimizers does not depend on the schedule.
+# The state of optimizers and devices does not depend on the schedule.
 CASES = [
     (schedule, network)
     for schedule in SCHEDULES
     for network in (*NETWORKS, NOISY)
-    if schedule in ("sync", "async") or network in ("mean field", NOISY)
+    if schedule in ("sync", "async") or network == NOISY
 ]
 SCHEDULES["async, remedies"] = {
     "schedule": "async",
