@@ -13,6 +13,12 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Give each test the same random numbers in every run, so that none fails by chance."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def one_thread():
     """Compute on one thread, as separate processes do. Another number of threads adds in another order."""

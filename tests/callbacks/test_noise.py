@@ -33,12 +33,12 @@ def test_write_noise_has_its_standard_deviation():
 
 
 def test_device_variation_scales_the_change_by_a_gain_per_device():
-    before, weight = torch.randn(N), torch.randn(N)
-    gains = [(apply(DeviceVariation(0.3), weight, before, seed=s) - before) / (weight - before) for s in (0, 1)]
-    torch.testing.assert_close(gains[0], gains[1])
-    typical = (weight - before).abs() > 0.1
-    assert abs(gains[0][typical].mean() - 1) < 0.3 * 0.0118
-    assert abs(gains[0][typical].std() / 0.3 - 1) < 0.0085
+    """Check mean and deviation. A random seed would raise a false alarm with a probability below 1e-6 for each."""
+    before = torch.randn(N)
+    gains = [apply(DeviceVariation(0.3), before + 1, before, seed=s) - before for s in (0, 1)]
+    assert torch.equal(gains[0], gains[1])
+    assert abs(gains[0].mean() - 1) < 0.3 * 0.0112
+    assert abs(gains[0].std() / 0.3 - 1) < 0.0079
 
 
 def test_drift_is_the_power_law():
