@@ -14,21 +14,16 @@ track of the values that it meets there.
 """
 
 import copy
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from aihwkit.optim import AnalogSGD
-from machine import conditions, keep_freed_memory, write_measured
+from machine import conditions, in_processes, keep_freed_memory, write_measured
 from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, SplitPoint, pipeline
 from torch.nn import functional as F
@@ -417,34 +412,27 @@ def report(rows: Sequence[Row]) -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
 
 
-def measure(csv: Path, turns: int, only: str, quick: bool) -> None:
-    """Measure all networks. Every process runs this function."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+def measure(turns: int, only: str, quick: bool) -> list[dict[str, Any]]:
+    """Measure all networks. Every process runs this function. Only rank 0 returns rows."""
     rows: list[dict[str, Any]] = []
     for case in cases(quick, only):
         of_case = run(case, 1, divisor=8) if quick else run(case, turns)
         report(of_case)
         rows += of_case
-    if dist.get_rank() == 0:
-        write_measured(csv, rows)
-    dist.barrier()
+    return rows
 
 
 def main() -> None:
-    """Start the processes, which measure, print the report and write the rows."""
+    """Start the processes, which measure and print the report, and write the rows."""
     parser = study_parser(__doc__)
     parser.add_argument("--turns", type=at_least_one, default=9)
     parser.add_argument("--only", default="", help="measure only the networks whose names contain this text")
     args = parser.parse_args()
     if not args.quick:
         keep_freed_memory()
-    if "RANK" in os.environ:
-        measure(args.folder / "processes.csv", args.turns, args.only, args.quick)
-        return
     print(conditions(threads=1), flush=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_STAGES}"]
-    subprocess.run([*launch, *sys.argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    rows, _ = in_processes(NUM_STAGES, measure, args.turns, args.only, args.quick, timeout=TIMEOUT)
+    write_measured(args.folder / "processes.csv", rows)
 
 
 if __name__ == "__main__":

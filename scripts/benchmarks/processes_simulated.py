@@ -9,22 +9,15 @@ turns are compared. It takes six minutes. Usage:
     .venv/bin/python scripts/benchmarks/processes_simulated.py --folder docs/results
 """
 
-import argparse
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from itertools import product
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from machine import conditions, write_measured
+from machine import conditions, in_processes, write_measured
 from torch import Tensor, nn
 
 from aimc_pl.cost import StageTimes, simulate
@@ -36,7 +29,7 @@ from aimc_pl.processes import Processes
 from aimc_pl.schedule import Operation, Schedule, ScheduleName
 from aimc_pl.stage import Stage
 from aimc_pl.studies.arguments import at_least_one, study_parser
-from aimc_pl.studies.rows import Row, read_rows, select, write_rows
+from aimc_pl.studies.rows import Row, select
 
 SCHEDULES: tuple[ScheduleName, ...] = ("sync", "1f1b", "async")
 RUNS: tuple[tuple[str, ScheduleName], ...] = (
@@ -212,10 +205,8 @@ def record_run(
     return rows
 
 
-def record(folder: Path, seconds: float, mini_batches: int, turns: int, networks: Sequence[str]) -> None:
-    """Run all schedules of some networks, and write what this process did. Every process runs this function."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+def record(seconds: float, mini_batches: int, turns: int, networks: Sequence[str]) -> list[Row]:
+    """Run all schedules of some networks, and return what this process did. Every process runs this function."""
     processes = Processes(dist.get_world_size(), timeout=120, node=0)
     rows: list[Row] = []
     for network, turn, (what, name) in product(networks, range(turns), RUNS):
@@ -223,26 +214,12 @@ def record(folder: Path, seconds: float, mini_batches: int, turns: int, networks
         of_run = record_run(Case(network, processes.num_stages), processes, schedule, seconds, mini_batches)
         common = {"network": network, "turn": turn, "run": what, "schedule": name, "stage": processes.stage}
         rows += [{**common, **row} for row in of_run]
-    write_rows(folder / f"{processes.stage}.csv", rows)
-
-
-def run(
-    num_stages: int, networks: Sequence[str], seconds: float, mini_batches: int, turns: int
-) -> Iterator[dict[str, str]]:
-    """Record in ``num_stages`` processes and yield the operations of all of them."""
-    with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_stages}"]
-        options = {"record": folder, "seconds": seconds, "mini-batches": mini_batches, "turns": turns}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        command = [*torchrun, __file__, *words, "--networks", *networks]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-        for path in sorted(Path(folder).glob("*.csv")):
-            yield from read_rows(path)
+    return rows
 
 
 def latency_of(operations: Sequence[Row]) -> float:
     """Return the median time from the end of an operation to the arrival of its result, where receivers wait."""
-    times = {(o["kind"], int(o["stage"]), o["microbatch"]): (float(o["start"]), float(o["end"])) for o in operations}
+    times = {(o["kind"], o["stage"], o["microbatch"]): (o["start"], o["end"]) for o in operations}
     waits = []
     for (kind, stage, k), (_, end) in times.items():
         after = times.get((kind, stage + (1 if kind == "F" else -1), k))
@@ -254,15 +231,14 @@ def latency_of(operations: Sequence[Row]) -> float:
 def times_of(operations: Sequence[Row], stage: int) -> StageTimes:
     """Return the mean times of the operations of a stage."""
     forward, backward, update = (
-        fmean(float(o["end"]) - float(o["start"]) for o in select(operations, stage=stage, kind=kind))
-        for kind in ("F", "B", "U")
+        fmean(o["end"] - o["start"] for o in select(operations, stage=stage, kind=kind)) for kind in ("F", "B", "U")
     )
     return StageTimes(forward, backward, step=update)
 
 
 def took_by(operations: Sequence[Row]) -> float:
     """Return the time from the first begin to the last end."""
-    return max(float(o["end"]) for o in operations) - min(float(o["start"]) for o in operations)
+    return max(o["end"] for o in operations) - min(o["start"] for o in operations)
 
 
 def compare(operations: Sequence[Row], case: Case, mini_batches: int) -> Iterator[Row]:
@@ -302,19 +278,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.02, help="the unit of the times that stages sleep")
     parser.add_argument("--mini-batches", type=at_least_one, default=6, help="the number of mini-batches of a run")
     parser.add_argument("--turns", type=at_least_one, default=3)
-    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--networks", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.record:
-        record(args.record, args.seconds, args.mini_batches, args.turns, args.networks)
-        return
     print(conditions(threads=1))
     sizes = (0.004, 2, 1) if args.quick else (args.seconds, args.mini_batches, args.turns)
     rows: list[Row] = []
     all_cases = cases(args.quick)
     for num_stages in sorted({case.num_stages for case in all_cases}):
         own = [case for case in all_cases if case.num_stages == num_stages]
-        operations = [*run(num_stages, [case.network for case in own], *sizes)]
+        of_each = in_processes(num_stages, record, *sizes, [case.network for case in own])
+        operations = [row for of_one in of_each for row in of_one]
         rows += [row for case in own for row in compare(operations, case, sizes[1])]
     write_measured(args.folder / "processes_simulated.csv", rows)
     report(rows)

@@ -7,22 +7,15 @@ takes two minutes. Usage:
     .venv/bin/python scripts/benchmarks/processes_timeline.py --folder docs/results
 """
 
-import argparse
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import conditions, write_measured
+from machine import conditions, in_processes, write_measured
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
@@ -37,7 +30,7 @@ from aimc_pl.processes import Processes
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
 from aimc_pl.studies.arguments import study_parser
-from aimc_pl.studies.rows import Row, read_rows, select, write_rows
+from aimc_pl.studies.rows import Row, select, write_rows
 
 PLANS = [("sync", "half"), ("async", "half"), ("async", "full")]
 NUM_MICROBATCHES = 8
@@ -86,9 +79,8 @@ class SleepingStage(nn.Module):
         return _Sleep.apply(x * self.weight, self.seconds, self.times)  # pyright: ignore[reportReturnType]
 
 
-def record(folder: Path, seconds: float) -> None:
-    """Run all cases and write when each operation of this stage began and ended. Every process runs this function."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+def record(seconds: float) -> list[Row]:
+    """Run all cases and return when each operation of this stage began and ended. Every process runs this function."""
     num_stages = dist.get_world_size()
     processes = Processes(num_stages, timeout=120, node=0)
     stage = processes.stage
@@ -118,17 +110,7 @@ def record(folder: Path, seconds: float) -> None:
             operation = {"stage": stage, "kind": kind, "microbatch": counts[kind], "start": start, "end": end}
             rows.append(case | operation)
             counts[kind] += 1
-    write_rows(folder / f"{stage}.csv", rows)
-
-
-def run(num_stages: int, seconds: float) -> Iterator[dict[str, str]]:
-    """Record in ``num_stages`` processes and yield the operations of all of them."""
-    with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_stages}"]
-        command = [*torchrun, __file__, "--record", folder, "--seconds", str(seconds)]
-        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-        for path in sorted(Path(folder).glob("*.csv")):
-            yield from read_rows(path)
+    return rows
 
 
 def summary(operations: Sequence[Row], name: Any, duplex: Any, num_stages: int, seconds: float) -> Row:
@@ -139,10 +121,7 @@ def summary(operations: Sequence[Row], name: Any, duplex: Any, num_stages: int, 
     """
     batches = MINI_BATCHES * NUM_MICROBATCHES
     schedule = Schedule(name, num_stages, NUM_MICROBATCHES, duplex)
-    times = [
-        (float(o["start"]), float(o["end"]))
-        for o in select(operations, schedule=name, duplex=duplex, num_stages=num_stages)
-    ]
+    times = [(o["start"], o["end"]) for o in select(operations, schedule=name, duplex=duplex, num_stages=num_stages)]
     took = max(end for _, end in times) - min(start for start, _ in times)
     cycles = schedule.num_cycles(batches) if schedule.is_async else MINI_BATCHES * schedule.num_cycles()
     return {
@@ -174,12 +153,12 @@ def draw(operations: Sequence[Row], num_stages: int, seconds: float, clocks: int
         axes[0].set_xticks(range(0, shown + 1, shown // 5))
         axes[0].set_title(f"{name}, {duplex} duplex: the plan")
         mine = select(operations, schedule=name, duplex=duplex, num_stages=num_stages)
-        zero = min(float(o["start"]) for o in mine)
+        zero = min(o["start"] for o in mine)
         for o in mine:
-            start, end = ((float(o[field]) - zero) / seconds for field in ("start", "end"))
+            start, end = ((o[field] - zero) / seconds for field in ("start", "end"))
             if start < clocks:
                 style = {"color": OPERATIONS[o["kind"]], "edgecolor": "white"}
-                axes[1].barh(int(o["stage"]), end - start, left=start, **style)
+                axes[1].barh(o["stage"], end - start, left=start, **style)
         axes[1].set(
             xlim=(0, clocks), xlabel=f"time in cycles of {1e3 * seconds:g} ms", yticks=range(num_stages), yticklabels=[]
         )
@@ -197,15 +176,11 @@ def main() -> None:
     """Record the operations, write the rows, print the report and draw the figure."""
     parser = study_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=0.05, help="length of a clock cycle in seconds")
-    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.record:
-        record(args.record, args.seconds)
-        return
     print(conditions(threads=1))
     seconds = 0.005 if args.quick else args.seconds
     sizes = cases(args.quick)
-    operations = [operation for size in sizes for operation in run(size, seconds)]
+    operations = [row for size in sizes for rows in in_processes(size, record, seconds) for row in rows]
     write_rows(args.folder / "processes_timeline_operations.csv", operations)
     rows = [summary(operations, name, duplex, size, seconds) for (name, duplex), size in product(PLANS, sizes)]
     write_measured(args.folder / "processes_timeline.csv", rows)
