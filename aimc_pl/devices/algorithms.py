@@ -64,7 +64,8 @@ def residual_learning(
             transferred as often as the layer has outputs. A list has a number for every crossbar that is transferred,
             that of the last crossbar first.
         n_reads_per_transfer: number of columns in a transfer.
-        digital_buffer: whether transfers go through a digital buffer, which sends whole pulses to W.
+        digital_buffer: whether transfers go through a digital buffer. A transfer adds lr·β times a column to it. Where
+            it then holds a whole step of the device or more, one pulse goes to W, and one step is subtracted from it.
         num_crossbars: number of crossbars of a layer, 2 or more.
 
     Raises:
@@ -84,16 +85,20 @@ def residual_learning(
             f"{num_crossbars - 1}, got {len(periods)}"
         )
     config = _pulsed(device, "residual_learning")
-    compound = (BufferedTransferCompound if digital_buffer else TransferCompound)(
-        gamma=gamma,
-        transfer_lr=transfer_lr,
-        transfer_every=periods[0],
+    options: dict[str, Any] = {
+        "gamma": gamma,
+        "transfer_lr": transfer_lr,
+        "transfer_every": periods[0],
         # aihwkit takes one more number, for the crossbar that nothing follows.
-        transfer_every_vec=[*periods, 0.0] if isinstance(transfer_every, list) else [],
-        n_reads_per_transfer=n_reads_per_transfer,
-    )
+        "transfer_every_vec": [*periods, 0.0] if isinstance(transfer_every, list) else [],
+        "n_reads_per_transfer": n_reads_per_transfer,
+    }
+    if not digital_buffer:
+        return _of_crossbars(config, TransferCompound(**options), number=num_crossbars)
+    # aihwkit multiplies what goes into a buffer by γ.
+    options |= {"transfer_lr": transfer_lr / (gamma or 1.0), "forget_buffer": False, "momentum": 0.0}
     one_pulse = UpdateParameters(desired_bl=1, update_bl_management=False, update_management=False)
-    return _of_crossbars(config, compound, one_pulse if digital_buffer else None, num_crossbars)
+    return _of_crossbars(config, BufferedTransferCompound(**options), one_pulse, num_crossbars)
 
 
 @described

@@ -245,6 +245,35 @@ def test_the_digital_buffer_equals_the_recomputation(forget):
     assert moved > 20
 
 
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("gamma", [0.0, 0.4])
+def test_residual_learning_with_a_digital_buffer_equals_the_recomputation(gamma, number):
+    """Check that each crossbar moves by whole steps of 0.01, and that all else waits in the buffer before it."""
+    perfect = IOParameters(is_perfect=True)
+    steps = ConstantStepDevice(w_max=9.0, w_min=-9.0, dw_min=0.01, dw_min_std=0.0, **ALIKE)
+    device = ConfiguredDevice(to_mean_field(SingleRPUConfig(device=steps, forward=perfect, backward=perfect)))
+    every = [1.0, 2.0][: number - 1]
+    device = residual_learning(device, gamma, 3.0, every, digital_buffer=True, num_crossbars=number)
+    torch.manual_seed(0)
+    tile = device.rpu_config.tile_class(4, 3, device.rpu_config, False)
+    tile.set_learning_rate(0.2)
+    held = [torch.zeros(3, 4) for _ in every]
+    expected = [torch.zeros(4, 3) for _ in every]
+    for step in range(1, 61):
+        tile.update(torch.randn(2, 3), torch.randn(2, 4))
+        first, *others = (crossbar.weight for crossbar in tile.tile.crossbars)
+        for n, source in enumerate([first, *expected[:-1]]):
+            if step % every[n] == 0:
+                k = (step // int(every[n]) - 1) % 3
+                held[n][k] += 0.2 * 3.0 * source[:, k]
+                pulses = (held[n][k] / 0.01).trunc().clamp(-1, 1)
+                held[n][k] -= 0.01 * pulses
+                expected[n][:, k] += 0.01 * pulses
+        for weight, ours in zip(others, expected, strict=True):
+            torch.testing.assert_close(weight, ours, rtol=1e-4, atol=1e-4)
+    assert all(each.abs().max() > 0.03 for each in expected)
+
+
 def test_a_convolution_counts_its_mini_batches():
     config = exact(TransferCompound, [1e-11], transfer_update=UpdateParameters(desired_bl=10**13), transfer_every=2)
     torch.manual_seed(0)
