@@ -34,7 +34,7 @@ _SATURATED = 0.1
 """The fraction of a layer's weights that may be at their bounds without a warning."""
 
 _CUT = 0.1
-"""The fraction of a layer's updates that pulse trains may be too short for without a warning."""
+"""The fraction of a layer's updates, or transfers, that pulse trains may be too short for without a warning."""
 
 _REMEDY = "Lower the learning rate or clip gradients; with on_nonfinite='warn' the run goes on"
 
@@ -69,6 +69,7 @@ class NumberCheck:
         self._has_grown = False
         self._has_saturated = False
         self._has_cut = False
+        self._has_cut_transfers = False
 
     def check_gradients(self, stage: Stage, clock: int, microbatches: str, steps: Sequence[TrainingStep]) -> None:
         """Check, before a stage is updated, that its gradients are finite. If not, end the run or warn.
@@ -123,13 +124,13 @@ class NumberCheck:
                 return
 
     def watch_tiles(self) -> None:
-        """Warn, once each, about an analog layer at the bounds of its devices, and about one with too short trains."""
+        """Warn, once each, about analog layers at the bounds of their devices, and about too short pulse trains."""
         here = {id(module) for stage in self.stages for module in stage.modules if is_analog(module)}
         layers = {name: module for name, module in self._module.named_modules() if id(module) in here}
         if not layers:
             return
         # This imports aihwkit, which analog layers need.
-        from aimc_pl.devices.saturation import cut_fraction, saturated_fraction
+        from aimc_pl.devices.saturation import cut_fractions, saturated_fraction
 
         fraction, name = max((saturated_fraction(layer), name) for name, layer in layers.items())
         if fraction > _SATURATED and not self._has_saturated:
@@ -139,12 +140,21 @@ class NumberCheck:
                 "in one direction hardly move them: use devices of a wider range, or a lower learning rate",
                 stacklevel=2,
             )
-        fraction, name = max((cut_fraction(layer), name) for name, layer in layers.items())
+        cuts = {name: cut_fractions(layer) for name, layer in layers.items()}
+        fraction, name = max((cut, name) for name, (cut, _) in cuts.items())
         if fraction > _CUT and not self._has_cut:
             self._has_cut = True
             warnings.warn(
                 f"about {100 * fraction:.0f} % of the gradient of {name!r} is lost, as pulse trains are cut at "
                 "desired_bl: use fewer num_states (larger steps), a lower learning rate, or a larger update.desired_bl",
+                stacklevel=2,
+            )
+        fraction, name = max((cut, name) for name, (_, cut) in cuts.items())
+        if fraction > _CUT and not self._has_cut_transfers:
+            self._has_cut_transfers = True
+            warnings.warn(
+                f"about {100 * fraction:.0f} % of what the crossbars of {name!r} transfer is lost, as pulse trains are "
+                "cut at desired_bl: use a lower transfer_lr or learning rate, or fewer num_states (larger steps)",
                 stacklevel=2,
             )
 

@@ -1,7 +1,7 @@
 """This module measures what keeps analog layers from learning: weights at a bound, and too short pulse trains."""
 
 from collections.abc import Iterable
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -53,15 +53,22 @@ def saturated_fraction(layer: Any) -> float:
     return near / max(sum(position.numel() for position in found), 1)
 
 
-def cut_fraction(layer: Any) -> float:
-    """Return the fraction of an update that pulse trains were too short for, as a mean since the last call.
+def cut_fractions(layer: Any) -> tuple[float, float]:
+    """Return the fractions of updates and of transfers that pulse trains were too short for.
+
+    They are means since the last call. Updates come from gradients, and transfers from another crossbar of the layer.
 
     Args:
-        layer: an analog layer. Only its mean-field tiles count, and the tile that lost most; without any, and before
-            20 updates, the fraction is 0.
+        layer: an analog layer. Only its mean-field tiles count, and the crossbars that lost most; without any, and
+            before 20 updates or transfers, the fraction is 0.
     """
+    tiles = _mean_field_tiles(layer)
+    return _largest_cut(tile.crossbars[:1] for tile in tiles), _largest_cut(tile.crossbars[1:] for tile in tiles)
+
+
+def _largest_cut(crossbars: Iterable[Iterable[Any]]) -> float:
     fractions = [0.0]
-    for crossbar in (tile.crossbars[0] for tile in _mean_field_tiles(layer)):
+    for crossbar in chain.from_iterable(crossbars):
         if crossbar.tally.num_updates >= _ENOUGH:
             fractions.append(float(crossbar.tally.cut) / crossbar.tally.num_updates)
             crossbar.tally = Tally()

@@ -11,9 +11,9 @@ from lightning_modules import make_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from aimc_pl.devices import constant_step, soft_bounds
+from aimc_pl.devices import constant_step, residual_learning, soft_bounds
 from aimc_pl.devices.conversion import convert_to_analog
-from aimc_pl.devices.saturation import cut_fraction, saturated_fraction
+from aimc_pl.devices.saturation import cut_fractions, saturated_fraction
 from aimc_pl.errors import UsageError
 from aimc_pl.stage import Stage
 from aimc_pl.strategies import AnalogPipelineStrategy
@@ -615,7 +615,40 @@ def test_an_analog_layer_whose_pulse_trains_are_too_short_is_warned_of_once(puls
     texts = [str(warning.message) for warning in record if "are at the bounds" not in str(warning.message)]
     assert [text[: len(expected)] for text in texts] == warned * [expected]
     assert all(len(text) <= 200 for text in texts)
-    assert cut_fraction(net[1]) == 0
+    assert cut_fractions(net[1]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [({}, 0.38), ({"transfer_lr": 0.5}, 0), ({"num_crossbars": 3, "transfer_every": [1.0, 1.0]}, 0.53)],
+)
+@pytest.mark.parametrize("backend", ["mean_field", "bits"])
+def test_transfers_whose_pulse_trains_are_too_short_are_warned_of_once(backend, options, lost):
+    """Check transfers of a column of 0.1, which at β = 1 and a learning rate of 0.5 takes 50 steps of 0.001.
+
+    A train of aihwkit's default length holds 31 of them. So the middle one of three crossbars moves to 0.131 before it
+    is transferred itself, which takes 65 steps.
+    """
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+    device = residual_learning(constant_step(num_states=2000, backend=backend, perfect_io=True), **options)
+    convert_to_analog(net, device)
+    tile = net[1].analog_module.tile
+    tile.set_learning_rate(0.5)
+    for _ in range(30):
+        for crossbar in tile.crossbars[:-1]:
+            crossbar.write(torch.full((4, 3), 0.1))
+        tile.update(torch.zeros(2, 3), torch.zeros(2, 4))
+    check = NumberCheck(net, "stop", None)
+    check.stages = [Stage(0, modules=[net[0], net[1]])]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        check.watch_tiles()
+        check.watch_tiles()
+    texts = [str(warning.message) for warning in record if "are at the bounds" not in str(warning.message)]
+    expected = f"about {100 * lost:.0f} % of what the crossbars of '1' transfer is lost, as pulse trains are cut"
+    assert [text[: len(expected)] for text in texts] == (lost > 0) * [expected]
+    assert all(len(text) <= 200 for text in texts)
+    assert cut_fractions(net[1]) == (0, 0)
 
 
 @pytest.mark.parametrize(

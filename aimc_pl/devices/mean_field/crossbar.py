@@ -35,10 +35,15 @@ class Tally:
     """The number of updates of a crossbar, and what they have lost."""
 
     num_updates: int = 0
-    """How often :meth:`Crossbar.pulse` has been called."""
+    """How often the crossbar, or a column of it, has been sent pulses."""
 
     cut: Tensor | float = 0.0
-    """The sum over these calls of the share of the pulses that did not fit into the trains."""
+    """The sum over these updates of the share of the pulses that did not fit into the trains."""
+
+    def add(self, cut: Tensor | float) -> None:
+        """Count an update that has lost this share of its pulses."""
+        self.num_updates += 1
+        self.cut += cut
 
 
 class Crossbar(nn.Module):
@@ -134,8 +139,7 @@ class Crossbar(nn.Module):
             return
         furthest = _LARGEST_REACH if x.shape[0] > 1 else inf
         reach, cut = self._attempt(x, error, vectors, learning_rate, update, signs, furthest)
-        self.tally.num_updates += 1
-        self.tally.cut += cut
+        self.tally.add(cut)
         if reach <= furthest:
             return
         # The order of the samples matters: split the batch, and apply its parts one after another.
@@ -149,10 +153,12 @@ class Crossbar(nn.Module):
             return
         loop = self._loop(self.response, learning_rate, update)
         if loop is not None:
-            kernels.pulse_column(self.weight.numpy(), column, kernels.array(error), *loop)
+            cut = kernels.pulse_column(self.weight.numpy(), column, kernels.array(error), *loop)
         else:
             counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
             self._move(counts, self._reach(counts), column)
+            cut = counts.cut
+        self.tally.add(cut)
 
     def add_column(
         self, column: int, source: Tensor, io: IOParameters, learning_rate: float, update: UpdateParameters
@@ -172,7 +178,7 @@ class Crossbar(nn.Module):
         loop = self._loop(self.response, learning_rate, update)
         if loop is None or not is_simple(io):
             return False
-        kernels.transfer(source.numpy(), self.weight.numpy(), column, *kernel_arguments(io), *loop)
+        self.tally.add(kernels.transfer(source.numpy(), self.weight.numpy(), column, *kernel_arguments(io), *loop))
         return True
 
     def draw_pulses(

@@ -134,12 +134,16 @@ def pulse_column(
     uniforms: np.ndarray,
     gaussians: np.ndarray,
     offsets: np.ndarray,
-) -> None:
+) -> float:
     """Send pulses to the cross-points of one column, whose input is 1, for one error ``(out,)``.
 
     For the arguments see :func:`pulse`.
+
+    Returns:
+        The share of the pulses that do not fit into the trains.
     """
-    lengths, x_gain, probabilities, _ = _trains(np.ones((1, 1), _f32), error.reshape(1, -1), rate, length, is_adaptive)
+    one = np.ones((1, 1), _f32)
+    lengths, x_gain, probabilities, cut = _trains(one, error.reshape(1, -1), rate, length, is_adaptive)
     fired = np.zeros(len(error), _f32)
     for _ in range(lengths[0]):
         _fire(fired, probabilities[0], uniforms[start(offsets) :])
@@ -150,6 +154,7 @@ def pulse_column(
         net = fired[o] * gain
         each = net, abs(net), net * variance, abs(net) * variance
         weight[o, column] = _moved(weight[o, column], each, response, o, column, noise[o])
+    return cut
 
 
 @_compiled
@@ -167,7 +172,7 @@ def transfer(
     uniforms: np.ndarray,
     gaussians: np.ndarray,
     offsets: np.ndarray,
-) -> None:
+) -> float:
     """Read a column of one crossbar, and add it to the same column of another by pulses.
 
     Args:
@@ -175,6 +180,9 @@ def transfer(
             :func:`pulse_column`.
         to_line: how the input becomes a code, see :func:`to_codes`.
         from_line: what the converters of the outputs do, see :func:`from_sums`.
+
+    Returns:
+        The share of the pulses that do not fit into the trains.
     """
     codes, scales = to_codes(np.ones((1, 1), _f32), *to_line)
     values = np.empty((1, len(source)), _f32)
@@ -183,7 +191,8 @@ def transfer(
     from_sums(values, scales, *from_line, gaussians, offsets)
     for o in range(len(source)):
         values[0, o] *= -1
-    pulse_column(weight, column, values[0], rate, length, is_adaptive, response, spread, uniforms, gaussians, offsets)
+    trains = rate, length, is_adaptive
+    return pulse_column(weight, column, values[0], *trains, response, spread, uniforms, gaussians, offsets)
 
 
 @_compiled

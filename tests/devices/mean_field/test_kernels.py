@@ -110,6 +110,8 @@ def test_pulses_move_a_column_as_those_of_torch(device, learning_rate):
         with with_torch():
             plain.pulse_column(column, error, learning_rate, UpdateParameters())
     torch.testing.assert_close(compiled.weight, plain.weight, rtol=0, atol=3e-5)
+    assert compiled.tally.num_updates == plain.tally.num_updates == 4
+    torch.testing.assert_close(float(compiled.tally.cut), float(plain.tally.cut), rtol=1e-4, atol=1e-6)
     moved = (compiled.weight != before).any(0).nonzero().flatten()
     assert moved.tolist() == [0, 3, IN - 1]
 
