@@ -818,7 +818,7 @@ def test_ranges(make, name, value):
             lambda: tiki_taka(soft_bounds()),
             "TikiTaka takes the name of a material, got soft_bounds(): residual_learning, chop",
         ),
-        (lambda: tiki_taka("Gold"), "no TikiTaka of material 'Gold'"),
+        (lambda: tiki_taka("Gold"), "unknown material 'Gold': choose one of ReRamES"),
         (lambda: get_device("mram"), "unknown device 'mram'"),
         (lambda: get_device(soft_bounds), "call the function 'soft_bounds': device=soft_bounds()"),
         (lambda: ResNet(9), "a CIFAR ResNet has 6n+2 layers"),

@@ -10,7 +10,6 @@ from aihwkit.simulator import presets
 from aihwkit.simulator.configs import (
     DigitalRankUpdateRPUConfig,
     IOParameters,
-    SingleRPUConfig,
     UnitCellRPUConfig,
     UpdateParameters,
 )
@@ -24,7 +23,7 @@ from aihwkit.simulator.configs.compounds import (
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagementType
 
-from aimc_pl.arguments import check_flag, check_number, shown
+from aimc_pl.arguments import check_choice, check_flag, check_number, shown
 from aimc_pl.devices.catalogue import AnalogDevice, Backend, ConfiguredDevice, copied_config, described, simulated
 from aimc_pl.devices.mean_field import MeanFieldRPUConfig, to_mean_field
 from aimc_pl.devices.mean_field.tracking import TrackingCompound
@@ -59,10 +58,11 @@ def residual_learning(
         gamma: γ, the weight of P in the products. The first source found a large gain from 0 to 0.1, and little change
             from 0.1 to 0.4. The second source takes one over the number of states.
         transfer_lr: β, the rate of transfers in units of the learning rate.
-        transfer_every: number of mini-batches from one transfer of the last crossbar to the next. A value below 1 makes
-            several transfers in a mini-batch. Every other crossbar is transferred once while the one after it is
-            transferred as often as the layer has outputs. A list has a number for every crossbar that is transferred,
-            that of the last crossbar first.
+        transfer_every: number of updates from one transfer of the last crossbar to the next. A layer is updated once
+            per mini-batch, and under ``schedule="async"`` once per micro-batch. A value below 1 makes several transfers
+            in an update. Each of the other crossbars is transferred once while the one after it is transferred as often
+            as the layer has outputs. A list has a number for every crossbar that is transferred, that of the last one
+            first.
         n_reads_per_transfer: number of columns in a transfer.
         digital_buffer: whether transfers go through a digital buffer. A transfer adds lr·β times a column to it. Where
             it then holds a whole step of the device or more, one pulse goes to W, and one step is subtracted from it.
@@ -122,7 +122,8 @@ def chopped_transfer(
         fast_lr: how strong gradients act on P. With 1, a pulse train has its full length where input and error are the
             largest of the recent past. The optimizer's learning rate acts on transfers only.
         transfer_lr: the rate of transfers in units of the learning rate.
-        transfer_every: number of mini-batches from one transfer of a column to the next.
+        transfer_every: number of updates from one transfer of a column to the next. A layer is updated once per
+            mini-batch, and under ``schedule="async"`` once per micro-batch.
 
     Raises:
         UsageError: if an argument is out of range, or if the device has no pulsed updates of its own.
@@ -147,7 +148,8 @@ def dynamic_transfer(
 
     Args:
         device: see :func:`chopped_transfer`.
-        chop_prob: the sign of a column flips after every 1/chop_prob reads of the column.
+        chop_prob: the sign of a column flips after every 1/chop_prob reads of the column, rounded up and at least 2.
+            The weights begin to move when every column has been read once more than that.
         fast_lr: see :func:`chopped_transfer`.
         transfer_lr: see :func:`chopped_transfer`.
         transfer_every: see :func:`chopped_transfer`.
@@ -268,21 +270,11 @@ def mixed_precision(device: AnalogDevice | Material = "ReRamSB") -> AnalogDevice
     Raises:
         UsageError: if the device has no pulsed updates of its own, or if there is no such material.
     """
-    if not isinstance(device, AnalogDevice):
+    if isinstance(device, str):
         return ConfiguredDevice(to_mean_field(_preset("MixedPrecision", device)))
-    config = copied_config(device)
-    if not isinstance(config.device, PulsedDevice):
-        raise UsageError(
-            f"mixed_precision needs a pulsed device of one crossbar, got {type(config.device).__name__}: "
-            "choose soft_bounds, for example"
-        )
-    settings = DigitalRankUpdateRPUConfig(
-        device=MixedPrecisionCompound(device=config.device),
-        forward=config.forward,
-        backward=config.backward,
-        update=config.update,
-        mapping=config.mapping,
-    )
+    config = _pulsed(device, "mixed_precision")
+    compound = MixedPrecisionCompound(device=config.device)
+    settings = DigitalRankUpdateRPUConfig(device=compound, **_besides_device(config))
     return ConfiguredDevice(to_mean_field(settings) if isinstance(config, MeanFieldRPUConfig) else settings)
 
 
@@ -292,21 +284,24 @@ def _preset(algorithm: str, material: str) -> Any:
             f"{algorithm} takes the name of a material, got {shown(material)}: residual_learning, chopped_transfer and "
             "dynamic_transfer take any pulsed device"
         )
-    preset = getattr(presets, f"{algorithm}{material}Preset", None)
-    if preset is None:
-        raise UsageError(f"there is no {algorithm} of material {material!r}: see aihwkit.simulator.presets")
-    return preset()
+    check_choice("material", material, Material)
+    return getattr(presets, f"{algorithm}{material}Preset")()
 
 
 def _pulsed(device: AnalogDevice | None, algorithm: str) -> Any:
     """Return a copy of the configuration of a pulsed device, for the algorithm of this name."""
     config = copied_config(device)
-    if not isinstance(config, MeanFieldRPUConfig | SingleRPUConfig) or isinstance(config.device, TransferCompound):
+    if not isinstance(getattr(config, "device", None), PulsedDevice):
+        kind = type(getattr(config, "device", config)).__name__
         raise UsageError(
-            f"{algorithm} needs a pulsed device of one crossbar, got {type(config.device).__name__}: choose "
-            "soft_bounds, for example"
+            f"{algorithm} needs a pulsed device of one crossbar, got {kind}: choose soft_bounds, for example"
         )
     return config
+
+
+def _besides_device(config: Any) -> dict[str, Any]:
+    """Return the sections of a configuration without the device."""
+    return {name: getattr(config, name) for name in ("forward", "backward", "update", "mapping", "pre_post", "runtime")}
 
 
 def _of_crossbars(
@@ -317,13 +312,7 @@ def _of_crossbars(
     compound.unit_cell_devices = [deepcopy(config.device) for _ in range(number)]
     compound.transfer_forward = _read(config.forward)
     compound.units_in_mbatch = True
-    settings = UnitCellRPUConfig(
-        device=compound,
-        forward=config.forward,
-        backward=config.backward,
-        update=config.update,
-        mapping=config.mapping,
-    )
+    settings = UnitCellRPUConfig(device=compound, **_besides_device(config))
     is_fast = isinstance(config, MeanFieldRPUConfig)
     return ConfiguredDevice(to_mean_field(settings, config.sample_pulses) if is_fast else settings)
 

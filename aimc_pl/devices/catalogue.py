@@ -34,12 +34,12 @@ from aimc_pl.devices.mean_field.quantized import NoisyQuantizedDevice, NoisyQuan
 class AnalogDevice(ABC):
     """The hardware of a crossbar: its devices, its converters and its pulse trains."""
 
-    _call = ""
-    """The call that has made the device."""
+    call = ""
+    """The call of the catalogue's function that has made the device, or an empty text."""
 
     def __repr__(self) -> str:
         return (
-            self._call or f"{type(self).__name__}({type(getattr(self.rpu_config, 'device', self.rpu_config)).__name__})"
+            self.call or f"{type(self).__name__}({type(getattr(self.rpu_config, 'device', self.rpu_config)).__name__})"
         )
 
     @property
@@ -81,7 +81,7 @@ def described[**P](function: Callable[P, AnalogDevice]) -> Callable[P, AnalogDev
         parameters = signature(function).parameters
         given = signature(function).bind(*args, **kwargs).arguments
         changed = [f"{name}={value!r}" for name, value in given.items() if value != parameters[name].default]
-        device._call = f"{function.__name__}({', '.join(changed)})"
+        device.call = f"{function.__name__}({', '.join(changed)})"
         return device
 
     return make

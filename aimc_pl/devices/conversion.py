@@ -10,7 +10,6 @@ from types import new_class
 from typing import Any
 
 from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
-from aihwkit.simulator.configs import SingleRPUConfig
 from aihwkit.simulator.parameters.base import RPUConfigBase
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -20,7 +19,13 @@ from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
 from aimc_pl.arguments import check_instance, listed, shown
 from aimc_pl.devices.catalogue import AnalogDevice
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
-from aimc_pl.devices.mean_field import Convolution, MeanFieldTile, MeanFieldTileArray, to_mean_field
+from aimc_pl.devices.mean_field import (
+    Convolution,
+    MeanFieldRPUConfig,
+    MeanFieldTile,
+    MeanFieldTileArray,
+    to_mean_field,
+)
 from aimc_pl.devices.names import DEVICES, Device, get_device
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import show_steps_to_schedulers
@@ -100,7 +105,8 @@ def describe_slow(device: DeviceSpec) -> str | None:
     ``None`` if there are none.
     """
     devices = device.values() if isinstance(device, Mapping) else [device]
-    slow = [type(own).__name__ for own in devices if isinstance(own, SingleRPUConfig) and _fits(own)]
+    given = [d.rpu_config if isinstance(d, AnalogDevice) and not d.call else d for d in devices]
+    slow = [type(own).__name__ for own in given if isinstance(own, RPUConfigBase) and _fits(own)]
     if not slow:
         return None
     return (
@@ -109,8 +115,10 @@ def describe_slow(device: DeviceSpec) -> str | None:
     )
 
 
-def _fits(rpu_config: SingleRPUConfig) -> bool:
-    """Return whether the mean-field tile can simulate a configuration."""
+def _fits(rpu_config: Any) -> bool:
+    """Return whether this is a configuration of aihwkit's that the mean-field tile can simulate."""
+    if isinstance(rpu_config, MeanFieldRPUConfig):
+        return False
     try:
         to_mean_field(rpu_config)
     except UsageError:

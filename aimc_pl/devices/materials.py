@@ -31,7 +31,9 @@ def ecram_mo(backend: Backend = "mean_field") -> AnalogDevice:
 
 @described
 def capacitor(backend: Backend = "mean_field") -> AnalogDevice:
-    """Capacitor that leaks with every mini-batch, fitted to measurements (aihwkit's preset).
+    """Capacitor that leaks with every update, fitted to measurements (aihwkit's preset).
+
+    A layer is updated once per mini-batch, and under ``schedule="async"`` once per micro-batch.
 
     Args:
         backend: how the device is simulated: ``mean_field``, ``bits`` (pulse trains are drawn) or ``aihwkit``.

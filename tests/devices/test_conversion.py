@@ -6,10 +6,19 @@ import warnings
 import pytest
 import torch
 from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsDevice, TorchInferenceRPUConfig
+from aihwkit.simulator.presets import MixedPrecisionReRamSBPreset, PCMPreset, TikiTakaReRamSBPreset
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from aimc_pl.devices import analog_layers, convert_to_analog, mixed_precision, soft_bounds, to_mean_field
+from aimc_pl.devices import (
+    ConfiguredDevice,
+    analog_layers,
+    convert_to_analog,
+    mixed_precision,
+    pcm,
+    soft_bounds,
+    to_mean_field,
+)
 from aimc_pl.devices.conversion import describe_layers, describe_slow
 from aimc_pl.errors import UsageError
 
@@ -231,8 +240,18 @@ def test_a_configuration_on_the_slow_backend_is_told():
     """Check that only the user's own configurations count, and only those that the mean-field tile can simulate."""
     slow, other = SingleRPUConfig(device=SoftBoundsDevice()), SingleRPUConfig(device=SoftBoundsDevice(diffusion=0.1))
     assert (describe_slow(slow) or "").startswith("SingleRPUConfig runs on aihwkit's tiles")
-    assert describe_slow({"0": "ideal", "1": slow}) == describe_slow(slow)
-    for device in (None, "soft_bounds", soft_bounds(backend="aihwkit"), to_mean_field(slow), other, {"0": None}):
+    assert describe_slow({"0": "ideal", "1": slow}) == describe_slow(slow) == describe_slow(ConfiguredDevice(slow))
+    for preset in (TikiTakaReRamSBPreset(), MixedPrecisionReRamSBPreset(), PCMPreset()):
+        assert (describe_slow(preset) or "").startswith(f"{type(preset).__name__} runs on aihwkit's tiles")
+    for device in (
+        None,
+        "soft_bounds",
+        soft_bounds(backend="aihwkit"),
+        to_mean_field(slow),
+        other,
+        {"0": None},
+        pcm(backend="aihwkit"),
+    ):
         assert describe_slow(device) is None
 
 

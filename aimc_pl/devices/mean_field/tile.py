@@ -197,7 +197,7 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
     def set_learning_rate(self, learning_rate: float | None) -> None:
         """Set the learning rate of :meth:`update`."""
         if learning_rate is not None:
-            self.learning_rate = learning_rate
+            self.learning_rate = float(learning_rate)
 
     def dump_extra(self) -> dict[str, Any]:
         """Return the state beyond weights and parameters that a resumed run needs to be equal bit for bit."""

@@ -11,6 +11,7 @@ from aihwkit.simulator.configs import (
     DigitalRankUpdateRPUConfig,
     ExpStepDevice,
     LinearStepDevice,
+    SingleRPUConfig,
     SoftBoundsDevice,
 )
 from aihwkit.simulator.configs.compounds import MixedPrecisionCompound
@@ -30,6 +31,7 @@ from aimc_pl.devices import (
     linear_step,
     make_analog_aware,
     mixed_precision,
+    pcm,
     pulse_response,
     reram_sb,
     residual_learning,
@@ -464,7 +466,10 @@ def test_any_pulsed_device_and_aihwkits_presets():
         (lambda: mixed_precision(ideal()), "needs a pulsed device of one crossbar, got FloatingPointDevice"),
         (lambda: mixed_precision(residual_learning()), "needs a pulsed device of one crossbar, got TransferCompound"),
         (lambda: mixed_precision(mixed_precision()), "one crossbar, got MixedPrecisionCompound"),
-        (lambda: mixed_precision("Gold"), "no MixedPrecision of material 'Gold'"),
+        (lambda: mixed_precision(pcm()), "needs a pulsed device of one crossbar, got PCMPresetUnitCell"),
+        (lambda: mixed_precision("Gold"), "unknown material 'Gold': choose one of ReRamES"),
+        (lambda: mixed_precision(soft_bounds), r"device must be a device such as soft_bounds\(\)"),
+        (lambda: mixed_precision(SingleRPUConfig()), r"ConfiguredDevice\(...\) around .{0,160}$"),
         *(
             (
                 lambda option=option, value=value: to_mean_field(

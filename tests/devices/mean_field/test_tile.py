@@ -472,6 +472,22 @@ def test_a_batch_without_errors_moves_nothing():
     assert torch.equal(layer.get_weights()[0], before)
 
 
+@pytest.mark.parametrize("algorithm", [None, residual_learning])
+def test_a_learning_rate_may_be_a_tensor(algorithm):
+    weights = []
+    for rate in (0.25, torch.tensor(0.25)):
+        torch.manual_seed(0)
+        network, device = nn.Sequential(nn.Linear(4, 3)), soft_bounds()
+        convert_to_analog(network, algorithm(device) if algorithm else device)
+        optimizer = AnalogSGD(network.parameters(), lr=rate)
+        for _ in range(3):
+            network(torch.rand(5, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(network[0].get_weights()[0])
+    assert torch.equal(*weights)
+
+
 def test_a_learning_rate_of_zero_moves_nothing():
     for managed in (True, False):
         config = soft_bounds().rpu_config

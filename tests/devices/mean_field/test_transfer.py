@@ -30,9 +30,14 @@ from aimc_pl.callbacks import DeviceNoise, ReadNoise, WriteNoise
 from aimc_pl.devices import (
     ConfiguredDevice,
     MeanFieldRPUConfig,
+    chopped_transfer,
     convert_to_analog,
+    mixed_precision,
+    noisy_quantized,
+    pcm,
     residual_learning,
     soft_bounds,
+    symmetric_point_tracking,
     tiki_taka,
     to_mean_field,
 )
@@ -310,6 +315,17 @@ def test_a_learning_rate_of_zero_moves_nothing():
     assert not tile.get_weights()[0].any()
 
 
+@pytest.mark.parametrize("algorithm", [residual_learning, chopped_transfer, symmetric_point_tracking, mixed_precision])
+def test_algorithms_keep_all_other_sections_of_a_configuration(algorithm):
+    config = SingleRPUConfig(device=SoftBoundsDevice())
+    config.pre_post.input_range.enable = True
+    config.mapping.max_input_size = 17
+    config.runtime.offload_input = True
+    ours = algorithm(ConfiguredDevice(to_mean_field(config))).rpu_config
+    for section in ("forward", "backward", "update", "mapping", "pre_post", "runtime"):
+        assert getattr(ours, section) == getattr(config, section)
+
+
 def test_residual_learning_takes_the_device_and_its_backend():
     for backend in ("mean_field", "bits", "aihwkit"):
         config = residual_learning(soft_bounds(tau=0.7, perfect_io=True, backend=backend), gamma=0.4).rpu_config
@@ -335,6 +351,9 @@ def test_residual_learning_takes_the_device_and_its_backend():
         ({"transfer_every": [1.0, 0.0], "num_crossbars": 3}, "transfer_every must be .* above 0"),
         ({"transfer_every": [1.0], "num_crossbars": 3}, "between num_crossbars=3 crossbars, so 2, got 1"),
         ({"device": residual_learning()}, "needs a pulsed device of one crossbar, got TransferCompound"),
+        ({"device": pcm(backend="aihwkit")}, "needs a pulsed device of one crossbar, got PCMPresetUnitCell"),
+        ({"device": noisy_quantized()}, "needs a pulsed device of one crossbar, got NoisyQuantizedDevice"),
+        ({"device": mixed_precision()}, "needs a pulsed device of one crossbar, got MixedPrecisionCompound"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
