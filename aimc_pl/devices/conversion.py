@@ -131,20 +131,23 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
             scheduler thus changes both in proportion.
 
     Raises:
-        UsageError: if this is no optimizer, or if it holds the ``weight`` or ``bias`` of an analog layer, which is a
-            view of the tile.
+        UsageError: if this is no optimizer, if it holds the ``weight`` or ``bias`` of an analog layer, which is a view
+            of the tile, or if it is an optimizer of aihwkit that maximizes, as this does not reach tiles.
     """
     check_instance("optimizer", optimizer, Optimizer, "a torch optimizer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         if isinstance(parameter, AnalogWeight):
             raise UsageError("the optimizer has been given layer.weight of an analog layer: give it parameters()")
-    if isinstance(optimizer, AnalogOptimizerMixin) or not any(map(is_analog, parameters)):
+    if isinstance(optimizer, AnalogOptimizerMixin):
+        _check_minimizes(optimizer)
+        return
+    if not any(map(is_analog, parameters)):
         return
     digital: Any = type(optimizer)
-    bases = (AnalogOptimizerMixin, digital)
+    bases = (AnalogOptimizerMixin, _ThenTurnsErrors, digital)
     if lr_scale != 1:
-        bases = (_WithOwnRates, AnalogOptimizerMixin, _ThenScalesRates, digital)
+        bases = (_WithOwnRates, AnalogOptimizerMixin, _ThenTurnsErrors, _ThenScalesRates, digital)
     namespace = {"analog_lr_scale": lr_scale}
     optimizer.__class__ = new_class(f"Analog{digital.__name__}", bases, exec_body=lambda body: body.update(namespace))
     if "step" in vars(optimizer):
@@ -158,7 +161,7 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     Tiles learn by pulses from the gradient and the learning rate alone. Tiles in mixed precision take all.
     """
     groups = [group for group in optimizer.param_groups if any(map(learns_by_pulses, group["params"]))]
-    mixins = (AnalogOptimizerMixin, _WithOwnRates, _ThenScalesRates)
+    mixins = (AnalogOptimizerMixin, _WithOwnRates, _ThenTurnsErrors, _ThenScalesRates)
     name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, mixins))
     ignored = {key for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
     if not groups or (name == "SGD" and not ignored):
@@ -171,6 +174,33 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
         f"{len(layers)} analog layer{'s learn' if len(layers) > 1 else ' learns'} by pulses, at the learning rate "
         f"{rates}: {rule} applies to digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
     )
+
+
+def _check_minimizes(optimizer: AnalogOptimizerMixin) -> None:
+    """Check that an optimizer does not maximize with digital parameters only, as those of aihwkit do."""
+    if not isinstance(optimizer, _ThenTurnsErrors) and any(map(_maximizes_by_pulses, optimizer.param_groups)):
+        raise UsageError(
+            f"maximize=True of {type(optimizer).__name__} does not reach layers that learn by pulses: use an optimizer "
+            "of torch, or turn the sign of the loss"
+        )
+
+
+def _maximizes_by_pulses(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("maximize")) and any(map(learns_by_pulses, group["params"]))
+
+
+class _ThenTurnsErrors(Optimizer):
+    """Mixin between aihwkit's mixin and a torch optimizer: it turns the sign of errors in groups that maximize.
+
+    aihwkit's mixin applies the errors after that, and always descends.
+    """
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().step(*args, **kwargs)
+        for group in filter(_maximizes_by_pulses, self.param_groups):
+            for context in filter(is_analog, group["params"]):
+                context.analog_grad_output = [-error for error in context.analog_grad_output]
+        return loss
 
 
 class _ThenScalesRates(Optimizer):
