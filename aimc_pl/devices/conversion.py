@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from inspect import formatannotation, signature
@@ -123,7 +123,7 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
 
     The optimizer's class becomes a subclass with aihwkit's ``AnalogOptimizerMixin``, of the kind that
     ``aihwkit.optim.AnalogOptimizer`` creates. The optimizer stays the same object for the schedulers that hold it. An
-    optimizer without analog parameters is not changed.
+    optimizer without analog parameters is not changed. Of a tile in mixed precision it needs ``shared_weights`` only.
 
     Args:
         optimizer: the optimizer.
@@ -139,10 +139,12 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
     for parameter in parameters:
         if isinstance(parameter, AnalogWeight):
             raise UsageError("the optimizer has been given layer.weight of an analog layer: give it parameters()")
+    for group in optimizer.param_groups:
+        _add_contexts(group, set(map(id, parameters)))
     if isinstance(optimizer, AnalogOptimizerMixin):
         _check_minimizes(optimizer)
         return
-    if not any(map(is_analog, parameters)):
+    if not any(is_analog(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         return
     digital: Any = type(optimizer)
     bases = (AnalogOptimizerMixin, _ThenTurnsErrors, digital)
@@ -174,6 +176,25 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
         f"{len(layers)} analog layer{'s learn' if len(layers) > 1 else ' learns'} by pulses, at the learning rate "
         f"{rates}: {rule} applies to digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
     )
+
+
+def _add_contexts(group: dict[str, Any], known: Collection[int]) -> None:
+    """Add the contexts of the tiles in mixed precision whose ``shared_weights`` are in a group of an optimizer.
+
+    aihwkit's mixin finds tiles by their contexts, and has them program every step into their crossbars.
+
+    Args:
+        group: the group. Its learning rate does not matter for these contexts.
+        known: the identities of the parameters that the optimizer has.
+    """
+    for number, parameter in enumerate([*group["params"]]):
+        tile = getattr(parameter, "shows_tile", None)
+        if tile is None or id(tile.analog_ctx) in known:
+            continue
+        group["params"].append(tile.analog_ctx)
+        if "param_names" in group:
+            tile_name = group["param_names"][number].removesuffix("shared_weights")
+            group["param_names"].append(f"{tile_name}analog_ctx")
 
 
 def _check_minimizes(optimizer: AnalogOptimizerMixin) -> None:
