@@ -163,6 +163,7 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     Tiles learn by pulses from the gradient and the learning rate alone. Tiles in mixed precision take all.
     """
     groups = [group for group in optimizer.param_groups if any(map(learns_by_pulses, group["params"]))]
+    learning = {id(parameter) for group in groups for parameter in group["params"] if learns_by_pulses(parameter)}
     mixins = (AnalogOptimizerMixin, _WithOwnRates, _ThenTurnsErrors, _ThenScalesRates)
     name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, mixins))
     ignored = {key for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
@@ -171,7 +172,7 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     rule = f"the {' and '.join(sorted(ignored))} of SGD" if name == "SGD" else f"the update rule of {name}"
     scale = getattr(optimizer, "analog_lr_scale", 1.0)
     rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) * scale for group in groups}))
-    layers = [layer for layer in analog_layers(network) if any(map(learns_by_pulses, layer.parameters()))]
+    layers = [layer for layer in analog_layers(network) if not learning.isdisjoint(map(id, layer.parameters()))]
     return (
         f"{len(layers)} analog layer{'s learn' if len(layers) > 1 else ' learns'} by pulses, at the learning rate "
         f"{rates}: {rule} applies to digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
