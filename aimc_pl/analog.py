@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from aimc_pl.errors import UsageError
 
@@ -49,6 +50,22 @@ def inside_analog_layers(module: nn.Module) -> set[int]:
 def reset_pending_updates(module: nn.Module) -> None:
     """Drop what backwards have left for the tiles' next update. ``zero_grad`` does not drop this."""
     for context in _contexts(module.parameters()):
+        context.reset()
+
+
+def left_out(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Any]:
+    """Return the parameters by which crossbars of a module could learn, and which no optimizer has.
+
+    Frozen parameters do not count.
+    """
+    known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    learnt = map(_learnt, _contexts(module.parameters()))
+    return [parameter for parameter in learnt if parameter.requires_grad and id(parameter) not in known]
+
+
+def drop_left_out(module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Drop what backwards have left for tiles that no optimizer updates. It would pile up."""
+    for context in _contexts(left_out(module, optimizers)):
         context.reset()
 
 
@@ -119,6 +136,11 @@ def are_seeded(module: nn.Module) -> bool:
     from aimc_pl.devices.mean_field import MeanFieldTile
 
     return all(isinstance(tile, MeanFieldTile) for tile in tiles)
+
+
+def _learnt(context: Any) -> Any:
+    """Return the parameter by which a tile learns: its context, or the digital parameter beside it."""
+    return context if learns_by_pulses(context) else context.analog_tile.shared_weights
 
 
 def _contexts(parameters: Iterable[nn.Parameter]) -> list[Any]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.plugins import Precision
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.serialization import safe_globals
 
-from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
+from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses, left_out
+from aimc_pl.arguments import listed
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies.checks import check_analog_support
 from aimc_pl.strategies.settings import Settings
@@ -60,6 +61,8 @@ def describe(module: nn.Module) -> str:
 def convert_optimizer(module: nn.Module, optimizer: Optimizer, lr_scale: float = 1.0) -> None:
     """Make the optimizer update analog layers by pulses, if there are any, and say what it does not do for them.
 
+    Analog layers that are not in the optimizer are named in a warning.
+
     Raises:
         UsageError: if there is a scale of the learning rate, and no layer that learns by pulses.
     """
@@ -71,6 +74,18 @@ def convert_optimizer(module: nn.Module, optimizer: Optimizer, lr_scale: float =
         make_analog_aware(optimizer, lr_scale)
         if line := describe_updates(module, optimizer):
             rank_zero_info(line)
+        _warn_of_left_out(module, optimizer)
+
+
+def _warn_of_left_out(module: nn.Module, optimizer: Optimizer) -> None:
+    weights = set(map(id, left_out(module, [optimizer])))
+    layers = {name: layer for name, layer in module.named_modules() if is_analog(layer)}
+    names = [name for name, layer in layers.items() if not weights.isdisjoint(map(id, layer.parameters()))]
+    if names:
+        rank_zero_warn(
+            f"analog layers that are not in the optimizer do not learn: {listed(names)}. Give it parameters(), or "
+            "freeze these layers, or keep them digital"
+        )
 
 
 def tell_of_clipping(module: nn.Module) -> None:

@@ -234,7 +234,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
             super().setup_optimizers(trainer)
         (optimizer,) = self.optimizers
         check_updates(self._module, optimizer)
-        check_closure(optimizer, stages_update_apart=self.schedule.is_async or self.is_multiprocess)
+        check_closure(self._module, optimizer, stages_update_apart=self.schedule.is_async or self.is_multiprocess)
         analog_parts.convert_optimizer(self._module, optimizer, self.analog_lr_scale)
         if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", self._module, pl.LightningModule):
             analog_parts.tell_of_clipping(self._module)

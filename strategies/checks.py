@@ -4,7 +4,6 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import Parameter, signature
 from itertools import count
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch.optim import Optimizer
 
 from aimc_pl.analog import analog_layers, is_analog
 from aimc_pl.arguments import listed
+from aimc_pl.cost.states import needs_closure
 from aimc_pl.errors import UsageError
 from aimc_pl.private_torch import Loss
 from aimc_pl.schedule import Schedule
@@ -220,14 +220,20 @@ def one_optimizer() -> Iterator[None]:
         ) from error
 
 
-def check_closure(optimizer: Optimizer, *, stages_update_apart: bool) -> None:
-    """Check that the optimizer's step does not need a closure, unless all stages update together.
+def check_closure(module: nn.Module, optimizer: Optimizer, *, stages_update_apart: bool) -> None:
+    """Check that the optimizer's step does not need a closure, unless all layers are digital and update together.
 
     Raises:
         UsageError: if it does, as the step of LBFGS.
     """
-    closure = signature(type(optimizer).step).parameters.get("closure")
-    if stages_update_apart and closure is not None and closure.default is Parameter.empty:
+    if not needs_closure(optimizer):
+        return
+    if analog_layers(module):
+        raise UsageError(
+            f"{type(optimizer).__name__} evaluates the loss between changes of the weights, which crossbars do not "
+            "allow: use another optimizer, or set device=None"
+        )
+    if stages_update_apart:
         raise _evaluates_the_loss(optimizer)
 
 

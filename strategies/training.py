@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from aimc_pl.analog import is_analog, reset_pending_updates
+from aimc_pl.analog import drop_left_out, is_analog, reset_pending_updates
 from aimc_pl.arguments import check_number
 from aimc_pl.boundaries import Calls, find
 from aimc_pl.cost import Hardware, Work, count_work
@@ -296,6 +296,7 @@ class Training:
             try:
                 with self._partial_gradients():
                     yield
+                drop_left_out(self._module, self._trainer.optimizers)
             except BaseException:
                 self.is_cut_off = self._settings.schedule.is_async
                 self.abandon()

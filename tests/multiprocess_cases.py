@@ -69,11 +69,22 @@ class LogsInEveryStage(Attributes):
         return self.l4(self.norm(hidden))
 
 
+class SomeLayers(ConvNet):
+    """A module whose optimizer has the first layer and the head. The other layers must keep no pairs for an update."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.features[0].parameters(), *self.head.parameters()], lr=0.05)
+
+    def on_train_batch_end(self, *args):
+        assert not any(p.has_gradient() for p in self.features[1:].parameters() if isinstance(p, AnalogContext))
+
+
 SPLITS = {
     Attributes: {2: ["l3"], 3: ["l2", "norm"], 4: ["l2", "l3", "l4"]},
     ComputesWithGradients: {3: ["l2", "norm"]},
     LogsInEveryStage: {4: ["l2", "l3", "l4"]},
     ConvNet: {2: ["features.4"], 3: ["features.2", "features.4"], 4: ["features.2", "features.4", "head"]},
+    SomeLayers: {3: ["features.2", "features.4"]},
     DictBatch: {3: ["backbone.1", "backbone.3"]},
 }
 
@@ -92,10 +103,10 @@ def digital(num_stages, schedule, make_module=Attributes, optimizer="momentum", 
     return train
 
 
-def analog(num_stages, schedule, device, optimizer="momentum", **trainer):
+def analog(num_stages, schedule, device, optimizer="momentum", make_module=ConvNet, **trainer):
     def train(folder, **processes):
         L.seed_everything(7)
-        module = ConvNet()
+        module = make_module()
         module.optimizer = optimizer
         samples = Samples()
         data = DataLoader(TensorDataset(samples.x.float(), samples.y), 8, shuffle=True)
@@ -226,6 +237,8 @@ CASES |= {
     "mean field, mixed precision, AsyncNAdam": (3, analog(3, "async", mixed_precision, "AsyncNAdam")),
     "mean field, zero_bubble": (2, analog(2, "zero_bubble", soft_bounds)),
     "mean field, mixed precision, sync": (2, analog(2, "sync", mixed_precision, gradient_clip_val=0.1)),
+    "mean field, some layers": (3, analog(3, "async", soft_bounds, make_module=SomeLayers)),
+    "mean field, some layers, sync": (3, analog(3, "sync", soft_bounds, make_module=SomeLayers)),
     "floating point": (4, analog(4, "async", ideal)),
 }
 

@@ -562,6 +562,18 @@ MODULES = {
     "manual optimization": (Manual, ASYNC, {}, "manual optimization"),
     "several optimizers": (TwoOptimizers, ASYNC, {}, "configure_optimizers returns several"),
     "line search under async": (LineSearch, ASYNC, {}, "LBFGS evaluates the loss itself"),
+    "line search with crossbars": (
+        LineSearch,
+        {"num_stages": 2, "schedule": "sync", "device": "soft_bounds"},
+        {"precision": "32-true"},
+        "LBFGS evaluates the loss between changes of the weights",
+    ),
+    "line search with crossbars in mixed precision": (
+        LineSearch,
+        {"num_stages": 1, "schedule": "none", "num_microbatches": 1, "device": "mixed_precision"},
+        {"precision": "32-true"},
+        "LBFGS evaluates the loss between changes of the weights",
+    ),
     "own backward": (OwnBackward, ASYNC, {}, "OwnBackward.backward is overridden"),
     "dataloader_iter": (TakesAnIterator, ASYNC, {}, "cannot be split into micro-batches"),
     "network called twice under async": (Twice, AT_4_AND_8, {}, "is used by stages 0 and 2, which update"),

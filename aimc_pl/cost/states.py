@@ -24,7 +24,7 @@ def states_of(optimizer: Optimizer) -> float:
         UsageError: if the optimizer runs the training step itself (LBFGS), or if its copy cannot make a step.
     """
     name = type(optimizer).__name__
-    if _needs_closure(optimizer):
+    if needs_closure(optimizer):
         raise UsageError(
             f"{name} runs the training step several times for an update, which the cost model cannot count: choose "
             "another optimizer"
@@ -52,7 +52,8 @@ def states_of(optimizer: Optimizer) -> float:
     return sum(value.numel() for value in kept if value.ndim) / sum(copied.numel() for copied in copies.values())
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer's step, or one that it extends, runs the training step itself, as that of LBFGS."""
     steps = [vars(kind)["step"] for kind in type(optimizer).__mro__ if "step" in vars(kind)]
     arguments = [inspect.signature(step).parameters.get("closure") for step in steps]
     return any(argument is not None and argument.default is inspect.Parameter.empty for argument in arguments)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from inspect import formatannotation, signature
@@ -131,7 +131,7 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
 
     The optimizer's class becomes a subclass with aihwkit's ``AnalogOptimizerMixin``, of the kind that
     ``aihwkit.optim.AnalogOptimizer`` creates. The optimizer stays the same object for the schedulers that hold it. An
-    optimizer without analog parameters is not changed.
+    optimizer without analog parameters is not changed. Of a tile in mixed precision it needs ``shared_weights`` only.
 
     Args:
         optimizer: the optimizer.
@@ -139,20 +139,25 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
             scheduler thus changes both in proportion.
 
     Raises:
-        UsageError: if this is no optimizer, or if it holds the ``weight`` or ``bias`` of an analog layer, which is a
-            view of the tile.
+        UsageError: if this is no optimizer, if it holds the ``weight`` or ``bias`` of an analog layer, which is a view
+            of the tile, or if it is an optimizer of aihwkit that maximizes, as this does not reach tiles.
     """
     check_instance("optimizer", optimizer, Optimizer, "a torch optimizer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         if isinstance(parameter, AnalogWeight):
             raise UsageError("the optimizer has been given layer.weight of an analog layer: give it parameters()")
-    if isinstance(optimizer, AnalogOptimizerMixin) or not any(map(is_analog, parameters)):
+    for group in optimizer.param_groups:
+        _add_contexts(group, set(map(id, parameters)))
+    if isinstance(optimizer, AnalogOptimizerMixin):
+        _check_minimizes(optimizer)
+        return
+    if not any(is_analog(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         return
     digital: Any = type(optimizer)
-    bases = (AnalogOptimizerMixin, digital)
+    bases = (AnalogOptimizerMixin, _ThenTurnsErrors, digital)
     if lr_scale != 1:
-        bases = (_WithOwnRates, AnalogOptimizerMixin, _ThenScalesRates, digital)
+        bases = (_WithOwnRates, AnalogOptimizerMixin, _ThenTurnsErrors, _ThenScalesRates, digital)
     namespace = {"analog_lr_scale": lr_scale}
     optimizer.__class__ = new_class(f"Analog{digital.__name__}", bases, exec_body=lambda body: body.update(namespace))
     if "step" in vars(optimizer):
@@ -166,7 +171,8 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     Tiles learn by pulses from the gradient and the learning rate alone. Tiles in mixed precision take all.
     """
     groups = [group for group in optimizer.param_groups if any(map(learns_by_pulses, group["params"]))]
-    mixins = (AnalogOptimizerMixin, _WithOwnRates, _ThenScalesRates)
+    learning = {id(parameter) for group in groups for parameter in group["params"] if learns_by_pulses(parameter)}
+    mixins = (AnalogOptimizerMixin, _WithOwnRates, _ThenTurnsErrors, _ThenScalesRates)
     name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, mixins))
     ignored = {key for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
     if not groups or (name == "SGD" and not ignored):
@@ -174,11 +180,57 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     rule = f"the {' and '.join(sorted(ignored))} of SGD" if name == "SGD" else f"the update rule of {name}"
     scale = getattr(optimizer, "analog_lr_scale", 1.0)
     rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) * scale for group in groups}))
-    layers = [layer for layer in analog_layers(network) if any(map(learns_by_pulses, layer.parameters()))]
+    layers = [layer for layer in analog_layers(network) if not learning.isdisjoint(map(id, layer.parameters()))]
     return (
         f"{len(layers)} analog layer{'s learn' if len(layers) > 1 else ' learns'} by pulses, at the learning rate "
         f"{rates}: {rule} applies to digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
     )
+
+
+def _add_contexts(group: dict[str, Any], known: Collection[int]) -> None:
+    """Add the contexts of the tiles in mixed precision whose ``shared_weights`` are in a group of an optimizer.
+
+    aihwkit's mixin finds tiles by their contexts, and has them program every step into their crossbars.
+
+    Args:
+        group: the group. Its learning rate does not matter for these contexts.
+        known: the identities of the parameters that the optimizer has.
+    """
+    for number, parameter in enumerate([*group["params"]]):
+        tile = getattr(parameter, "shows_tile", None)
+        if tile is None or id(tile.analog_ctx) in known:
+            continue
+        group["params"].append(tile.analog_ctx)
+        if "param_names" in group:
+            tile_name = group["param_names"][number].removesuffix("shared_weights")
+            group["param_names"].append(f"{tile_name}analog_ctx")
+
+
+def _check_minimizes(optimizer: AnalogOptimizerMixin) -> None:
+    """Check that an optimizer does not maximize with digital parameters only, as those of aihwkit do."""
+    if not isinstance(optimizer, _ThenTurnsErrors) and any(map(_maximizes_by_pulses, optimizer.param_groups)):
+        raise UsageError(
+            f"maximize=True of {type(optimizer).__name__} does not reach layers that learn by pulses: use an optimizer "
+            "of torch, or turn the sign of the loss"
+        )
+
+
+def _maximizes_by_pulses(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("maximize")) and any(map(learns_by_pulses, group["params"]))
+
+
+class _ThenTurnsErrors(Optimizer):
+    """Mixin between aihwkit's mixin and a torch optimizer: it turns the sign of errors in groups that maximize.
+
+    aihwkit's mixin applies the errors after that, and always descends.
+    """
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().step(*args, **kwargs)
+        for group in filter(_maximizes_by_pulses, self.param_groups):
+            for context in filter(is_analog, group["params"]):
+                context.analog_grad_output = [-error for error in context.analog_grad_output]
+        return loss
 
 
 class _ThenScalesRates(Optimizer):

@@ -20,6 +20,7 @@ from aimc_pl.devices import (
     get_device,
     ideal,
     make_analog_aware,
+    mixed_precision,
     plot_response,
     reset_pending_updates,
     residual_learning,
@@ -138,6 +139,63 @@ def test_digital_optimizer_is_left_alone():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     make_analog_aware(optimizer)
     assert type(optimizer) is torch.optim.SGD
+
+
+EXACT = soft_bounds(perfect_io=True)
+MAXIMIZED = {
+    "pulses": (lambda: EXACT, 512),
+    "several tiles": (lambda: EXACT, 3),
+    "aihwkit's tile": (ideal, 512),
+    "residual learning": (lambda: residual_learning(EXACT), 512),
+    "mixed precision": (lambda: mixed_precision(EXACT), 512),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("case", MAXIMIZED)
+def test_an_optimizer_that_maximizes_goes_up(case, make, scale):
+    """Compare a convolution and a linear layer with the same that minimize the negative, bit for bit.
+
+    The second group of the optimizer does the opposite. The backward runs within the step.
+    """
+    device, most_inputs = MAXIMIZED[case]
+    results = []
+    x = torch.randn(6, 2, 5)
+    for sign in (1, -1):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(9, 2), nn.Linear(2, 2))
+        config = device().rpu_config
+        config.mapping.max_input_size = most_inputs
+        convert_to_analog(network, {"0": config, "2": config})
+        last = network[3]
+        first = [parameter for layer in network[:3] for parameter in layer.parameters()]
+        groups = [{"params": first, "maximize": sign == 1}, {"params": last.parameters(), "maximize": sign == -1}]
+        optimizer = make(groups, lr=0.01)
+        make_analog_aware(optimizer, scale)
+
+        def closure(network=network, optimizer=optimizer, sign=sign):
+            optimizer.zero_grad()
+            loss = sign * network(x).square().sum()
+            loss.backward()
+            return loss
+
+        start = [layer.get_weights()[0].clone() for layer in analog_layers(network)]
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append([*(layer.get_weights()[0] for layer in analog_layers(network)), last.weight.detach()])
+        assert not any(map(torch.equal, results[-1][:2], start))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimizer_of_aihwkit_that_maximizes_is_refused():
+    """Check that it is refused for layers that learn by pulses only. In mixed precision it does maximize."""
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    convert_to_analog(network, {"0": soft_bounds(), "1": mixed_precision()})
+    make_analog_aware(AnalogSGD(network[1].parameters(), lr=0.1, maximize=True))
+    with pytest.raises(UsageError, match="maximize=True of AnalogSGD does not reach layers that learn by pulses"):
+        make_analog_aware(AnalogSGD(network.parameters(), lr=0.1, maximize=True))
 
 
 def test_reset_drops_pending_updates():

@@ -1,5 +1,6 @@
 """These tests check what the strategy does for analog layers, with aihwkit and as if it was not installed."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import lightning as L
@@ -10,8 +11,9 @@ from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning_modules import make_trainer
 from torch import nn
 from torch.serialization import get_safe_globals
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
+from aimc_pl.analog import is_analog
 from aimc_pl.devices import analog_layers, convert_to_analog, ideal, mixed_precision, soft_bounds
 from aimc_pl.devices.checkpoint import AnalogCheckpoint, classes_of_tiles
 from aimc_pl.errors import UsageError
@@ -120,6 +122,83 @@ def test_a_rate_for_pulses_needs_layers_that_learn_by_them(device):
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     with pytest.raises(UsageError, match="analog_lr_scale=3 is for layers that learn by pulses, and there are none"):
         analog_parts.convert_optimizer(net, optimizer, 3.0)
+
+
+FILTERS = {
+    "all": (lambda name: True, None, 2),
+    "the last layer": (lambda name: name.startswith("4"), "0, 2", 0),
+    "by usual names": (lambda name: "weight" in name or "bias" in name, "0, 2", 0),
+    "one of two tiles": (lambda name: "array.1" not in name, "0", 2),
+    "only contexts": (lambda name: "analog_ctx" in name, "4", 2),
+    "one frozen": (lambda name: name.startswith("0"), "4", 1),
+}
+"""What the optimizer has, the analog layers that it does not have, and the number of those that learn by pulses."""
+
+
+@pytest.mark.parametrize("case", FILTERS)
+def test_layers_that_are_not_in_the_optimizer_are_named(case, told, recwarn):
+    """Check a layer of two tiles, one of one tile, and one in mixed precision."""
+    has, left_out, number = FILTERS[case]
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    config = soft_bounds().rpu_config
+    config.mapping.max_input_size = 2
+    convert_to_analog(net, {"0": config, "2": "ideal", "4": mixed_precision()})
+    net[2].requires_grad_(case != "one frozen")
+    optimizer = torch.optim.Adam([p for name, p in net.named_parameters() if has(name)], 0.1)
+    analog_parts.convert_optimizer(net, optimizer)
+    line = f"analog layers that are not in the optimizer do not learn: {left_out}. Give it parameters(), or "
+    assert [str(warning.message)[: len(line)] for warning in recwarn] == [line] * (left_out is not None)
+    assert [said.partition(" ")[0] for said in told] == [str(number)] * (number > 0)
+
+
+class FirstAndLast(L.LightningModule):
+    """A module whose optimizer has two of four layers. After every mini-batch it counts the pairs of the others."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [6, 8, 8, 8]
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in pairwise(widths)])
+        self.head = nn.Linear(8, 3)
+        self.pairs = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return nn.functional.cross_entropy(self.head(x), y)
+
+    def on_train_batch_end(self, *args):
+        self.pairs += [len(p.analog_grad_output) for p in self.layers[1:].parameters() if is_analog(p)]
+
+    def configure_optimizers(self):
+        first, head = self.layers[0].parameters(), self.head.parameters()
+        return torch.optim.SGD([{"params": first, "lr": 0.05}, {"params": head}], lr=0.1)
+
+
+def fit_first_and_last(schedule, device, num_stages, accumulate):
+    """Train, and return the module and the weights of all layers."""
+    torch.manual_seed(1)
+    module = FirstAndLast()
+    data = DataLoader(TensorDataset(torch.randn(24, 6), torch.randint(3, (24,))), 8)
+    split_at = ["layers.1", "layers.2"][: num_stages - 1]
+    strategy = AnalogPipelineStrategy(num_stages, schedule, 2, device, split_at)
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    make_trainer(strategy, precision="32-true", **options).fit(module, data)
+    return module, [value for layer in (*module.layers, module.head) for value in weights_of(layer)]
+
+
+@pytest.mark.filterwarnings("ignore:analog layers that are not in the optimizer do not learn. layers.1, layers.2. Give")
+@pytest.mark.parametrize(
+    ("schedule", "num_stages", "accumulate"),
+    [("none", 1, 1), ("sync", 3, 1), ("sync", 3, 3), ("1f1b", 3, 1), ("zero_bubble", 3, 1), ("async", 3, 1)],
+)
+def test_layers_that_are_not_in_the_optimizer_keep_nothing(schedule, num_stages, accumulate):
+    """Check the weights against digital training with the same optimizer, with crossbars that compute exactly."""
+    _, expected = fit_first_and_last(schedule, None, num_stages, accumulate)
+    module, weights = fit_first_and_last(schedule, ideal(), num_stages, accumulate)
+    assert module.pairs == [0] * 2 * 6
+    for a, b in zip(weights, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -21,7 +21,7 @@ from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam
 from torch.optim.lr_scheduler import StepLR
 
 from aimc_pl.devices import soft_bounds
-from aimc_pl.devices.conversion import convert_to_analog
+from aimc_pl.devices.conversion import convert_to_analog, make_analog_aware
 from aimc_pl.errors import UsageError
 from aimc_pl.schedule import Schedule
 from aimc_pl.stage import Stage
@@ -298,12 +298,34 @@ class StepsWithoutClosure(SGD):
         super().step()
 
 
+class SearchesTwice(LBFGS):
+    def step(self, closure=None):
+        super().step(closure)
+        return super().step(closure)
+
+
 @pytest.mark.parametrize("apart", [True, False])
-@pytest.mark.parametrize("make", [SGD, StepsWithoutClosure, LBFGS])
+@pytest.mark.parametrize("make", [SGD, StepsWithoutClosure, LBFGS, SearchesTwice])
 def test_a_step_that_needs_a_closure_is_refused_where_stages_update_apart(make, apart):
-    refuses = make is LBFGS and apart
-    with pytest.raises(UsageError, match="LBFGS evaluates the loss itself") if refuses else nullcontext():
-        check_closure(make(network().parameters(), lr=0.1), stages_update_apart=apart)
+    net = network()
+    refuses = issubclass(make, LBFGS) and apart
+    with pytest.raises(UsageError, match=f"{make.__name__} evaluates the loss itself") if refuses else nullcontext():
+        check_closure(net, make(net.parameters(), lr=0.1), stages_update_apart=apart)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("is_aware", [True, False])
+@pytest.mark.parametrize("make", [SGD, LBFGS])
+def test_a_step_that_needs_a_closure_is_refused_with_analog_layers(make, is_aware, apart):
+    """Check optimizers that the user has converted already, too."""
+    net = network()
+    convert_to_analog(net, {"2": "soft_bounds"})
+    optimizer = make(net.parameters(), lr=0.1)
+    if is_aware:
+        make_analog_aware(optimizer)
+    refuses = pytest.raises(UsageError, match=r"LBFGS evaluates the loss between changes .* set device=None")
+    with refuses if make is LBFGS else nullcontext():
+        check_closure(net, optimizer, stages_update_apart=apart)
 
 
 def test_an_optimizer_must_update_the_module():

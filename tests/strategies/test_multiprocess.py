@@ -7,7 +7,7 @@ import torch
 from forked import fork_ranks
 from multiprocess_cases import CASES, STAGES, assert_same, train_all, train_plainly
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:analog layers that are not in the optimizer")]
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ class MixedPrecisionTile(MeanFieldTile):
 
     An optimizer trains the parameter ``shared_weights``: the weights of the layer, with the scales of aihwkit's mapping
     and with an analog bias as the last column. Steps reach the crossbar if aihwkit's ``AnalogOptimizerMixin`` is a part
-    of the optimizer's class, as after ``make_analog_aware``.
+    of the optimizer's class, as after ``make_analog_aware``, which knows the tile by the parameter's ``shows_tile``.
 
     Args:
         out_size: number of outputs.
@@ -97,7 +97,8 @@ class MixedPrecisionTile(MeanFieldTile):
         out_trans: bool = False,
     ) -> None:
         super().__init__(out_size, in_size, rpu_config, bias, in_trans, out_trans)
-        self.shared_weights = nn.Parameter(torch.zeros(self.tile.d_size, self.tile.x_size))
+        self.shared_weights: Any = nn.Parameter(torch.zeros(self.tile.d_size, self.tile.x_size))
+        self.shared_weights.shows_tile = self
         self._show()
         self.register_load_state_dict_post_hook(_show_loaded)
 
@@ -165,6 +166,7 @@ class MixedPrecisionTile(MeanFieldTile):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.shared_weights.shows_tile = self  # copies of parameters have no attributes
         self._show()
 
     @property

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from aimc_pl.analog import is_analog
 from aimc_pl.callbacks import DeviceNoise, WriteNoise
 from aimc_pl.devices import (
     MeanFieldRPUConfig,
@@ -383,6 +384,85 @@ def test_steps_that_do_not_reach_the_crossbar_are_refused(change):
             network[0].analog_module.shared_weights.mul_(0.99)
     with pytest.raises(UsageError, match=r"weights of an analog layer 5x3 .*make_analog_aware\(optimizer\)"):
         network(x)
+
+
+FILTERED = {
+    "momentum": OPTIMIZERS["momentum"],
+    "adamw": OPTIMIZERS["adamw"],
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "muon": lambda p: torch.optim.Muon(p, lr=0.01),
+    "aihwkit's": lambda p: AnalogSGD(p, lr=0.05, momentum=0.9),
+}
+
+
+def several_tiles(leaks=False):
+    """Return a network whose first layer has four tiles, and noisy devices; all weights may leak."""
+    network = perceptron((6, 5, 3))
+    config = mixed_precision(soft_bounds(write_noise=0.5)).rpu_config
+    config.mapping.max_input_size, config.mapping.max_output_size = 3, 4
+    if leaks:
+        config.device.device.lifetime = 50.0
+    convert_to_analog(network, config)
+    return network
+
+
+def weights_and_residuals(network):
+    return [value.clone() for pair in crossbars(network) for value in pair]
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("optimizer", FILTERED)
+def test_optimizers_need_no_contexts(optimizer, named, leaks):
+    """Compare with crossbars that are programmed by hand after the steps of a torch optimizer, bit for bit."""
+    x, y = data(6, 3)
+    results = []
+    for by_hand in (True, False):
+        network = several_tiles(leaks)
+        found = [(name, p) for name, p in network.named_parameters() if p.ndim == 2]
+        assert len(found) == len(crossbars(network)) == 6
+        tiles = [tile for layer in analog_layers(network) for tile in layer.analog_tiles()]
+        assert {tile.tile.crossbar.leaks for tile in tiles} == {leaks}
+        ours = FILTERED[optimizer](found if named else [p for _, p in found])
+        if not by_hand:
+            make_analog_aware(ours)
+            make_analog_aware(ours)
+        for _ in range(4):
+            ours.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            ours.step()
+            for tile in tiles if by_hand else ():
+                tile.post_update_step()
+        results.append(weights_and_residuals(network))
+    assert all(map(torch.equal, *results))
+    if named:
+        names = {name: id(p) for name, p in network.named_parameters()}
+        (group,) = ours.param_groups
+        assert [names[name] for name in group["param_names"]] == [*map(id, group["params"])]
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "fused adamw"])
+def test_contexts_in_the_optimizer_change_nothing(optimizer):
+    """Check two groups too, of which the second has a scheduler's learning rate, and a copied network."""
+    x, y = data(6, 3)
+    results = []
+    for has_contexts in (True, False):
+        network = deepcopy(several_tiles())
+        groups = []
+        for layer in (network[0], network[2]):
+            parameters = [p for p in layer.parameters() if has_contexts or not is_analog(p)]
+            groups.append({"params": parameters, "lr": 0.02 * len(groups) + 0.01})
+        ours = FILTERED[optimizer](groups)
+        scheduler = torch.optim.lr_scheduler.StepLR(ours, 1, 0.5)
+        make_analog_aware(ours)
+        for _ in range(3):
+            ours.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            ours.step()
+            scheduler.step()
+        results.append(weights_and_residuals(network))
+        assert [len(group["params"]) for group in ours.param_groups] == [len([*n.parameters()]) for n in network[::2]]
+    assert all(map(torch.equal, *results))
 
 
 def test_a_value_that_is_written_back_is_no_change():
