@@ -58,8 +58,10 @@ def left_out(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Any]:
 
     Frozen parameters do not count.
     """
+    learnt = [_learnt(context) for context in _contexts(module.parameters())]
+    if not learnt:
+        return []
     known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    learnt = map(_learnt, _contexts(module.parameters()))
     return [parameter for parameter in learnt if parameter.requires_grad and id(parameter) not in known]
 
 

@@ -221,14 +221,15 @@ def one_optimizer() -> Iterator[None]:
 
 
 def check_closure(module: nn.Module, optimizer: Optimizer, *, stages_update_apart: bool) -> None:
-    """Check that the optimizer's step does not need a closure, unless all layers are digital and update together.
+    """Check that the optimizer's step does not need a closure, unless it updates digital layers, all together.
 
     Raises:
         UsageError: if it does, as the step of LBFGS.
     """
     if not needs_closure(optimizer):
         return
-    if analog_layers(module):
+    analog = {id(parameter) for layer in analog_layers(module) for parameter in layer.parameters()}
+    if any(id(parameter) in analog for group in optimizer.param_groups for parameter in group["params"]):
         raise UsageError(
             f"{type(optimizer).__name__} evaluates the loss between changes of the weights, which crossbars do not "
             "allow: use another optimizer, or set device=None"

@@ -328,6 +328,12 @@ def test_a_step_that_needs_a_closure_is_refused_with_analog_layers(make, is_awar
         check_closure(net, optimizer, stages_update_apart=apart)
 
 
+def test_a_step_that_needs_a_closure_may_update_the_digital_layers_beside_analog_ones():
+    net = network()
+    convert_to_analog(net, {"2": "soft_bounds"})
+    check_closure(net, LBFGS(net[0].parameters()), stages_update_apart=False)
+
+
 def test_an_optimizer_must_update_the_module():
     net, other = network(), nn.Linear(2, 2)
     check_updates(net, SGD([{"params": [*other.parameters()]}, {"params": [net[2].bias]}], lr=0.1))
