@@ -140,7 +140,8 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
 
     Raises:
         UsageError: if this is no optimizer, if it holds the ``weight`` or ``bias`` of an analog layer, which is a view
-            of the tile, or if it is an optimizer of aihwkit that maximizes, as this does not reach tiles.
+            of the tile, or if it updates analog tiles already, and would not do so as ``lr_scale`` or its ``maximize``
+            say.
     """
     check_instance("optimizer", optimizer, Optimizer, "a torch optimizer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -150,7 +151,7 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
     for group in optimizer.param_groups:
         _add_contexts(group, set(map(id, parameters)))
     if isinstance(optimizer, AnalogOptimizerMixin):
-        _check_minimizes(optimizer)
+        _check_rule(optimizer, lr_scale)
         return
     if not any(is_analog(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         return
@@ -206,8 +207,16 @@ def _add_contexts(group: dict[str, Any], known: Collection[int]) -> None:
             group["param_names"].append(f"{tile_name}analog_ctx")
 
 
-def _check_minimizes(optimizer: AnalogOptimizerMixin) -> None:
-    """Check that an optimizer does not maximize with digital parameters only, as those of aihwkit do."""
+def _check_rule(optimizer: AnalogOptimizerMixin, lr_scale: float) -> None:
+    """Check that an optimizer that updates analog tiles already does so at the wanted rate, and in its own direction.
+
+    Those of aihwkit maximize with digital parameters only.
+    """
+    if lr_scale != getattr(optimizer, "analog_lr_scale", 1.0):
+        raise UsageError(
+            f"lr_scale={lr_scale:g} comes too late for {type(optimizer).__name__}, which updates analog layers already: "
+            "use an optimizer of torch"
+        )
     if not isinstance(optimizer, _ThenTurnsErrors) and any(map(_maximizes_by_pulses, optimizer.param_groups)):
         raise UsageError(
             f"maximize=True of {type(optimizer).__name__} does not reach layers that learn by pulses: use an optimizer "

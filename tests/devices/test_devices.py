@@ -264,6 +264,19 @@ def test_a_learning_rate_of_their_own_leaves_the_name_of_the_optimizer(make, lin
     assert said is None if line is None else said.startswith(line)
 
 
+def test_a_learning_rate_of_their_own_is_refused_when_it_comes_too_late():
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    convert_to_analog(network, "soft_bounds")
+    ours = torch.optim.SGD(network.parameters(), lr=1e-3)
+    for _ in range(2):
+        make_analog_aware(ours, lr_scale=100)
+    theirs = AnalogSGD(network.parameters(), lr=1e-3)
+    make_analog_aware(theirs)
+    for optimizer, scale in ((ours, 1.0), (theirs, 100)):
+        with pytest.raises(UsageError, match=f"lr_scale={scale:g} comes too late for AnalogSGD, which updates"):
+            make_analog_aware(optimizer, lr_scale=scale)
+
+
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_device_shows_the_call_that_makes_it(name):
     assert repr(DEVICES[name]()) == f"{name}()"
