@@ -214,8 +214,8 @@ def _check_rule(optimizer: AnalogOptimizerMixin, lr_scale: float) -> None:
     """
     if lr_scale != getattr(optimizer, "analog_lr_scale", 1.0):
         raise UsageError(
-            f"lr_scale={lr_scale:g} comes too late for {type(optimizer).__name__}, which updates analog layers already: "
-            "use an optimizer of torch"
+            f"lr_scale={lr_scale:g} comes too late for {type(optimizer).__name__}, which updates analog layers "
+            "already: use an optimizer of torch"
         )
     if not isinstance(optimizer, _ThenTurnsErrors) and any(map(_maximizes_by_pulses, optimizer.param_groups)):
         raise UsageError(
