@@ -34,7 +34,10 @@ _SATURATED = 0.1
 """The fraction of a layer's weights that may be at their bounds without a warning."""
 
 _CUT = 0.1
-"""The fraction of a layer's updates, or transfers, that pulse trains may be too short for without a warning."""
+"""The fraction of a layer's updates that pulse trains may be too short for without a warning."""
+
+_CUT_TRANSFERS = 0.5
+"""The same for transfers. What is cut off stays in the crossbar that is read, so that later transfers carry it."""
 
 _REMEDY = "Lower the learning rate or clip gradients; with on_nonfinite='warn' the run goes on"
 
@@ -150,11 +153,11 @@ class NumberCheck:
                 stacklevel=2,
             )
         fraction, name = max((cut, name) for name, (_, cut) in cuts.items())
-        if fraction > _CUT and not self._has_cut_transfers:
+        if fraction > _CUT_TRANSFERS and not self._has_cut_transfers:
             self._has_cut_transfers = True
             warnings.warn(
-                f"about {100 * fraction:.0f} % of what the crossbars of {name!r} transfer is lost, as pulse trains are "
-                "cut at desired_bl: use a lower transfer_lr or learning rate, or fewer num_states (larger steps)",
+                f"pulse trains, cut at desired_bl, carry about {100 * (1 - fraction):.0f} % of what the crossbars of "
+                f"{name!r} transfer: use a lower transfer_lr or learning rate, or fewer num_states (larger steps)",
                 stacklevel=2,
             )
 
