@@ -3,8 +3,8 @@
 The network of ``mnist_algorithms.py``, 784-256-128-10, learns MNIST with all layers on soft-bounds devices: τ = 0.7,
 steps that vary by 10 % from cycle to cycle, and products with converters and noise. Multi-tile residual learning
 (arXiv 2510.02516) was published for such devices. The learning rate falls from 0.5 to 0.05 for all algorithms. γ = 0.5
-was chosen among 0.5 and one over the number of states, by one seed that is not reported. The study takes an hour on one
-core. Runs that the CSV file already holds are not repeated. Usage:
+was chosen among 0.5 and one over the number of states, by one seed that is not reported. The study takes an hour on two
+cores. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/few_states.py --mnist data --folder docs/results
 """

@@ -16,8 +16,6 @@ SCRIPTS = [
     *(ROOT / "docs" / "images").glob("*.py"),
 ]
 SHOWN = {path.name: path for path in (ROOT / "docs").rglob("*") if path.suffix in (".csv", ".png")}
-PENDING = {"few_states.csv"}
-"""Results that are still to come, because their study takes hours."""
 
 
 @pytest.fixture
@@ -42,11 +40,8 @@ def test_quick_mode(script, monkeypatch, tmp_path):
     runpy.run_path(str(script), run_name="__main__")
     written = {path.name: path for path in tmp_path.iterdir() if path.is_file()}
     assert written
-    assert set(written) <= set(SHOWN) | PENDING
-    assert not PENDING & set(SHOWN)
+    assert set(written) <= set(SHOWN)
     for name, path in written.items():
-        if name in PENDING:
-            continue
         if path.suffix == ".csv":
             columns, shown = (next(csv.reader(each.read_text().splitlines())) for each in (path, SHOWN[name]))
             # Older results of benchmarks lack the processor.
