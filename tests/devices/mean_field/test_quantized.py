@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from aimc_pl.devices import convert_to_analog, make_analog_aware, noisy_quantized, residual_learning
+from aimc_pl.devices import convert_to_analog, make_analog_aware, noisy_quantized
 from aimc_pl.errors import UsageError
 
 
@@ -62,5 +62,3 @@ def test_what_cannot_be_is_refused():
     for options, message in (({"bits": 1}, "bits must"), ({"std": -1.0}, "std must"), ({"w_max": 0.0}, "w_max must")):
         with pytest.raises(UsageError, match=message):
             noisy_quantized(**options)
-    with pytest.raises(UsageError, match="does not simulate NoisyQuantizedDevice"):
-        residual_learning(noisy_quantized())
