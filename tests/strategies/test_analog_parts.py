@@ -187,6 +187,7 @@ def fit_first_and_last(schedule, device, num_stages, accumulate):
     return module, [value for layer in (*module.layers, module.head) for value in weights_of(layer)]
 
 
+# The run warns of the layers that the test leaves out.
 @pytest.mark.filterwarnings("ignore:analog layers that are not in the optimizer do not learn. layers.1, layers.2. Give")
 @pytest.mark.parametrize(
     ("schedule", "num_stages", "accumulate"),

@@ -7,7 +7,11 @@ import torch
 from forked import fork_ranks
 from multiprocess_cases import CASES, STAGES, assert_same, train_all, train_plainly
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:analog layers that are not in the optimizer")]
+pytestmark = [
+    pytest.mark.slow,
+    # A case leaves analog layers out of its optimizer, of which the run warns.
+    pytest.mark.filterwarnings("ignore:analog layers that are not in the optimizer"),
+]
 
 
 @pytest.fixture(scope="module")

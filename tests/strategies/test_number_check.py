@@ -593,6 +593,17 @@ def test_an_analog_layer_with_weights_at_their_bounds_is_warned_of_once(at_bound
     assert [str(warning.message)[: len(expected)] for warning in record] == warned * [expected]
 
 
+def watched_twice(net):
+    """Look at the tiles of both layers twice, and return what is warned of besides weights at their bounds."""
+    check = NumberCheck(net, "stop", None)
+    check.stages = [Stage(0, modules=[net[0], net[1]])]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        check.watch_tiles()
+        check.watch_tiles()
+    return [str(warning.message) for warning in record if "are at the bounds" not in str(warning.message)]
+
+
 @pytest.mark.parametrize(
     ("pulses", "warned"), [([20] * 20, False), ([20, 40] * 10, True), ([400] * 20, True), ([400] * 19, False)]
 )
@@ -604,15 +615,9 @@ def test_an_analog_layer_whose_pulse_trains_are_too_short_is_warned_of_once(puls
     for count in pulses:
         tile.set_learning_rate(count * 0.001)
         tile.update(torch.ones(2, 3), torch.ones(2, 4))
-    check = NumberCheck(net, "stop", None)
-    check.stages = [Stage(0, modules=[net[0], net[1]])]
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        check.watch_tiles()
-        check.watch_tiles()
     lost = sum(max(0, 1 - 31 / count) for count in pulses) / len(pulses)
     expected = f"about {100 * lost:.0f} % of the gradient of '1' is lost, as pulse trains are cut"
-    texts = [str(warning.message) for warning in record if "are at the bounds" not in str(warning.message)]
+    texts = watched_twice(net)
     assert [text[: len(expected)] for text in texts] == warned * [expected]
     assert all(len(text) <= 200 for text in texts)
     assert cut_fractions(net[1]) == (0, 0)
@@ -638,13 +643,7 @@ def test_transfers_of_which_pulse_trains_carry_less_than_half_are_warned_of_once
         for crossbar in tile.crossbars[:-1]:
             crossbar.write(torch.full((4, 3), 0.1))
         tile.update(torch.zeros(2, 3), torch.zeros(2, 4))
-    check = NumberCheck(net, "stop", None)
-    check.stages = [Stage(0, modules=[net[0], net[1]])]
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        check.watch_tiles()
-        check.watch_tiles()
-    texts = [str(warning.message) for warning in record if "are at the bounds" not in str(warning.message)]
+    texts = watched_twice(net)
     expected = f"pulse trains, cut at desired_bl, carry about {carried} % of what the crossbars of '1' transfer"
     assert [text[: len(expected)] for text in texts] == (carried is not None) * [expected]
     assert all(len(text) <= 200 for text in texts)
