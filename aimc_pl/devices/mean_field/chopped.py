@@ -12,6 +12,7 @@ import torch
 from aihwkit.simulator.configs.compounds import ChoppedTransferCompound, DynamicTransferCompound
 from torch import Tensor
 
+from aimc_pl.devices.mean_field import kernels
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
 from aimc_pl.devices.mean_field.transfer import TransferSimulatorTile, take_steps
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
@@ -65,6 +66,8 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
     def _signs(self) -> Tensor | None:
         if self._chopped.in_chop_prob <= 0 and self._chopped.out_chop_prob <= 0:
             return None
+        if self._chopped.out_chop_prob <= 0:
+            return self._in_signs[None]
         return torch.outer(self._out_signs, self._in_signs)
 
     def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, batch: int) -> None:
@@ -77,23 +80,18 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
             x_means = self._running_means("x_largest", largest[0], batch)
             error_means = self._running_means("error_largest", largest[1], batch)
             products = x_means * error_means
-            last = float(products.flatten()[-1])
+            last = counters["x_largest"] * counters["error_largest"]
             if last > 0:
                 counters["rate"] /= last
-                error = error * (last / products).to(error.dtype)
+                error = error * (last / products).to(error)
         self.crossbar.pulse(x, error, vectors, counters["rate"], self._config.update, self._signs())
 
     def _running_means(self, name: str, values: Tensor, batch: int) -> Tensor:
-        """Return the running mean after each of some values, and keep the last. Values of zero do not count."""
-        flat = values.flatten().double()
-        counts = flat > 0
-        mean, kept = self._counters[name], 1 - (1 - self._chopped.auto_momentum) / batch
-        if mean <= 0:
-            mean = float(flat[counts][0]) if counts.any() else 0.0
-        powers = kept ** counts.cumsum(0)
-        means = powers * (mean + (1 - kept) * (flat / powers).cumsum(0))
+        """Return the running mean after each of some values, on the CPU, and keep the last."""
+        kept = 1 - (1 - self._chopped.auto_momentum) / batch
+        means = kernels.running_means(kernels.array(values.cpu().flatten()), self._counters[name], kept)
         self._counters[name] = float(means[-1])
-        return means.view_as(values)
+        return torch.from_numpy(means).view_as(values)
 
     def _transfer_column(self, source: int, column: int, rate: float) -> None:
         compound, held, values = self._chopped, self._held[column], self._read(source, column)

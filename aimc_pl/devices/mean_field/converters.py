@@ -6,6 +6,7 @@ parameters are those of aihwkit's ``IOParameters``, applied vector by vector as 
 
 from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import torch
 from aihwkit.simulator.parameters.enums import AnalogMVType, BoundManagementType, NoiseManagementType, WeightNoiseType
@@ -146,6 +147,20 @@ def row_product(
         scale = torch.from_numpy(scales)[which, None]
         y[which] = product(weight, rows[which].mul, Vectors(-1), scale, io, generator, bound_management, 2.0)
     return y.view(*x.shape[:-1], -1)
+
+
+def read_column(
+    weight: Tensor, column: int, reads: tuple[tuple[Any, ...], tuple[Any, ...]], generator: TableGenerator
+) -> Tensor:
+    """Return a column ``(out,)`` of a crossbar on the CPU, as its converters show it for an input of 1.
+
+    Args:
+        weight: ``(out, in)``.
+        column: the number of the column.
+        reads: the converters, see :func:`kernel_arguments`.
+        generator: draws the noise.
+    """
+    return torch.from_numpy(kernels.read_column(weight.numpy(), column, *reads, (*tables(), generator.offsets)))
 
 
 def has_bound_management(io: IOParameters) -> bool:

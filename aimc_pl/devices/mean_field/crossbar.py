@@ -11,12 +11,17 @@ import torch
 from aihwkit.simulator.configs import SingleRPUConfig, UpdateParameters
 from aihwkit.simulator.configs.devices import PulsedDevice
 from aihwkit.simulator.parameters.enums import RPUDataType
-from aihwkit.simulator.parameters.io import IOParameters
 from torch import Tensor, nn
 
 from aimc_pl.devices.mean_field import kernels
-from aimc_pl.devices.mean_field.converters import is_simple, kernel_arguments
-from aimc_pl.devices.mean_field.pulses import Counts, expected_counts, is_managed, sampled_counts, whole_counts
+from aimc_pl.devices.mean_field.pulses import (
+    DRAWN,
+    Counts,
+    expected_counts,
+    sampled_counts,
+    train_settings,
+    whole_counts,
+)
 from aimc_pl.devices.mean_field.random_table import LENGTH, TableGenerator, gaussian, tables, uniform
 from aimc_pl.devices.mean_field.response import LinearResponse, Number, Response, after_pulse, response_of
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
@@ -27,7 +32,7 @@ ROWS = Vectors(-1)
 _LARGEST_REACH = 0.5
 """A batch is split if it moves weights by more than this, in units of their device's relaxation."""
 
-_NO_SIGNS, _ONE = np.empty((0, 0), np.float32), np.ones(1, np.float32)
+_NOTHING, _ONE = np.empty((0, 0), np.float32), np.ones(1, np.float32)
 
 
 @dataclass
@@ -153,7 +158,7 @@ class Crossbar(nn.Module):
             return
         loop = self._loop(self.response, learning_rate, update)
         if loop is not None:
-            cut = kernels.pulse_column(self.weight.numpy(), column, kernels.array(error), *loop)
+            cut = kernels.pulse_column(self._moving.numpy(), column, kernels.array(error), *loop)
         else:
             counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
             self._move(counts, self._reach(counts), column)
@@ -161,14 +166,19 @@ class Crossbar(nn.Module):
         self.tally.add(cut)
 
     def add_column(
-        self, column: int, source: Tensor, io: IOParameters, learning_rate: float, update: UpdateParameters
+        self,
+        column: int,
+        source: Tensor,
+        reads: tuple[tuple[Any, ...], tuple[Any, ...]],
+        learning_rate: float,
+        update: UpdateParameters,
     ) -> bool:
         """Read a column of other weights, and add learning_rate times what was read to the same column, by pulses.
 
         Args:
             column: the number of the column.
             source: the other weights ``(out, in)``.
-            io: the converters of the reads.
+            reads: the converters of the reads, see :func:`~aimc_pl.devices.mean_field.converters.kernel_arguments`.
             learning_rate: the learning rate.
             update: the parameters of the pulse trains.
 
@@ -176,9 +186,9 @@ class Crossbar(nn.Module):
             Whether a compiled loop could do this. Otherwise, nothing has happened.
         """
         loop = self._loop(self.response, learning_rate, update)
-        if loop is None or not is_simple(io):
+        if loop is None:
             return False
-        self.tally.add(kernels.transfer(source.numpy(), self.weight.numpy(), column, *kernel_arguments(io), *loop))
+        self.tally.add(kernels.transfer(source.numpy(), *reads, self._moving.numpy(), column, *loop))
         return True
 
     def draw_pulses(
@@ -203,7 +213,7 @@ class Crossbar(nn.Module):
 
     def move_one_way(self, pulses: Tensor, upward: bool) -> None:
         """Move every weight by its number ``(out, in)`` of pulses, one after another, all up or all down."""
-        weight = (self._persistent if self._write_noise > 0 else self.weight).view(-1)
+        weight = self._moving.view(-1)
         moving = pulses.flatten().nonzero()[:, 0]
         remaining, hidden = pulses.flatten()[moving], self.hidden.flatten(1)
         is_uniform = hidden.shape[1] == 1
@@ -244,10 +254,9 @@ class Crossbar(nn.Module):
         """
         response = self.response
         if self._has_moving_loop(response) and shown.is_contiguous() and shown.dtype == torch.float32:
-            arrays = self.weight.numpy(), residual.numpy(), shown.detach().numpy()
+            arrays = self._moving.numpy(), residual.numpy(), shown.detach().numpy()
             scale = _ONE if scales is None else kernels.array(scales.view(-1))
-            settings = self.granularity, response.parameters, response.spread
-            kernels.program(*arrays, scale, *settings, tables()[1], self._generator.offsets)
+            kernels.program(*arrays, scale, self.granularity, *self._how_to_move(response))
             return
         scale = 1.0 if scales is None else scales
         pulses = residual.add_((shown - self.weight * scale) / scale).div(self.granularity, rounding_mode="trunc")
@@ -282,8 +291,13 @@ class Crossbar(nn.Module):
 
     @property
     def _persistent(self) -> Tensor:
-        """The weights without write noise."""
+        """The weights without write noise, if there is such noise."""
         return self.hidden[self.names.index("persistent_weights")]
+
+    @property
+    def _moving(self) -> Tensor:
+        """The weights that pulses move: those without write noise."""
+        return self._persistent if self._write_noise > 0 else self.weight
 
     def _response(self, column: int | None) -> Response:
         """Return the response of a column, or with ``None`` of all columns."""
@@ -316,20 +330,21 @@ class Crossbar(nn.Module):
 
     def _has_moving_loop(self, response: Response) -> TypeGuard[LinearResponse]:
         """Return whether compiled loops can move the weights."""
-        weight = self.weight
-        return (
-            isinstance(response, LinearResponse)
-            and self._write_noise == 0
-            and weight.is_cpu
-            and weight.numel() <= LENGTH
-        )
+        return isinstance(response, LinearResponse) and self.weight.is_cpu and self.weight.numel() <= LENGTH
 
     def _loop(self, response: Response, learning_rate: float, update: UpdateParameters) -> tuple[Any, ...] | None:
         """Return the last arguments of the compiled loops that send pulses, or ``None`` if they cannot."""
-        if self._sample_pulses or not is_managed(update) or not self._has_moving_loop(response):
+        trains = train_settings(learning_rate / self.granularity, update)
+        _, length, _, _ = trains
+        if self._sample_pulses or length > DRAWN or not self._has_moving_loop(response):
             return None
-        trains = learning_rate / self.granularity, update.desired_bl, update.update_bl_management
-        return *trains, response.parameters, response.spread, *tables(), self._generator.offsets
+        return trains, *self._how_to_move(response)
+
+    def _how_to_move(self, response: LinearResponse) -> tuple[Any, ...]:
+        """Return the last arguments of the compiled loops that move weights."""
+        visible = self.weight.numpy() if self._write_noise > 0 else _NOTHING
+        random = *tables(), self._generator.offsets
+        return response.parameters, response.spread, (visible, self._write_noise), random
 
     def _attempt(
         self,
@@ -350,8 +365,8 @@ class Crossbar(nn.Module):
         is_small = vectors is ROWS and error.numel() <= LENGTH
         loop = self._loop(response, learning_rate, update) if is_small else None
         if loop is not None:
-            arrays = self.weight.numpy(), kernels.array(x), kernels.array(error)
-            turned = _NO_SIGNS if signs is None else kernels.array(signs)
+            arrays = self._moving.numpy(), kernels.array(x), kernels.array(error)
+            turned = _NOTHING if signs is None else kernels.array(signs)
             most, cut = kernels.pulse(*arrays, turned, furthest / (response.steepness or 1e-30), *loop)
             return most * response.steepness, cut
         counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
@@ -381,8 +396,7 @@ class Crossbar(nn.Module):
     def _move(self, counts: Counts, reach: float, column: int | None = None) -> None:
         """Move a column of weights, or with ``None`` all weights."""
         response, columns = self._response(column), slice(column, None if column is None else column + 1)
-        visible = self.weight[:, columns]
-        weight = self._persistent[:, columns] if self._write_noise > 0 else visible
+        visible, weight = self.weight[:, columns], self._moving[:, columns]
         before = weight.clone() if self._write_noise > 0 else None
         response.step(weight, counts, reach, self._gaussian(weight))
         if before is not None:

@@ -54,38 +54,35 @@ def pulse(
     error: np.ndarray,
     signs: np.ndarray,
     furthest: float,
-    rate: float,
-    length: int,
-    is_adaptive: bool,
+    trains: tuple[float, int, bool, bool],
     response: tuple[Any, ...],
     spread: float,
-    uniforms: np.ndarray,
-    gaussians: np.ndarray,
-    offsets: np.ndarray,
+    write_noise: tuple[np.ndarray, float],
+    random: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> tuple[float, float]:
     """Send pulses to all cross-points, unless a cross-point would receive too many.
 
     Args:
-        weight: ``(out, in)``, which changes.
+        weight: the weights without write noise ``(out, in)``, which change.
         x: inputs ``(batch, in)``.
         error: errors ``(batch, out)``.
         signs: direction of the pulses ``(1, in)`` or ``(out, in)``, or an empty array if all are positive.
         furthest: the most pulses a cross-point may receive.
-        rate: learning rate in units of the mean step.
-        length: of the pulse trains, at most or exactly.
-        is_adaptive: whether trains may be shorter.
+        trains: see :func:`~aimc_pl.devices.mean_field.pulses.train_settings`.
         response: the parameters of :func:`_move`.
         spread: standard deviation of a step from cycle to cycle, in units of the step.
-        uniforms: a table of random numbers between 0 and 1.
-        gaussians: a table of Gaussian random numbers.
-        offsets: see :func:`start`.
+        write_noise: the weights with write noise ``(out, in)``, which change, and the noise's standard deviation.
+            Without write noise, the array is empty.
+        random: a table of random numbers between 0 and 1, a table of Gaussian random numbers, and the ``offsets`` of
+            :func:`start`.
 
     Returns:
         How many pulses the cross-point that receives most receives at most, or 0 if this is not finite; and the share
         of the pulses that do not fit into the trains.
     """
     (batch, inputs), outputs = x.shape, len(weight)
-    lengths, x_gain, probabilities, cut = _trains(x, error, rate, length, is_adaptive)
+    uniforms, _, offsets = random
+    lengths, x_gain, limits, probabilities, cut = _trains(x, error, trains)
     fired, gains = np.zeros((batch + 1, outputs), _f32), np.zeros(batch + 1, _f32)
     padded, counts = np.zeros((batch + 1, inputs), _f32), np.empty((4, inputs), _f32)
     which = np.empty(batch + 4, np.int64)
@@ -100,8 +97,8 @@ def pulse(
         for o in range(outputs):
             fired[b, o] *= x_gain[b]
         for i in range(inputs):
-            padded[b, i] = x[b, i]
-        most += _largest(fired[b])[0] * _largest(x[b])[0]
+            padded[b, i] = max(min(x[b, i], limits[b]), -limits[b])
+        most += _largest(fired[b])[0] * _largest(padded[b])[0]
     if furthest < most < np.inf:
         most = _f32(0)
         for o in range(outputs):
@@ -109,7 +106,7 @@ def pulse(
             most = max(most, _largest(counts[1])[0])
         if furthest < most < np.inf:
             return most, cut
-    first = start(offsets)
+    noises = _noises(write_noise, False, random)
     for o in range(outputs):
         _count(counts, padded, fired[:, o], gains, spread, which)
         if len(signs) > 0:
@@ -117,7 +114,7 @@ def pulse(
                 sign = signs[min(o, len(signs) - 1), i]
                 counts[0, i] *= sign
                 counts[2, i] *= sign
-        _move(weight[o], counts, response, o, gaussians[first + o * inputs :])
+        _move_and_show(weight, counts, response, o, write_noise, noises)
     return most if isfinite(most) else _f32(0), cut
 
 
@@ -126,14 +123,11 @@ def pulse_column(
     weight: np.ndarray,
     column: int,
     error: np.ndarray,
-    rate: float,
-    length: int,
-    is_adaptive: bool,
+    trains: tuple[float, int, bool, bool],
     response: tuple[Any, ...],
     spread: float,
-    uniforms: np.ndarray,
-    gaussians: np.ndarray,
-    offsets: np.ndarray,
+    write_noise: tuple[np.ndarray, float],
+    random: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> float:
     """Send pulses to the cross-points of one column, whose input is 1, for one error ``(out,)``.
 
@@ -142,57 +136,73 @@ def pulse_column(
     Returns:
         The share of the pulses that do not fit into the trains.
     """
-    one = np.ones((1, 1), _f32)
-    lengths, x_gain, probabilities, cut = _trains(one, error.reshape(1, -1), rate, length, is_adaptive)
+    lengths, x_gain, limits, probabilities, cut = _trains(np.ones((1, 1), _f32), error.reshape(1, -1), trains)
+    uniforms, _, offsets = random
     fired = np.zeros(len(error), _f32)
     for _ in range(lengths[0]):
         _fire(fired, probabilities[0], uniforms[start(offsets) :])
-    gain, spread = x_gain[0], _f32(spread)
+    gain, spread = x_gain[0] * min(_f32(1), limits[0]), _f32(spread)
     variance = _f32(1) + spread * spread - gain
-    noise = gaussians[start(offsets) :]
+    visible, std = write_noise
+    noise, drawn, written = _noises(write_noise, False, random)
     for o in range(len(error)):
-        net = fired[o] * gain
+        net, before = fired[o] * gain, weight[o, column]
         each = net, abs(net), net * variance, abs(net) * variance
-        weight[o, column] = _moved(weight[o, column], each, response, o, column, noise[o])
+        after = _moved(before, each, response, o, column, noise[o])
+        weight[o, column] = after
+        if len(visible) > 0:
+            visible[o, column] = _shown(visible[o, column], before, after, abs(net), drawn[o], _f32(std) * written[o])
     return cut
 
 
 @_compiled
-def transfer(
+def read_column(
     source: np.ndarray,
-    weight: np.ndarray,
     column: int,
     to_line: tuple[Any, ...],
     from_line: tuple[Any, ...],
-    rate: float,
-    length: int,
-    is_adaptive: bool,
-    response: tuple[Any, ...],
-    spread: float,
-    uniforms: np.ndarray,
-    gaussians: np.ndarray,
-    offsets: np.ndarray,
-) -> float:
-    """Read a column of one crossbar, and add it to the same column of another by pulses.
+    random: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Return a column ``(out,)`` of a crossbar, as its converters show it for an input of 1.
 
     Args:
-        source: weights ``(out, in)`` of the crossbar that is read. The arguments that are not listed are those of
-            :func:`pulse_column`.
+        source: the weights ``(out, in)``.
+        column: the number of the column.
         to_line: how the input becomes a code, see :func:`to_codes`.
         from_line: what the converters of the outputs do, see :func:`from_sums`.
-
-    Returns:
-        The share of the pulses that do not fit into the trains.
+        random: see :func:`pulse`.
     """
     codes, scales = to_codes(np.ones((1, 1), _f32), *to_line)
     values = np.empty((1, len(source)), _f32)
     for o in range(len(source)):
         values[0, o] = codes[0, 0] * source[o, column]
+    _, gaussians, offsets = random
     from_sums(values, scales, *from_line, gaussians, offsets)
-    for o in range(len(source)):
-        values[0, o] *= -1
-    trains = rate, length, is_adaptive
-    return pulse_column(weight, column, values[0], *trains, response, spread, uniforms, gaussians, offsets)
+    return values[0]
+
+
+@_compiled
+def transfer(
+    source: np.ndarray,
+    to_line: tuple[Any, ...],
+    from_line: tuple[Any, ...],
+    weight: np.ndarray,
+    column: int,
+    trains: tuple[float, int, bool, bool],
+    response: tuple[Any, ...],
+    spread: float,
+    write_noise: tuple[np.ndarray, float],
+    random: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> float:
+    """Read a column of one crossbar, and add it to the same column of another by pulses.
+
+    For the arguments see :func:`read_column` and :func:`pulse`.
+
+    Returns:
+        The share of the pulses that do not fit into the trains.
+    """
+    values = -read_column(source, column, to_line, from_line, random)
+    return pulse_column(weight, column, values, trains, response, spread, write_noise, random)
 
 
 @_compiled
@@ -204,13 +214,14 @@ def program(
     step: float,
     response: tuple[Any, ...],
     spread: float,
-    gaussians: np.ndarray,
-    offsets: np.ndarray,
+    write_noise: tuple[np.ndarray, float],
+    random: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
     """Do what :meth:`~aimc_pl.devices.mean_field.crossbar.Crossbar.program` does.
 
     Args:
-        weight: ``(out, in)``, which changes. The arguments that are not listed are those of :func:`pulse`.
+        weight: the weights without write noise ``(out, in)``, which change. The arguments that are not listed are those
+            of :func:`pulse`.
         residual: ``(out, in)``, which changes.
         shown: ``(out, in)``, which changes.
         scales: of the outputs ``(out,)``, or one for all ``(1,)``.
@@ -219,11 +230,13 @@ def program(
     outputs, inputs = weight.shape
     counts = np.empty((4, inputs), _f32)
     step, variance = _f32(step), _f32(spread * spread)
-    first = start(offsets)
+    visible, _ = write_noise
+    seen = visible if len(visible) > 0 else weight
+    noises = _noises(write_noise, True, random)
     for o in range(outputs):
         scale = scales[min(o, len(scales) - 1)]
         for i in range(inputs):
-            held = residual[o, i] + (shown[o, i] - weight[o, i] * scale) / scale
+            held = residual[o, i] + (shown[o, i] - seen[o, i] * scale) / scale
             pulses = np.trunc(held / step)
             residual[o, i] = held - pulses * step
             counts[0, i] = pulses
@@ -231,9 +244,9 @@ def program(
             counts[1, i] = abs(counts[0, i])
             counts[2, i] = counts[0, i] * variance
             counts[3, i] = abs(counts[0, i]) * variance
-        _move(weight[o], counts, response, o, gaussians[first + o * inputs :])
+        _move_and_show(weight, counts, response, o, write_noise, noises)
         for i in range(inputs):
-            shown[o, i] = weight[o, i] * scale
+            shown[o, i] = seen[o, i] * scale
 
 
 @_compiled
@@ -380,20 +393,39 @@ def from_sums(
 
 
 @_compiled
+def running_means(values: np.ndarray, mean: float, kept: float) -> np.ndarray:
+    """Return the running mean after each of some values, as 64-bit floats. Values of zero do not count.
+
+    Args:
+        values: the values ``(number,)``, not negative.
+        mean: the running mean before, or 0 if there is none; the first value then takes its place.
+        kept: the weight of the running mean before, for each value.
+    """
+    means = np.empty(len(values))
+    for i in range(len(values)):
+        value = np.float64(values[i])
+        if value > 0:
+            mean = kept * mean + (1 - kept) * value if mean > 0 else value
+        means[i] = mean
+    return means
+
+
+@_compiled
 def _trains(
-    x: np.ndarray, error: np.ndarray, rate: float, length: int, is_adaptive: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Choose the pulse trains of all vectors, with update management. For the arguments see :func:`pulse`.
+    x: np.ndarray, error: np.ndarray, trains: tuple[float, int, bool, bool]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+    """Choose the pulse trains of all vectors. For the arguments see :func:`pulse`.
 
     Returns:
         The numbers of slots ``(batch,)``, as integers; the factors ``(batch,)`` that turn inputs into probabilities;
-        the signed probabilities ``(batch, out)`` with which errors fire; and the share of the pulses that do not fit
-        into the trains.
+        the largest input ``(batch,)`` that they turn into a probability; the signed probabilities ``(batch, out)`` with
+        which errors fire; and the share of the pulses that do not fit into the trains.
     """
     batch = len(x)
+    rate, length, is_managed, is_adaptive = trains
     rate = _f32(rate)
-    lengths, x_gain, probabilities = np.empty(batch, np.int64), np.empty(batch, _f32), np.empty_like(error)
-    largest, strongest = np.empty(batch, _f32), np.empty(batch, _f32)
+    lengths, x_gain, limits = np.empty(batch, np.int64), np.empty(batch, _f32), np.empty(batch, _f32)
+    probabilities, largest, strongest = np.empty_like(error), np.empty(batch, _f32), np.empty(batch, _f32)
     most, is_finite = _f32(0), True
     for b in range(batch):
         largest[b], x_is_finite = _largest(x[b])
@@ -408,19 +440,24 @@ def _trains(
     for b in range(batch):
         lengths[b] = min(ceil(strongest[b]), length) if is_adaptive and isfinite(strongest[b]) else length
         slots = _f32(lengths[b])
-        gain = _f32(sqrt(strongest[b] / slots))
-        gain = (_f32(1) if gain > 1 else gain) / max(largest[b], _f32(1e-30))
+        if is_managed:
+            gain = _f32(sqrt(strongest[b] / slots))
+            gain = (_f32(1) if gain > 1 else gain) / max(largest[b], _f32(1e-30))
+            limits[b] = np.inf
+        else:
+            gain = _f32(sqrt(rate / slots))
+            limits[b] = _f32(1) / gain
         error_gain = -rate / (gain * slots)
         x_gain[b] = gain
         for o in range(error.shape[1]):
             probability = error[b, o] * error_gain
             probabilities[b, o] = max(min(probability, _f32(1)), _f32(-1))
-        if most > length:
+        if is_managed and most > length:
             for o in range(error.shape[1]):
                 pulses = largest[b] * rate * abs(error[b, o])
                 wanted += pulses
                 lost += max(pulses - length, _f32(0))
-    return lengths, x_gain, probabilities, lost / wanted if most > length else _f32(0)
+    return lengths, x_gain, limits, probabilities, lost / wanted if wanted > 0 else _f32(0)
 
 
 @_compiled
@@ -481,6 +518,75 @@ def _count(
     for i in range(x.shape[1]):
         net_noise[i] += factor * net[i]
         total_noise[i] += factor * total[i]
+
+
+@_compiled
+def _noises(
+    write_noise: tuple[np.ndarray, float], is_whole: bool, random: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return slices of the tables of random numbers, for the noise of the steps and for the write noise.
+
+    Args:
+        write_noise: see :func:`pulse`.
+        is_whole: whether the numbers of pulses will be whole, so that they say where pulses come.
+        random: see :func:`pulse`.
+
+    Returns:
+        Gaussian numbers for the steps; uniform numbers that decide where pulses come, and Gaussian numbers for the
+        write noise, which mean nothing without such noise.
+    """
+    uniforms, gaussians, offsets = random
+    noise = gaussians[start(offsets) :]
+    visible, _ = write_noise
+    if len(visible) == 0:
+        return noise, uniforms, gaussians
+    drawn = np.ones(visible.size, _f32) if is_whole else uniforms[start(offsets) :]
+    return noise, drawn, gaussians[start(offsets) :]
+
+
+@_compiled
+def _move_and_show(
+    weight: np.ndarray,
+    counts: np.ndarray,
+    response: tuple[Any, ...],
+    o: int,
+    write_noise: tuple[np.ndarray, float],
+    noises: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    """Move the weights of an output, and those with write noise.
+
+    Args:
+        weight: ``(out, in)``, of which one row changes.
+        counts: see :func:`_move`.
+        response: see :func:`_move`.
+        o: number of the output.
+        write_noise: see :func:`pulse`.
+        noises: see :func:`_noises`; for all cross-points, row by row.
+    """
+    (visible, std), (noise, drawn, written) = write_noise, noises
+    inputs = weight.shape[1]
+    first = o * inputs
+    before = weight[o].copy() if len(visible) > 0 else weight[o]
+    _move(weight[o], counts, response, o, noise[first:])
+    for i in range(inputs if len(visible) > 0 else 0):
+        new_noise = _f32(std) * written[first + i]
+        visible[o, i] = _shown(visible[o, i], before[i], weight[o, i], counts[1, i], drawn[first + i], new_noise)
+
+
+@_compiled
+def _shown(visible: float, before: float, after: float, total: float, drawn: float, noise: float) -> float:
+    """Return the weight of a cross-point with write noise, which is new where at least one pulse came.
+
+    Args:
+        visible: the weight with write noise before the pulses.
+        before: the weight without it before the pulses.
+        after: the weight without it after the pulses.
+        total: number of pulses.
+        drawn: a uniform number that decides whether a pulse came.
+        noise: the new write noise.
+    """
+    probability = total * _growth(-total)  # 1 - exp(-total)
+    return after + noise if drawn > _f32(1) - probability else visible + (after - before)
 
 
 @_compiled

@@ -21,7 +21,7 @@ _RARELY = 0.2
 
 The variances of single cross-points are then wrong by a few percent, because some of them meet stronger inputs."""
 
-_DRAWN = 64
+DRAWN = 64
 """The longest train whose slots are drawn one by one. For a longer train, only the number of pulses is drawn."""
 
 _SLOTS = 2**24
@@ -45,9 +45,25 @@ class Counts(NamedTuple):
     cut: Tensor | float = 0.0
 
 
-def is_managed(update: UpdateParameters) -> bool:
-    """Return whether trains of at most 64 slots are chosen by update management."""
-    return (update.update_management or update.update_bl_management) and update.desired_bl <= _DRAWN
+def train_settings(rate: float, update: UpdateParameters) -> tuple[float, int, bool, bool]:
+    """Return how pulse trains are chosen.
+
+    Args:
+        rate: the learning rate in units of the mean step.
+        update: the parameters of the pulse trains.
+
+    Returns:
+        The rate that the trains carry out; their number of slots, at most or exactly; whether update management adapts
+        the firing probabilities to the largest input and the largest error of every vector; and whether trains may be
+        shorter.
+    """
+    length = update.desired_bl
+    if update.update_management or update.update_bl_management:
+        return rate, length, True, update.update_bl_management
+    if not update.fixed_bl and length < rate:
+        length = ceil(rate)
+        return float(length), length, False, False
+    return rate, length, False, False
 
 
 def expected_counts(
@@ -187,10 +203,8 @@ def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: Upd
     The largest input and the largest error of a vector fire with equal probability, in a train that is as long as the
     strongest cross-point needs. If the train would be too long, the error is cut.
     """
-    length = update.desired_bl
-    if not (update.update_management or update.update_bl_management):
-        if not update.fixed_bl and length < rate:
-            length, rate = ceil(rate), ceil(rate)
+    rate, length, is_managed, is_adaptive = train_settings(rate, update)
+    if not is_managed:
         gain = (rate / length) ** 0.5
         return _Trains(length, length, gain, -gain)
     error_largest = torch.maximum(error.amax(dim, keepdim=True), -error.amin(dim, keepdim=True))
@@ -198,7 +212,7 @@ def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: Upd
     most = float(strongest.max())
     lengths = float(length)
     # A NaN or an infinity must not stop the run here, because it does not stop a digital layer either.
-    if update.update_bl_management and isfinite(most):
+    if is_adaptive and isfinite(most):
         length = min(ceil(most), length)
         lengths = strongest.ceil().clamp_(max=length) if length > 1 else 1.0
     x_gain = (strongest / lengths).sqrt_()
@@ -220,7 +234,7 @@ def _fired(error: Tensor, trains: _Trains, dim: int, generator: TableGenerator) 
     shape = list(error.shape)
     shape[dim] *= 2
     fired = error.new_empty(shape)
-    if error.is_cpu and error.dim() > 2 and trains.longest <= _DRAWN and error[0].numel() <= LENGTH:
+    if error.is_cpu and error.dim() > 2 and trains.longest <= DRAWN and error[0].numel() <= LENGTH:
         _fire_on_cpu(error, trains, generator, fired)
         return fired
     signed, unsigned = fired.chunk(2, dim)
@@ -233,7 +247,7 @@ def _drawn(error: Tensor, trains: _Trains, generator: TableGenerator) -> Tensor:
     """Return in how many slots of its vector's train every error element fires, with the sign of its pulses."""
     probabilities = error.mul(trains.error_gain).clamp_(-1, 1)
     shape, device = error.shape, error.device
-    if trains.longest > _DRAWN:
+    if trains.longest > DRAWN:
         return _binomial(probabilities, trains.lengths, generator)
     # With u uniform in [0, 1), floor(p + u) is the sign of p with probability |p|, and 0 otherwise.
     fired = (uniform(shape, generator, device) + probabilities).floor_()

@@ -15,7 +15,7 @@ from aihwkit.simulator.configs.devices import PulsedDevice
 from torch import Tensor
 
 from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile
-from aimc_pl.devices.mean_field.converters import is_perfect
+from aimc_pl.devices.mean_field.converters import is_perfect, is_simple, kernel_arguments, read_column
 from aimc_pl.devices.mean_field.crossbar import ROWS, split
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
@@ -52,6 +52,9 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         super().__init__(x_size, d_size, rpu_config)
         compound: Any = rpu_config.device
         self._compound: TransferCompound = compound
+        io = compound.transfer_forward
+        self._reads = kernel_arguments(io) if is_simple(io) else None
+        """How compiled loops read a column, or ``None`` if they cannot."""
         count = len(self._crossbars)
         self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(count))]
         self._progress = _Progress([0] * count)
@@ -156,6 +159,8 @@ class TransferSimulatorTile(CompoundSimulatorTile):
     def _read(self, source: int, column: int) -> Tensor:
         """Return a column ``(out,)`` of a crossbar, as its converters show it."""
         weight, io = self.crossbars[source].weight, self._compound.transfer_forward
+        if weight.is_cpu and self._reads is not None:
+            return read_column(weight, column, self._reads, self._generator)
         if io.inp_noise > 0 and not is_perfect(io):
             line = weight.new_zeros(1, self.x_size)
             line[0, column] = 1.0
@@ -167,9 +172,9 @@ class TransferSimulatorTile(CompoundSimulatorTile):
 
     def _transfer_column(self, source: int, column: int, rate: float) -> None:
         """Add rate times a column of a crossbar to the next crossbar."""
-        io, update = self._compound.transfer_forward, self._compound.transfer_update
+        update = self._compound.transfer_update
         ours, target = self._crossbars[source : source + 2]
-        if not target.add_column(column, ours.weight, io, rate, update):
+        if self._reads is None or not target.add_column(column, ours.weight, self._reads, rate, update):
             target.pulse_column(column, -self._read(source, column), rate, update)
 
     def _happens(self, probability: float) -> bool:

@@ -34,11 +34,18 @@ DEVICES = (
     uneven(),
     linear_step(device_to_device=0.3),
     constant_step(),
+    soft_bounds(write_noise=3.0),
+    soft_bounds_reference(device_to_device=0.3, write_noise=1.0),
 )
 UPDATES = {
     "managed": UpdateParameters(),
     "short trains": UpdateParameters(desired_bl=3),
     "update management only": UpdateParameters(update_bl_management=False, desired_bl=10),
+    "no management": UpdateParameters(update_management=False, update_bl_management=False, desired_bl=10),
+    "single pulses": UpdateParameters(update_management=False, update_bl_management=False, desired_bl=1),
+    "growing trains": UpdateParameters(
+        update_management=False, update_bl_management=False, desired_bl=1, fixed_bl=False
+    ),
 }
 OUT, IN = 20, 35
 
