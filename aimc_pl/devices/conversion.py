@@ -179,12 +179,13 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     if not groups or (name == "SGD" and not ignored):
         return None
     rule = f"the {' and '.join(sorted(ignored))} of SGD" if name == "SGD" else f"the update rule of {name}"
+    applies = "apply" if name == "SGD" and len(ignored) > 1 else "applies"
     scale = getattr(optimizer, "analog_lr_scale", 1.0)
     rates = " and ".join(f"{rate:g}" for rate in sorted({float(group["lr"]) * scale for group in groups}))
     layers = [layer for layer in analog_layers(network) if not learning.isdisjoint(map(id, layer.parameters()))]
     return (
         f"{len(layers)} analog layer{'s learn' if len(layers) > 1 else ' learns'} by pulses, at the learning rate "
-        f"{rates}: {rule} applies to digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
+        f"{rates}: {rule} {applies} to digital parameters only. Typical learning rates of analog layers are 0.05 to 0.5"
     )
 
 

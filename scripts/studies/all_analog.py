@@ -1,7 +1,7 @@
 """This study trains the shipped configs whose layers are all analog, and the same networks with digital layers.
 
-It runs ``aimc-pl fit`` with ``convnet_cifar10_async.yaml`` and ``gpt_text_mixed_precision_async.yaml``. All runs
-together take about an hour on two cores. Runs that the CSV file already holds are not repeated. Usage:
+It runs ``aimc-pl fit`` with ``convnet_cifar10_async.yaml`` and ``gpt_text_mixed_precision_async.yaml``. The ConvNet
+also learns by analog SGD on the same devices. All runs together take about two hours on two cores. Runs that the CSV file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/all_analog.py --cifar10 data --folder docs/results
 
@@ -46,18 +46,28 @@ WIDE = [
 ]
 """The overrides of the config for the wide ConvNet."""
 
-LAYERS = {"analog": [], "digital": ["--trainer.strategy.init_args.device=null"]}
+DEVICE = "--trainer.strategy.init_args.device"
+LAYERS = {
+    "analog": [],
+    "digital": [f"{DEVICE}=null"],
+    "analog SGD": [
+        f"{DEVICE}={{class_path: aimc_pl.devices.soft_bounds, init_args: {{tau: 1.0, perfect_io: true}}}}",
+        # Pulses know no momentum. In the long run, a momentum of 0.9 multiplies the rate by 10.
+        "--trainer.strategy.init_args.analog_lr_scale=10",
+    ],
+}
 """The overrides of the config for each kind of layers."""
 
 
 def cases(num_seeds: int, quick: bool, networks: Sequence[str], epochs: int) -> list[dict[str, Any]]:
-    """Return the networks, each with analog and with digital layers."""
+    """Return the networks, each with analog and with digital layers, and the ConvNet also with analog SGD."""
     epochs = 1 if quick else epochs
     return [
         {"network": network, "layers": layers, "seed": seed, "epochs": epochs}
         for seed in range(num_seeds)
         for network in networks
         for layers in LAYERS
+        if layers != "analog SGD" or network == "ConvNet on CIFAR-10"
     ]
 
 

@@ -228,7 +228,7 @@ def test_response_is_drawn(tmp_path):
         ),
         (
             lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-4),
-            "the momentum and weight_decay of SGD applies to digital parameters only",
+            "the momentum and weight_decay of SGD apply to digital parameters only",
         ),
         (lambda p: torch.optim.AdamW(p, lr=1e-3), "at the learning rate 0.001: the update rule of AdamW applies to"),
         (

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,16 @@ class Tally:
         """Count an update that has lost this share of its pulses."""
         self.num_updates += 1
         self.cut += cut
+
+
+class _Loop(NamedTuple):
+    """What compiled loops need to move the weights of a crossbar, apart from the pulses."""
+
+    weight: np.ndarray
+    """The memory of the weights ``(out, in)`` that pulses move."""
+
+    settings: tuple[Any, ...]
+    """The last arguments of these loops."""
 
 
 class Crossbar(nn.Module):
@@ -101,6 +111,8 @@ class Crossbar(nn.Module):
         self._responses: dict[int | None, Response] = {}
         """The responses of single columns, and under ``None`` that of all cross-points."""
         self._responses_to: Tensor | None = None
+        self._loop: _Loop | None = None
+        self._loop_at: tuple[int, int] | None = None
 
     @property
     def bounds(self) -> tuple[Number, Number]:
@@ -156,9 +168,9 @@ class Crossbar(nn.Module):
         """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
         if learning_rate == 0:
             return
-        loop = self._loop(self.response, learning_rate, update)
+        trains, loop = self._pulse_loop(learning_rate, update)
         if loop is not None:
-            cut = kernels.pulse_column(self._moving.numpy(), column, kernels.array(error), *loop)
+            cut = kernels.pulse_column(loop.weight, column, kernels.array(error), trains, *loop.settings)
         else:
             counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
             self._move(counts, self._reach(counts), column)
@@ -185,10 +197,10 @@ class Crossbar(nn.Module):
         Returns:
             Whether a compiled loop could do this. Otherwise, nothing has happened.
         """
-        loop = self._loop(self.response, learning_rate, update)
+        trains, loop = self._pulse_loop(learning_rate, update)
         if loop is None:
             return False
-        self.tally.add(kernels.transfer(source.numpy(), *reads, self._moving.numpy(), column, *loop))
+        self.tally.add(kernels.transfer(source.numpy(), *reads, loop.weight, column, trains, *loop.settings))
         return True
 
     def draw_pulses(
@@ -252,11 +264,11 @@ class Crossbar(nn.Module):
             shown: the weights ``(out, in)``, times the scales.
             scales: one scale per output ``(out, 1)`` or one for all ``(1, 1)``; ``None`` stands for 1.
         """
-        response = self.response
-        if self._has_moving_loop(response) and shown.is_contiguous() and shown.dtype == torch.float32:
-            arrays = self._moving.numpy(), residual.numpy(), shown.detach().numpy()
+        loop = self._moving_loop()
+        if loop is not None and shown.is_contiguous() and shown.dtype == torch.float32:
+            arrays = loop.weight, residual.numpy(), shown.detach().numpy()
             scale = _ONE if scales is None else kernels.array(scales.view(-1))
-            kernels.program(*arrays, scale, self.granularity, *self._how_to_move(response))
+            kernels.program(*arrays, scale, self.granularity, *loop.settings)
             return
         scale = 1.0 if scales is None else scales
         pulses = residual.add_((shown - self.weight * scale) / scale).div(self.granularity, rounding_mode="trunc")
@@ -328,23 +340,34 @@ class Crossbar(nn.Module):
         reach = self.response.steepness * float(counts.total.max())
         return reach if isfinite(reach) else 0.0
 
-    def _has_moving_loop(self, response: Response) -> TypeGuard[LinearResponse]:
-        """Return whether compiled loops can move the weights."""
-        return isinstance(response, LinearResponse) and self.weight.is_cpu and self.weight.numel() <= LENGTH
+    def _moving_loop(self) -> "_Loop | None":
+        """Return what compiled loops need to move the weights, or ``None`` if they cannot."""
+        # Small layers would take longer to collect this than to move, so it is kept for as long as it is valid.
+        at = self.weight.data_ptr(), self.hidden.data_ptr()
+        if at != self._loop_at:
+            self._loop_at, self._loop = at, self._make_loop()
+        return self._loop
 
-    def _loop(self, response: Response, learning_rate: float, update: UpdateParameters) -> tuple[Any, ...] | None:
-        """Return the last arguments of the compiled loops that send pulses, or ``None`` if they cannot."""
+    def _make_loop(self) -> "_Loop | None":
+        response, weight = self.response, self.weight
+        if not (isinstance(response, LinearResponse) and weight.is_cpu and weight.numel() <= LENGTH):
+            return None
+        visible = weight.numpy() if self._write_noise > 0 else _NOTHING
+        random = *tables(), self._generator.offsets
+        settings = response.parameters, response.spread, (visible, self._write_noise), random
+        return _Loop(self._moving.numpy(), settings)
+
+    def _pulse_loop(
+        self, learning_rate: float, update: UpdateParameters
+    ) -> tuple[tuple[float, int, bool, bool], "_Loop | None"]:
+        """Return the settings of trains, and what compiled loops need to send them, or ``None`` if they cannot."""
         trains = train_settings(learning_rate / self.granularity, update)
         _, length, _, _ = trains
-        if self._sample_pulses or length > DRAWN or not self._has_moving_loop(response):
-            return None
-        return trains, *self._how_to_move(response)
+        return trains, None if self._sample_pulses or length > DRAWN else self._moving_loop()
 
-    def _how_to_move(self, response: LinearResponse) -> tuple[Any, ...]:
-        """Return the last arguments of the compiled loops that move weights."""
-        visible = self.weight.numpy() if self._write_noise > 0 else _NOTHING
-        random = *tables(), self._generator.offsets
-        return response.parameters, response.spread, (visible, self._write_noise), random
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other memory.
+        return {**self.__dict__, "_loop": None, "_loop_at": None}
 
     def _attempt(
         self,
@@ -361,14 +384,15 @@ class Crossbar(nn.Module):
         Returns:
             The reach (or 0 if it is small), and the share of the pulses that do not fit into the trains.
         """
-        response = self.response
-        is_small = vectors is ROWS and error.numel() <= LENGTH
-        loop = self._loop(response, learning_rate, update) if is_small else None
-        if loop is not None:
-            arrays = self._moving.numpy(), kernels.array(x), kernels.array(error)
+        trains, loop = self._pulse_loop(learning_rate, update)
+        if loop is not None and vectors is ROWS and error.numel() <= LENGTH:
             turned = _NOTHING if signs is None else kernels.array(signs)
-            most, cut = kernels.pulse(*arrays, turned, furthest / (response.steepness or 1e-30), *loop)
-            return most * response.steepness, cut
+            vectors_and_signs = kernels.array(x), kernels.array(error), turned
+            steepness = self.response.steepness
+            most, cut = kernels.pulse(
+                loop.weight, *vectors_and_signs, furthest / (steepness or 1e-30), trains, *loop.settings
+            )
+            return most * steepness, cut
         counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
         reach = self._reach(counts)
         if reach <= furthest:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
-from torch import Tensor
+from torch import Tensor, float32
 
 LENGTH = 2**22
 """The longest slice of a table of random numbers. A table has twice as many."""
@@ -30,7 +30,10 @@ _compiled: Any = njit(
 
 def array(tensor: Tensor) -> np.ndarray:
     """Return a tensor as an array of 32-bit floats. It shares the memory of a contiguous tensor of this type."""
-    return tensor.detach().float().contiguous().numpy()
+    tensor = tensor.detach()
+    if tensor.dtype != float32 or not tensor.is_contiguous():
+        tensor = tensor.float().contiguous()
+    return tensor.numpy()
 
 
 @_compiled

@@ -194,10 +194,10 @@ class TransferSimulatorTile(CompoundSimulatorTile):
 
     def _add_up(self) -> None:
         if self._is_sum:
-            last = self.crossbars[-1]
-            total = last.weight if self._gammas[-1] == 1 else last.weight * self._gammas[-1]
+            total, of_last, out = self.crossbars[-1].weight, self._gammas[-1], self._sum
+            total = total if of_last == 1 else total * of_last
             for gamma, residual in zip(self._gammas, self._residuals(), strict=False):
-                total = torch.add(total, residual, alpha=gamma, out=self._sum)
+                total = torch.add(total, residual, alpha=gamma, out=out)
 
     def _residuals(self) -> Iterable[Tensor]:
         """Return what the products see of all crossbars but the last, without the weights γₙ."""

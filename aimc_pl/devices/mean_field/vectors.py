@@ -1,8 +1,9 @@
 """This module describes how a layer's tensors hold the input and error vectors of its crossbar."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -180,8 +181,7 @@ class Convolution(Patches):
 
     def largest(self, magnitudes: Tensor) -> Tensor:
         """See :meth:`Patches.largest`."""
-        channels = magnitudes.amax(1, keepdim=True)
-        return Convolution.columns(self, channels).amax(1, keepdim=True).unflatten(2, self.out_size(magnitudes))
+        return self._over_patches(torch.maximum, magnitudes.amax(1, keepdim=True))
 
     def spread(self, values: Tensor, images: Tensor) -> Tensor:
         """Return the :meth:`fold` of constant patches: values ``(batch, 1, *out_size)`` to ``(batch, 1, *size)``."""
@@ -207,14 +207,20 @@ class Convolution(Patches):
     def weighted_squares(self, weights: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.weighted_squares`."""
         # A patch holds either all channels of a pixel, or none.
-        channels = images.square().sum(1, keepdim=True)
-        ones = channels.new_ones(1, 1, *self.kernel_size)
-        sums = self._convolution(channels, ones, None, self.stride, self.padding, self.dilation)
-        return sums.mul_(weights).sum()
+        sums = self._over_patches(torch.add, images.square().sum(1, keepdim=True))
+        return (sums * weights).sum()
 
     @property
     def _convolution(self) -> Any:
         return _CONVOLUTIONS[len(self.kernel_size) - 1]
+
+    def _over_patches(self, combine: Callable[[Tensor, Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """Combine the pixels ``(batch, 1, *size)`` of every patch, along one dimension after another."""
+        pixels = self._padded(pixels)
+        for i, (kernel, stride, dilation) in enumerate(zip(self.kernel_size, self.stride, self.dilation, strict=True)):
+            windows = pixels.unfold(2 + i, dilation * (kernel - 1) + 1, stride)
+            pixels = reduce(combine, windows[..., ::dilation].unbind(-1))
+        return pixels
 
     def _gradient(self, wanted: int, error: Tensor, images: Tensor, kernel: Tensor) -> Tensor:
         """Return the gradient of the images (0) or of the kernel (1), for whose values any others may stand."""

@@ -1,8 +1,10 @@
 """These tests compare the compiled loops with the operations of torch that do the same on other devices."""
 
+import pickle
 from contextlib import ExitStack
+from copy import deepcopy
 from itertools import product
-from math import exp, nan
+from math import exp, isnan, nan
 from unittest import mock
 
 import pytest
@@ -47,6 +49,7 @@ UPDATES = {
         update_management=False, update_bl_management=False, desired_bl=1, fixed_bl=False
     ),
 }
+UNMANAGED = {name for name, update in UPDATES.items() if not (update.update_management or update.update_bl_management)}
 OUT, IN = 20, 35
 
 
@@ -54,7 +57,7 @@ def with_torch():
     """Return a context in which tiles use torch's operations, and never the shortcut for small motions."""
     stack = ExitStack()
     for where, name, value in (
-        (Crossbar, "_has_moving_loop", lambda self, response: False),
+        (Crossbar, "_make_loop", lambda self: None),
         (pulses, "LENGTH", 0),
         (response.LinearResponse, "step", response.Response.step),
         (response, "_SECOND_ORDER_REACH", 0.0),
@@ -91,6 +94,7 @@ def test_pulses_move_weights_as_those_of_torch(device, update, turned):
                 plain.pulse(x, error, ROWS, learning_rate, UPDATES[update], signs)
         assert not torch.equal(compiled.weight, before)
         torch.testing.assert_close(compiled.weight, plain.weight, rtol=0, atol=3e-5)
+        torch.testing.assert_close(compiled.hidden, plain.hidden, rtol=0, atol=3e-5)
         torch.testing.assert_close(float(compiled.tally.cut), float(plain.tally.cut), rtol=1e-4, atol=1e-6)
 
 
@@ -108,14 +112,16 @@ def test_weights_relax_by_an_exponential(relaxation, end):
 
 @pytest.mark.parametrize("device", DEVICES, ids=repr)
 @pytest.mark.parametrize("learning_rate", [0.05, 1.0])
-def test_pulses_move_a_column_as_those_of_torch(device, learning_rate):
+@pytest.mark.parametrize("update", UPDATES)
+def test_pulses_move_a_column_as_those_of_torch(device, learning_rate, update):
     error = torch.linspace(-2.0, 2.0, OUT)
     compiled, plain = crossbar_of(device), crossbar_of(device)
     before = compiled.weight.clone()
     for column in (0, 3, 3, IN - 1):
-        compiled.pulse_column(column, error, learning_rate, UpdateParameters())
+        compiled.pulse_column(column, error, learning_rate, UPDATES[update])
         with with_torch():
-            plain.pulse_column(column, error, learning_rate, UpdateParameters())
+            plain.pulse_column(column, error, learning_rate, UPDATES[update])
+    torch.testing.assert_close(compiled.hidden, plain.hidden, rtol=0, atol=3e-5)
     torch.testing.assert_close(compiled.weight, plain.weight, rtol=0, atol=3e-5)
     assert compiled.tally.num_updates == plain.tally.num_updates == 4
     torch.testing.assert_close(float(compiled.tally.cut), float(plain.tally.cut), rtol=1e-4, atol=1e-6)
@@ -254,15 +260,27 @@ def test_products_are_those_of_torch(name, shape):
 
 
 @pytest.mark.parametrize("value", [nan, float("inf")])
-def test_numbers_that_are_not_finite_go_through(value):
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("write_noise", [0.0, 2.0])
+def test_numbers_that_are_not_finite_go_through(value, update, write_noise):
+    """Without update management, an infinity is clipped, and NaN shows where the lines of the errors fire."""
     x, error = batch(5, signed=True)
     x[2, 3] = value
-    moved = crossbar_of(soft_bounds())
-    moved.pulse(x, error, ROWS, 0.05, UpdateParameters())
-    assert moved.weight[:, 3].isnan().all()
-    moved = crossbar_of(soft_bounds())
-    moved.pulse_column(5, torch.full((OUT,), value), 0.05, UpdateParameters())
-    assert moved.weight.isnan().all(0).nonzero().flatten().tolist() == [5]
+    is_managed, device = update not in UNMANAGED, soft_bounds(write_noise=write_noise)
+    moved = crossbar_of(device)
+    moved.pulse(x, error, ROWS, 0.05, UPDATES[update])
+    lost = moved.weight[:, 3].isnan()
+    assert lost.all() if is_managed else bool(lost.any()) == isnan(value)
+    moved = crossbar_of(device)
+    moved.pulse_column(5, torch.full((OUT,), value), 0.05, UPDATES[update])
+    lost = [5] if is_managed or isnan(value) else []
+    assert moved.weight.isnan().all(0).nonzero().flatten().tolist() == lost
+    assert moved.weight.isnan().any(0).sum() == len(lost)
+
+
+def test_products_of_numbers_that_are_not_finite():
+    x, _ = batch(5, signed=True)
+    x[2, 3] = nan
     made = MeanFieldSimulatorTile(IN, OUT, soft_bounds().rpu_config)
     made.set_weights(torch.randn(OUT, IN) / 3)
     assert made.forward(x).isnan().all(1).tolist() == [False, False, True, False, False]
@@ -272,3 +290,30 @@ def test_inputs_of_zero_give_only_noise():
     io = soft_bounds().rpu_config.forward
     y = converters.row_product(torch.ones(OUT, IN), torch.zeros(2, IN), io, TableGenerator(), True)
     assert torch.equal(y, torch.zeros(2, OUT))
+
+
+def test_weights_move_where_their_memory_is_now():
+    """Compiled loops keep the addresses of weights and parameters. A copy, and other memory, must not be forgotten."""
+    x, error = batch(4, signed=True)
+
+    def moved(change):
+        made = crossbar_of(soft_bounds(device_to_device=0.3))
+        made.pulse(x, error, ROWS, 0.05, UpdateParameters())
+        made = change(made)
+        made.pulse(x, error, ROWS, 0.05, UpdateParameters())
+        made.pulse_column(3, error[0], 0.05, UpdateParameters())
+        return made.weight
+
+    def renewed(made):
+        made.weight, made.hidden = made.weight.clone(), made.hidden.clone()
+        return made
+
+    def narrowed(made):
+        made.hidden = made.hidden.clone()
+        made.hidden[[made.names.index("max_bound"), made.names.index("min_bound")]] *= 0.1
+        return made
+
+    expected = moved(lambda made: made)
+    for change in (deepcopy, renewed, lambda made: made.share_memory(), lambda made: pickle.loads(pickle.dumps(made))):
+        assert torch.equal(moved(change), expected)
+    assert moved(narrowed).abs().max() < 0.2 < expected.abs().max()
