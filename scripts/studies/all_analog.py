@@ -1,7 +1,8 @@
 """This study trains the shipped configs whose layers are all analog, and the same networks with digital layers.
 
 It runs ``aimc-pl fit`` with ``convnet_cifar10_async.yaml`` and ``gpt_text_mixed_precision_async.yaml``. The ConvNet
-also learns by analog SGD on the same devices. All runs together take about two hours on two cores. Runs that the CSV file already holds are not repeated. Usage:
+also learns by analog SGD on the same devices. All runs together take about two hours on two cores. Runs that the CSV
+file already holds are not repeated. Usage:
 
     .venv/bin/python scripts/studies/all_analog.py --cifar10 data --folder docs/results
 

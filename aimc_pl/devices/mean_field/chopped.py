@@ -83,7 +83,8 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
             last = counters["x_largest"] * counters["error_largest"]
             if last > 0:
                 counters["rate"] /= last
-                error = error * (last / products).to(error)
+                if products.numel() > 1:
+                    error = error * (last / products).to(error)
         self.crossbar.pulse(x, error, vectors, counters["rate"], self._config.update, self._signs())
 
     def _running_means(self, name: str, values: Tensor, batch: int) -> Tensor:
