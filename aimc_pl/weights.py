@@ -1,6 +1,6 @@
 """This module reads and writes weights, and reads gradients, alike for digital parameters and analog tiles."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,10 +22,19 @@ def weight_layers(module: nn.Module) -> dict[str, Any]:
 
 
 def has_hidden_weights(layer: Any) -> bool:
-    """Return whether a layer's tiles have several crossbars. To write the weights erases all but one of these."""
-    return is_analog(layer) and any(
-        hasattr(tile.rpu_config.device, "unit_cell_devices") for tile in layer.analog_tiles()
-    )
+    """Return whether a layer's tiles hold more than the weights that can be read, which writing weights would erase.
+
+    These are several crossbars, or on aihwkit's own tiles the weights without write noise.
+    """
+    return is_analog(layer) and any(map(_has_hidden_weights, layer.analog_tiles()))
+
+
+def _has_hidden_weights(tile: Any) -> bool:
+    from aimc_pl.devices.mean_field import MeanFieldTile  # this imports aihwkit, which only analog networks need
+
+    device = tile.rpu_config.device
+    noise = getattr(getattr(device, "device", device), "write_noise_std", 0.0)
+    return hasattr(device, "unit_cell_devices") or (noise > 0 and not isinstance(tile, MeanFieldTile))
 
 
 def read_weights(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -80,13 +89,35 @@ def _pending_gradient(layer: Any, context: Any) -> Tensor:
     return total
 
 
-def write_weight(layer: Any, weight: Tensor) -> None:
-    """Set a layer's weight, in the shape that :func:`layer_weight` gives. A tile clips it to its devices' bounds."""
-    if is_analog(layer):
-        layer.set_weights(weight, layer.get_weights()[1])
-    else:
+def move_weight(layer: Any, weight: Tensor) -> None:
+    """Set a layer's weight, in the shape that :func:`layer_weight` gives, and leave all else as it is.
+
+    A tile clips the weight to its devices' bounds. It keeps the scales of aihwkit's mapping, and a mean-field tile also
+    keeps its write noise on top of the weight.
+    """
+    if not is_analog(layer):
         with torch.no_grad():
             layer.weight.copy_(weight)
+        return
+    from aimc_pl.devices.mean_field import MeanFieldTile
+
+    for tile, part in _of_tiles(layer, weight.reshape(len(weight), -1)):
+        scales = tile.get_scales()
+        raw = part if scales is None else part / scales.view(-1, 1).to(part)
+        if isinstance(tile, MeanFieldTile):
+            tile.move_to(raw)
+        else:
+            tile.set_weights(raw, tile.get_weights()[1], apply_weight_scaling=False)
+
+
+def _of_tiles(layer: Any, weight: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the tiles of a layer, each with its part of a weight ``(out, in)``."""
+    tiles = layer.analog_module
+    if not hasattr(tiles, "array"):
+        yield tiles, weight
+        return
+    for column, columns in zip(tiles.array, weight.split(tiles.in_sizes, 1), strict=True):
+        yield from zip(column, columns.split(tiles.out_sizes), strict=True)
 
 
 def layer_weight(layer: Any) -> Tensor:

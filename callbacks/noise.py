@@ -19,7 +19,7 @@ from aimc_pl.imperfections import Noise, ReadNoise, WeightNoise
 from aimc_pl.pipeline import Event, Observer
 from aimc_pl.stage import StageInfo
 from aimc_pl.strategies.private_lightning import should_log
-from aimc_pl.weights import has_hidden_weights, layer_weight, product, weight_layers, write_weight
+from aimc_pl.weights import has_hidden_weights, layer_weight, move_weight, product, weight_layers
 
 
 class DeviceNoise(Callback, Observer):
@@ -99,8 +99,8 @@ class DeviceNoise(Callback, Observer):
         hidden = [name for name, layer in self._named.items() if has_hidden_weights(layer)]
         if hidden and not all(isinstance(noise, ReadNoise) for noise in self.noise):
             raise UsageError(
-                f"DeviceNoise writes weights, which erases the other crossbars of layer {hidden[0]!r}: use ReadNoise "
-                "only, or choose other layers with layers=[...]"
+                f"DeviceNoise writes weights, which erases other crossbars, or the state of write noise on aihwkit's "
+                f"tiles, of layer {hidden[0]!r}: use ReadNoise only, or choose other layers with layers=[...]"
             )
 
     @override
@@ -152,7 +152,7 @@ class DeviceNoise(Callback, Observer):
                     devices = Generator().manual_seed(crc32(f"{self.seed}/{name}/{kind}".encode()))
                     weight = noise.apply(weight, self._before[name], cycles, self._generator, devices)
             if weight is not updated:
-                write_weight(layer, weight)
+                move_weight(layer, weight)
                 self._note(name, layer_weight(layer) - updated, updated)
 
     @override

@@ -1,5 +1,6 @@
 """These tests check what DeviceNoise does to weights and products. Seeds are fixed and statistical bounds 5 sigma."""
 
+from contextlib import nullcontext
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -12,10 +13,17 @@ from torch import Generator, nn
 from torch.utils.data import DataLoader
 
 from aimc_pl.callbacks import DeviceNoise, DeviceVariation, Drift, ReadNoise, StuckAt, WriteNoise
-from aimc_pl.devices import analog_layers
+from aimc_pl.devices import (
+    analog_layers,
+    convert_to_analog,
+    mixed_precision,
+    reram_sb,
+    soft_bounds,
+    weight_scaling,
+)
 from aimc_pl.errors import UsageError
 from aimc_pl.strategies import AnalogPipelineStrategy
-from aimc_pl.weights import layer_weight, product, weight_layers
+from aimc_pl.weights import layer_weight, move_weight, product, weight_layers
 
 N = 200_000  # number of weights in statistical tests: five sigma of the mean of N(0, 1) are 0.011, of the spread 0.008
 
@@ -387,3 +395,63 @@ def test_one_kind_of_noise_needs_no_list():
     assert repr([noise, ReadNoise(0.2), Drift(0.3)]) == (
         "[WriteNoise(std=0.1), ReadNoise(std=0.2), Drift(nu=0.3, t0=1.0)]"
     )
+
+
+def arrays():
+    device = soft_bounds(write_noise=5.0, perfect_io=True)
+    device.rpu_config.mapping.max_input_size = device.rpu_config.mapping.max_output_size = 3
+    return device
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        soft_bounds(perfect_io=True),
+        reram_sb(),
+        mixed_precision(),
+        weight_scaling(soft_bounds(tau=1.0, perfect_io=True)),
+        weight_scaling(mixed_precision(soft_bounds(tau=1.0, write_noise=2.0))),
+        arrays(),
+    ],
+    ids=str,
+)
+def test_noise_without_spread_changes_nothing(device):
+    """Write noise must not accumulate, and the scales between a crossbar and its layer must not change."""
+    ends = []
+    for callbacks in ([], [DeviceNoise([WriteNoise(0.0)])]):
+        L.seed_everything(1, verbose=False)
+        module = MLP()
+        before = {name: layer_weight(layer) for name, layer in weight_layers(module).items()}
+        data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+        strategy = AnalogPipelineStrategy(1, "none", 1, device=device)
+        make_trainer(strategy, callbacks=callbacks, precision="32-true", max_epochs=2).fit(module, data)
+        tiles = [tile for layer in analog_layers(module) for tile in layer.analog_tiles()]
+        scales = [torch.ones(1) if tile.get_scales() is None else tile.get_scales() for tile in tiles]
+        ends.append([*(tile.tile.crossbar.weight for tile in tiles), *(t.tile.crossbar.hidden for t in tiles), *scales])
+        assert all((layer_weight(layer) != before[name]).any() for name, layer in weight_layers(module).items())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+
+
+def test_noise_on_a_device_with_write_noise_moves_the_weights_below():
+    """Check that the write noise stays what it was, and that noise moves the weights without it, up to the bounds."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(40, 30))
+    convert_to_analog(network, soft_bounds(tau=0.6, write_noise=5.0))
+    crossbar = network.get_submodule("0.analog_module").tile.crossbar
+    persistent = crossbar.extra()["persistent_weights"]
+    noise, change = crossbar.weight - persistent, torch.randn(30, 40)
+    move_weight(network[0], layer_weight(network[0]) + change)
+    expected = (persistent + change).clamp(-0.6, 0.6)
+    torch.testing.assert_close(crossbar.extra()["persistent_weights"], expected)
+    torch.testing.assert_close(crossbar.weight - expected, noise, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [WriteNoise(0.1), ReadNoise(0.1)])
+def test_write_noise_of_aihwkits_tiles_is_not_erased(noise):
+    module = MLP()
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+    strategy = AnalogPipelineStrategy(1, "none", 1, device=reram_sb(backend="aihwkit"))
+    trainer = make_trainer(strategy, callbacks=[DeviceNoise([noise])], precision="32-true", max_steps=1)
+    refusal = pytest.raises(UsageError, match=r"the state of write noise on aihwkit's tiles, of layer 'net\.0'")
+    with refusal if isinstance(noise, WriteNoise) else nullcontext():
+        trainer.fit(module, data)

@@ -1,6 +1,8 @@
 """This module holds what all tiles with several crossbars share."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 import torch
@@ -10,6 +12,37 @@ from torch import Tensor, nn
 
 from aimc_pl.devices.mean_field.crossbar import Crossbar
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig, MeanFieldSimulatorTile
+
+
+@dataclass
+class Progress:
+    """How far the updates of a tile have come."""
+
+    num_vectors: int = 0
+    """The number of vectors so far."""
+
+    num_updates: int = 0
+    """The number of whole updates so far."""
+
+    share: float = 0.0
+    """The share of the present update that is done."""
+
+    num_done: int = 0
+    """The number of samples of the present update so far."""
+
+    def advance(self, num_samples: int, batch: int, num_vectors: int) -> None:
+        """Count some of the ``batch`` samples of an update, rows or images, and their vectors."""
+        self.num_vectors += num_vectors
+        self.num_done += num_samples
+        self.share = self.num_done / batch
+        if self.num_done >= batch:
+            self.num_updates += 1
+            self.num_done, self.share = 0, 0.0
+
+    def periods(self, every: float, in_updates: bool) -> int:
+        """Return how many periods of ``every`` updates, or of as many vectors, are over."""
+        passed = self.num_updates + self.share if in_updates else self.num_vectors
+        return floor(passed / every + 1e-9)  # 3 / 0.1 is below 30 on a computer
 
 
 class CompoundSimulatorTile(MeanFieldSimulatorTile):

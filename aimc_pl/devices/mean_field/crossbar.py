@@ -132,6 +132,15 @@ class Crossbar(nn.Module):
             if getattr(self._device, "apply_write_noise_on_set", False):
                 self.weight.add_(self._gaussian(self.weight), alpha=self._write_noise)
 
+    def move_to(self, weight: Tensor) -> None:
+        """Move the weights to other ones, clipped to the bounds of the cross-points. Write noise stays on top."""
+        if self._write_noise == 0:
+            self.response.clip(self.weight.copy_(weight))
+            return
+        before = self._persistent.clone()
+        self.response.clip(self._persistent.add_(weight - self.weight))
+        self.weight.add_(self._persistent - before)
+
     def pulse(
         self,
         x: Tensor,

@@ -64,7 +64,7 @@ class MixedPrecisionSimulatorTile(MeanFieldSimulatorTile):
         super().load_extra(extra, strict)
         self._residual.copy_(extra["residual"])
 
-    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
         self.gradient = vectors.outer(error, x)
 
 
@@ -135,6 +135,11 @@ class MixedPrecisionTile(MeanFieldTile):
     def set_weights(self, *args: Any, **kwargs: Any) -> None:
         """Program new weights, clipped to the bounds of the cross-points. The residual stays."""
         super().set_weights(*args, **kwargs)
+        self._show()
+
+    def move_to(self, weight: Tensor) -> None:
+        """See :meth:`MeanFieldTile.move_to`. The residual stays."""
+        super().move_to(weight)
         self._show()
 
     def ensure_shared_weights(self, shared_weights: Tensor | None = None) -> None:

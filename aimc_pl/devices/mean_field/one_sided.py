@@ -14,7 +14,7 @@ from aihwkit.simulator.configs.compounds import OneSidedUnitCell
 from aihwkit.simulator.configs.devices import PulsedDevice
 from torch import Tensor
 
-from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile
+from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile, Progress
 from aimc_pl.devices.mean_field.converters import has_bound_management, is_perfect
 from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar, split
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
@@ -50,7 +50,7 @@ class OneSidedSimulatorTile(CompoundSimulatorTile):
         cell: Any = rpu_config.device
         self._cell: OneSidedUnitCell = cell
         self.signs = (1, -1) if cell.copy_inverted else (1, 1)
-        self._num_vectors = 0
+        self._progress = Progress()
         if cell.copy_inverted:
             self.crossbars[1].hidden.copy_(self.crossbar.hidden)
         self.register_buffer("_difference", torch.zeros(d_size, x_size), persistent=False)
@@ -70,34 +70,36 @@ class OneSidedSimulatorTile(CompoundSimulatorTile):
         """Program positive weights on P and negative ones on M, and the other device of each pair to zero."""
         for sign, crossbar, part in zip(self.signs, self.crossbars, _parts(weight), strict=True):
             crossbar.write(sign * part)
-        self._num_vectors = 0
+        self._progress = Progress()
         self._add_up()
 
     def dump_extra(self) -> dict[str, Any]:
         """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
-        return super().dump_extra() | {"num_vectors": self._num_vectors}
+        progress = {"num_vectors": self._progress.num_vectors, "num_updates": self._progress.num_updates}
+        return super().dump_extra() | progress
 
     def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
         """See :meth:`MeanFieldSimulatorTile.load_extra`."""
         super().load_extra(extra, strict)
-        self._num_vectors = extra["num_vectors"]
+        # The checkpoints of earlier versions count vectors only.
+        self._progress = Progress(extra["num_vectors"], extra.get("num_updates", 0))
 
-    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
         if self.learning_rate == 0:
             return
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
-        batch = len(x) * each
-        period = self._cell.refresh_every * (batch if self._cell.units_in_mbatch else 1)
+        batch, progress = num_samples or len(x), self._progress
+        every, in_updates = self._cell.refresh_every, self._cell.units_in_mbatch
         # The order of pulses and refreshes matters: split the batch if several refreshes fall into it.
-        parts = min(len(x), ceil(batch / period)) if period else 1
+        parts = min(len(x), ceil(len(x) * each / every)) if every and not in_updates else 1
         tally = self.crossbar.tally
         tally.num_updates += 1
         for some_x, some_error in split(parts, x, error):
             cut = self._send(some_x, some_error, vectors, self.learning_rate, self._config.update)
             tally.cut += cut / parts
-            before = self._num_vectors
-            self._num_vectors += len(some_x) * each
-            if period and self._num_vectors // period > before // period:
+            before = every and progress.periods(every, in_updates)
+            progress.advance(len(some_x), batch, len(some_x) * each)
+            if every and progress.periods(every, in_updates) > before:
                 self._refresh()
         self._add_up()
 

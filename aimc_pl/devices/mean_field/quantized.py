@@ -62,6 +62,8 @@ class NoisyQuantizedCrossbar(nn.Module):
         self.weight.copy_(weight)
         self._round()
 
+    move_to = write
+
     def pulse(
         self, x: Tensor, error: Tensor, vectors: Vectors | Patches, learning_rate: float, update: UpdateParameters
     ) -> None:

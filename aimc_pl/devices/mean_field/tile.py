@@ -145,9 +145,16 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
         columns = self._product(self._weight.T, error.flatten(2), Vectors(1), io, False)
         return patches.fold(columns, images)
 
-    def update_patches(self, images: Tensor, error: Tensor, patches: Patches) -> None:
-        """Send update pulses to the cross-points, for the patches of images and the errors of the outputs."""
-        self._update(images, error, patches)
+    def update_patches(self, images: Tensor, error: Tensor, patches: Patches, num_images: int | None = None) -> None:
+        """Send update pulses to the cross-points, for the patches of images and the errors of the outputs.
+
+        Args:
+            images: ``(batch, channels, *size)``.
+            error: ``(batch, out, *out_size)``.
+            patches: how the images make vectors.
+            num_images: the number of images of the whole update, if there are more than these.
+        """
+        self._update(images, error, patches, num_images)
 
     def decay(self) -> None:
         """Let the weights leak, as once per mini-batch, if the devices have a lifetime."""
@@ -215,7 +222,8 @@ class MeanFieldSimulatorTile(SimulatorTile, nn.Module):
             return row_product(weight, x, io, self._generator, bound_management)
         return product(weight, x.mul, vectors, input_scale(x, vectors, io), io, self._generator, bound_management)
 
-    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
+        """Move the weights by vectors and their errors: all of an update, or a part of its ``num_samples``."""
         self.crossbar.pulse(x, error, vectors, self.learning_rate, self._config.update)
 
 
@@ -303,12 +311,24 @@ class MeanFieldTile(RecreatedQuietly, CustomTile):
     def update_indexed(self, x_input: Tensor, d_input: Tensor) -> None:
         """Update the weights with images and the errors of their convolution."""
         x_input, d_input = self.pre_update(x_input, 1, d_input, 1)
-        self.tile.update_patches(x_input, d_input, self.patches)
+        # aihwkit's optimizers call this method for each micro-batch of an update.
+        num_images = sum(map(len, self.analog_ctx.analog_input))
+        self.tile.update_patches(x_input, d_input, self.patches, max(num_images, len(x_input)))
 
     @torch.no_grad()
     def update(self, x_input: Tensor, d_input: Tensor) -> None:
         """Update the weights with inputs ``(..., in)`` and errors ``(..., out)``."""
         super().update(x_input, d_input)
+
+    @torch.no_grad()
+    def move_to(self, weight: Tensor) -> None:
+        """Move the weights on the crossbar, without an analog bias, to other ones ``(out, in)``.
+
+        They are clipped to the bounds of the cross-points. Write noise stays on top of them.
+        """
+        crossbar = self.tile.crossbar
+        bias = crossbar.weight[:, weight.shape[1] :]
+        crossbar.move_to(torch.cat([weight.to(bias), bias], 1))
 
     @torch.no_grad()
     def post_update_step(self) -> None:

@@ -4,8 +4,8 @@ A transfer reads columns of one crossbar, and writes them to the next crossbar b
 version 1, residual learning, and Tiki-Taka version 2, which has a digital buffer between the crossbars.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from math import ceil, prod
 from typing import Any
 
@@ -14,22 +14,11 @@ from aihwkit.simulator.configs.compounds import BufferedTransferCompound, Transf
 from aihwkit.simulator.configs.devices import PulsedDevice
 from torch import Tensor
 
-from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile
+from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile, Progress
 from aimc_pl.devices.mean_field.converters import is_perfect, is_simple, kernel_arguments, read_column
 from aimc_pl.devices.mean_field.crossbar import ROWS, split
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
-
-
-@dataclass
-class _Progress:
-    """How far the transfers of a tile have come."""
-
-    columns: list[int]
-    """The column of each crossbar that is read next."""
-
-    num_vectors: int = 0
-    """The number of vectors so far."""
 
 
 class TransferSimulatorTile(CompoundSimulatorTile):
@@ -57,7 +46,9 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         """How compiled loops read a column, or ``None`` if they cannot."""
         count = len(self._crossbars)
         self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(count))]
-        self._progress = _Progress([0] * count)
+        self._columns = [0] * count
+        """The column of each crossbar that is read next."""
+        self._progress = Progress()
         self._is_sum = any(self._gammas[:-1])
         if self._is_sum:
             self.register_buffer("_sum", torch.zeros(d_size, x_size), persistent=False)
@@ -81,12 +72,15 @@ class TransferSimulatorTile(CompoundSimulatorTile):
 
     def dump_extra(self) -> dict[str, Any]:
         """See :meth:`MeanFieldSimulatorTile.dump_extra`."""
-        progress = {"num_vectors": self._progress.num_vectors, "columns": [*self._progress.columns]}
-        return super().dump_extra() | progress | {name: state.clone() for name, state in self._states().items()}
+        states = {name: state.clone() for name, state in self._states().items()}
+        progress = {"num_vectors": self._progress.num_vectors, "num_updates": self._progress.num_updates}
+        return super().dump_extra() | progress | {"columns": [*self._columns]} | states
 
     def load_extra(self, extra: dict[str, Any], strict: bool = False) -> None:
         """See :meth:`MeanFieldSimulatorTile.load_extra`."""
-        self._progress = _Progress([*extra["columns"]], extra["num_vectors"])
+        self._columns = [*extra["columns"]]
+        # The checkpoints of earlier versions count vectors only.
+        self._progress = Progress(extra["num_vectors"], extra.get("num_updates", 0))
         for name, state in self._states().items():
             state.copy_(extra[name])
         super().load_extra(extra, strict)
@@ -97,36 +91,37 @@ class TransferSimulatorTile(CompoundSimulatorTile):
 
     def _forget(self) -> None:
         """Set all that is not on a crossbar to its state in a new tile."""
-        self._progress = _Progress([0] * len(self._crossbars))
+        self._columns, self._progress = [0] * len(self._crossbars), Progress()
         for state in self._states().values():
             state.zero_()
 
-    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> None:
+    def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
         if self.learning_rate == 0:
             return
-        compound, progress = self._compound, self._progress
+        compound, progress, in_updates = self._compound, self._progress, self._compound.units_in_mbatch
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
-        batch = x.shape[0] * each
-        periods = [*self._periods(batch)]
+        batch = num_samples or x.shape[0]
         # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
-        parts = max([ceil(batch / period) for period in periods if period], default=1)
+        length = x.shape[0] / batch if in_updates else x.shape[0] * each
+        parts = max([ceil(length / every) for every in self._periods if every], default=1)
         for some_x, some_error in split(min(x.shape[0], parts), x, error):
-            self._pulse(some_x, some_error, vectors, batch)
-            before = progress.num_vectors
-            progress.num_vectors += some_x.shape[0] * each
-            for n, period in enumerate(periods):
-                for _ in range(progress.num_vectors // period - before // period if period else 0):
+            self._pulse(some_x, some_error, vectors, batch * each)
+            before = [every and progress.periods(every, in_updates) for every in self._periods]
+            progress.advance(some_x.shape[0], batch, some_x.shape[0] * each)
+            for n, every in enumerate(self._periods):
+                for _ in range(progress.periods(every, in_updates) - int(before[n]) if every else 0):
                     self._transfer(n, compound.transfer_lr_vec[n] if compound.transfer_lr_vec else compound.transfer_lr)
         self._add_up()
 
-    def _periods(self, batch: int) -> Iterator[int]:
-        """Yield the number of vectors between two transfers from each crossbar to the next; 0 for none."""
+    @cached_property
+    def _periods(self) -> Sequence[float]:
+        """The number of updates or vectors between two transfers from each crossbar to the next; 0 for none."""
         compound = self._compound
-        for n in range(len(self.crossbars) - 1):
-            # Each crossbar but the first is read once while the one before is read as often as it has outputs.
-            growth = (self.d_size / compound.n_reads_per_transfer) ** n
-            every = compound.transfer_every_vec[n] if compound.transfer_every_vec else compound.transfer_every * growth
-            yield max(0, ceil(every * batch) if compound.units_in_mbatch else round(every))
+        # Each crossbar but the first is read once while the one before is read as often as it has outputs.
+        growth = self.d_size / compound.n_reads_per_transfer
+        numbers = range(len(self._crossbars) - 1)
+        periods = compound.transfer_every_vec or [compound.transfer_every * growth**n for n in numbers]
+        return [max(0, period if compound.units_in_mbatch else round(period)) for period in periods[: len(numbers)]]
 
     def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, batch: int) -> None:
         """Send pulses to the first crossbar, for a part of a mini-batch of ``batch`` vectors."""
@@ -148,13 +143,13 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         rate *= self.learning_rate if compound.scale_transfer_lr else 1.0
         if rate == 0:
             return
-        column = self._progress.columns[source]
+        column = self._columns[source]
         if compound.random_selection:
             column = int(torch.randint(self.x_size, (), generator=self._generator))
         for _ in range(min(compound.n_reads_per_transfer, self.x_size)):
             self._transfer_column(source, column, rate)
             column = (column + 1) % self.x_size
-        self._progress.columns[source] = column
+        self._columns[source] = column
 
     def _read(self, source: int, column: int) -> Tensor:
         """Return a column ``(out,)`` of a crossbar, as its converters show it."""
