@@ -41,7 +41,9 @@ def convert(
         )
     if device is not None:
         from aimc_pl.devices import convert_to_analog, describe_slow
+        from aimc_pl.devices.conversion import check_devices_stay
 
+        check_devices_stay(module, device, settings.split_at)
         if convert_to_analog(module, device, settings.split_at) and (line := describe_slow(device)):
             rank_zero_info(line)
     if settings.weight_stashing and analog_layers(module):

@@ -4,21 +4,19 @@ It lists the classes that such a checkpoint may contain, and checks that its til
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
+from collections.abc import Mapping
 from importlib import import_module
 from types import FunctionType
 from typing import Any
 
-import numpy as np
 from aihwkit.nn.modules.base import AnalogLayerBase
-from aihwkit.simulator.parameters.base import RPUConfigBase
 from aihwkit.simulator.tiles.module import TileModule
 from torch import Tensor, nn
 from torch.serialization import add_safe_globals
 
-from aimc_pl.arguments import listed, shown
+from aimc_pl.arguments import listed
 from aimc_pl.devices.conversion import convert_to_analog
+from aimc_pl.devices.differences import contrast, differences, name_of
 from aimc_pl.errors import AnalogCheckpointWarning, UsageError
 
 _MATERIALS = ("Capacitor", "EcRam", "EcRamMO", "Idealized", "ReRamES", "ReRamSB")
@@ -26,9 +24,11 @@ _ALGORITHMS = ("AGAD", "ChoppedTTv2", "TTv2", "TikiTaka")
 _NAMES = {
     "aihwkit.simulator.configs.compounds": (
         *("BufferedTransferCompound", "ChoppedTransferCompound", "DynamicTransferCompound", "MixedPrecisionCompound"),
-        "TransferCompound",
+        *("OneSidedUnitCell", "TransferCompound"),
     ),
-    "aihwkit.simulator.configs.configs": ("FloatingPointRPUConfig", "SingleRPUConfig"),
+    "aihwkit.simulator.configs.configs": (
+        *("DigitalRankUpdateRPUConfig", "FloatingPointRPUConfig", "SingleRPUConfig", "UnitCellRPUConfig"),
+    ),
     "aihwkit.simulator.configs.devices": (
         *("ConstantStepDevice", "ExpStepDevice", "FloatingPointDevice", "LinearStepDevice", "PiecewiseStepDevice"),
         *("PowStepDevice", "SoftBoundsDevice", "SoftBoundsReferenceDevice"),
@@ -159,8 +159,8 @@ def convert_as_saved(module: nn.Module, state: Mapping[str, Any]) -> None:
         raise UsageError(
             f"the checkpoint has analog layers that {type(module).__name__} does not have: {listed(missing)}"
         )
-    if configs:
-        convert_to_analog(module, configs)
+    if digital := {name: config for name, config in configs.items() if _is_digital(module, str(name))}:
+        convert_to_analog(module, digital)
 
 
 def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -176,22 +176,22 @@ def check_devices(module: nn.Module, state: Mapping[str, Any]) -> None:
     for name, tile in _tiles(module).items():
         saved = state.get(f"{name}.analog_tile_state")
         layer = name.partition(".analog_module")[0]
-        if saved is not None and (differing := [*_differing(saved["rpu_config"], tile.rpu_config)]):
-            contrast = _contrast(differing, saved["rpu_config"], tile.rpu_config)
+        if saved is not None and (differing := [*differences(saved["rpu_config"], tile.rpu_config)]):
+            how = contrast(differing, saved["rpu_config"], tile.rpu_config)
             raise UsageError(
-                f"layer {layer!r} has another device than in the checkpoint: {contrast}. Set that device=, or "
-                "leave out ckpt_path"
+                f"layer {layer!r} has another device than in the checkpoint: {how}. Set that device=, or leave out "
+                "ckpt_path"
             )
         if saved is None and f"{layer}.weight" in state:
             raise UsageError(
-                f"layer {layer!r} is digital in the checkpoint, and analog here ({_name(tile.rpu_config)}): leave out "
-                "device=, or load the weights into the module before a fit without ckpt_path"
+                f"layer {layer!r} is digital in the checkpoint, and analog here ({name_of(tile.rpu_config)}): leave "
+                "out device=, or load the weights into the module before a fit without ckpt_path"
             )
     for key, saved in state.items():
         layer, is_tile, _ = key.partition(".analog_module.")
         if is_tile and key.endswith(".analog_tile_state") and _is_digital(module, layer):
             raise UsageError(
-                f"layer {layer!r} is analog in the checkpoint ({_name(saved['rpu_config'])}), and digital here: set "
+                f"layer {layer!r} is analog in the checkpoint ({name_of(saved['rpu_config'])}), and digital here: set "
                 "device= to the checkpoint's"
             )
 
@@ -203,35 +203,3 @@ def _tiles(module: nn.Module) -> dict[str, Any]:
 def _is_digital(module: nn.Module, name: str) -> bool:
     layer = dict(module.named_modules()).get(name)
     return layer is not None and not isinstance(layer, AnalogLayerBase)
-
-
-def _name(config: RPUConfigBase) -> str:
-    """Return the names of the configuration's class and of its device's class."""
-    device = getattr(config, "device", None)
-    return type(config).__name__ if device is None else f"{type(device).__name__} in a {type(config).__name__}"
-
-
-def _contrast(differing: Sequence[tuple[str, Any, Any]], theirs: RPUConfigBase, ours: RPUConfigBase) -> str:
-    """Return how the configuration of a checkpoint differs from that of a module, in their kinds or in a parameter."""
-    if _name(theirs) != _name(ours):
-        return f"{_name(theirs)} there, {_name(ours)} here"
-    path, there, here = next((each for each in differing if each[0] == "device.w_max"), differing[0])  # τ tells most
-    return f"{path} is {shown(there)} there, {shown(here)} here"
-
-
-def _differing(theirs: Any, ours: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the path and both values of each parameter in which two configurations differ."""
-    if type(theirs) is not type(ours):
-        yield path, type(theirs).__name__, type(ours).__name__
-    elif isinstance(theirs, list | tuple) and len(theirs) == len(ours):
-        for index, pair in enumerate(zip(theirs, ours, strict=True)):
-            yield from _differing(*pair, f"{path}[{index}]")
-    elif isinstance(theirs, Tensor | np.ndarray):
-        if not np.array_equal(theirs, ours):
-            yield path, theirs, ours
-    elif hasattr(theirs, "__dict__") and not isinstance(theirs, type | Enum):
-        for name in sorted(vars(theirs).keys() | vars(ours).keys()):
-            inner = f"{path}.{name}" if path else name
-            yield from _differing(getattr(theirs, name, None), getattr(ours, name, None), inner)
-    elif theirs != ours:
-        yield path, theirs, ours

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from aimc_pl.analog import analog_layers, is_analog, learns_by_pulses
 from aimc_pl.arguments import check_instance, listed, shown
 from aimc_pl.devices.catalogue import AnalogDevice
+from aimc_pl.devices.differences import differences
 from aimc_pl.devices.layers import AnalogWeight, is_transposed_linear, to_analog
 from aimc_pl.devices.mean_field import (
     Convolution,
@@ -65,10 +66,8 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
             or if two layers share a weight.
     """
     check_instance("network", network, nn.Module, "a torch.nn.Module")
-    choices = device if isinstance(device, Mapping) else {"*": device}
-    if any(isinstance(key, int) for key in choices) and split_at is None:
-        raise UsageError("a device per stage needs split_at, the names of the modules with which the stages begin")
-    chosen = _choose(network, choices, _stages_of_layers(network, split_at or ()))
+    digital = _digital_layers(network)
+    chosen = {name: value for name, value in _choose(network, device, split_at).items() if name in digital}
     analog = {name: (value, get_device(value)) for name, value in chosen.items() if value is not None}
     _check_untied(network, analog)
     # All layers are made before the first is replaced: an error leaves the network as it was.
@@ -78,6 +77,20 @@ def convert_to_analog(network: nn.Module, device: DeviceSpec, split_at: Sequence
         _replace(network, network.get_submodule(name), layer)
     _avoid_nested_tensors(network)
     return list(analog)
+
+
+def check_devices_stay(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None = None) -> None:
+    """Check that the layers that :func:`convert_to_analog` has made analog before are on the devices wanted now.
+
+    For the arguments see :func:`convert_to_analog`.
+
+    Raises:
+        UsageError: if a layer is on another device. :func:`convert_to_analog` would leave it there.
+    """
+    for name, value in _choose(network, device, split_at).items():
+        layer = network.get_submodule(name)
+        if hasattr(layer, "device_name"):
+            _check_same(layer, name, value)
 
 
 def describe_layers(network: nn.Module) -> str:
@@ -270,10 +283,12 @@ class _WithOwnRates(Optimizer):
                 group["lr"] = rate
 
 
-def _choose(
-    network: nn.Module, choices: Mapping[Any, Device | None], stages: Mapping[str, int]
-) -> dict[str, Device | None]:
-    """Return the device chosen for each layer that can become analog."""
+def _choose(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | None) -> dict[str, Device | None]:
+    """Return the device chosen for each layer that is analog or can become so."""
+    choices = device if isinstance(device, Mapping) else {"*": device}
+    if any(isinstance(key, int) for key in choices) and split_at is None:
+        raise UsageError("a device per stage needs split_at, the names of the modules with which the stages begin")
+    stages = _stages_of_layers(network, split_at or ())
     obstacles = _obstacles(network)
     able = [name for name in stages if name not in obstacles]
     if not able:
@@ -289,8 +304,20 @@ def _choose(
         if not matches:
             raise UsageError(_unmatched(str(key), value, able))
         chosen.update(dict.fromkeys(matches, value))
-    digital = _digital_layers(network)
-    return {name: value for name, value in chosen.items() if name in digital and name not in obstacles}
+    return {name: value for name, value in chosen.items() if name not in obstacles}
+
+
+def _check_same(layer: Any, name: str, device: Device | None) -> None:
+    wanted = "none"
+    if device is not None:
+        config = get_device(device)
+        wanted = _text(device, config)
+        if not any(differences(next(layer.analog_tiles()).rpu_config, config)):
+            return
+    raise UsageError(
+        f"layer {name!r} is on {layer.device_name} already, and device= asks for {wanted}: use a new module, or a "
+        "digital copy of this one, aimc_pl.export.to_digital(module)"
+    )
 
 
 def _unmatched(key: str, value: object, able: Sequence[str]) -> str:

@@ -6,15 +6,20 @@ from typing import get_args
 
 import pytest
 import torch
+from aihwkit.simulator.configs import SoftBoundsDevice, UnitCellRPUConfig
+from aihwkit.simulator.configs.compounds import OneSidedUnitCell
 from torch import nn
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, get_unsafe_globals_in_checkpoint
 
 from aimc_pl.devices import (
     DEVICES,
     Backend,
+    ConfiguredDevice,
     analog_layers,
     convert_to_analog,
     make_analog_aware,
+    mixed_precision,
+    residual_learning,
     soft_bounds,
     tiki_taka,
 )
@@ -29,6 +34,12 @@ VARIANTS = {
     for chosen in [[choice for choice in CHOICES if choice in signature(function).parameters]]
     for values in product(*(CHOICES[choice] for choice in chosen))
 }
+OVER_AIHWKIT = (
+    residual_learning(soft_bounds(backend="aihwkit")),
+    mixed_precision(soft_bounds(backend="aihwkit")),
+    ConfiguredDevice(UnitCellRPUConfig(device=OneSidedUnitCell(unit_cell_devices=[SoftBoundsDevice()]))),
+)
+"""Algorithms and a pair of one-sided devices on aihwkit's own tiles."""
 
 
 def network(device, seed=0):
@@ -58,8 +69,8 @@ def unregistered():
 @pytest.mark.usefixtures("unregistered")
 def test_the_list_is_what_the_catalogue_needs(tmp_path):
     needed = set()
-    for function, options in VARIANTS.values():
-        torch.save(network(function(**options)).state_dict(), tmp_path / "net.ckpt")
+    for device in (*(function(**options) for function, options in VARIANTS.values()), *OVER_AIHWKIT):
+        torch.save(network(device).state_dict(), tmp_path / "net.ckpt")
         needed.update(get_unsafe_globals_in_checkpoint(tmp_path / "net.ckpt"))
     assert {f"{cls.__module__}.{cls.__qualname__}" for cls in CLASSES if cls is not AnalogCheckpoint} == needed
 

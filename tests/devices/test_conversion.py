@@ -5,12 +5,14 @@ import warnings
 
 import pytest
 import torch
+from aihwkit.nn import AnalogLinear
 from aihwkit.simulator.configs import SingleRPUConfig, SoftBoundsDevice, TorchInferenceRPUConfig
-from aihwkit.simulator.presets import MixedPrecisionReRamSBPreset, PCMPreset, TikiTakaReRamSBPreset
+from aihwkit.simulator.presets import EcRamPreset, MixedPrecisionReRamSBPreset, PCMPreset, TikiTakaReRamSBPreset
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 from aimc_pl.devices import (
+    DEVICES,
     ConfiguredDevice,
     analog_layers,
     convert_to_analog,
@@ -19,7 +21,7 @@ from aimc_pl.devices import (
     soft_bounds,
     to_mean_field,
 )
-from aimc_pl.devices.conversion import describe_layers, describe_slow
+from aimc_pl.devices.conversion import check_devices_stay, describe_layers, describe_slow
 from aimc_pl.errors import UsageError
 
 
@@ -267,3 +269,23 @@ def test_tiles_that_take_no_images_are_refused_and_the_network_stays_as_it_was(l
     with pytest.raises(UsageError, match=message):
         convert_to_analog(network, rpu_config)
     assert analog_layers(network) == []
+
+
+@pytest.mark.parametrize("name", [name for name in DEVICES if name not in {"piecewise_step", "weight_scaling"}])
+def test_a_layer_stays_on_its_device(name):
+    """The same device may be chosen again, for example in a second fit. Another one would be ignored, so it is not."""
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    convert_to_analog(network, name)
+    check_devices_stay(network, name)
+    check_devices_stay(network, {"1": name})
+    for other in (soft_bounds(tau=0.123), {"1": soft_bounds(tau=0.123)}, {"1": None}):
+        with pytest.raises(UsageError, match=r"layer '[01]' is on .* already, and device= asks for (soft_bounds|none)"):
+            check_devices_stay(network, other)
+
+
+def test_the_own_analog_layers_of_a_module_stay_beside_a_device():
+    own = AnalogLinear(4, 3, True, EcRamPreset())
+    network = nn.Sequential(own, nn.Linear(3, 2))
+    check_devices_stay(network, "soft_bounds")
+    assert convert_to_analog(network, "soft_bounds") == ["1"]
+    assert network[0] is own

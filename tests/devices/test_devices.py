@@ -7,7 +7,9 @@ from aihwkit.optim import AnalogSGD
 from aihwkit.optim.analog_optimizer import AnalogOptimizerMixin
 from aihwkit.simulator.configs import FloatingPointRPUConfig
 from aihwkit.simulator.presets import EcRamPreset
+from lightning_modules import MLP, loader, make_trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from aimc_pl.devices import (
     DEVICES,
@@ -30,6 +32,7 @@ from aimc_pl.devices import (
     weight_scaling,
 )
 from aimc_pl.errors import UsageError
+from aimc_pl.strategies import AnalogPipelineStrategy
 
 
 @pytest.mark.slow
@@ -310,3 +313,19 @@ def test_devices_are_drawn_however_they_are_given():
         assert len(plot_response(device, num_pulses=2).axes[0].lines) == 9
     with pytest.raises(UsageError, match=r"ideal\(\) is not updated by pulses"):
         plot_response(ideal())
+
+
+def test_a_second_fit_on_another_device_is_refused():
+    """A comparison of devices on one module would compare the first with itself."""
+    module = MLP()
+    data = DataLoader([(x.float(), y) for x, y in loader(module).dataset], batch_size=8)
+
+    def fit(device):
+        strategy = AnalogPipelineStrategy(1, "none", 1, device=device)
+        make_trainer(strategy, precision="32-true", max_steps=1).fit(module, data)
+
+    fit(soft_bounds(tau=0.6))
+    fit(soft_bounds(tau=0.6))
+    fit(None)
+    with pytest.raises(UsageError, match=r"'net\.0' is on soft_bounds\(tau=0\.6\) already, and device= asks for resid"):
+        fit(residual_learning(soft_bounds(tau=0.6)))
