@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from aimc_pl.cli import main as aimc_pl
 from aimc_pl.figures import LAYERS as LAYER_COLORS
-from aimc_pl.figures import styled
+from aimc_pl.figures import RED, styled
 from aimc_pl.runs import history
 from aimc_pl.studies.arguments import sweep_parser
 from aimc_pl.studies.rows import Row, curves, select
@@ -58,6 +58,13 @@ LAYERS = {
     ],
 }
 """The overrides of the config for each kind of layers."""
+
+STYLES = {
+    "analog": (LAYER_COLORS["analog"], "-"),
+    "digital": (LAYER_COLORS["digital"], "--"),
+    "analog SGD": (RED, ":"),
+}
+"""The colour and the style of the line of each kind of layers."""
 
 
 def cases(num_seeds: int, quick: bool, networks: Sequence[str], epochs: int) -> list[dict[str, Any]]:
@@ -113,12 +120,14 @@ def draw(rows: Sequence[Row]) -> Figure:
     networks = [network for network in NETWORKS if select(rows, network=network)]
     figure = Figure(figsize=(5 * len(networks), 3.2), layout="constrained")
     for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
-        for layers, style in (("analog", "-"), ("digital", "--")):
-            lines = curves(select(rows, network=network, layers=layers, part="val"), "value")
+        for layers, (color, style) in STYLES.items():
+            if not (of_both := select(rows, network=network, layers=layers, part="val")):
+                continue
+            lines = curves(of_both, "value")
             epochs = range(1, lines.shape[1] + 1)
             schedule = "no pipeline" if network.startswith("wide") else "async"
             labels = [f"{layers}, {schedule}", *["_"] * (len(lines) - 1)]
-            axes.plot(epochs, lines.T, color=LAYER_COLORS[layers], linestyle=style, marker=".", label=labels)
+            axes.plot(epochs, lines.T, color=color, linestyle=style, marker=".", label=labels)
         metric = NETWORKS[network][1].replace("bits", "bits per character")
         axes.set(title=network, xlabel="epoch", ylabel=f"validation {metric}")
         axes.legend()
