@@ -42,7 +42,7 @@ class Progress:
     def periods(self, every: float, in_updates: bool) -> int:
         """Return how many periods of ``every`` updates, or of as many vectors, are over."""
         passed = self.num_updates + self.share if in_updates else self.num_vectors
-        return floor(passed / every + 1e-9)  # 3 / 0.1 is below 30 on a computer
+        return floor(passed / every + 1e-9)  # on a computer, 0.3 / 0.1 is below 3
 
 
 class CompoundSimulatorTile(MeanFieldSimulatorTile):
