@@ -308,6 +308,7 @@ def _choose(network: nn.Module, device: DeviceSpec, split_at: Sequence[str] | No
 
 
 def _check_same(layer: Any, name: str, device: Device | None) -> None:
+    """Check that the tiles of an analog layer have the configuration of a device."""
     wanted = "none"
     if device is not None:
         config = get_device(device)

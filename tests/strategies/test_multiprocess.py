@@ -9,7 +9,7 @@ from multiprocess_cases import CASES, STAGES, assert_same, train_all, train_plai
 
 pytestmark = [
     pytest.mark.slow,
-    # A case leaves analog layers out of its optimizer, of which the run warns.
+    # One case leaves analog layers out of its optimizer on purpose, and the run warns of that.
     pytest.mark.filterwarnings("ignore:analog layers that are not in the optimizer"),
 ]
 

@@ -83,7 +83,7 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
             last = counters["x_largest"] * counters["error_largest"]
             if last > 0:
                 counters["rate"] /= last
-                if products.numel() > 1:
+                if products.numel() > 1:  # the quotient of a single vector is 1
                     error = error * (last / products).to(error)
         self.crossbar.pulse(x, error, vectors, counters["rate"], self._config.update, self._signs())
 

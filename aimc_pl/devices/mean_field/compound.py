@@ -25,13 +25,13 @@ class Progress:
     """The number of whole updates so far."""
 
     share: float = 0.0
-    """The share of the present update that is done."""
+    """The share of the present update that is done, in samples."""
 
     num_done: int = 0
     """The number of samples of the present update so far."""
 
     def advance(self, num_samples: int, batch: int, num_vectors: int) -> None:
-        """Count some of the ``batch`` samples of an update, rows or images, and their vectors."""
+        """Count some of the ``batch`` samples of an update (rows or images), which are so many vectors."""
         self.num_vectors += num_vectors
         self.num_done += num_samples
         self.share = self.num_done / batch
