@@ -160,7 +160,7 @@ def read_column(
         reads: the converters, see :func:`kernel_arguments`.
         generator: draws the noise.
     """
-    return torch.from_numpy(kernels.read_column(weight.numpy(), column, *reads, (*tables(), generator.offsets)))
+    return torch.from_numpy(kernels.read_column(weight.numpy(), column, reads, (*tables(), generator.offsets)))
 
 
 def has_bound_management(io: IOParameters) -> bool:

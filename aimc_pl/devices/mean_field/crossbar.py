@@ -45,9 +45,9 @@ class Tally:
     cut: Tensor | float = 0.0
     """The sum over these updates of the share of the pulses that did not fit into the trains."""
 
-    def add(self, cut: Tensor | float) -> None:
-        """Count an update that has lost this share of its pulses."""
-        self.num_updates += 1
+    def add(self, cut: Tensor | float, num_updates: int = 1) -> None:
+        """Count updates that have lost these shares of their pulses, in sum."""
+        self.num_updates += num_updates
         self.cut += cut
 
 
@@ -163,7 +163,7 @@ class Crossbar(nn.Module):
         """
         if learning_rate == 0:
             return
-        furthest = _LARGEST_REACH if x.shape[0] > 1 else inf
+        furthest = _furthest(x)
         reach, cut = self._attempt(x, error, vectors, learning_rate, update, signs, furthest)
         self.tally.add(cut)
         if reach <= furthest:
@@ -177,9 +177,9 @@ class Crossbar(nn.Module):
         """Do the same as :meth:`pulse` for one error ``(out,)`` and an input of 1 on one line, and 0 on all others."""
         if learning_rate == 0:
             return
-        trains, loop = self._pulse_loop(learning_rate, update)
-        if loop is not None:
-            cut = kernels.pulse_column(loop.weight, column, kernels.array(error), trains, *loop.settings)
+        arguments = self.column_arguments(learning_rate, update)
+        if arguments is not None:
+            cut = kernels.pulse_column(column, kernels.array(error), *arguments)
         else:
             counts = self._count(error.new_ones(1, 1), error[None], ROWS, learning_rate, update)
             self._move(counts, self._reach(counts), column)
@@ -206,11 +206,44 @@ class Crossbar(nn.Module):
         Returns:
             Whether a compiled loop could do this. Otherwise, nothing has happened.
         """
-        trains, loop = self._pulse_loop(learning_rate, update)
-        if loop is None:
+        arguments = self.column_arguments(learning_rate, update)
+        if arguments is None:
             return False
-        self.tally.add(kernels.transfer(source.numpy(), *reads, loop.weight, column, trains, *loop.settings))
+        self.tally.add(kernels.transfer(source.numpy(), reads, column, *arguments))
         return True
+
+    def pulse_arguments(
+        self,
+        x: Tensor,
+        error: Tensor,
+        vectors: Vectors | Patches,
+        learning_rate: float,
+        update: UpdateParameters,
+        signs: Tensor | None = None,
+        furthest: float | None = None,
+    ) -> tuple[Any, ...] | None:
+        """Return the arguments of the compiled loop that does what :meth:`pulse` does, or ``None`` if none can.
+
+        Args:
+            x: see :meth:`pulse`, as all but the last.
+            error: see ``x``.
+            vectors: see ``x``.
+            learning_rate: see ``x``.
+            update: see ``x``.
+            signs: see ``x``.
+            furthest: the largest reach of a batch that need not be split.
+        """
+        trains, loop = self._pulse_loop(learning_rate, update)
+        if loop is None or vectors is not ROWS or error.numel() > LENGTH:
+            return None
+        turned = _NOTHING if signs is None else kernels.array(signs)
+        most = (_furthest(x) if furthest is None else furthest) / (self.response.steepness or 1e-30)
+        return loop.weight, kernels.array(x), kernels.array(error), turned, most, trains, *loop.settings
+
+    def column_arguments(self, learning_rate: float, update: UpdateParameters) -> tuple[Any, ...] | None:
+        """Return the last arguments of the compiled loops that move a column, or ``None`` if they cannot do it."""
+        trains, loop = self._pulse_loop(learning_rate, update)
+        return None if loop is None else (loop.weight, trains, *loop.settings)
 
     def draw_pulses(
         self,
@@ -393,15 +426,10 @@ class Crossbar(nn.Module):
         Returns:
             The reach (or 0 if it is small), and the share of the pulses that do not fit into the trains.
         """
-        trains, loop = self._pulse_loop(learning_rate, update)
-        if loop is not None and vectors is ROWS and error.numel() <= LENGTH:
-            turned = _NOTHING if signs is None else kernels.array(signs)
-            vectors_and_signs = kernels.array(x), kernels.array(error), turned
-            steepness = self.response.steepness
-            most, cut = kernels.pulse(
-                loop.weight, *vectors_and_signs, furthest / (steepness or 1e-30), trains, *loop.settings
-            )
-            return most * steepness, cut
+        arguments = self.pulse_arguments(x, error, vectors, learning_rate, update, signs, furthest)
+        if arguments is not None:
+            most, cut = kernels.pulse(*arguments)
+            return most * self.response.steepness, cut
         counts = _turned(self._count(x, error, vectors, learning_rate, update), signs)
         reach = self._reach(counts)
         if reach <= furthest:
@@ -443,6 +471,11 @@ class Crossbar(nn.Module):
 
     def _gaussian(self, like: Tensor) -> Tensor:
         return gaussian(like.shape, self._generator, like.device)
+
+
+def _furthest(x: Tensor) -> float:
+    """Return the largest reach with which a batch need not be split."""
+    return _LARGEST_REACH if x.shape[0] > 1 else inf
 
 
 def split(parts: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from aimc_pl.devices.mean_field import kernels
 from aimc_pl.devices.mean_field.random_table import LENGTH, TableGenerator, tables, uniform
-from aimc_pl.devices.mean_field.vectors import Patches, Vectors
+from aimc_pl.devices.mean_field.vectors import Convolution, Patches, Vectors
 
 _RARELY = 0.2
 """Below this mean firing probability of a convolution's inputs, the mean is used for every input.
 
 The variances of single cross-points are then wrong by a few percent, because some of them meet stronger inputs."""
+
+_MANY = 0.3
+"""The share of the errors of a convolution above which they are not counted one by one on one thread."""
 
 DRAWN = 64
 """The longest train whose slots are drawn one by one. For a longer train, only the number of pulses is drawn."""
@@ -92,8 +95,13 @@ def expected_counts(
         spread: standard deviation of a step from cycle to cycle, in units of the step.
         generator: draws the pulses of the error lines.
     """
-    magnitude = _magnitude(x)
-    trains = _trains(vectors.largest(magnitude), error, vectors.dim, learning_rate / granularity, update)
+    magnitude, rate = _magnitude(x), learning_rate / granularity
+    largest = vectors.largest(magnitude)
+    if isinstance(vectors, Convolution) and error.is_cpu and error.numel() <= LENGTH:
+        counts = _counts_of_events(x, largest, error, vectors, rate, update, spread, generator)
+        if counts is not None:
+            return counts
+    trains = _trains(largest, error, vectors.dim, rate, update)
     if not isinstance(trains.x_gain, Tensor):
         x = x.clamp(-1 / trains.x_gain, 1 / trains.x_gain)
         magnitude = _magnitude(x)
@@ -115,6 +123,36 @@ def expected_counts(
     factor = 1 + spread**2
     noise = net_noise.add_(net, alpha=factor), total_noise.add_(total, alpha=factor)
     return Counts(net, total, noise, trains.cut)
+
+
+def _counts_of_events(
+    images: Tensor,
+    largest: Tensor,
+    error: Tensor,
+    convolution: Convolution,
+    rate: float,
+    update: UpdateParameters,
+    spread: float,
+    generator: TableGenerator,
+) -> Counts | None:
+    """Do on the CPU what :func:`expected_counts` does, unless so many errors fire that a convolution is faster."""
+    trains = train_settings(rate, update)
+    _, length, is_managed, _ = trains
+    if length > DRAWN:
+        return None
+    if not is_managed:
+        limit = (length / rate) ** 0.5
+        images = images.clamp(-limit, limit)
+    memory, layout = convolution.in_memory(images)
+    vectors = layout, kernels.array(largest.flatten(1)), kernels.array(error.flatten(2))
+    most_events = _MANY * error.numel() / torch.get_num_threads()
+    random = *tables(), generator.offsets
+    counts, needed = kernels.count_patches(memory, *vectors, most_events, trains, spread, random)
+    if counts.size == 0:
+        return None
+    net, total, *noise = torch.from_numpy(counts)
+    is_cut = is_managed and needed > length
+    return Counts(net, total, (noise[0], noise[1]), _cut(largest, error, rate, length) if is_cut else 0.0)
 
 
 def sampled_counts(
@@ -219,11 +257,16 @@ def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: Upd
     cut = 0.0
     if most > length:
         x_gain.clamp_(max=1)
-        # The pulses of every error where they meet the strongest input of its vector. Other inputs scale with it.
-        pulses = (x_largest * rate) * error.abs()
-        cut = (pulses - length).clamp_(min=0).sum() / pulses.sum()
+        cut = _cut(x_largest, error, rate, length)
     x_gain.div_(x_largest.clamp_min(1e-30))
     return _Trains(lengths, length, x_gain, (x_gain * lengths).reciprocal_().mul_(-rate), cut)
+
+
+def _cut(x_largest: Tensor, error: Tensor, rate: float, length: int) -> Tensor:
+    """Return the share of the pulses that do not fit into trains of so many slots."""
+    # The pulses of every error where they meet the strongest input of its vector. Other inputs scale with it.
+    pulses = (x_largest * rate) * error.abs()
+    return (pulses - length).clamp_(min=0).sum() / pulses.sum()
 
 
 def _fired(error: Tensor, trains: _Trains, dim: int, generator: TableGenerator) -> Tensor:
@@ -234,9 +277,6 @@ def _fired(error: Tensor, trains: _Trains, dim: int, generator: TableGenerator) 
     shape = list(error.shape)
     shape[dim] *= 2
     fired = error.new_empty(shape)
-    if error.is_cpu and error.dim() > 2 and trains.longest <= DRAWN and error[0].numel() <= LENGTH:
-        _fire_on_cpu(error, trains, generator, fired)
-        return fired
     signed, unsigned = fired.chunk(2, dim)
     torch.mul(_drawn(error, trains, generator), trains.x_gain, out=signed)
     torch.abs(signed, out=unsigned)
@@ -255,19 +295,6 @@ def _drawn(error: Tensor, trains: _Trains, generator: TableGenerator) -> Tensor:
         more = (uniform(shape, generator, device) + probabilities).floor_()
         fired += more if isinstance(trains.lengths, float) else more.mul_(trains.lengths > slot)
     return fired
-
-
-def _fire_on_cpu(error: Tensor, trains: _Trains, generator: TableGenerator, fired: Tensor) -> None:
-    """Write the result of :func:`_fired` for errors of images ``(batch, out, *out_size)`` to ``fired``."""
-    uniforms, _ = tables()
-    gains = trains.x_gain, trains.error_gain, trains.lengths
-    like = error[:, :1]
-    per_vector = [torch.as_tensor(gain, dtype=error.dtype).expand_as(like).flatten(1) for gain in gains]
-    tensors = error.flatten(2), *per_vector, fired.flatten(2)
-    portion = LENGTH // error[0].numel()
-    for *inputs, output in zip(*(tensor.split(portion) for tensor in tensors), strict=True):
-        arrays = map(kernels.array, inputs)
-        kernels.fire(*arrays, trains.longest, output.numpy(), uniforms, generator.offsets)
 
 
 def _binomial(probabilities: Tensor, lengths: Tensor | float, generator: TableGenerator) -> Tensor:

@@ -6,19 +6,23 @@ version 1, residual learning, and Tiki-Taka version 2, which has a digital buffe
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import Any
 
+import numpy as np
 import torch
 from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
 from aihwkit.simulator.configs.devices import PulsedDevice
 from torch import Tensor
 
+from aimc_pl.devices.mean_field import kernels
 from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile, Progress
 from aimc_pl.devices.mean_field.converters import is_perfect, is_simple, kernel_arguments, read_column
 from aimc_pl.devices.mean_field.crossbar import ROWS, split
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
+
+_NOTHING = np.empty((0, 0), np.float32)
 
 
 class TransferSimulatorTile(CompoundSimulatorTile):
@@ -45,7 +49,10 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         self._reads = kernel_arguments(io) if is_simple(io) else None
         """How compiled loops read a column, or ``None`` if they cannot."""
         count = len(self._crossbars)
-        self._gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(count))]
+        gammas = self._compound.gamma_vec or [self._compound.gamma**n for n in reversed(range(count))]
+        self._gammas = tuple(map(float, gammas))
+        self._is_plain = type(compound) is TransferCompound and count == 2 and not compound.random_selection
+        """Whether there are two crossbars, and transfers add the columns of one to the other in their order."""
         self._columns = [0] * count
         """The column of each crossbar that is read next."""
         self._progress = Progress()
@@ -98,20 +105,49 @@ class TransferSimulatorTile(CompoundSimulatorTile):
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
         if self.learning_rate == 0:
             return
-        compound, progress, in_updates = self._compound, self._progress, self._compound.units_in_mbatch
+        progress, number = self._progress, x.shape[0]
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
-        batch = num_samples or x.shape[0]
+        batch = num_samples or number
         # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
-        length = x.shape[0] / batch if in_updates else x.shape[0] * each
-        parts = max([ceil(length / every) for every in self._periods if every], default=1)
-        for some_x, some_error in split(min(x.shape[0], parts), x, error):
-            self._pulse(some_x, some_error, vectors, batch * each)
-            before = [every and progress.periods(every, in_updates) for every in self._periods]
-            progress.advance(some_x.shape[0], batch, some_x.shape[0] * each)
-            for n, every in enumerate(self._periods):
-                for _ in range(progress.periods(every, in_updates) - int(before[n]) if every else 0):
-                    self._transfer(n, compound.transfer_lr_vec[n] if compound.transfer_lr_vec else compound.transfer_lr)
-        self._add_up()
+        length = number / batch if self._compound.units_in_mbatch else number * each
+        parts = min(number, max(1, ceil(length / self._shortest)))
+        is_up_to_date = False
+        for some_x, some_error in split(parts, x, error):
+            before, some = self._num_transfers(), number if parts == 1 else some_x.shape[0]
+            progress.advance(some, batch, some * each)
+            due = [now - then for now, then in zip(self._num_transfers(), before, strict=True)]
+            is_up_to_date = self._update_in_one_call(some_x, some_error, vectors, due)
+            if not is_up_to_date:
+                self._pulse(some_x, some_error, vectors, batch * each)
+                for source, number in enumerate(due):
+                    for _ in range(number):
+                        self._transfer(source)
+        if not is_up_to_date:
+            self._add_up()
+
+    def _update_in_one_call(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, due: Sequence[int]) -> bool:
+        """Send pulses, do the transfers that are due and add up the crossbars in a compiled loop, if one can do it.
+
+        Small layers would take longer for the calls than for the work.
+        """
+        compound, rate = self._compound, self._fast_rate()
+        if not self._is_plain or self._reads is None or due[0] > 1 or rate == 0:
+            return False
+        ours, target = self._crossbars
+        of_pulses = ours.pulse_arguments(x, error, vectors, rate, self._config.update)
+        transfer_rate = self._transfer_rate(0)
+        of_transfers = target.column_arguments(transfer_rate, compound.transfer_update)
+        if of_pulses is None or of_transfers is None:
+            return False
+        number = due[0] * min(compound.n_reads_per_transfer, self.x_size) if transfer_rate != 0 else 0
+        columns, total = (self._columns[0], number), self._sum.numpy() if self._is_sum else _NOTHING
+        most, cut, lost = kernels.pulse_and_transfer(of_pulses, self._reads, of_transfers, columns, total, self._gammas)
+        if most > of_pulses[4]:
+            return False
+        ours.tally.add(cut)
+        target.tally.add(lost, number)
+        self._columns[0] = (self._columns[0] + number) % self.x_size
+        return True
 
     @cached_property
     def _periods(self) -> Sequence[float]:
@@ -122,6 +158,15 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         numbers = range(len(self._crossbars) - 1)
         periods = compound.transfer_every_vec or [compound.transfer_every * growth**n for n in numbers]
         return [max(0, period if compound.units_in_mbatch else round(period)) for period in periods[: len(numbers)]]
+
+    @cached_property
+    def _shortest(self) -> float:
+        return min(filter(None, self._periods), default=inf)
+
+    def _num_transfers(self) -> Sequence[int]:
+        """Return the number of transfers from each crossbar to the next so far."""
+        progress, in_updates = self._progress, self._compound.units_in_mbatch
+        return [progress.periods(every, in_updates) if every else 0 for every in self._periods]
 
     def _pulse(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, batch: int) -> None:
         """Send pulses to the first crossbar, for a part of a mini-batch of ``batch`` vectors."""
@@ -137,10 +182,14 @@ class TransferSimulatorTile(CompoundSimulatorTile):
             return self.learning_rate
         return compound.fast_lr * (self.learning_rate if compound.scale_fast_lr else 1.0)
 
-    def _transfer(self, source: int, rate: float) -> None:
-        """Add the next columns of a crossbar to the next crossbar."""
+    def _transfer_rate(self, source: int) -> float:
         compound = self._compound
-        rate *= self.learning_rate if compound.scale_transfer_lr else 1.0
+        rate = compound.transfer_lr_vec[source] if compound.transfer_lr_vec else compound.transfer_lr
+        return rate * self.learning_rate if compound.scale_transfer_lr else rate
+
+    def _transfer(self, source: int) -> None:
+        """Add the next columns of a crossbar to the next crossbar."""
+        compound, rate = self._compound, self._transfer_rate(source)
         if rate == 0:
             return
         column = self._columns[source]

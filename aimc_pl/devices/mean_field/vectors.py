@@ -3,15 +3,23 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from aimc_pl.devices.mean_field import kernels
+
 _CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
+
+Layout = tuple[np.ndarray, tuple[np.ndarray, int], np.ndarray]
+"""Where patches are in the memory of images: where each of them begins in its image ``(positions,)``; where their
+segments begin, seen from there, and the length of a segment; and, for every column of the crossbar, the number of its
+element in the segments."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,11 @@ class Convolution(Patches):
         sums = self._over_patches(torch.add, images.square().sum(1, keepdim=True))
         return (sums * weights).sum()
 
+    def in_memory(self, images: Tensor) -> tuple[np.ndarray, Layout]:
+        """Return the padded images on the CPU as one row of numbers, with the channels last, and their layout."""
+        layout = _layout(self, images.shape[1], tuple(images.shape[2:]))
+        return kernels.array(self._padded(images).movedim(1, -1)).reshape(-1), layout
+
     @property
     def _convolution(self) -> Any:
         return _CONVOLUTIONS[len(self.kernel_size) - 1]
@@ -234,6 +247,28 @@ class Convolution(Patches):
 
     def _padded(self, images: Tensor) -> Tensor:
         return F.pad(images, [width for size in reversed(self.padding) for width in (size, size)])
+
+
+@lru_cache(maxsize=64)
+def _layout(convolution: Convolution, channels: int, size: tuple[int, ...]) -> Layout:
+    padded = [n + 2 * padding for n, padding in zip(size, convolution.padding, strict=True)]
+    steps = [channels * prod(padded[i + 1 :]) for i in range(len(padded))]
+    geometry = list(zip(convolution.kernel_size, convolution.dilation, steps, strict=True))
+    elements = [range(0, k * d * step, d * step) for k, d, step in geometry]
+    patches = [
+        range(0, (n - d * (k - 1)) * step, stride * step)
+        for n, stride, (k, d, step) in zip(padded, convolution.stride, geometry, strict=True)
+    ]
+    length = channels
+    if convolution.dilation[-1] == 1:
+        *elements, along = elements
+        length *= len(along)
+    columns = np.arange(channels * prod(convolution.kernel_size)).reshape(-1, channels).T.ravel()
+    return _all_sums(patches), (_all_sums(elements), length), columns
+
+
+def _all_sums(numbers: Sequence[range]) -> np.ndarray:
+    return reduce(np.add.outer, numbers, np.zeros(1, np.int64)).ravel()
 
 
 @dataclass(frozen=True)
@@ -279,7 +314,14 @@ class PartialConvolution(Convolution):
 
     def weighted_squares(self, weights: Tensor, images: Tensor) -> Tensor:
         """See :meth:`Patches.weighted_squares`."""
-        return Patches.weighted_squares(self, weights, images)
+        if self._lead or self._tail:
+            return Patches.weighted_squares(self, weights, images)
+        return super().weighted_squares(weights, images[:, self._channels])
+
+    def in_memory(self, images: Tensor) -> tuple[np.ndarray, Layout]:
+        """See :meth:`Convolution.in_memory`."""
+        memory, (patches, segments, columns) = super().in_memory(images[:, self._channels])
+        return memory, (patches, segments, columns[self._lead : len(columns) - self._tail])
 
     @property
     def _channels(self) -> slice:

@@ -15,10 +15,11 @@ from aihwkit.simulator.parameters.enums import NoiseManagementType
 from aimc_pl.devices import constant_step, linear_step, residual_learning, soft_bounds, soft_bounds_reference
 from aimc_pl.devices.mean_field import converters, crossbar, pulses, response, tile
 from aimc_pl.devices.mean_field.crossbar import ROWS, Crossbar
-from aimc_pl.devices.mean_field.pulses import Counts
+from aimc_pl.devices.mean_field.pulses import Counts, expected_counts
 from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.tile import MeanFieldSimulatorTile
 from aimc_pl.devices.mean_field.transfer import TransferSimulatorTile
+from aimc_pl.devices.mean_field.vectors import Convolution
 
 
 def uneven():
@@ -59,6 +60,7 @@ def with_torch():
     for where, name, value in (
         (Crossbar, "_make_loop", lambda self: None),
         (pulses, "LENGTH", 0),
+        (pulses, "_RARELY", 0.0),
         (response.LinearResponse, "step", response.Response.step),
         (response, "_SECOND_ORDER_REACH", 0.0),
         (tile, "has_row_product", lambda *args: False),
@@ -140,9 +142,20 @@ READS = {
 
 @pytest.mark.parametrize("device", DEVICES, ids=repr)
 @pytest.mark.parametrize("read", READS)
-@pytest.mark.parametrize("size", [(OUT, IN), (1, 3), (50, 2)], ids=str)
-def test_transfers_are_those_of_torch(device, read, size):
-    config = residual_learning(device, num_crossbars=3, transfer_every=[1, 2], transfer_lr=0.4).rpu_config
+@pytest.mark.parametrize("size", [(OUT, IN), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_crossbars": 3, "transfer_every": [1, 2]},
+        {"transfer_every": 1},
+        {"transfer_every": 2, "gamma": 0.0},
+        {"transfer_every": 0.4, "gamma": 0.3},
+    ],
+    ids=str,
+)
+def test_transfers_are_those_of_torch(device, read, size, options):
+    config = residual_learning(device, transfer_lr=0.4, **options).rpu_config
+    config.device.n_reads_per_transfer = 2
     for name, value in READS[read].items():
         setattr(config.device.transfer_forward, name, value)
     ends = []
@@ -154,7 +167,10 @@ def test_transfers_are_those_of_torch(device, read, size):
         with ExitStack() if compiled else with_torch():
             for _ in range(8):
                 made.update(torch.randn(3, size[1]), torch.randn(3, size[0]) / 5)
-        ends.append([*(one.weight for one in made.crossbars), made.get_weights()])
+        tallies = [(one.tally.num_updates, float(one.tally.cut)) for one in made.crossbars]
+        ends.append(
+            [*(one.weight for one in made.crossbars), made.get_weights(), made.dump_extra()["columns"], tallies]
+        )
     assert all(crossbar.weight.any() for crossbar in made.crossbars)
     torch.testing.assert_close(*ends, rtol=0, atol=1e-4)
 
@@ -201,29 +217,70 @@ def test_a_batch_that_moves_weights_far_is_split():
     assert ((means["in one"] - means["torch"]).abs() > limit).any()
 
 
-@pytest.mark.parametrize("longest", [1, 3, 31])
-@pytest.mark.parametrize("is_managed", [False, True])
-def test_errors_of_images_fire_as_with_torch(longest, is_managed):
-    torch.manual_seed(longest)
-    error = torch.randn(3, 4, 5, 6)
-    per_vector = [torch.rand(3, 1, 5, 6) for _ in range(2)] if is_managed else [0.7, -0.4]
-    lengths = torch.randint(1, longest + 1, (3, 1, 5, 6)).float() if is_managed else float(longest)
-    trains = pulses._Trains(lengths, longest, *per_vector)
-    ours = pulses._fired(error, trains, 1, TableGenerator().manual_seed(2))
-    with with_torch():
-        torch.testing.assert_close(pulses._fired(error, trains, 1, TableGenerator().manual_seed(2)), ours)
-    assert ours.abs().max() > 0
+CONVOLUTIONS = {
+    "3x3": (Convolution((3, 3), (1, 1), (1, 1), (1, 1)), (5, 4, 6, 7)),
+    "strided": (Convolution((3, 3), (2, 2), (1, 1), (1, 1)), (3, 3, 9, 8)),
+    "5x2": (Convolution((5, 2), (1, 3), (2, 0), (1, 1)), (2, 2, 6, 11)),
+    "dilated": (Convolution((3, 3), (1, 1), (2, 2), (2, 2)), (2, 2, 7, 9)),
+    "1x1": (Convolution((1, 1), (2, 2), (0, 0), (1, 1)), (2, 6, 5, 5)),
+    "1d": (Convolution((5,), (2,), (2,), (1,)), (3, 3, 12)),
+    "1d, dilated": (Convolution((3,), (1,), (0,), (3,)), (3, 3, 12)),
+    "3d": (Convolution((2, 3, 2), (1, 1, 2), (1, 1, 0), (1, 2, 1)), (2, 2, 4, 5, 6)),
+    "part": (Convolution((3, 3), (1, 1), (1, 1), (1, 1)).part(4, 31), (5, 4, 6, 7)),
+    "images that fill the cache": (Convolution((3, 3), (1, 1), (1, 1), (1, 1)), (3, 32, 30, 40)),
+}
 
 
-def test_errors_of_more_images_than_a_table_has_numbers(monkeypatch):
-    """Errors that fire in every slot need no random numbers, so that the order of portions shows."""
-    monkeypatch.setattr(pulses, "LENGTH", 2 * 4 * 30)
-    error = torch.arange(1.0, 6.0).view(5, 1, 1, 1) * torch.tensor([1.0, -1.0, 1.0, 0.0]).view(4, 1, 1)
-    gains = 0.5 * torch.rand(5, 1, 5, 6)
-    trains = pulses._Trains(7.0, 7, gains, -9.0)
-    fired = pulses._fired(error.expand(5, 4, 5, 6), trains, 1, TableGenerator())
-    expected = -7 * error.sign() * gains
-    torch.testing.assert_close(fired, torch.cat([expected, expected.abs()], 1))
+def images_of(name, scale=0.2):
+    convolution, shape = CONVOLUTIONS[name]
+    torch.manual_seed(len(name))
+    images = torch.randn(shape)
+    return convolution, images, scale * torch.randn(shape[0], 6, *convolution.out_size(images))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("rate", [0.05, 3.0, 40.0])
+def test_events_of_a_convolution_are_counted_as_with_torch(name, update, rate, monkeypatch):
+    monkeypatch.setattr(pulses, "_MANY", 1e9)
+    convolution, images, error = images_of(name)
+    for x in (images, images.relu(), images.transpose(0, -1).contiguous().transpose(0, -1)):
+        arguments = x, error, convolution, rate, 1.0, UPDATES[update], 0.3
+        ours = expected_counts(*arguments, TableGenerator().manual_seed(2))
+        with with_torch():
+            theirs = expected_counts(*arguments, TableGenerator().manual_seed(2))
+        assert ours.total.max() > 0
+        torch.testing.assert_close(ours[:3], theirs[:3], rtol=1e-4, atol=3e-7 * float(ours.total.sum()))
+        torch.testing.assert_close(float(ours.cut), float(theirs.cut), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("threads", "expected"), [(1, [True, True, False]), (2, [True, False, False]), (8, [False] * 3)]
+)
+def test_errors_are_counted_one_by_one_unless_many_of_them_fire(threads, expected, monkeypatch):
+    """Of the errors, 7, 22 and 50 % fire. The limit is 30 % on one thread, and 15 % on two."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    convolution, images, error = images_of("3x3")
+    counted, shares = [], []
+    for rate in (0.025, 0.27, 1.5):
+        arguments = images, error, convolution, rate, 1.0, UpdateParameters(desired_bl=1), 0.3
+        with mock.patch.object(pulses, "_fired", wraps=pulses._fired) as fired:
+            ours = expected_counts(*arguments, TableGenerator().manual_seed(2))
+        counted.append(not fired.called)
+        with with_torch(), mock.patch.object(pulses, "_drawn", side_effect=pulses._drawn) as drawn:
+            theirs = expected_counts(*arguments, TableGenerator().manual_seed(2))
+        torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-4, atol=1e-4)
+        shares.append(float((pulses._drawn(error, drawn.call_args.args[1], TableGenerator()) != 0).float().mean()))
+    assert shares == pytest.approx([0.07, 0.22, 0.5], rel=0.15)
+    assert counted == expected
+
+
+def test_images_that_are_not_finite_go_through():
+    convolution, images, error = images_of("3x3")
+    for value in (nan, float("inf")):
+        images[1, 2, 3, 3] = value
+        counts = expected_counts(images, error, convolution, 0.05, 1.0, UpdateParameters(), 0.3, TableGenerator())
+        assert counts.net.isnan().any()
 
 
 CONVERTERS = {

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
+from aimc_pl.devices.mean_field import pulses
 from aimc_pl.devices.mean_field.pulses import expected_counts, sampled_counts
 from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.vectors import Convolution, Vectors
@@ -105,7 +106,7 @@ def test_what_pulse_trains_are_too_short_for_is_counted(learning_rate):
 
 @pytest.mark.parametrize("rate", [1.0, 3.0, 20.0])
 @pytest.mark.parametrize("signed", [True, False])
-def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
+def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed, monkeypatch):
     """Check the counts where every patch has an input 1 and all errors are ±1. Their lines fire in every slot."""
     torch.manual_seed(0)
     convolution = Convolution((3, 3), (2, 2), (1, 1), (1, 1))
@@ -114,23 +115,24 @@ def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed):
     error = torch.randn(3, 5, *convolution.out_size(images)).sign()
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
     update, generator = UpdateParameters(desired_bl=10), TableGenerator()
-    of_images = expected_counts(images, error, convolution, rate, 1.0, update, SPREAD, generator)
     of_rows = expected_counts(*rows, ROWS, rate, 1.0, update, SPREAD, generator)
-    assert float(of_images.total.max()) <= 10 * len(rows[0])
-    torch.testing.assert_close(of_images.net, of_rows.net, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(of_images.total, of_rows.total, rtol=1e-4, atol=1e-3)
-    for of_image, of_row in zip(of_images.noise, of_rows.noise, strict=True):
-        torch.testing.assert_close(of_image, of_row, rtol=1e-4, atol=1e-3)
+    for most in (0.0, 1e9):
+        monkeypatch.setattr(pulses, "_MANY", most)
+        of_images = expected_counts(images, error, convolution, rate, 1.0, update, SPREAD, generator)
+        assert float(of_images.total.max()) <= 10 * len(rows[0])
+        torch.testing.assert_close(of_images[:3], of_rows[:3], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [1e-6, 1e-5, 1e-3])
-def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_rate):
-    """Check that inputs of rarely firing lines may be treated alike: the variance is right within a tenth.
+@pytest.mark.parametrize(("counting", "tolerance"), [("event by event", 0.0), ("with torch", 0.1)])
+def test_a_convolution_has_the_variance_of_its_patches(learning_rate, counting, tolerance, monkeypatch):
+    """Check that inputs of rarely firing lines may be treated alike with torch: the variance is right within a tenth.
 
-    To this tolerance 5 standard errors of 400 draws of 180 cross-points are added. One in 10,000 random seeds would
+    To this tolerance 5 standard errors of 400 draws of 180 cross-points are added. One in 5,000 random seeds would
     exceed it.
     """
+    monkeypatch.setattr(pulses, "_MANY", 1e9 if counting == "event by event" else 0.0)
     torch.manual_seed(0)
     convolution = Convolution((3, 3), (1, 1), (1, 1), (1, 1))
     images, error = torch.randn(2, 4, 6, 6).relu(), torch.randn(2, 5, 6, 6)
@@ -146,7 +148,7 @@ def test_a_convolution_takes_inputs_for_alike_where_they_fire_rarely(learning_ra
     residuals = [c.noise[1] - SPREAD**2 * c.total for c in counts]
     of_draws = torch.stack([c.total for c in counts]).double().var(0) + torch.stack(residuals).double().mean(0)
     of_variance = variance * (2 / draws + 1 / (draws * variance.clamp_min(1e-3))).sqrt()
-    assert ((of_draws - variance).abs() <= 0.1 * variance + 5 * of_variance).all()
+    assert ((of_draws - variance).abs() <= tolerance * variance + 5 * of_variance).all()
 
 
 def patches_of_digits():
@@ -169,11 +171,13 @@ def patches_of_digits():
 
 
 @pytest.mark.slow
-def test_patches_of_real_images_get_aihwkits_mean_and_variance():
+@pytest.mark.parametrize("counting", ["event by event", "with torch"])
+def test_patches_of_real_images_get_aihwkits_mean_and_variance(counting, monkeypatch):
     """Compare the sums over 432 cross-points with the closed form and with aihwkit's tile, within 2 % and 4 %.
 
-    The standard errors of 400 draws are 0.4 % and 0.8 %. One in 500,000 random seeds would exceed a bound.
+    The standard errors of 400 draws are 0.4 % and 0.8 %. One in 250,000 random seeds would exceed a bound.
     """
+    monkeypatch.setattr(pulses, "_MANY", 1e9 if counting == "event by event" else 0.0)
     convolution, images, error = patches_of_digits()
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
     generator, draws, settings = TableGenerator().manual_seed(2), 400, (0.02, 0.001, UpdateParameters())
