@@ -48,9 +48,33 @@ def inside_analog_layers(module: nn.Module) -> set[int]:
 
 
 def reset_pending_updates(module: nn.Module) -> None:
-    """Drop what backwards have left for the tiles' next update. ``zero_grad`` does not drop this."""
+    """Drop what backwards have left for the tiles' next update.
+
+    ``zero_grad`` of an optimizer drops it too, after :func:`aimc_pl.devices.make_analog_aware`.
+    """
     for context in _contexts(module.parameters()):
         context.reset()
+
+
+class PendingUpdates:
+    """What backwards have left for the next updates of tiles, taken away from the tiles until it is given back.
+
+    Args:
+        parameters: the parameters that stand for the tiles. Others do not count.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter] = ()) -> None:
+        self._taken: list[tuple[Any, list[Any], list[Any]]] = []
+        for context in _contexts(parameters):
+            self._taken.append((context, context.analog_input, context.analog_grad_output))
+            context.reset()
+
+    def give_back(self) -> None:
+        """Put what was taken before what backwards have left since then."""
+        for context, inputs, errors in self._taken:
+            context.analog_input = inputs + context.analog_input
+            context.analog_grad_output = errors + context.analog_grad_output
+        self._taken = []
 
 
 def left_out(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Any]:

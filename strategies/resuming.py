@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from aimc_pl.analog import analog_layers
+from aimc_pl.analog import inside_analog_layers
 from aimc_pl.private_torch import tree_leaves, tree_map
 from aimc_pl.random_states import RandomStates
 from aimc_pl.reachable import GENERATORS
@@ -40,7 +40,7 @@ class Resuming(Callback):
         """Note a loader of training batches. The strategy calls this before Lightning makes the loader's iterator."""
         self._loaders.append(loader)
         # Tiles are left out, because the random state of a tile is in its own state dict.
-        tiles = {id(part) for layer in analog_layers(module) for part in layer.modules() if part is not layer}
+        tiles = inside_analog_layers(module)
         modules = [part for part in module.modules() if id(part) not in tiles]
         datamodule = module.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self._random = RandomStates(_generators_of([*modules, *self._loaders, datamodule]))
@@ -60,6 +60,18 @@ class Resuming(Callback):
     def on_sanity_check_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if trainer.ckpt_path is not None:
             self._restored.write(self._before_check)
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Keep the random states of tiles. A resumed fit does not repeat a validation that follows the checkpoint."""
+        tiles = inside_analog_layers(pl_module)
+        self._of_tiles = _generators_of(part for part in pl_module.modules() if id(part) in tiles)
+        self._before_validation = [generator.get_state() for generator in self._of_tiles]
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        for generator, state in zip(self._of_tiles, self._before_validation, strict=True):
+            generator.set_state(state)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

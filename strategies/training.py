@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from aimc_pl.analog import drop_left_out, is_analog, reset_pending_updates
+from aimc_pl.analog import PendingUpdates, drop_left_out, is_analog, reset_pending_updates
 from aimc_pl.arguments import check_number
 from aimc_pl.boundaries import Calls, find
 from aimc_pl.cost import Hardware, Work, count_work
@@ -74,8 +74,12 @@ class Training:
         self._logbook = Logbook()
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._errors = PendingUpdates()
+        """With the gradients: what the last mini-batch has left for the tiles."""
         self._partial: list[tuple[nn.Parameter, Tensor]] = []
         """Gradients to which more micro-batches will add before the stage updates."""
+        self._partial_errors = PendingUpdates()
+        """The same for tiles."""
         self._optimizer: StageOptimizer | None = None
         self._number_check = NumberCheck(
             module, settings.on_nonfinite, None if placement.is_apart else self._running_again
@@ -126,6 +130,7 @@ class Training:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._gradients = []
+        self._errors.give_back()
 
     def check_gradients(self) -> None:
         """Check, before an update of all stages, that the gradients are finite. If not, end the run or warn.
@@ -190,6 +195,7 @@ class Training:
         """Drop the micro-batches in flight after an error, and what they have left for later updates."""
         self._steps = []
         self._partial = []
+        self._partial_errors = PendingUpdates()
         self._logbook = Logbook()
         if self.pipeline is not None:
             self.pipeline.abandon()
@@ -308,12 +314,14 @@ class Training:
         for parameter, gradient in self._partial:
             parameter.grad = gradient
         self._partial = []
+        self._partial_errors.give_back()
         yield
         if self.pipeline is not None and self.pipeline.running.accumulate > 1:
             parameters = [p for stage in self.pipeline.stages for p in stage.parameters if not is_analog(p)]
             self._partial = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
             for parameter, _ in self._partial:
                 parameter.grad = None
+            self._partial_errors = PendingUpdates(self._module.parameters())
 
     @contextmanager
     def _gradients_kept_apart(self) -> Iterator[None]:
@@ -321,13 +329,16 @@ class Training:
 
         Here the backwards run within training_step, after which Lightning clears all gradients.
         """
-        # What an analog tile has still to apply is kept in the tile.
         parameters = [p for p in self._module.parameters() if not is_analog(p)]
         parameters += self._trained_besides()
         accumulated = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
+        accumulated_errors = PendingUpdates(self._module.parameters())
         yield
+        drop_left_out(self._module, self._trainer.optimizers)
+        self._errors = PendingUpdates(self._module.parameters())
+        accumulated_errors.give_back()
         self._gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         for parameter, gradient in zip(parameters, accumulated, strict=True):
             parameter.grad = gradient

@@ -143,8 +143,9 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
     """Change a torch optimizer, in place, so that its step also applies the pulsed updates of analog tiles.
 
     The optimizer's class becomes a subclass with aihwkit's ``AnalogOptimizerMixin``, of the kind that
-    ``aihwkit.optim.AnalogOptimizer`` creates. The optimizer stays the same object for the schedulers that hold it. An
-    optimizer without analog parameters is not changed. Of a tile in mixed precision it needs ``shared_weights`` only.
+    ``aihwkit.optim.AnalogOptimizer`` creates. The optimizer stays the same object for the schedulers that hold it. Its
+    ``zero_grad`` drops updates that are not applied yet, as it drops gradients. An optimizer without analog parameters
+    is not changed. Of a tile in mixed precision it needs ``shared_weights`` only.
 
     Args:
         optimizer: the optimizer.
@@ -165,13 +166,16 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
         _add_contexts(group, set(map(id, parameters)))
     if isinstance(optimizer, AnalogOptimizerMixin):
         _check_rule(optimizer, lr_scale)
+        if not isinstance(optimizer, _DropsErrors):
+            own: Any = type(optimizer)
+            optimizer.__class__ = new_class(own.__name__, (_DropsErrors, own))
         return
     if not any(is_analog(parameter) for group in optimizer.param_groups for parameter in group["params"]):
         return
     digital: Any = type(optimizer)
-    bases = (AnalogOptimizerMixin, _ThenTurnsErrors, digital)
+    bases = (_DropsErrors, AnalogOptimizerMixin, _ThenTurnsErrors, digital)
     if lr_scale != 1:
-        bases = (_WithOwnRates, AnalogOptimizerMixin, _ThenTurnsErrors, _ThenScalesRates, digital)
+        bases = (_DropsErrors, _WithOwnRates, AnalogOptimizerMixin, _ThenTurnsErrors, _ThenScalesRates, digital)
     namespace = {"analog_lr_scale": lr_scale}
     optimizer.__class__ = new_class(f"Analog{digital.__name__}", bases, exec_body=lambda body: body.update(namespace))
     if "step" in vars(optimizer):
@@ -186,7 +190,7 @@ def describe_updates(network: nn.Module, optimizer: Optimizer) -> str | None:
     """
     groups = [group for group in optimizer.param_groups if any(map(learns_by_pulses, group["params"]))]
     learning = {id(parameter) for group in groups for parameter in group["params"] if learns_by_pulses(parameter)}
-    mixins = (AnalogOptimizerMixin, _WithOwnRates, _ThenTurnsErrors, _ThenScalesRates)
+    mixins = (_DropsErrors, AnalogOptimizerMixin, _WithOwnRates, _ThenTurnsErrors, _ThenScalesRates)
     name = next(kind.__name__ for kind in type(optimizer).__mro__ if not issubclass(kind, mixins))
     ignored = {key for group in groups for key in ("momentum", "weight_decay") if group.get(key)}
     if not groups or (name == "SGD" and not ignored):
@@ -240,6 +244,16 @@ def _check_rule(optimizer: AnalogOptimizerMixin, lr_scale: float) -> None:
 
 def _maximizes_by_pulses(group: Mapping[str, Any]) -> bool:
     return bool(group.get("maximize")) and any(map(learns_by_pulses, group["params"]))
+
+
+class _DropsErrors(Optimizer):
+    """Mixin around aihwkit's mixin: ``zero_grad`` also drops what backwards have left for the tiles."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for context in filter(is_analog, group["params"]):
+                context.reset()
 
 
 class _ThenTurnsErrors(Optimizer):

@@ -2,10 +2,12 @@
 
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from aihwkit.optim import AnalogSGD
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning_modules import make_trainer
@@ -200,6 +202,67 @@ def test_layers_that_are_not_in_the_optimizer_keep_nothing(schedule, num_stages,
     assert module.pairs == [0] * 2 * 6
     for a, b in zip(weights, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class SkipsSteps(FirstAndLast):
+    """A module that leaves out some steps, as code does whose gradients are not finite."""
+
+    kind: Any = torch.optim.SGD
+    skipped: tuple[int, ...] = ()
+    keeps = False
+
+    def configure_optimizers(self):
+        return self.kind(self.parameters(), lr=0.1)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure: Any):
+        if batch_idx in self.skipped:
+            optimizer_closure()
+        else:
+            optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        if not (self.keeps and batch_idx - 1 in self.skipped):
+            optimizer.zero_grad()
+
+
+def fit_skipping(device, schedule, skipped, batches, accumulate=1, keeps=False, optimizer=torch.optim.SGD):
+    torch.manual_seed(1)
+    module = SkipsSteps()
+    module.skipped, module.keeps, module.kind = skipped, keeps, optimizer
+    torch.manual_seed(2)
+    x, y = torch.randn(8 * 6, 6).split(8), torch.randint(3, (8 * 6,)).split(8)
+    data = [(x[number], y[number]) for number in batches]
+    num_stages = 1 if schedule == "none" else 3
+    strategy = AnalogPipelineStrategy(num_stages, schedule, 2, device, ["layers.1", "layers.2"][: num_stages - 1])
+    options = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
+    make_trainer(strategy, precision="32-true", **options).fit(module, DataLoader(data, batch_size=None))
+    return [value for layer in (*module.layers, module.head) for value in weights_of(layer)]
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "zero_bubble"])
+def test_steps_that_are_left_out_leave_nothing_for_the_next(schedule):
+    """Compare with a run without these mini-batches. Crossbars with perfect products draw random numbers in updates."""
+    device = soft_bounds(perfect_io=True)
+    expected = fit_skipping(device, schedule, (), [1, 4, 5])
+    for a, b in zip(fit_skipping(device, schedule, (0, 2, 3), range(6)), expected, strict=True):
+        assert torch.equal(a, b)
+    expected = fit_skipping(device, schedule, (), [0, 1, 4, 5], accumulate=2)
+    for a, b in zip(fit_skipping(device, schedule, (3,), range(6), accumulate=2), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "zero_bubble"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, AnalogSGD])
+def test_a_module_that_does_not_clear_gradients_keeps_them_for_tiles_too(schedule, optimizer):
+    """Compare with digital training, with crossbars that compute exactly. The last skipped step leaves nothing."""
+    arguments = schedule, (0, 2, 5), range(6)
+    expected = fit_skipping(None, *arguments, keeps=True)
+    others = fit_skipping(None, *arguments)
+    for a, b, c in zip(
+        fit_skipping(ideal(), *arguments, keeps=True, optimizer=optimizer), expected, others, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(b, c, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("installed", [True, False])

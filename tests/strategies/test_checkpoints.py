@@ -365,6 +365,23 @@ def test_a_sanity_check_does_not_change_a_resumed_fit(schedule, tmp_path):
     assert all(map(torch.equal, fit(tmp_path / "epoch=0.ckpt"), expected))
 
 
+@pytest.mark.parametrize("schedule", ["none", "sync", "async"])
+def test_a_validation_leaves_the_random_numbers_of_tiles_alone(schedule, tmp_path):
+    """Check a run without validation steps, and one resumed from a checkpoint that a validation followed."""
+
+    def fit(folder, num_batches=2, ckpt_path=None):
+        resumed, kept = module(), ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
+        options = {"max_epochs": 2, "callbacks": [kept], "enable_checkpointing": True, "val_check_interval": 2}
+        options |= {"limit_val_batches": num_batches, "num_sanity_val_steps": num_batches}
+        trainer(strategy(soft_bounds(), schedule=schedule), **options).fit(resumed, data(), data(), ckpt_path=ckpt_path)
+        return [layer.get_weights()[0] for layer in analog_layers(resumed)]
+
+    expected = fit(tmp_path)
+    assert all(map(torch.equal, fit(tmp_path / "again", ckpt_path=tmp_path / "step=2.ckpt"), expected))
+    if schedule != "async":  # a validation drains the pipeline
+        assert all(map(torch.equal, fit(tmp_path / "without", num_batches=0), expected))
+
+
 @pytest.mark.parametrize(("rank", "seed"), [(0, 5), (1, 6), (2, 5)])
 def test_the_generators_of_a_rank_are_restored(rank, seed):
     """Check that a rank which the checkpoint does not have takes those of rank 0, and that tiles keep their own."""

@@ -116,7 +116,8 @@ def pulse(
             return most, cut
     noises = _noises(write_noise, False, random)
     for o in range(outputs):
-        _count_rows(counts, memory, segments, fired[:, o], x_gain, events, spread)
+        if _count_rows(counts, memory, segments, fired[:, o], x_gain, events, spread) == 0:
+            continue
         if len(signs) > 0:
             for i in range(inputs):
                 sign = signs[min(o, len(signs) - 1), i]
@@ -594,7 +595,7 @@ def _count_rows(
     x_gain: np.ndarray,
     events: tuple[np.ndarray, np.ndarray, np.ndarray],
     spread: float,
-) -> None:
+) -> int:
     """Do what :func:`_count` does from zero, for all vectors of a batch that lie one after another in memory.
 
     Args:
@@ -605,6 +606,9 @@ def _count_rows(
         x_gain: gains of the inputs ``(batch,)``.
         events: memory for the events.
         spread: see :func:`pulse`.
+
+    Returns:
+        The number of events.
     """
     counts[:] = 0
     where, numbers, gains = events
@@ -613,6 +617,7 @@ def _count_rows(
         where[number], numbers[number], gains[number] = b * inputs, fired[b], x_gain[b]
         number += fired[b] != 0
     _count(counts, memory, segments, events, number, spread)
+    return number
 
 
 @_compiled

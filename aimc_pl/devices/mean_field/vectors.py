@@ -221,7 +221,8 @@ class Convolution(Patches):
     def in_memory(self, images: Tensor) -> tuple[np.ndarray, Layout]:
         """Return the padded images on the CPU as one row of numbers, with the channels last, and their layout."""
         layout = _layout(self, images.shape[1], tuple(images.shape[2:]))
-        return kernels.array(self._padded(images).movedim(1, -1)).reshape(-1), layout
+        padded = F.pad(images.movedim(1, -1).contiguous(), [0, 0, *self._widths])
+        return kernels.array(padded).reshape(-1), layout
 
     @property
     def _convolution(self) -> Any:
@@ -246,7 +247,11 @@ class Convolution(Patches):
         return weight.unflatten(1, (-1, *self.kernel_size))
 
     def _padded(self, images: Tensor) -> Tensor:
-        return F.pad(images, [width for size in reversed(self.padding) for width in (size, size)])
+        return F.pad(images, self._widths)
+
+    @property
+    def _widths(self) -> list[int]:
+        return [width for size in reversed(self.padding) for width in (size, size)]
 
 
 @lru_cache(maxsize=64)
