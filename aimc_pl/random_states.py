@@ -32,7 +32,7 @@ class RandomStates:
     def read(self) -> list[Any]:
         """Return the current states."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        generators = [_state_of(generator) for generator in self._generators]
+        generators = [state_of(generator) for generator in self._generators]
         return [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate(), generators]
 
     def write(self, states: list[Any]) -> bool:
@@ -50,7 +50,7 @@ class RandomStates:
         if len(generators) != len(self._generators):
             return False
         for generator, state in zip(self._generators, generators, strict=True):
-            _set_state(generator, state)
+            set_state(generator, state)
         return True
 
     def have_moved(self, states: list[Any]) -> bool:
@@ -73,13 +73,15 @@ def seeding_noticed(notice: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _state_of(generator: Any) -> Any:
+def state_of(generator: Any) -> Any:
+    """Return the state of a generator of torch, NumPy or Python."""
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
-def _set_state(generator: Any, state: Any) -> None:
+def set_state(generator: Any, state: Any) -> None:
+    """Set the state that :func:`state_of` has returned."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random):

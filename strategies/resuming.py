@@ -12,13 +12,14 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from aimc_pl.analog import inside_analog_layers
 from aimc_pl.private_torch import tree_leaves, tree_map
-from aimc_pl.random_states import RandomStates
+from aimc_pl.random_states import RandomStates, set_state, state_of
 from aimc_pl.reachable import GENERATORS
 from aimc_pl.strategies.private_lightning import make_iterator_in_epoch, set_epoch, train_fetcher, train_loader
 
@@ -63,15 +64,15 @@ class Resuming(Callback):
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Keep the random states of tiles. A resumed fit does not repeat a validation that follows the checkpoint."""
-        tiles = inside_analog_layers(pl_module)
+        """Keep the random states of tiles. A resumed fit does not repeat a validation that followed the checkpoint."""
+        tiles = inside_analog_layers(pl_module) if trainer.state.fn == TrainerFn.FITTING else ()
         self._of_tiles = _generators_of(part for part in pl_module.modules() if id(part) in tiles)
-        self._before_validation = [generator.get_state() for generator in self._of_tiles]
+        self._before_validation = [state_of(generator) for generator in self._of_tiles]
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         for generator, state in zip(self._of_tiles, self._before_validation, strict=True):
-            generator.set_state(state)
+            set_state(generator, state)
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

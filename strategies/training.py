@@ -75,7 +75,7 @@ class Training:
         self._steps: list[TrainingStep] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._errors = PendingUpdates()
-        """With the gradients: what the last mini-batch has left for the tiles."""
+        """What the last mini-batch has left for tiles, kept apart as its gradients are."""
         self._partial: list[tuple[nn.Parameter, Tensor]] = []
         """Gradients to which more micro-batches will add before the stage updates."""
         self._partial_errors = PendingUpdates()
@@ -130,7 +130,9 @@ class Training:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._gradients = []
+        accumulated = PendingUpdates(self._learning())
         self._errors.give_back()
+        accumulated.give_back()
 
     def check_gradients(self) -> None:
         """Check, before an update of all stages, that the gradients are finite. If not, end the run or warn.
@@ -196,6 +198,7 @@ class Training:
         self._steps = []
         self._partial = []
         self._partial_errors = PendingUpdates()
+        self._gradients, self._errors = [], PendingUpdates()
         self._logbook = Logbook()
         if self.pipeline is not None:
             self.pipeline.abandon()
@@ -250,6 +253,10 @@ class Training:
         known = set(map(id, self._module.parameters()))
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
         return [tensor for group in groups for tensor in group["params"] if id(tensor) not in known]
+
+    def _learning(self) -> list[Any]:
+        """Return the module's parameters, and what the optimizer trains besides."""
+        return [*self._module.parameters(), *self._trained_besides()]
 
     def _run(self, pipeline: Pipeline, microbatches: Sequence[MicroBatch], in_sync: bool) -> None:
         if pipeline.schedule.is_async:
@@ -321,7 +328,8 @@ class Training:
             self._partial = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
             for parameter, _ in self._partial:
                 parameter.grad = None
-            self._partial_errors = PendingUpdates(self._module.parameters())
+            drop_left_out(self._module, self._trainer.optimizers)
+            self._partial_errors = PendingUpdates(self._learning())
 
     @contextmanager
     def _gradients_kept_apart(self) -> Iterator[None]:
@@ -329,15 +337,14 @@ class Training:
 
         Here the backwards run within training_step, after which Lightning clears all gradients.
         """
-        parameters = [p for p in self._module.parameters() if not is_analog(p)]
-        parameters += self._trained_besides()
+        parameters = [p for p in self._learning() if not is_analog(p)]
         accumulated = [parameter.grad for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
-        accumulated_errors = PendingUpdates(self._module.parameters())
+        accumulated_errors = PendingUpdates(self._learning())
         yield
         drop_left_out(self._module, self._trainer.optimizers)
-        self._errors = PendingUpdates(self._module.parameters())
+        self._errors = PendingUpdates(self._learning())
         accumulated_errors.give_back()
         self._gradients = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         for parameter, gradient in zip(parameters, accumulated, strict=True):

@@ -164,13 +164,14 @@ def make_analog_aware(optimizer: Optimizer, lr_scale: float = 1.0) -> None:
             raise UsageError("the optimizer has been given layer.weight of an analog layer: give it parameters()")
     for group in optimizer.param_groups:
         _add_contexts(group, set(map(id, parameters)))
+    learns = any(is_analog(parameter) for group in optimizer.param_groups for parameter in group["params"])
     if isinstance(optimizer, AnalogOptimizerMixin):
         _check_rule(optimizer, lr_scale)
-        if not isinstance(optimizer, _DropsErrors):
+        if learns and not isinstance(optimizer, _DropsErrors):
             own: Any = type(optimizer)
             optimizer.__class__ = new_class(own.__name__, (_DropsErrors, own))
         return
-    if not any(is_analog(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+    if not learns:
         return
     digital: Any = type(optimizer)
     bases = (_DropsErrors, AnalogOptimizerMixin, _ThenTurnsErrors, digital)
@@ -249,8 +250,8 @@ def _maximizes_by_pulses(group: Mapping[str, Any]) -> bool:
 class _DropsErrors(Optimizer):
     """Mixin around aihwkit's mixin: ``zero_grad`` also drops what backwards have left for the tiles."""
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        super().zero_grad(*args, **kwargs)
         for group in self.param_groups:
             for context in filter(is_analog, group["params"]):
                 context.reset()

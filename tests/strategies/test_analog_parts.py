@@ -251,6 +251,32 @@ def test_steps_that_are_left_out_leave_nothing_for_the_next(schedule):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_accumulated_mini_batches_reach_tiles_in_their_order(schedule):
+    device = soft_bounds(perfect_io=True)
+    expected = fit_skipping(device, "sync", (), range(6), accumulate=3)
+    for a, b in zip(fit_skipping(device, schedule, (), range(6), accumulate=3), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_zero_grad_drops_what_tiles_have_still_to_apply(wrapped):
+    """Check the optimizer of a fit, and Lightning's wrapper of it."""
+    left = []
+
+    class Drops(SkipsSteps):
+        def on_after_backward(self):
+            contexts = [p for p in self.parameters() if is_analog(p)]
+            left.append(sum(len(context.analog_grad_output) for context in contexts))
+            (self.optimizers() if wrapped else self.trainer.optimizers[0]).zero_grad()
+            left.append(sum(len(context.analog_grad_output) for context in contexts))
+
+    x = torch.randn(8, 6), torch.randint(3, (8,))
+    strategy = AnalogPipelineStrategy(2, "1f1b", 2, soft_bounds(), ["layers.1"])
+    make_trainer(strategy, precision="32-true", max_epochs=1).fit(Drops(), DataLoader([x], batch_size=None))
+    assert left == [2 * 4, 0]
+
+
 @pytest.mark.parametrize("schedule", ["none", "sync", "1f1b", "zero_bubble"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, AnalogSGD])
 def test_a_module_that_does_not_clear_gradients_keeps_them_for_tiles_too(schedule, optimizer):

@@ -19,7 +19,7 @@ LENGTH = 2**22
 """The longest slice of a table of random numbers. A table has twice as many."""
 
 _IN_CACHE = 2**15
-"""How many numbers of images are used again and again until the next ones follow."""
+"""How many numbers of images are worked on at a time, so that they stay in the cache."""
 
 _f32: Any = np.float32
 
@@ -224,7 +224,7 @@ def pulse_and_transfer(
 ) -> tuple[float, float, float]:
     """Send pulses to a crossbar, add columns of it to another crossbar, and add up both.
 
-    One call for all this makes the update of a small layer a third faster.
+    In a small layer, calls take longer than their work. One call for all this saves some of them.
 
     Args:
         of_pulses: the arguments of :func:`pulse`.
@@ -235,8 +235,8 @@ def pulse_and_transfer(
         gammas: the factors of both crossbars in the sum.
 
     Returns:
-        The results of :func:`pulse`, and the sum of those of :func:`pulse_column`. If no pulses were sent, nothing else
-        has happened either.
+        The results of :func:`pulse`, and the sum of those of :func:`pulse_column`. If no pulses were sent, nothing has
+        moved.
     """
     most, cut = pulse(*of_pulses)
     (first, number), lost = columns, 0.0
@@ -326,7 +326,6 @@ def count_patches(
     layout: tuple[np.ndarray, tuple[np.ndarray, int], np.ndarray],
     largest: np.ndarray,
     error: np.ndarray,
-    most_events: float,
     trains: tuple[float, int, bool, bool],
     spread: float,
     random: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -340,21 +339,18 @@ def count_patches(
         layout: see ``images``.
         largest: the largest input of every patch ``(batch, positions)``.
         error: errors ``(batch, out, positions)``.
-        most_events: if more events are expected, nothing is counted.
         trains: see :func:`~aimc_pl.devices.mean_field.pulses.train_settings`.
         spread: see :func:`pulse`.
         random: see :func:`pulse`.
 
     Returns:
-        The counts (see :func:`_count`) of all cross-points ``(4, out, in)``, or an empty array if nothing was counted;
-        and the longest train that a patch needs, in slots.
+        The counts (see :func:`_count`) of all cross-points ``(4, out, in)``, and the longest train that a patch needs,
+        in slots.
     """
     patches, segments, columns = layout
     (batch, outputs, positions), size = error.shape, len(images) // len(error)
     uniforms, _, offsets = random
-    lengths, gains, error_gains, needed, expected = _trains_of_patches(error, largest, trains)
-    if expected > most_events:
-        return np.empty((4, 0, 0), _f32), needed
+    lengths, gains, error_gains, needed = _trains_of_patches(error, largest, trains)
     longest = int(_largest(lengths.reshape(-1))[0])
     starts = np.array([start(offsets) for _ in range(longest)])
     by_output = np.zeros((outputs, 4, len(segments[0]) * segments[1]), _f32)
@@ -505,30 +501,27 @@ def _cut(x: np.ndarray, error: np.ndarray, needed: float, trains: tuple[float, i
 @_compiled
 def _trains_of_patches(
     error: np.ndarray, largest: np.ndarray, trains: tuple[float, int, bool, bool]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Choose the pulse trains of all patches. For the arguments see :func:`count_patches`.
 
     Returns:
         Three arrays ``(batch, positions)``: the numbers of slots, the factors that turn inputs into probabilities, and
-        those that turn errors into probabilities; the number of slots that the strongest cross-point needs; and how
-        often errors are expected to fire.
+        those that turn errors into probabilities; and the number of slots that the strongest cross-point needs.
     """
     batch, outputs, positions = error.shape
     needed, lengths = np.empty((batch, positions), _f32), np.empty((batch, positions), _f32)
     gains, error_gains = np.empty((batch, positions), _f32), np.empty((batch, positions), _f32)
-    bits, sums, expected = np.empty(positions, np.int32), np.empty(positions, _f32), _f32(0)
+    bits = np.empty(positions, np.int32)
     strongest = bits.view(_f32)
     for b in range(batch):
-        bits[:], sums[:] = 0, 0
+        bits[:] = 0
         for o in range(outputs):
             errors = error[b, o].view(np.int32)
             for i in range(positions):
                 bits[i] = max(bits[i], errors[i] & 0x7FFFFFFF)  # see _largest
-                sums[i] += abs(error[b, o, i])
         for i in range(positions):
             needed[b, i], lengths[b, i], gains[b, i], error_gains[b, i], _ = _train(largest[b, i], strongest[i], trains)
-            expected -= lengths[b, i] * error_gains[b, i] * sums[i]
-    return lengths, gains, error_gains, _largest(needed.reshape(-1))[0], expected
+    return lengths, gains, error_gains, _largest(needed.reshape(-1))[0]
 
 
 @_compiled

@@ -21,9 +21,6 @@ _RARELY = 0.2
 
 The variances of single cross-points are then wrong by a few percent, because some of them meet stronger inputs."""
 
-_MANY = 0.3
-"""The share of the errors of a convolution above which they are not counted one by one on one thread."""
-
 DRAWN = 64
 """The longest train whose slots are drawn one by one. For a longer train, only the number of pulses is drawn."""
 
@@ -97,10 +94,9 @@ def expected_counts(
     """
     magnitude, rate = _magnitude(x), learning_rate / granularity
     largest = vectors.largest(magnitude)
-    if isinstance(vectors, Convolution) and error.is_cpu and error.numel() <= LENGTH:
-        counts = _counts_of_events(x, largest, error, vectors, rate, update, spread, generator)
-        if counts is not None:
-            return counts
+    fits = error.is_cpu and error[0].numel() <= LENGTH and update.desired_bl <= DRAWN
+    if fits and isinstance(vectors, Convolution):
+        return _counts_of_events(x, largest, error, vectors, rate, update, spread, generator)
     trains = _trains(largest, error, vectors.dim, rate, update)
     if not isinstance(trains.x_gain, Tensor):
         x = x.clamp(-1 / trains.x_gain, 1 / trains.x_gain)
@@ -134,25 +130,22 @@ def _counts_of_events(
     update: UpdateParameters,
     spread: float,
     generator: TableGenerator,
-) -> Counts | None:
-    """Do on the CPU what :func:`expected_counts` does, unless so many errors fire that a convolution is faster."""
-    trains = train_settings(rate, update)
-    _, length, is_managed, _ = trains
-    if length > DRAWN:
-        return None
+) -> Counts:
+    """Do what :func:`expected_counts` does, for the errors of a convolution on the CPU, one by one."""
+    trains = rate, length, is_managed, _ = train_settings(rate, update)
     if not is_managed:
         limit = (length / rate) ** 0.5
         images = images.clamp(-limit, limit)
-    memory, layout = convolution.in_memory(images)
-    vectors = layout, kernels.array(largest.flatten(1)), kernels.array(error.flatten(2))
-    most_events = _MANY * error.numel() / torch.get_num_threads()
-    random = *tables(), generator.offsets
-    counts, needed = kernels.count_patches(memory, *vectors, most_events, trains, spread, random)
-    if counts.size == 0:
-        return None
-    net, total, *noise = torch.from_numpy(counts)
-    is_cut = is_managed and needed > length
-    return Counts(net, total, (noise[0], noise[1]), _cut(largest, error, rate, length) if is_cut else 0.0)
+    random, found, longest = (*tables(), generator.offsets), [], 0.0
+    # The random numbers of a portion come from one slice of the table.
+    tensors = images, largest.flatten(1), error.flatten(2)
+    for some_images, *others in zip(*(t.split(LENGTH // error[0].numel()) for t in tensors), strict=True):
+        memory, layout = convolution.in_memory(some_images)
+        counts, needed = kernels.count_patches(memory, layout, *map(kernels.array, others), trains, spread, random)
+        found, longest = [*found, torch.from_numpy(counts)], max(longest, needed)
+    net, total, net_noise, total_noise = found[0] if len(found) == 1 else torch.stack(found).sum(0)
+    cut = _cut(largest, error, rate, length) if is_managed and longest > length else 0.0
+    return Counts(net, total, (net_noise, total_noise), cut)
 
 
 def sampled_counts(

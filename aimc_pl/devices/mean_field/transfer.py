@@ -119,8 +119,8 @@ class TransferSimulatorTile(CompoundSimulatorTile):
             is_up_to_date = self._update_in_one_call(some_x, some_error, vectors, due)
             if not is_up_to_date:
                 self._pulse(some_x, some_error, vectors, batch * each)
-                for source, number in enumerate(due):
-                    for _ in range(number):
+                for source, times in enumerate(due):
+                    for _ in range(times):
                         self._transfer(source)
         if not is_up_to_date:
             self._add_up()

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from aimc_pl.devices.mean_field import pulses
+from aimc_pl.devices.mean_field.kernels import LENGTH
 from aimc_pl.devices.mean_field.pulses import expected_counts, sampled_counts
 from aimc_pl.devices.mean_field.random_table import TableGenerator
 from aimc_pl.devices.mean_field.vectors import Convolution, Vectors
@@ -116,8 +117,8 @@ def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed, monkeypa
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
     update, generator = UpdateParameters(desired_bl=10), TableGenerator()
     of_rows = expected_counts(*rows, ROWS, rate, 1.0, update, SPREAD, generator)
-    for most in (0.0, 1e9):
-        monkeypatch.setattr(pulses, "_MANY", most)
+    for length in (LENGTH, 0):
+        monkeypatch.setattr(pulses, "LENGTH", length)  # 0 stands for torch's operations
         of_images = expected_counts(images, error, convolution, rate, 1.0, update, SPREAD, generator)
         assert float(of_images.total.max()) <= 10 * len(rows[0])
         torch.testing.assert_close(of_images[:3], of_rows[:3], rtol=1e-4, atol=1e-3)
@@ -132,7 +133,8 @@ def test_a_convolution_has_the_variance_of_its_patches(learning_rate, counting, 
     To this tolerance 5 standard errors of 400 draws of 180 cross-points are added. One in 5,000 random seeds would
     exceed it.
     """
-    monkeypatch.setattr(pulses, "_MANY", 1e9 if counting == "event by event" else 0.0)
+    if counting == "with torch":
+        monkeypatch.setattr(pulses, "LENGTH", 0)
     torch.manual_seed(0)
     convolution = Convolution((3, 3), (1, 1), (1, 1), (1, 1))
     images, error = torch.randn(2, 4, 6, 6).relu(), torch.randn(2, 5, 6, 6)
@@ -177,7 +179,8 @@ def test_patches_of_real_images_get_aihwkits_mean_and_variance(counting, monkeyp
 
     The standard errors of 400 draws are 0.4 % and 0.8 %. One in 250,000 random seeds would exceed a bound.
     """
-    monkeypatch.setattr(pulses, "_MANY", 1e9 if counting == "event by event" else 0.0)
+    if counting == "with torch":
+        monkeypatch.setattr(pulses, "LENGTH", 0)
     convolution, images, error = patches_of_digits()
     rows = convolution.columns(images).movedim(1, 2).flatten(0, 1), error.flatten(2).movedim(1, 2).flatten(0, 1)
     generator, draws, settings = TableGenerator().manual_seed(2), 400, (0.02, 0.001, UpdateParameters())
