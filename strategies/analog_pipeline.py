@@ -236,7 +236,7 @@ class AnalogPipelineStrategy(ProcessStrategy):
         check_updates(self._module, optimizer)
         check_closure(self._module, optimizer, stages_update_apart=self.schedule.is_async or self.is_multiprocess)
         analog_parts.convert_optimizer(self._module, optimizer, self.analog_lr_scale)
-        self.optimizers = [optimizer]  # Lightning wraps it anew, as what it is now
+        self.optimizers = [optimizer]  # Lightning's wrapper has the methods of the class that it found
         if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", self._module, pl.LightningModule):
             analog_parts.tell_of_clipping(self._module)
 

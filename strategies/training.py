@@ -130,6 +130,7 @@ class Training:
         for parameter, gradient in self._gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._gradients = []
+        # Pulses depend on the order: what earlier mini-batches have accumulated comes first.
         accumulated = PendingUpdates(self._learning())
         self._errors.give_back()
         accumulated.give_back()

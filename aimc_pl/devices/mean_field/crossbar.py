@@ -222,16 +222,10 @@ class Crossbar(nn.Module):
         signs: Tensor | None = None,
         furthest: float | None = None,
     ) -> tuple[Any, ...] | None:
-        """Return the arguments of the compiled loop that does what :meth:`pulse` does, or ``None`` if none can.
+        """Return the arguments of the compiled loop that does what :meth:`pulse` does, or ``None`` if it cannot do it.
 
-        Args:
-            x: see :meth:`pulse`, as all but the last.
-            error: see ``x``.
-            vectors: see ``x``.
-            learning_rate: see ``x``.
-            update: see ``x``.
-            signs: see ``x``.
-            furthest: the largest reach of a batch that need not be split.
+        For the arguments see :meth:`pulse`. ``furthest`` is the largest reach with which the batch need not be split.
+        Without it, the limit is the one of :meth:`pulse`.
         """
         trains, loop = self._pulse_loop(learning_rate, update)
         if loop is None or vectors is not ROWS or error.numel() > LENGTH:

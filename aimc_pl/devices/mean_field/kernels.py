@@ -332,7 +332,7 @@ def count_patches(
 ) -> tuple[np.ndarray, float]:
     """Count the pulses that the patches of images send to every cross-point, event by event.
 
-    An event is an error that fires. The time grows with the number of events, which are few with usual learning rates.
+    An event is an error that fires. Usually these are few, and the time grows with their number.
 
     Args:
         images: see :meth:`~aimc_pl.devices.mean_field.vectors.Convolution.in_memory`.
