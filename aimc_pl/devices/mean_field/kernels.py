@@ -560,10 +560,11 @@ def _largest(values: np.ndarray) -> tuple[float, bool]:
     """Return the largest magnitude of numbers, and whether all are finite."""
     # The bits of numbers without their sign are in the order of the magnitudes. Infinity and NaN come last. Unlike
     # a maximum of floats, a maximum of integers uses vector instructions.
-    largest = np.zeros(1, np.int32)
+    largest: Any = np.int32(0)
     for bits in values.view(np.int32):
-        largest[0] = max(largest[0], bits & 0x7FFFFFFF)
-    return largest.view(_f32)[0], largest[0] < 0x7F800000
+        largest = max(largest, np.int32(bits & 0x7FFFFFFF))
+    magnitude: Any = np.int32(largest)
+    return magnitude.view(_f32), largest < 0x7F800000
 
 
 @_compiled

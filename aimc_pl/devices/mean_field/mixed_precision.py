@@ -28,14 +28,14 @@ class MixedPrecisionSimulatorTile(MeanFieldSimulatorTile):
         rpu_config: the configuration, whose device is a ``MixedPrecisionCompound``.
 
     Attributes:
-        gradient: the sum of all δᵀx ``(out, in)`` of the last :meth:`update`.
+        gradients: the sums δᵀx ``(out, in)`` of updates that have not been learned yet.
     """
 
-    gradient: Tensor | None = None
     _residual: Tensor
 
     def __init__(self, x_size: int, d_size: int, rpu_config: MeanFieldRPUConfig) -> None:
         super().__init__(x_size, d_size, rpu_config)
+        self.gradients: list[Tensor] = []
         self.register_buffer("_residual", torch.zeros(d_size, x_size), persistent=False)
 
     def _make_crossbar(self, device: Any) -> Crossbar:
@@ -65,7 +65,7 @@ class MixedPrecisionSimulatorTile(MeanFieldSimulatorTile):
         self._residual.copy_(extra["residual"])
 
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
-        self.gradient = vectors.outer(error, x)
+        self.gradients.append(vectors.outer(error, x))
 
 
 class MixedPrecisionTile(MeanFieldTile):
@@ -195,7 +195,7 @@ class MixedPrecisionTile(MeanFieldTile):
         self._shown = version(self.shared_weights)
 
     def _learn(self) -> None:
-        gradient, self.tile.gradient = self.tile.gradient, None
+        gradient = self.tile.gradients.pop()
         if self._gradient is not None:
             self._gradient.set_(gradient)
         else:

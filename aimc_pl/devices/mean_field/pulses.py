@@ -5,7 +5,7 @@ element δ with probability A·|δ|. A cross-point gets a pulse if both fire in 
 direction is the sign of −xδ.
 """
 
-from math import ceil, isfinite
+from math import ceil, inf, isfinite
 from typing import NamedTuple
 
 import torch
@@ -238,7 +238,7 @@ def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: Upd
     if not is_managed:
         gain = (rate / length) ** 0.5
         return _Trains(length, length, gain, -gain)
-    error_largest = torch.maximum(error.amax(dim, keepdim=True), -error.amin(dim, keepdim=True))
+    error_largest = torch.linalg.vector_norm(error, inf, dim, keepdim=True)
     strongest = (x_largest * error_largest).mul_(rate).clamp_min_(1e-30)
     most = float(strongest.max())
     lengths = float(length)
@@ -283,10 +283,12 @@ def _drawn(error: Tensor, trains: _Trains, generator: TableGenerator) -> Tensor:
     if trains.longest > DRAWN:
         return _binomial(probabilities, trains.lengths, generator)
     # With u uniform in [0, 1), floor(p + u) is the sign of p with probability |p|, and 0 otherwise.
-    fired = (uniform(shape, generator, device) + probabilities).floor_()
-    for slot in range(1, trains.longest):
-        more = (uniform(shape, generator, device) + probabilities).floor_()
-        fired += more if isinstance(trains.lengths, float) else more.mul_(trains.lengths > slot)
+    fired, slots = torch.zeros_like(error), torch.arange(trains.longest, device=device)
+    for some in slots.split(max(1, _SLOTS // error.numel())):
+        fires = torch.stack([uniform(shape, generator, device) for _ in some]).add_(probabilities).floor_()
+        if isinstance(trains.lengths, Tensor):
+            fires *= some.view(-1, *[1] * len(shape)) < trains.lengths
+        fired += fires.sum(0)
     return fired
 
 

@@ -124,6 +124,19 @@ def test_counts_of_a_convolution_are_those_of_its_patches(rate, signed, monkeypa
         torch.testing.assert_close(of_images[:3], of_rows[:3], rtol=1e-4, atol=1e-3)
 
 
+def test_slots_may_be_drawn_in_portions(monkeypatch):
+    monkeypatch.setattr(pulses, "LENGTH", 0)
+    torch.manual_seed(0)
+    convolution, update = Convolution((3, 3), (1, 1), (1, 1), (1, 1)), UpdateParameters(desired_bl=10)
+    images, error, counts = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 6, 6), []
+    for slots in (2**24, 3 * error.numel(), 1):
+        monkeypatch.setattr(pulses, "_SLOTS", slots)
+        generator = TableGenerator().manual_seed(3)
+        counts.append(expected_counts(images, error, convolution, 2.0, 1.0, update, SPREAD, generator))
+    assert float(counts[0].total.max()) > 100
+    torch.testing.assert_close(counts[1:], counts[:1] * 2, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("learning_rate", [1e-6, 1e-5, 1e-3])
 @pytest.mark.parametrize(("counting", "tolerance"), [("event by event", 0.0), ("with torch", 0.1)])
