@@ -32,7 +32,7 @@ ROWS = Vectors(-1)
 _LARGEST_REACH = 0.5
 """A batch is split if it moves weights by more than this, in units of their device's relaxation."""
 
-_NOTHING, _ONE = np.empty((0, 0), np.float32), np.ones(1, np.float32)
+_ONE = np.ones(1, np.float32)
 
 
 @dataclass
@@ -163,10 +163,10 @@ class Crossbar(nn.Module):
         """
         if learning_rate == 0:
             return
-        furthest = _furthest(x)
-        reach, cut = self._attempt(x, error, vectors, learning_rate, update, signs, furthest)
+        limit = largest_reach(x)
+        reach, cut = self._attempt(x, error, vectors, learning_rate, update, signs, limit)
         self.tally.add(cut)
-        if reach <= furthest:
+        if reach <= limit:
             return
         # The order of the samples matters: split the batch, and apply its parts one after another.
         parts = min(len(x), ceil(reach / _LARGEST_REACH))
@@ -220,18 +220,17 @@ class Crossbar(nn.Module):
         learning_rate: float,
         update: UpdateParameters,
         signs: Tensor | None = None,
-        furthest: float | None = None,
+        furthest: float = inf,
     ) -> tuple[Any, ...] | None:
         """Return the arguments of the compiled loop that does what :meth:`pulse` does, or ``None`` if it cannot do it.
 
-        For the arguments see :meth:`pulse`. ``furthest`` is the largest reach with which the batch need not be split.
-        Without it, the limit is the one of :meth:`pulse`.
+        For the arguments see :meth:`pulse`. The loop sends no pulses if the reach is larger than ``furthest``.
         """
         trains, loop = self._pulse_loop(learning_rate, update)
         if loop is None or vectors is not ROWS or error.numel() > LENGTH:
             return None
-        turned = _NOTHING if signs is None else kernels.array(signs)
-        most = (_furthest(x) if furthest is None else furthest) / (self.response.steepness or 1e-30)
+        turned = kernels.NOTHING if signs is None else kernels.array(signs)
+        most = furthest / (self.response.steepness or 1e-30)
         return loop.weight, kernels.array(x), kernels.array(error), turned, most, trains, *loop.settings
 
     def column_arguments(self, learning_rate: float, update: UpdateParameters) -> tuple[Any, ...] | None:
@@ -388,7 +387,7 @@ class Crossbar(nn.Module):
         response, weight = self.response, self.weight
         if not (isinstance(response, LinearResponse) and weight.is_cpu and weight.numel() <= LENGTH):
             return None
-        visible = weight.numpy() if self._write_noise > 0 else _NOTHING
+        visible = weight.numpy() if self._write_noise > 0 else kernels.NOTHING
         random = *tables(), self._generator.offsets
         settings = response.parameters, response.spread, (visible, self._write_noise), random
         return _Loop(self._moving.numpy(), settings)
@@ -467,7 +466,7 @@ class Crossbar(nn.Module):
         return gaussian(like.shape, self._generator, like.device)
 
 
-def _furthest(x: Tensor) -> float:
+def largest_reach(x: Tensor) -> float:
     """Return the largest reach with which a batch need not be split."""
     return _LARGEST_REACH if x.shape[0] > 1 else inf
 

@@ -21,6 +21,9 @@ LENGTH = 2**22
 _IN_CACHE = 2**15
 """How many numbers of images are worked on at a time, so that they stay in the cache."""
 
+NOTHING = np.empty((0, 0), np.float32)
+"""An empty array, which stands for an argument that a loop does not need."""
+
 _f32: Any = np.float32
 
 _compiled: Any = njit(
@@ -91,10 +94,10 @@ def pulse(
     fired, counts, x_gain = np.zeros((batch, outputs), _f32), np.empty((4, inputs), _f32), np.empty(batch, _f32)
     lines, events, segments = np.empty((batch, inputs), _f32), _events(batch), (np.zeros(1, np.int64), inputs)
     starts, drawn = np.empty(trains[1], np.int64), 0
-    most = longest = _f32(0)
+    most = most_needed = _f32(0)
     for b in range(batch):
         needed, slots, x_gain[b], gain, limit = _train(_largest(x[b])[0], _largest(error[b])[0], trains)
-        longest = max(longest, needed)
+        most_needed = max(most_needed, needed)
         while drawn < slots:
             starts[drawn] = start(offsets)
             drawn += 1
@@ -106,7 +109,7 @@ def pulse(
         for i in range(inputs):
             lines[b, i] = max(min(x[b, i], limit), -limit)
         most += _largest(fired[b])[0] * _largest(lines[b])[0]
-    memory, cut = lines.reshape(-1), _cut(x, error, longest, trains)
+    memory, cut = lines.reshape(-1), _cut(x, error, most_needed, trains)
     if furthest < most < np.inf:
         most = _f32(0)
         for o in range(outputs):
@@ -250,6 +253,102 @@ def pulse_and_transfer(
         for i in range(total.shape[1]):
             total[o, i] = of_target * target[o, i] + gamma * source[o, i]
     return most, cut, lost
+
+
+@_compiled
+def pulse_and_chop(
+    of_pulses: tuple[Any, ...],
+    each: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    start_at: tuple[int, int],
+    reads: tuple[tuple[Any, ...], tuple[Any, ...]],
+    buffer: tuple[np.ndarray, bool, float, bool, float],
+    tracking: tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, float, float]],
+    signs: tuple[np.ndarray, np.ndarray],
+    flips: tuple[int, bool, float, np.ndarray, float, np.ndarray],
+    of_transfers: tuple[Any, ...],
+) -> tuple[int, int, float, int, float]:
+    """Send the pulses of one vector after another to a crossbar with choppers, and do the transfers between them.
+
+    This does what the tiles of :mod:`~aimc_pl.devices.mean_field.chopped` do.
+
+    Args:
+        of_pulses: the arguments of :func:`pulse` for all vectors.
+        each: for every vector: the rate and the number of slots of its trains, the number of columns that are read
+            after its pulses, and by how many steps a read of 1 fills the buffer.
+        start_at: the first column, and how often the last column has been read.
+        reads: see :func:`read_column`.
+        buffer: the digital buffer ``(in, out)``, which changes; whether every transfer clears it; the most steps that
+            a transfer sends; and what remains of what is sent: whether this is a share of the buffer, and the share.
+        tracking: the running mean ``(in, out)`` and the reference ``(in, out)`` of every column, and whether the column
+            has flipped ``(in,)``, which change. Without references, the arrays are empty. Then the share of a read in
+            the running mean, the limit of what remains in the buffer or 0, and the most transfers of a period by whose
+            number steps are divided or 0.
+        signs: the signs of the inputs ``(in,)`` and outputs ``(out,)``, which change.
+        flips: the period of a column in reads; whether columns flip at the end of a period; and with which probability
+            they flip, and uniform numbers for all transfers. The last two are the same for outputs, for all times that
+            the last column is read: a probability and numbers ``(times, out)``.
+        of_transfers: see :func:`pulse_and_transfer`.
+
+    Returns:
+        The next column, how often the last column has been read, the sum of what the pulses have lost (see
+        :func:`pulse`), the number of columns that pulses moved, and the sum of what those have lost.
+    """
+    weight, x, error, turned, _, (_, _, is_managed, is_adaptive), response, spread, write_noise, random = of_pulses
+    (rates, lengths, numbers, factors), (column, cycles), (in_signs, out_signs) = each, start_at, signs
+    held, clears, most, is_share, kept = buffer
+    mean, reference, has_flipped, (share, cap, most_reads) = tracking
+    period, flips_regularly, in_probability, in_draws, out_probability, out_draws = flips
+    most, kept, share, cap = _f32(most), _f32(kept), _f32(share), _f32(cap)
+    source, steps, cut, moved, lost = _seen(weight, write_noise), np.empty(len(out_signs), _f32), 0.0, 0, 0.0
+    reads_done = passes = 0
+    for b in range(len(x)):
+        trains = rates[b], lengths[b], is_managed, is_adaptive
+        some = x[b : b + 1], error[b : b + 1]
+        cut += pulse(weight, *some, turned, np.inf, trains, response, spread, write_noise, random)[1]
+        for _ in range(numbers[b]):
+            values = read_column(source, column, reads, random)
+            factor = factors[b] / (min(cycles % period + 1, most_reads) if most_reads > 0 else 1)
+            to_buffer = in_signs[column] * _f32(factor)
+            sends = False
+            for o in range(len(values)):
+                value, before = values[o], _f32(0)
+                if len(mean) > 0:
+                    before = mean[column, o] if has_flipped[column] > 0 else reference[column, o]
+                    reference[column, o] = before
+                    mean[column, o] += share * (value - mean[column, o])
+                full = (_f32(0) if clears else held[column, o]) + to_buffer * out_signs[o] * (value - before)
+                steps[o] = max(min(np.trunc(full), most), -most)
+                sends |= steps[o] != 0
+                if is_share:
+                    full *= kept if steps[o] != 0 else _f32(1)
+                else:
+                    full -= (_f32(1) - kept) * steps[o]
+                    full = max(min(full, cap), -cap) if cap > 0 and steps[o] != 0 else full
+                held[column, o] = full
+            if sends and (len(mean) == 0 or cycles > period):
+                lost += pulse_column(column, -steps, *of_transfers)
+                moved += 1
+            is_flipped = flips_regularly and cycles % period + 1 == period
+            if in_probability > 0:
+                is_flipped |= in_draws[reads_done] < in_probability
+                reads_done += 1
+            if len(mean) > 0:
+                has_flipped[column] = is_flipped
+            if is_flipped:
+                in_signs[column] *= -1
+                turned[:, column] *= -1
+            column = (column + 1) % len(in_signs)
+            if column > 0:
+                continue
+            cycles += 1
+            if out_probability <= 0:
+                continue
+            for o in range(len(out_signs)):
+                if out_draws[passes, o] < out_probability:
+                    out_signs[o] *= -1
+                    turned[o] *= -1
+            passes += 1
+    return column, cycles, cut, moved, lost
 
 
 @_compiled

@@ -9,7 +9,6 @@ from functools import cached_property
 from math import ceil, inf, prod
 from typing import Any
 
-import numpy as np
 import torch
 from aihwkit.simulator.configs.compounds import BufferedTransferCompound, TransferCompound
 from aihwkit.simulator.configs.devices import PulsedDevice
@@ -18,11 +17,9 @@ from torch import Tensor
 from aimc_pl.devices.mean_field import kernels
 from aimc_pl.devices.mean_field.compound import CompoundSimulatorTile, Progress
 from aimc_pl.devices.mean_field.converters import is_perfect, is_simple, kernel_arguments, read_column
-from aimc_pl.devices.mean_field.crossbar import ROWS, split
+from aimc_pl.devices.mean_field.crossbar import ROWS, largest_reach, split
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
 from aimc_pl.devices.mean_field.vectors import Patches, Vectors
-
-_NOTHING = np.empty((0, 0), np.float32)
 
 
 class TransferSimulatorTile(CompoundSimulatorTile):
@@ -108,12 +105,10 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         progress, number = self._progress, x.shape[0]
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
         batch = num_samples or number
-        # The order of pulses and transfers matters: split the batch if several transfers of a crossbar fall into it.
-        length = number / batch if self._compound.units_in_mbatch else number * each
-        parts = min(number, max(1, ceil(length / self._shortest)))
+        parts = self._num_parts(number, batch, each)
         is_up_to_date = False
         for some_x, some_error in split(parts, x, error):
-            before, some = self._num_transfers(), number if parts == 1 else some_x.shape[0]
+            before, some = self._num_transfers(), some_x.shape[0]
             progress.advance(some, batch, some * each)
             due = [now - then for now, then in zip(self._num_transfers(), before, strict=True)]
             is_up_to_date = self._update_in_one_call(some_x, some_error, vectors, due)
@@ -134,13 +129,13 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         if not self._is_plain or self._reads is None or due[0] > 1 or rate == 0:
             return False
         ours, target = self._crossbars
-        of_pulses = ours.pulse_arguments(x, error, vectors, rate, self._config.update)
+        of_pulses = ours.pulse_arguments(x, error, vectors, rate, self._config.update, furthest=largest_reach(x))
         transfer_rate = self._transfer_rate(0)
         of_transfers = target.column_arguments(transfer_rate, compound.transfer_update)
         if of_pulses is None or of_transfers is None:
             return False
         number = due[0] * min(compound.n_reads_per_transfer, self.x_size) if transfer_rate != 0 else 0
-        columns, total = (self._columns[0], number), self._sum.numpy() if self._is_sum else _NOTHING
+        columns, total = (self._columns[0], number), self._sum.numpy() if self._is_sum else kernels.NOTHING
         most, cut, lost = kernels.pulse_and_transfer(of_pulses, self._reads, of_transfers, columns, total, self._gammas)
         if most > of_pulses[4]:
             return False
@@ -148,6 +143,14 @@ class TransferSimulatorTile(CompoundSimulatorTile):
         target.tally.add(lost, number)
         self._columns[0] = (self._columns[0] + number) % self.x_size
         return True
+
+    def _num_parts(self, number: int, batch: int, each: int) -> int:
+        """Return into how many parts to split some samples of a batch, each of which is so many vectors.
+
+        The order of pulses and transfers matters: a part contains one transfer of each crossbar at most, or one sample.
+        """
+        length = number / batch if self._compound.units_in_mbatch else number * each
+        return min(number, max(1, ceil(length / self._shortest)))
 
     @cached_property
     def _periods(self) -> Sequence[float]:

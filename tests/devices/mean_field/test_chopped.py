@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from aihwkit.simulator.configs import ConstantStepDevice, IOParameters, UnitCellRPUConfig, UpdateParameters
+from aihwkit.simulator.configs import (
+    ConstantStepDevice,
+    IOParameters,
+    SoftBoundsDevice,
+    UnitCellRPUConfig,
+    UpdateParameters,
+)
 from aihwkit.simulator.configs.compounds import ChoppedTransferCompound, DynamicTransferCompound
 from jsonargparse import ArgumentParser
 
@@ -18,6 +24,7 @@ from aimc_pl.devices import (
     tiki_taka_v2,
     to_mean_field,
 )
+from aimc_pl.devices.mean_field.crossbar import ROWS
 from aimc_pl.errors import UsageError
 
 OUT, IN, STEP = 4, 3, 0.01
@@ -165,6 +172,74 @@ def test_dynamic_references_equal_the_recomputation(name):
         for crossbar, expected in zip(tile.tile.crossbars, (p, w), strict=True):
             torch.testing.assert_close(crossbar.weight.double(), expected, rtol=1e-3, atol=1e-3)
     assert moved > 20
+
+
+LOOPS = {f"chopped, {name}": (ChoppedTransferCompound, options) for name, options in CHOPPED.items()}
+LOOPS |= {f"dynamic, {name}": (DynamicTransferCompound, options) for name, options in DYNAMIC.items()}
+LOOPS |= {
+    "chopped, at random": (ChoppedTransferCompound, {"in_chop_prob": 0.3, "in_chop_random": True}),
+    "chopped, outputs alone": (ChoppedTransferCompound, {"in_chop_prob": 0.0, "out_chop_prob": 0.4, "gamma": 0.3}),
+    "dynamic, low cap": (DynamicTransferCompound, DYNAMIC["capped"] | {"buffer_cap": 0.5}),
+    "dynamic, at random": (DynamicTransferCompound, {"in_chop_prob": 0.3, "in_chop_random": True, "auto_scale": True}),
+}
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("every", [1.0, -1 / 5, -1 / 15])
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_compiled_loop_does_what_single_vectors_do(name, every, noisy, monkeypatch):
+    """Compare tiles that draw the same random numbers. A transfer comes after every vector, or several come.
+
+    A negative ``every`` is in mini-batches of 5 vectors.
+    """
+    kind, options = LOOPS[name]
+    options = options | {"units_in_mbatch": every < 0, "transfer_every": abs(every)}
+    options |= {"fast_lr": 0.01, "buffer_granularity": 0.1, "transfer_forward": IOParameters(is_perfect=not noisy)}
+    cell = kind(unit_cell_devices=[SoftBoundsDevice(), SoftBoundsDevice(write_noise_std=10.0 * noisy)], **options)
+    config = UnitCellRPUConfig(device=cell, update=UpdateParameters(desired_bl=10))
+    one, other = tile_of(config), tile_of(config)
+    for tile in (one, other):
+        tile.set_weights(torch.full((OUT, IN), 0.2))
+    monkeypatch.setattr(other.tile, "_update_in_one_loop", lambda x, error, vectors: False)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        x, error = (torch.randn(5, size, generator=generator) for size in (IN, OUT))
+        assert one.tile._update_in_one_loop(x, error, ROWS)
+        other.update(x, error)
+    assert one.tile.crossbars[1].tally.num_updates > 10
+    for a, b in zip(one.tile.crossbars, other.tile.crossbars, strict=True):
+        torch.testing.assert_close(a.weight, b.weight)
+        assert a.tally.num_updates == b.tally.num_updates
+        assert float(a.tally.cut) == pytest.approx(float(b.tally.cut))
+    states, others = one.tile.dump_extra(), other.tile.dump_extra()
+    for ignored in ("crossbars", "generator"):
+        del states[ignored], others[ignored]
+    torch.testing.assert_close(states, others)
+    torch.testing.assert_close(one.get_weights(), other.get_weights())
+
+
+def test_long_trains_are_left_to_single_vectors():
+    """Check that scales do not advance twice where a train turns out to be longer than the compiled loop can send."""
+    options = {"in_chop_prob": 0.0, "auto_scale": True, "fast_lr": 0.01, "transfer_every": 1.0}
+    cell = ChoppedTransferCompound(unit_cell_devices=[SoftBoundsDevice(), SoftBoundsDevice()], **options)
+    update = UpdateParameters(desired_bl=10, fixed_bl=False, update_management=False, update_bl_management=False)
+    tile = tile_of(UnitCellRPUConfig(device=cell, update=update))
+    x, error = torch.ones(4, IN), torch.ones(4, OUT)
+    before = tile.tile.dump_extra()
+    assert not tile.tile._update_in_one_loop(x, 1e-9 * error, ROWS)
+    torch.testing.assert_close(tile.tile.dump_extra(), before)
+    assert tile.tile._update_in_one_loop(x, error, ROWS)
+
+
+def test_a_vector_of_zeros_has_a_rate():
+    """Check that rates are scaled from the first vector on that has both inputs and errors."""
+    options = {"in_chop_prob": 0.0, "auto_scale": True, "fast_lr": 0.1, "transfer_every": 1.0}
+    tile = tile_of(exact(ChoppedTransferCompound, **options))
+    x, error = torch.ones(4, IN), torch.ones(4, OUT)
+    x[0] = 0
+    tile.update(x, error)
+    assert tile.tile.crossbars[0].weight.isfinite().all()
+    assert tile.tile.crossbars[0].weight.all()
 
 
 @pytest.mark.parametrize("kind", [ChoppedTransferCompound, DynamicTransferCompound])
