@@ -3,11 +3,11 @@
 import gc
 import sys
 from collections import UserDict
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from copy import copy
 from dataclasses import fields, is_dataclass
-from types import FunctionType, ModuleType
-from typing import Any
+from types import FunctionType, MappingProxyType, ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,21 +17,32 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from aimc_pl.errors import UsageError
 
+Reading = Mapping[tuple[Any, ...], Any]
+"""How a batch is split: at every place, the keys or indices that lead there.
 
-def batch_size(batch: Any) -> int:
+At the place of the batch itself, this is one of the kinds of :class:`_Layout`. At the place of a list or array in the
+batch, it is whether there is one element per sample.
+"""
+
+
+def batch_size(batch: Any, known: Reading = MappingProxyType({})) -> int:
     """Return the number of samples in a batch, which is the size of the first dimension of its tensors.
 
     The samples of a packed sequence are its sequences, and those of a PyTorch Geometric ``Batch`` are its graphs.
     Tensors in lists within the batch count only if there are no other tensors, since such a list may hold a tensor of
     any size per sample.
 
+    Args:
+        batch: a batch.
+        known: see :func:`split_batch`.
+
     Raises:
         UsageError: if no tensor has a first dimension, or if the tensors disagree.
     """
-    return _layout(batch)[0]
+    return _layout(batch, known).size
 
 
-def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
+def split_batch(batch: Any, num_microbatches: int, known: Reading = MappingProxyType({})) -> list[Any]:
     """Split a mini-batch along dim 0 into micro-batches as ``torch.tensor_split`` does, none of them empty.
 
     At any depth of the batch,
@@ -50,6 +61,8 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
     Args:
         batch: a mini-batch, as the data loader yields it.
         num_microbatches: the largest number of micro-batches; there are fewer if there are fewer samples.
+        known: how earlier batches of this structure were read, see :func:`reading`. This batch is then read alike: a
+            list of two numbers that all samples share stays a constant in a batch of two samples.
 
     Returns:
         The micro-batches, each of which has the structure of the batch.
@@ -58,34 +71,82 @@ def split_batch(batch: Any, num_microbatches: int) -> list[Any]:
         UsageError: if no tensor has a first dimension, if the tensors disagree about the number of samples, or if a
             value holds tensors in a way that is not understood.
     """
-    size, take = _layout(batch)
+    size, kind = _layout(batch, known)
     bounds = [len(part) for part in torch.arange(size).tensor_split(min(num_microbatches, size))]
-    parts, start = [], 0
+    found, parts, start = reading(batch, known), [], 0
     for length in bounds:
-        parts.append(take(slice(start, start + length)))
+        rows = slice(start, start + length)
+        parts.append(batch[rows] if kind == "samples" else _rows(batch, rows, size, found))
         start += length
     return parts
 
 
-def _layout(batch: Any) -> tuple[int, Callable[[slice], Any]]:
-    """Return the number of samples of a batch, and a function that returns the samples in a slice."""
-    if _is_list_of_samples(batch):
-        return len(batch), lambda rows: batch[rows]
+def reading(batch: Any, known: Reading = MappingProxyType({})) -> Reading:
+    """Return how :func:`split_batch` reads a batch.
+
+    Args:
+        batch: a mini-batch.
+        known: how earlier batches of this structure were read.
+
+    Raises:
+        UsageError: if a list that had one element per sample in earlier batches has another length.
+    """
+    layout = _layout(batch, known)
+    of_lists = {} if layout.kind == "samples" else dict(_lists_within(batch, layout, known))
+    return {(): layout.kind} | of_lists
+
+
+def _lists_within(
+    value: Any, layout: "_Layout", known: Reading, place: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], bool]]:
+    """Yield the places of lists and arrays in a batch, and whether they have one element per sample."""
+    if _samples(value) is not None:
+        return
+    if place and (_is_list(value) or isinstance(value, np.ndarray)):
+        of_elements = layout.kind == "elements" and _is_list(value)
+        per_sample = known.get(place, of_elements or _has_element_per_sample(value, layout.size))
+        if per_sample and len(value) != layout.size:
+            raise _disagreement({len(value), layout.size})
+        yield place, per_sample
+        if per_sample:
+            return
+    for key, child in _children(value).items():
+        yield from _lists_within(child, layout, known, (*place, key))
+
+
+class _Layout(NamedTuple):
+    """How the samples of a batch lie in it.
+
+    Args:
+        size: the number of samples.
+        kind: ``"samples"`` if the batch is a list of samples, ``"elements"`` if all lists within the batch have one
+            element per sample, and ``"rows"`` otherwise.
+    """
+
+    size: int
+    kind: str
+
+
+def _layout(batch: Any, known: Reading) -> _Layout:
+    kind = known.get(())
+    if kind == "samples" or (kind is None and _is_list_of_samples(batch)):
+        return _Layout(len(batch), "samples")
     sizes = _sizes(batch, into_lists=False)
     lists = [] if sizes else _lists(batch)
     sizes = sizes or _sizes(batch)
-    if sizes and _has_list_per_value(lists):
+    if kind != "rows" and sizes and _has_list_per_value(lists):
         size = len(lists[0])
+        if kind == "elements":
+            return _Layout(size, kind)
         if len(sizes) == 1 and all(map(_sizes, lists)) and len(lists) > 1:
             raise _ambiguity(sizes.pop(), size)
         if len(sizes) > 1 or not all(map(_sizes, lists)):
-            return size, lambda rows: _rows(batch, rows, size, is_batch=True, by_elements=True)
+            return _Layout(size, "elements")
     if not sizes:
-        _rows(batch, slice(0), size=-1)  # If a type is not understood, this raises an error that names it.
+        _rows(batch, slice(0), -1, {})  # If a type is not understood, this raises an error that names it.
     if len(sizes) != 1:
         raise _disagreement(sizes)
-    size = sizes.pop()
-    return size, lambda rows: _rows(batch, rows, size, is_batch=True)
+    return _Layout(sizes.pop(), "rows")
 
 
 def _is_list_of_samples(batch: Any) -> bool:
@@ -134,26 +195,26 @@ def _sizes(value: Any, into_lists: bool = True) -> set[int]:
     return set().union(*(_sizes(child, into_lists) for child in children if into_lists or not _is_list(child)))
 
 
-def _rows(value: Any, rows: slice, size: int, *, is_batch: bool = False, by_elements: bool = False) -> Any:
+def _rows(value: Any, rows: slice, size: int, found: Reading, place: tuple[Any, ...] = ()) -> Any:
     """Return some rows of a value that belongs to a batch.
 
     Args:
         value: the value.
         rows: the samples to take.
         size: the number of samples of the batch.
-        is_batch: whether the value is the batch itself.
-        by_elements: whether all lists within the batch are known to have one element per sample.
+        found: how the batch is read.
+        place: where the value is in the batch.
     """
     if (samples := _samples(value)) is not None:
         count, take = samples
         if count != size:
             raise _disagreement({count, size})
         return take(rows)
-    if not is_batch and ((by_elements and _is_list(value)) or _has_element_per_sample(value, size)):
+    if place and found.get(place):
         return value[rows]
     children = _children(value)
     _refuse_tensors(value, besides=children)
-    parts = {key: _rows(child, rows, size, by_elements=by_elements) for key, child in children.items()}
+    parts = {key: _rows(child, rows, size, found, (*place, key)) for key, child in children.items()}
     if all(parts[key] is child for key, child in children.items()):
         return value  # It is a constant.
     return _with_children(value, parts)
@@ -188,7 +249,8 @@ def _tensor_rows(tensor: Tensor, rows: slice) -> Tensor:
     if type(part) is not type(tensor) and not isinstance(tensor, Parameter):
         part = part.as_subclass(type(tensor))
     for name, value in vars(tensor).items():
-        setattr(part, name, _rows(value, rows, tensor.size(0)))
+        found = dict(_lists_within(value, _Layout(tensor.size(0), "rows"), {}, (name,)))
+        setattr(part, name, _rows(value, rows, tensor.size(0), found, (name,)))
     return part
 
 

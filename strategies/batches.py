@@ -1,7 +1,7 @@
 """This module splits mini-batches into micro-batches, and prepares a run of training_step for each of them."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from aimc_pl.errors import UsageError
-from aimc_pl.microbatch import batch_size, split_batch
+from aimc_pl.microbatch import batch_size, reading, split_batch
 from aimc_pl.private_torch import tree_leaves
 from aimc_pl.strategies.settings import Settings
 from aimc_pl.strategies.training_step import TrainingStep
@@ -30,6 +30,8 @@ class Batches:
         self._module = module
         self._settings = settings
         self._custom = settings.split_batch or getattr(module, "split_batch", None)
+        self._reading: dict[tuple[Any, ...], Any] = {}
+        """How mini-batches have been split so far, see :func:`reading`."""
 
     @property
     def splits_by_sample(self) -> bool:
@@ -44,7 +46,8 @@ class Batches:
         if number == 1:
             return [batch]
         if self._custom is None:
-            return split_batch(batch, number)
+            self._reading |= reading(batch, self._reading)
+            return split_batch(batch, number, self._reading)
         parts = self._custom(batch, number)
         if not isinstance(parts, Sequence) or not 1 <= len(parts) <= number:
             found = f"{len(parts)} of them" if isinstance(parts, Sequence) else type(parts).__name__
@@ -60,7 +63,7 @@ class Batches:
         if self._settings.schedule.num_microbatches == 1:
             return _size_for_logs(batch)
         if self._custom is None:
-            return batch_size(batch)
+            return batch_size(batch, self._reading)
         return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)) or 1
 
     def steps(
@@ -77,8 +80,12 @@ class Batches:
             args: further arguments of training_step.
             context: returns a context manager, which is entered while training_step runs.
             in_sync: whether all micro-batches make one update of every stage, a step of the mini-batch.
+
+        Raises:
+            UsageError: if the batch holds an iterator, or if it cannot be split.
         """
         settings = self._settings
+        _refuse_iterators(batch)
         parts = self.split(batch)
         sizes = [self.size(part) for part in parts]
         weigh = settings.microbatch_weight
@@ -124,15 +131,25 @@ class Batches:
         return weight
 
 
+def _refuse_iterators(batch: Any) -> None:
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Iterator):
+            raise UsageError(
+                f"the batch holds a {type(leaf).__name__}, which trial runs of training_step would use up: make it a "
+                "list"
+            )
+
+
 def _size_for_logs(batch: Any) -> int:
-    """Return the number of samples in a batch of any type that is not split, or 1 if nobody can count them."""
+    """Return the number of samples in a batch that is not split: as Lightning counts them, or 1 if nobody can."""
+    with warnings.catch_warnings():
+        # Lightning warns if the number is ambiguous. Here it only weights logged values.
+        warnings.filterwarnings("ignore", message="Trying to infer the `batch_size`")
+        try:
+            return extract_batch_size(batch)
+        except MisconfigurationException:
+            pass  # Lightning cannot count them.
     try:
         return batch_size(batch)
     except UsageError:
-        with warnings.catch_warnings():
-            # Lightning warns if the number is ambiguous. Here it only weights logged values.
-            warnings.filterwarnings("ignore", message="Trying to infer the `batch_size`")
-            try:
-                return extract_batch_size(batch)
-            except MisconfigurationException:
-                return 1
+        return 1

@@ -42,7 +42,8 @@ class Logbook:
         step.num_logged[name] += 1
         values, sizes, _, _ = self._entries.get(key, ([], [], None, {}))
         values.append(last_value(value) if isinstance(value, Metric) else value)
-        sizes.append(kwargs.pop("batch_size", None) or step.size)
+        size = kwargs.pop("batch_size", None)
+        sizes.append(step.size if size is None else size)
         self._entries[key] = values, sizes, value, kwargs
 
     def write(self, log: Callable[..., None]) -> None:
@@ -62,7 +63,8 @@ class Logbook:
 def _reduce(values: list[Any], sizes: list[int], reduce_fx: str | Callable[[Tensor], Tensor]) -> Tensor:
     stacked = torch.stack([torch.as_tensor(value).detach() for value in values])
     if reduce_fx in ("mean", "avg", torch.mean):
-        weights = torch.tensor(sizes, device=stacked.device, dtype=torch.float64)
+        # Without samples, which a batch_size of 0 claims, all micro-batches count alike.
+        weights = torch.tensor(sizes if any(sizes) else [1] * len(sizes), device=stacked.device, dtype=torch.float64)
         return torch.tensordot(weights / weights.sum(), stacked.double(), 1).to(
             stacked.dtype if stacked.is_floating_point() else torch.get_default_dtype()
         )

@@ -12,7 +12,18 @@ from aihwkit.simulator.configs import FloatingPointRPUConfig
 from torch import nn
 from torch.nn import functional as F
 
-from aimc_pl.devices import convert_to_analog, make_analog_aware, soft_bounds
+from aimc_pl.devices import (
+    convert_to_analog,
+    make_analog_aware,
+    mixed_precision,
+    pcm,
+    reram_sb,
+    residual_learning,
+    soft_bounds,
+    symmetric_point_tracking,
+    tiki_taka,
+    tiki_taka_v2,
+)
 from aimc_pl.errors import UsageError
 
 LAYERS = {
@@ -176,3 +187,36 @@ def test_aihwkit_converts_them_back():
     assert [type(layer) for layer in back] == [nn.Conv2d, nn.Flatten, nn.Linear]
     for ours, theirs in zip(back.parameters(), digital.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+SHAPES = [nn.Linear(1, 6), nn.Linear(6, 1), nn.Linear(1, 1), nn.Conv1d(1, 5, 1)]
+
+
+@pytest.mark.parametrize("device", [reram_sb(), residual_learning(reram_sb()), tiki_taka(), tiki_taka_v2(), pcm()])
+@pytest.mark.parametrize("layer", SHAPES, ids=repr)
+def test_small_layers_keep_their_devices(layer, device):
+    """Check that cross-points that vary are not taken for equal ones where a layer has one input or one output."""
+    network = nn.Sequential(analog(layer, device))
+    (tile,) = network[0].analog_tiles()
+    parameters, weight = tile.tile.get_hidden_parameters(), tile.get_weights()[0]
+    network.load_state_dict(network.state_dict())
+    for other in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        (tile,) = other[0].analog_tiles()
+        assert torch.equal(tile.tile.get_hidden_parameters(), parameters)
+        assert torch.equal(tile.get_weights()[0], weight)
+
+
+@pytest.mark.parametrize(
+    "device", [soft_bounds(), residual_learning(), symmetric_point_tracking(), tiki_taka_v2(), mixed_precision()]
+)
+@pytest.mark.parametrize("shape", [(0, 5), (0, 3, 5), (2, 0, 5)])
+def test_a_batch_of_no_samples_goes_through(shape, device):
+    layer = analog(nn.Linear(5, 4), device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    make_analog_aware(optimizer)
+    weight = layer.weight.clone()
+    y = layer(torch.zeros(shape, requires_grad=True))
+    assert y.shape == (*shape[:-1], 4)
+    y.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(torch.as_tensor(layer.weight), weight)

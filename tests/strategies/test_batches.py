@@ -3,6 +3,7 @@
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
@@ -157,10 +158,54 @@ def test_the_whole_batch_counts_once():
     [
         (ROWS, 5),
         ((torch.ones(8, 2), torch.ones(3)), 8),  # Lightning takes the first tensor, and warns of the other
-        (pack_sequence([torch.ones(3), torch.ones(1)]), 2),
+        (pack_sequence([torch.ones(3), torch.ones(1)]), 4),  # as Lightning counts
+        ([torch.ones(()), torch.ones(6)], 1),
         ("text", 1),
         (3, 1),
     ],
 )
 def test_samples_of_a_batch_that_is_not_split_are_counted_for_logs(batch, size):
     assert make(num_microbatches=1).size(batch) == size
+
+
+def pair(size):
+    """Return a mini-batch of one data loader."""
+    return torch.ones(size, 2), torch.ones(size)
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "sizes"),
+    [
+        ((torch.ones(2, 2), np.ones(2)), (torch.ones(6, 2), np.ones(2)), [2, 6]),
+        ([pair(8), pair(8)], [pair(8), pair(3)], [3, 8]),
+    ],
+)
+def test_mini_batches_that_do_not_fit_to_earlier_ones_are_refused(first, later, sizes):
+    batches = make()
+    assert len(batches.split(first)) == 2
+    with pytest.raises(UsageError, match=f"here these are of size {sizes}".replace("[", r"\[")):
+        batches.split(later)
+
+
+@pytest.mark.parametrize(
+    "batch_of",
+    [
+        lambda size: {"x": torch.ones(size, 2), "names": ["a"] * size, "shape": (5, 7, 9), "weights": [0.3, 0.7]},
+        lambda size: {"x": torch.ones(size, 2), "array": np.ones(2), "names": ("a",) * size},
+        lambda size: ([torch.zeros(size, 5), torch.ones(size, 5)], ["name"] * size),
+        lambda size: [(torch.ones(3, n + 1), torch.ones(n + 2)) for n in range(size)],
+    ],
+)
+def test_small_mini_batches_are_split_like_large_ones(batch_of):
+    """Check that a constant stays one where a batch has as many samples as the constant has elements."""
+    batches = make()
+    for size in (8, 3, 2):
+        parts = batches.split(batch_of(size))
+        assert [*map(batches.size, parts)] == [-(-size // 2), size // 2]
+        assert repr(parts[0]) == repr(batch_of(-(-size // 2)))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_iterators_are_refused(number):
+    with pytest.raises(UsageError, match="the batch holds a list_iterator, which trial runs"):
+        make(num_microbatches=number).steps({"x": torch.ones(4), "y": iter([1, 2])}, (), nullcontext)

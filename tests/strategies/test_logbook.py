@@ -50,6 +50,14 @@ def test_a_mean_has_the_type_and_device_of_the_values(kind, expected):
     assert (mean.dtype, mean.device.type) == (expected, "meta")
 
 
+def test_a_batch_size_of_zero_counts():
+    logbook = Logbook()
+    for size, value in ((0, 2.0), (4, 7.0)):
+        logbook.record(step(100), "name", value, batch_size=size)
+    logbook.record(step(100), "other", 3.0, batch_size=0)
+    assert written(logbook) == [("name", 7.0, {"batch_size": 4}), ("other", 3.0, {"batch_size": 0})]
+
+
 def test_a_batch_size_that_was_given_counts():
     logbook = Logbook()
     for size, value in ((1, 2.0), (4, 7.0)):

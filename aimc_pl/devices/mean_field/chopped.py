@@ -14,6 +14,7 @@ from aihwkit.simulator.configs.compounds import ChoppedTransferCompound, Dynamic
 from torch import Tensor
 
 from aimc_pl.devices.mean_field import kernels
+from aimc_pl.devices.mean_field.crossbar import ROWS
 from aimc_pl.devices.mean_field.pulses import DRAWN, train_settings
 from aimc_pl.devices.mean_field.tile import MeanFieldRPUConfig
 from aimc_pl.devices.mean_field.transfer import TransferSimulatorTile, take_steps
@@ -73,14 +74,19 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
         return torch.outer(self._out_signs, self._in_signs)
 
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
-        if not self._update_in_one_loop(x, error, vectors):
+        if x.shape[0] == 0 or not self._update_in_one_loop(x, error, vectors):
             super()._update(x, error, vectors, num_samples)
 
     def _update_in_one_loop(self, x: Tensor, error: Tensor, vectors: Vectors | Patches) -> bool:
         """Send pulses and do the transfers between vectors in a compiled loop, if one can do it vector by vector.
 
         Small layers would take longer for the calls than for the work.
+
+        Returns:
+            Whether a loop could do this. Otherwise, nothing has happened.
         """
+        if vectors is not ROWS:
+            return False
         (ours, target), compound, update = self.crossbars, self._chopped, self._config.update
         rate, transfer_rate, number = self._fast_rate(), self._transfer_rate(0), x.shape[0]
         signs = self._signs()
@@ -88,7 +94,9 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
         of_transfers = target.column_arguments(compound.step * target.granularity, compound.transfer_update)
         if of_pulses is None or of_transfers is None or self._reads is None:
             return False
-        if self.learning_rate * rate * transfer_rate == 0 or self._num_parts(number, number, 1) < number:
+        if 0 in (self.learning_rate, rate, transfer_rate, compound.step):
+            return False
+        if self._num_parts(number, number, 1) < number:
             return False
         counters = {**self._counters}
         rates = self._pulse_rates(x, error, vectors, number).flatten().expand(number).numpy()
@@ -101,7 +109,7 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
             np.array([rate for rate, *_ in trains]),
             np.array([length for _, length, *_ in trains]),
             np.array(num_reads),
-            self._steps_per_unit(transfer_rate, rates) * np.ones(number),
+            (self._steps_per_unit(transfer_rate, rates) if any(num_reads) else 0.0) * np.ones(number),
         )
         column, cycles, cut, num_moved, lost = kernels.pulse_and_chop(
             of_pulses,
@@ -121,7 +129,7 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
         return True
 
     def _num_reads(self, number: int) -> Sequence[int]:
-        """Return how many columns are read after each of the vectors of an update."""
+        """Count the vectors of an update, and return how many columns are read after each."""
         num_reads, before = [], self._num_transfers()[0]
         for _ in range(number):
             self._progress.advance(1, number, 1)
@@ -159,7 +167,7 @@ class ChoppedTransferSimulatorTile(TransferSimulatorTile):
         self.crossbar.pulse(x, error, vectors, last, self._config.update, self._signs())
 
     def _pulse_rates(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, batch: int) -> Tensor:
-        """Return the rate of the pulses of every vector, or one for all, on the CPU."""
+        """Return the rate of the pulses of every vector, or one for all, on the CPU. The running means advance."""
         compound, rate = self._chopped, self._fast_rate()
         if not (compound.auto_scale and compound.fast_lr > 0):
             return torch.tensor([rate], dtype=torch.float64)

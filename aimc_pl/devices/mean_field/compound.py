@@ -93,7 +93,7 @@ class CompoundSimulatorTile(MeanFieldSimulatorTile):
         """Replace the parameters of the cross-points of all crossbars."""
         sizes = [len(crossbar.names) for crossbar in self.crossbars]
         for crossbar, hidden in zip(self.crossbars, params.split(sizes), strict=True):
-            is_uniform = crossbar.hidden.shape[-1] == 1
+            is_uniform = crossbar.hidden[0].numel() == 1
             crossbar.hidden = (hidden[:, :1, :1] if is_uniform else hidden).to(crossbar.hidden, copy=True)
 
     def dump_extra(self) -> dict[str, Any]:

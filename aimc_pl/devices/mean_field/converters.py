@@ -146,7 +146,7 @@ def row_product(
         which = torch.from_numpy(exceeds)
         scale = torch.from_numpy(scales)[which, None]
         y[which] = product(weight, rows[which].mul, Vectors(-1), scale, io, generator, bound_management, 2.0)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def read_column(

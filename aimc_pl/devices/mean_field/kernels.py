@@ -278,11 +278,12 @@ def pulse_and_chop(
         start_at: the first column, and how often the last column has been read.
         reads: see :func:`read_column`.
         buffer: the digital buffer ``(in, out)``, which changes; whether every transfer clears it; the most steps that
-            a transfer sends; and what remains of what is sent: whether this is a share of the buffer, and the share.
+            a transfer sends; whether a share of the buffer remains where steps are sent, or a share of these steps; and
+            the share.
         tracking: the running mean ``(in, out)`` and the reference ``(in, out)`` of every column, and whether the column
             has flipped ``(in,)``, which change. Without references, the arrays are empty. Then the share of a read in
-            the running mean, the limit of what remains in the buffer or 0, and the most transfers of a period by whose
-            number steps are divided or 0.
+            the running mean; the limit of what remains in the buffer, or 0; and the largest number of reads in a period
+            by which steps are divided, or 0 if they are not.
         signs: the signs of the inputs ``(in,)`` and outputs ``(out,)``, which change.
         flips: the period of a column in reads; whether columns flip at the end of a period; and with which probability
             they flip, and uniform numbers for all transfers. The last two are the same for outputs, for all times that
@@ -560,7 +561,7 @@ def from_sums(
 
 @_compiled
 def running_means(values: np.ndarray, mean: float, kept: float) -> np.ndarray:
-    """Return the running mean after each of some values, as 64-bit floats. Values of zero do not count.
+    """Return the running mean after each of some values, as 64-bit floats. Zeros, infinities and NaN do not count.
 
     Args:
         values: the values ``(number,)``, not negative.
@@ -570,7 +571,7 @@ def running_means(values: np.ndarray, mean: float, kept: float) -> np.ndarray:
     means = np.empty(len(values))
     for i in range(len(values)):
         value = np.float64(values[i])
-        if value > 0:
+        if 0 < value < np.inf:
             mean = kept * mean + (1 - kept) * value if mean > 0 else value
         means[i] = mean
     return means

@@ -28,7 +28,7 @@ class MixedPrecisionSimulatorTile(MeanFieldSimulatorTile):
         rpu_config: the configuration, whose device is a ``MixedPrecisionCompound``.
 
     Attributes:
-        gradients: the sums δᵀx ``(out, in)`` of updates that have not been learned yet.
+        gradients: the sum of all δᵀx ``(out, in)`` of the last :meth:`update`, until it is learned.
     """
 
     _residual: Tensor
@@ -65,7 +65,7 @@ class MixedPrecisionSimulatorTile(MeanFieldSimulatorTile):
         self._residual.copy_(extra["residual"])
 
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
-        self.gradients.append(vectors.outer(error, x))
+        self.gradients[:] = [vectors.outer(error, x)]
 
 
 class MixedPrecisionTile(MeanFieldTile):

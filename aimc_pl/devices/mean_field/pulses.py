@@ -5,7 +5,7 @@ element δ with probability A·|δ|. A cross-point gets a pulse if both fire in 
 direction is the sign of −xδ.
 """
 
-from math import ceil, inf, isfinite
+from math import ceil, isfinite
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ The variances of single cross-points are then wrong by a few percent, because so
 DRAWN = 64
 """The longest train whose slots are drawn one by one. For a longer train, only the number of pulses is drawn."""
 
-_SLOTS = 2**24
-"""How many slots of pulse trains are drawn at a time."""
+_SLOTS, _IN_CACHE = 2**24, 2**15
+"""How many slots of pulse trains are drawn at a time; and how many on a CPU, where they should stay in the cache."""
 
 
 class Counts(NamedTuple):
@@ -238,7 +238,7 @@ def _trains(x_largest: Tensor, error: Tensor, dim: int, rate: float, update: Upd
     if not is_managed:
         gain = (rate / length) ** 0.5
         return _Trains(length, length, gain, -gain)
-    error_largest = torch.linalg.vector_norm(error, inf, dim, keepdim=True)
+    error_largest = torch.maximum(error.amax(dim, keepdim=True), -error.amin(dim, keepdim=True))
     strongest = (x_largest * error_largest).mul_(rate).clamp_min_(1e-30)
     most = float(strongest.max())
     lengths = float(length)
@@ -284,11 +284,13 @@ def _drawn(error: Tensor, trains: _Trains, generator: TableGenerator) -> Tensor:
         return _binomial(probabilities, trains.lengths, generator)
     # With u uniform in [0, 1), floor(p + u) is the sign of p with probability |p|, and 0 otherwise.
     fired, slots = torch.zeros_like(error), torch.arange(trains.longest, device=device)
-    for some in slots.split(max(1, _SLOTS // error.numel())):
-        fires = torch.stack([uniform(shape, generator, device) for _ in some]).add_(probabilities).floor_()
+    # A GPU takes long to start an operation. A CPU takes long to read what is not in its cache.
+    for some in slots.split(max(1, (_IN_CACHE if error.is_cpu else _SLOTS) // error.numel())):
+        drawn = [uniform(shape, generator, device) for _ in range(len(some))]
+        fires = (torch.stack(drawn) if len(drawn) > 1 else drawn[0]).add(probabilities).floor_()
         if isinstance(trains.lengths, Tensor):
-            fires *= some.view(-1, *[1] * len(shape)) < trains.lengths
-        fired += fires.sum(0)
+            fires *= some.view(-1, *[1] * len(shape)) < trains.lengths if len(drawn) > 1 else trains.lengths > some
+        fired += fires.sum(0) if len(drawn) > 1 else fires
     return fired
 
 

@@ -100,9 +100,9 @@ class TransferSimulatorTile(CompoundSimulatorTile):
             state.zero_()
 
     def _update(self, x: Tensor, error: Tensor, vectors: Vectors | Patches, num_samples: int | None = None) -> None:
-        if self.learning_rate == 0:
-            return
         progress, number = self._progress, x.shape[0]
+        if self.learning_rate == 0 or number == 0:
+            return
         each = prod(vectors.out_size(x)) if isinstance(vectors, Patches) else 1
         batch = num_samples or number
         parts = self._num_parts(number, batch, each)

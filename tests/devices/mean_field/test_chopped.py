@@ -231,6 +231,33 @@ def test_long_trains_are_left_to_single_vectors():
     assert tile.tile._update_in_one_loop(x, error, ROWS)
 
 
+def test_infinite_vectors_leave_scales_alone():
+    """Check, with a step of 0 too, that weights that moved by finite vectors alone stay finite."""
+    for step in (1.0, 0.0):
+        options = {"in_chop_prob": 0.0, "auto_scale": True, "fast_lr": 0.01, "transfer_every": 1.0, "step": step}
+        cell = ChoppedTransferCompound(unit_cell_devices=[SoftBoundsDevice(), SoftBoundsDevice()], **options)
+        tile = tile_of(UnitCellRPUConfig(device=cell, update=UpdateParameters(desired_bl=10)))
+        for _ in range(5):
+            tile.update(torch.ones(4, IN), torch.ones(4, OUT))
+        assert all(crossbar.weight.isfinite().all() for crossbar in tile.tile.crossbars)
+        largest = tile.tile._counters["x_largest"]
+        tile.update(torch.full((1, IN), float("inf")), torch.ones(1, OUT))
+        assert tile.tile._counters["x_largest"] == largest
+
+
+def test_a_tile_without_transfers_learns():
+    cell = ChoppedTransferCompound(
+        unit_cell_devices=[SoftBoundsDevice(), SoftBoundsDevice()],
+        transfer_every=0.0,
+        auto_granularity=1000.0,
+        units_in_mbatch=False,
+    )
+    tile = tile_of(UnitCellRPUConfig(device=cell))
+    assert tile.tile._update_in_one_loop(torch.ones(1, IN), torch.ones(1, OUT), ROWS)
+    assert tile.tile.crossbars[0].weight.all()
+    assert not tile.tile.crossbars[1].weight.any()
+
+
 def test_a_vector_of_zeros_has_a_rate():
     """Check that rates are scaled from the first vector on that has both inputs and errors."""
     options = {"in_chop_prob": 0.0, "auto_scale": True, "fast_lr": 0.1, "transfer_every": 1.0}

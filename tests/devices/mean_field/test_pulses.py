@@ -130,7 +130,7 @@ def test_slots_may_be_drawn_in_portions(monkeypatch):
     convolution, update = Convolution((3, 3), (1, 1), (1, 1), (1, 1)), UpdateParameters(desired_bl=10)
     images, error, counts = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 6, 6), []
     for slots in (2**24, 3 * error.numel(), 1):
-        monkeypatch.setattr(pulses, "_SLOTS", slots)
+        monkeypatch.setattr(pulses, "_IN_CACHE", slots)
         generator = TableGenerator().manual_seed(3)
         counts.append(expected_counts(images, error, convolution, 2.0, 1.0, update, SPREAD, generator))
     assert float(counts[0].total.max()) > 100
