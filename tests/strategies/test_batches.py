@@ -178,6 +178,11 @@ def pair(size):
     [
         ((torch.ones(2, 2), np.ones(2)), (torch.ones(6, 2), np.ones(2)), [2, 6]),
         ([pair(8), pair(8)], [pair(8), pair(3)], [3, 8]),
+        (
+            ([torch.ones(3, n) for n in range(4)], [{"boxes": torch.ones(n, 4)} for n in range(4)]),
+            ([torch.ones(3, 2)] * 3, [{"boxes": torch.ones(3, 4)}] * 2),
+            [2, 3],
+        ),
     ],
 )
 def test_mini_batches_that_do_not_fit_to_earlier_ones_are_refused(first, later, sizes):
